@@ -1,0 +1,51 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The image side's mathematics: pure functions of tensors, with no model and no trainer.
+
+Time `t` runs from 1 (noise) to 0 (image), `x_t = (1 - t) x_0 + t eps`, and a model predicts `v = eps - x_0`. A state is
+a tensor of shape `(..., tokens, channels)`.
+"""
+
+from .guidance import RENORM_TYPES, GuidanceConfig, guidance_branches, guide, in_interval
+from .timesteps import draw_window, flow_timesteps
+from .transitions import (
+    TRANSITIONS,
+    TransitionOutput,
+    flow_cps,
+    flow_sde,
+    gaussian_kl,
+    ode_step,
+    transition,
+    velocity_mse,
+)
+
+
+__all__ = [
+    "RENORM_TYPES",
+    "TRANSITIONS",
+    "GuidanceConfig",
+    "TransitionOutput",
+    "draw_window",
+    "flow_cps",
+    "flow_sde",
+    "flow_timesteps",
+    "gaussian_kl",
+    "guidance_branches",
+    "guide",
+    "in_interval",
+    "ode_step",
+    "transition",
+    "velocity_mse",
+]

@@ -1,0 +1,266 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One step of the denoising path: deterministic, or stochastic with a log-probability.
+
+The same [`transition`] samples a step at rollout and scores it in training, so the two cannot drift apart. States,
+means and log-probabilities are fp32 whatever the model computes in: a bf16 state moves the ratio of new to old
+probability further than its clip range is wide.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TransitionOutput:
+    """
+    A stochastic step, sampled or scored.
+
+    Args:
+        next_latents (`torch.Tensor` of shape `(..., tokens, channels)`):
+            The state after the step, fp32 and detached: an action is data.
+        log_prob (`torch.Tensor` of shape `(...)`):
+            Log-density of `next_latents`, averaged over the latent elements. In nats per element.
+        mean (`torch.Tensor` of shape `(..., tokens, channels)`):
+            Mean of the step's Gaussian.
+        std (`torch.Tensor` of shape `(..., 1, 1)`):
+            Its standard deviation, the same for all elements of a state.
+    """
+
+    next_latents: torch.Tensor
+    log_prob: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+def ode_step(
+    latents: torch.Tensor, velocity: torch.Tensor, t: float | torch.Tensor, t_next: float | torch.Tensor
+) -> torch.Tensor:
+    """
+    Deterministic Euler step `x + v dt` with `dt = t_next - t`. It has no log-probability.
+
+    Args:
+        latents (`torch.Tensor` of shape `(..., tokens, channels)`):
+            State x at time `t`.
+        velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
+            Predicted `v = eps - x_0`.
+        t (`float` or `torch.Tensor`):
+            Time in (0, 1], broadcastable to the leading dimensions of `latents`.
+        t_next (`float` or `torch.Tensor`):
+            Time after the step, in [0, t).
+
+    Returns:
+        `torch.Tensor` of shape `(..., tokens, channels)`: The state at `t_next`, fp32.
+    """
+    t, t_next = _time(t, latents), _time(t_next, latents)
+    return latents.float() + velocity.float() * (t_next - t)
+
+
+def flow_sde(
+    latents: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Euler-Maruyama step of the SDE that has the same marginals as the ODE, the update rule of Flow-GRPO
+    (https://huggingface.co/papers/2505.05470), with `sigma = a sqrt(t / (1 - t))`.
+
+    In the first step of a path, `t = 1`, the singular `1 - t` of sigma uses the schedule's second point, which is
+    `t_next`.
+
+    Args:
+        latents (`torch.Tensor` of shape `(..., tokens, channels)`):
+            State at time `t`, fp32.
+        velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
+            Predicted velocity, fp32.
+        t (`torch.Tensor` of shape `(..., 1, 1)`):
+            Time in (0, 1].
+        t_next (`torch.Tensor` of shape `(..., 1, 1)`):
+            Time after the step, in [0, t).
+        noise_level (`float`):
+            The level a, at least 0. At 0 the mean is the ODE's next state.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Mean of shape `(..., tokens, channels)` and standard deviation of shape
+        `(..., 1, 1)` of the next state.
+    """
+    dt = t_next - t
+    variance_rate = noise_level**2 * t / (1 - torch.where(t < 1, t, t_next))
+    drift = variance_rate / (2 * t)
+    mean = latents * (1 + drift * dt) + velocity * (1 + drift * (1 - t)) * dt
+    return mean, torch.sqrt(-variance_rate * dt)
+
+
+def flow_cps(
+    latents: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Coefficients-preserving step (https://huggingface.co/papers/2509.05952): the predicted image and the total noise
+    keep the weights `1 - t_next` and `t_next` that the schedule gives them; part of the predicted noise is replaced by
+    fresh noise. Unlike [`flow_sde`], it adds noise per step rather than per unit of time, so more steps at one level
+    are a noisier path.
+
+    Takes and returns what [`flow_sde`] does, with `noise_level` in [0, 1]: the fresh part has the standard deviation
+    `t_next sin(a pi / 2)`, which is 0 for a step to the image, `t_next = 0`.
+
+    Raises:
+        `ValueError`: If `noise_level` is out of range.
+    """
+    if not 0 <= noise_level <= 1:
+        raise ValueError(f"noise_level of flow_cps must be in [0, 1], but is {noise_level}")
+    angle = noise_level * math.pi / 2
+    image = latents - t * velocity
+    noise = latents + (1 - t) * velocity
+    # sqrt(t_next^2 - std^2), without the cancellation.
+    mean = (1 - t_next) * image + t_next * math.cos(angle) * noise
+    return mean, t_next * math.sin(angle)
+
+
+TRANSITIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "flow_sde": flow_sde,
+    "flow_cps": flow_cps,
+}
+
+
+def transition(
+    kind: str,
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    t: float | torch.Tensor,
+    t_next: float | torch.Tensor,
+    noise_level: float,
+    *,
+    noise: torch.Tensor | None = None,
+    next_latents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> TransitionOutput:
+    """
+    Sample one stochastic step from `noise`, or score the step to `next_latents`.
+
+    Any number of steps can be taken at once along the leading dimensions, each at its own time; none influences
+    another.
+
+    Args:
+        kind (`str`):
+            A name in `TRANSITIONS`: `"flow_sde"` or `"flow_cps"`.
+        latents (`torch.Tensor` of shape `(..., tokens, channels)`):
+            State at time `t`.
+        velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
+            Predicted velocity; in training, the gradient flows through it.
+        t (`float` or `torch.Tensor`):
+            Time in (0, 1], broadcastable to the leading dimensions.
+        t_next (`float` or `torch.Tensor`):
+            The following point of the schedule, in [0, t), broadcastable to the leading dimensions.
+        noise_level (`float`):
+            How much noise a step adds; positive, for `"flow_cps"` at most 1.
+        noise (`torch.Tensor` of shape `(..., tokens, channels)`, *optional*):
+            Standard normal noise to sample with. Drawn by the caller, so that a sample need not depend on its batch.
+        next_latents (`torch.Tensor` of shape `(..., tokens, channels)`, *optional*):
+            State at time `t_next` to score. Exactly one of it and `noise` must be given.
+        mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
+            Booleans, `True` for tokens that exist, broadcastable. Padding does not count in the log-probability.
+
+    Returns:
+        [`TransitionOutput`]
+
+    Raises:
+        `ValueError`: If an argument is out of range or has a wrong shape, or if a step has no noise and thus no
+            density, as the last one of `"flow_cps"`.
+    """
+    if kind not in TRANSITIONS:
+        raise ValueError(f"unknown kind of transition '{kind}', available: {', '.join(TRANSITIONS)}")
+    if (noise is None) == (next_latents is None):
+        raise ValueError("give either noise, to sample, or next_latents, to score")
+    for name, tensor in (("velocity", velocity), ("noise", noise), ("next_latents", next_latents)):
+        if tensor is not None and tensor.shape != latents.shape:
+            raise ValueError(
+                f"{name} must have the shape of latents, {tuple(latents.shape)}, but has {tuple(tensor.shape)}"
+            )
+    t, t_next = _time(t, latents), _time(t_next, latents)
+    mean, std = TRANSITIONS[kind](latents.float(), velocity.float(), t, t_next, noise_level)
+    if not torch.all((std > 0) & (t_next < t)):
+        raise ValueError(
+            f"a step of '{kind}' with noise_level {noise_level} from t = {t.flatten().tolist()} to t_next = "
+            f"{t_next.flatten().tolist()} has no density: it needs t_next < t and a positive standard deviation"
+        )
+    if next_latents is None:
+        next_latents = mean + std * noise
+    # The action is data: without this, the gradient of a freshly sampled step would cancel.
+    next_latents = next_latents.detach().float()
+    mean_square = _mean_square(next_latents - mean, mask)
+    # The deviation is the same for all elements, so the mean over them only concerns the square.
+    std_per_state = std[..., 0, 0]
+    log_prob = -mean_square / (2 * std_per_state**2) - torch.log(std_per_state) - math.log(2 * math.pi) / 2
+    return TransitionOutput(next_latents, log_prob, mean, std)
+
+
+def gaussian_kl(
+    mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Divergence between two steps with the same deviation, `(mean - mean_ref)^2 / (2 std^2)`, averaged over the latent
+    elements as the log-probability is.
+
+    Args:
+        mean (`torch.Tensor` of shape `(..., tokens, channels)`):
+            Mean of the policy's step.
+        mean_ref (`torch.Tensor` of shape `(..., tokens, channels)`):
+            Mean of the reference's step from the same state.
+        std (`torch.Tensor` of shape `(..., 1, 1)`):
+            Positive standard deviation of both.
+        mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
+            Booleans, `True` for tokens that exist, broadcastable.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: In nats per element, fp32.
+    """
+    return _mean_square(mean.float() - mean_ref.float(), mask) / (2 * std[..., 0, 0].float() ** 2)
+
+
+def velocity_mse(velocity: torch.Tensor, velocity_ref: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Mean squared difference of two velocities: a divergence that weighs all times alike, as in UniGRPO
+    (https://huggingface.co/papers/2603.23500).
+
+    Args:
+        velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
+            The policy's velocity.
+        velocity_ref (`torch.Tensor` of shape `(..., tokens, channels)`):
+            The reference's velocity at the same state.
+        mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
+            Booleans, `True` for tokens that exist, broadcastable.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: fp32.
+    """
+    return _mean_square(velocity.float() - velocity_ref.float(), mask)
+
+
+def _time(t: float | torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """`t` in fp32, with two dimensions appended so that it broadcasts over tokens and channels."""
+    t = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
+    leading = latents.shape[:-2]
+    if t.dim() > len(leading) or any(n not in (1, m) for n, m in zip(t.shape[::-1], leading[::-1], strict=False)):
+        raise ValueError(f"a time of shape {tuple(t.shape)} does not fit latents of shape {tuple(latents.shape)}")
+    return t[..., None, None]
+
+
+def _mean_square(difference: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of squares over channels and existing tokens."""
+    if mask is None:
+        return difference.square().mean(dim=(-2, -1))
+    per_token = difference.masked_fill(~mask[..., None], 0).square().mean(dim=-1)
+    return per_token.sum(dim=-1) / mask.sum(dim=-1)

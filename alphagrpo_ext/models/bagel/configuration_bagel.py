@@ -1,0 +1,142 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Configuration of BAGEL, an AR-diffusion unified multimodal model with a mixture of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
+
+
+# The FLUX autoencoder in Diffusers' spelling; BAGEL's loader hard-codes the same numbers.
+FLUX_VAE_CONFIG: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+
+# Everything that LoRA adapts by default: attention and MLP of both experts, and nothing of the vision tower.
+LORA_TARGET_MODULES = (
+    r".*language_model\.model\.layers\.\d+\."
+    r"(self_attn\.[qkvo]_proj(_moe_gen)?|mlp(_moe_gen)?\.(gate|up|down)_proj)"
+)
+
+
+class BagelConfig(PreTrainedConfig):
+    """
+    Configuration of a [`BagelModel`].
+
+    The sizes that BAGEL-7B-MoT was released with are the defaults.
+
+    Args:
+        text_config (`Qwen2Config` or `dict`, *optional*):
+            The language model. Both experts have its sizes.
+        vision_config (`SiglipVisionConfig` or `dict`, *optional*):
+            The vision tower. `num_hidden_layers` counts the layers that are *used*: BAGEL stores 27 and uses 26.
+        vae_config (`dict`, *optional*):
+            Arguments of Diffusers' `AutoencoderKL`; `downsample` follows from its blocks.
+        latent_patch_size (`int`, *optional*, defaults to `2`):
+            Side of the square of VAE latents that forms one token.
+        max_latent_size (`int`, *optional*, defaults to `64`):
+            Side of the table of latent positions: the largest number of token rows or columns of an image.
+        connector_hidden_act (`str`, *optional*, defaults to `"gelu_pytorch_tanh"`):
+            Activation of the connector between vision tower and language model.
+        bos_token_id, eos_token_id, image_start_token_id, image_end_token_id (`int`, *optional*):
+            Delimiters of text and image blocks: `<|im_start|>`, `<|im_end|>`, `<|vision_start|>`, `<|vision_end|>`.
+    """
+
+    model_type = "bagel"
+    sub_configs = {"text_config": Qwen2Config, "vision_config": SiglipVisionConfig}
+
+    def __init__(
+        self,
+        text_config: Qwen2Config | dict[str, Any] | None = None,
+        vision_config: SiglipVisionConfig | dict[str, Any] | None = None,
+        vae_config: dict[str, Any] | None = None,
+        latent_patch_size: int = 2,
+        max_latent_size: int = 64,
+        connector_hidden_act: str = "gelu_pytorch_tanh",
+        bos_token_id: int = 151644,
+        eos_token_id: int = 151645,
+        image_start_token_id: int = 151652,
+        image_end_token_id: int = 151653,
+        **kwargs: Any,
+    ) -> None:
+        if text_config is None:
+            text_config = Qwen2Config(
+                vocab_size=152064,
+                hidden_size=3584,
+                intermediate_size=18944,
+                num_hidden_layers=28,
+                num_attention_heads=28,
+                num_key_value_heads=4,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            )
+        if vision_config is None:
+            vision_config = SiglipVisionConfig(
+                hidden_size=1152,
+                intermediate_size=4304,
+                num_hidden_layers=26,
+                num_attention_heads=16,
+                image_size=980,
+                patch_size=14,
+            )
+        self.text_config = Qwen2Config(**text_config) if isinstance(text_config, dict) else text_config
+        self.vision_config = SiglipVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config
+        self.vae_config = {**FLUX_VAE_CONFIG, **(vae_config or {})}
+        self.latent_patch_size = latent_patch_size
+        self.max_latent_size = max_latent_size
+        self.connector_hidden_act = connector_hidden_act
+        self.image_start_token_id = image_start_token_id
+        self.image_end_token_id = image_end_token_id
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=kwargs.pop("tie_word_embeddings", False),
+            **kwargs,
+        )
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Qwen2Config:
+        return self.text_config
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that TRL keeps a text generator from sampling."""
+        return self.image_start_token_id
+
+    @property
+    def vae_downsample(self) -> int:
+        """Pixels per VAE latent, along one side."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_downsample(self) -> int:
+        """Pixels per latent token, along one side."""
+        return self.vae_downsample * self.latent_patch_size
+
+    @property
+    def latent_channels(self) -> int:
+        """Values of one latent token."""
+        return self.latent_patch_size**2 * self.vae_config["latent_channels"]
+
+    @property
+    def vision_patches_per_side(self) -> int:
+        return self.vision_config.image_size // self.vision_config.patch_size

@@ -1,0 +1,156 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Texts to ids and images to pixels, as BAGEL's inferencer prepares them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.trajectory import ImageSegment, TextSegment
+
+
+GENERATION_SYSTEM_PROMPT = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
+    "image here"
+)
+UNDERSTANDING_SYSTEM_PROMPT = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
+    "answer here"
+)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    if image.mode == "RGBA" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, (255, 255, 255))
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def resized_size(
+    width: int, height: int, max_size: int, min_size: int, stride: int, max_pixels: int | None = None
+) -> tuple[int, int]:
+    """
+    Width and height after BAGEL's resize: the long side at most `max_size`, the short one at least `min_size` where
+    that allows, both multiples of `stride`.
+
+    Args:
+        width, height (`int`): Of the image.
+        max_size, min_size, stride (`int`): Limits of the transform, in pixels.
+        max_pixels (`int`, *optional*): Largest area; unlike the reference, the area is met, not undershot.
+    """
+
+    def snap(scale: float, width: int, height: int) -> tuple[int, int]:
+        sides = (round(width * scale), round(height * scale))
+        return tuple(max(stride, round(side / stride) * stride) for side in sides)
+
+    scale = min(max_size / max(width, height), 1.0)
+    scale = max(scale, min_size / min(width, height))
+    new_width, new_height = snap(scale, width, height)
+    if max_pixels is not None and new_width * new_height > max_pixels:
+        new_width, new_height = snap((max_pixels / (new_width * new_height)) ** 0.5, new_width, new_height)
+    if max(new_width, new_height) > max_size:
+        new_width, new_height = snap(max_size / max(new_width, new_height), new_width, new_height)
+    return new_width, new_height
+
+
+def image_to_tensor(image: Image.Image) -> torch.Tensor:
+    """Pixels `(3, height, width)` in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return (pixels.permute(2, 0, 1) / 255 - 0.5) / 0.5
+
+
+def tensor_to_image(pixels: torch.Tensor) -> Image.Image:
+    """Pixels `(3, height, width)` in [-1, 1] to an image; values are truncated to eight bits, as the reference does."""
+    pixels = (pixels.float().cpu() * 0.5 + 0.5).clamp(0, 1) * 255
+    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+class BagelProcessor(ProcessorMixin):
+    """
+    Tokenizer and image transforms of BAGEL.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Texts to ids.
+        generation_system_prompt, understanding_system_prompt (`str`, *optional*):
+            What makes the model think before it paints, or before it answers.
+        vae_max_size, vae_min_size, vae_stride (`int`, *optional*, defaults to `1024`, `512`, `16`):
+            Limits of the resize that every input image goes through.
+        vit_max_size, vit_min_size, vit_stride (`int`, *optional*, defaults to `980`, `224`, `14`):
+            Limits of the second resize, for the vision tower.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        generation_system_prompt: str = GENERATION_SYSTEM_PROMPT,
+        understanding_system_prompt: str = UNDERSTANDING_SYSTEM_PROMPT,
+        vae_max_size: int = 1024,
+        vae_min_size: int = 512,
+        vae_stride: int = 16,
+        vit_max_size: int = 980,
+        vit_min_size: int = 224,
+        vit_stride: int = 14,
+        **kwargs: Any,
+    ) -> None:
+        self.generation_system_prompt = generation_system_prompt
+        self.understanding_system_prompt = understanding_system_prompt
+        self.vae_max_size, self.vae_min_size, self.vae_stride = vae_max_size, vae_min_size, vae_stride
+        self.vit_max_size, self.vit_min_size, self.vit_stride = vit_max_size, vit_min_size, vit_stride
+        super().__init__(tokenizer, **kwargs)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text, without delimiters."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def text_segment(self, text: str) -> TextSegment:
+        return TextSegment(self.encode_text(text))
+
+    def resize_image(self, image: Image.Image) -> Image.Image:
+        """The resize that every input image goes through first."""
+        image = to_rgb(image)
+        size = resized_size(*image.size, self.vae_max_size, self.vae_min_size, self.vae_stride)
+        return image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
+
+    def vit_pixels(self, resized: Image.Image) -> torch.Tensor:
+        """Input `(3, height, width)` of the vision tower, from an image that [`resize_image`] has resized."""
+        size = resized_size(*resized.size, self.vit_max_size, self.vit_min_size, self.vit_stride)
+        return image_to_tensor(resized.resize(size, Image.Resampling.BICUBIC) if size != resized.size else resized)
+
+    @torch.no_grad()
+    def image_segment(self, image: Image.Image, model: Any, look: bool = True) -> ImageSegment:
+        """
+        An image as context.
+
+        Args:
+            image (`PIL.Image.Image`): Any size and mode.
+            model ([`BagelModel`]): Encodes it.
+            look (`bool`, *optional*, defaults to `True`): Whether the vision tower sees it too.
+        """
+        resized = self.resize_image(image)
+        pixels = image_to_tensor(resized)
+        latents = model.encode_images(pixels[None].to(model.device))[0].cpu()
+        grid = (resized.height // model.latent_downsample, resized.width // model.latent_downsample)
+        return ImageSegment(latents, grid, self.vit_pixels(resized) if look else None, image=resized)

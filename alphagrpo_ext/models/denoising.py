@@ -1,0 +1,142 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The denoising path of a group of samples: deterministic steps, and a window of stochastic ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.flow.timesteps import flow_timesteps
+from alphagrpo_ext.flow.transitions import TRANSITIONS, ode_step, transition
+from alphagrpo_ext.trajectory import DenoisingWindow
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.models.unified import UnifiedModel
+
+
+@dataclass(frozen=True)
+class DenoisingConfig:
+    """
+    How an image is painted.
+
+    Args:
+        num_timesteps (`int`, *optional*, defaults to `50`):
+            Points of the schedule; the network is evaluated `num_timesteps - 1` times.
+        timestep_shift (`float`, *optional*, defaults to `3.0`):
+            Shift of the schedule towards noise.
+        guidance ([`GuidanceConfig`], *optional*):
+            Classifier-free guidance.
+        sde_type (`str`, *optional*, defaults to `"flow_sde"`):
+            Stochastic transition inside the window, a name in `TRANSITIONS`.
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            Its noise level.
+        window_start (`int`, *optional*):
+            First stochastic step. `None` paints deterministically.
+        window_size (`int`, *optional*, defaults to `0`):
+            Number of stochastic steps.
+    """
+
+    num_timesteps: int = 50
+    timestep_shift: float = 3.0
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    sde_type: str = "flow_sde"
+    noise_level: float = 0.7
+    window_start: int | None = None
+    window_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps must be at least 2, but is {self.num_timesteps}")
+        if self.sde_type not in TRANSITIONS:
+            raise ValueError(f"unknown sde_type '{self.sde_type}', available: {', '.join(TRANSITIONS)}")
+        if self.window_start is not None and self.window_start + self.window_size > self.num_timesteps - 1:
+            raise ValueError(
+                f"a window of {self.window_size} steps from step {self.window_start} does not fit the "
+                f"{self.num_timesteps - 1} steps of num_timesteps={self.num_timesteps}"
+            )
+
+
+@torch.no_grad()
+def denoise(
+    model: UnifiedModel,
+    cache: Any,
+    noise: torch.Tensor,
+    grid: tuple[int, int],
+    config: DenoisingConfig,
+    transition_noise: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[DenoisingWindow | None]]:
+    """
+    Paint one image a sample.
+
+    Guidance branches run as one batch: the cache holds the rows of the full branch first, then those of the other
+    branches in the order of `BRANCHES`. Where a step needs fewer branches, only their rows are evaluated.
+
+    Args:
+        model ([`UnifiedModel`]): Predicts velocities.
+        cache: The model's cache with `branches * samples` rows.
+        noise (`torch.Tensor` of shape `(samples, tokens, channels)`): Initial state.
+        grid (`tuple[int, int]`): Rows and columns of tokens.
+        config ([`DenoisingConfig`]): Schedule, guidance and window.
+        transition_noise (`torch.Tensor` of shape `(samples, window_size, tokens, channels)`, *optional*):
+            Noise of the window's transitions; required with a window.
+
+    Returns:
+        `tuple[torch.Tensor, list[DenoisingWindow | None]]`: Clean latents `(samples, tokens, channels)`, fp32, and
+        the window of every sample.
+    """
+    num_samples = len(noise)
+    timesteps = flow_timesteps(config.num_timesteps, config.timestep_shift, device=noise.device)
+    start = config.window_start
+    window = range(0) if start is None else range(start, start + config.window_size)
+    latents = noise.float()
+    states, log_probs = [], []
+    for step in range(config.num_timesteps - 1):
+        t, t_next = timesteps[step], timesteps[step + 1]
+        guidance = config.guidance.at(t)
+        num_branches = len(guidance.branches)
+        velocities = model.predict_velocity(
+            cache.head(num_branches * num_samples), latents.repeat(num_branches, 1, 1), grid, t
+        )
+        velocity = guidance.guide(*velocities.float().chunk(num_branches))
+        if step not in window:
+            latents = ode_step(latents, velocity, t, t_next)
+            continue
+        output = transition(
+            config.sde_type,
+            latents,
+            velocity,
+            t,
+            t_next,
+            config.noise_level,
+            noise=transition_noise[:, step - start].to(noise.device),
+        )
+        states += [latents] if not states else []
+        latents = output.next_latents
+        states.append(latents)
+        log_probs.append(output.log_prob)
+    if not states:
+        return latents, [None] * num_samples
+    stacked, stacked_log_probs = torch.stack(states, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu()
+    times = timesteps[start : start + config.window_size + 1].cpu()
+    windows = [
+        DenoisingWindow(latents=stacked[i], timesteps=times, start=start, log_probs=stacked_log_probs[i])
+        for i in range(num_samples)
+    ]
+    return latents, windows

@@ -1,0 +1,147 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The contract that a unified multimodal model fulfils, so that rollout and trainer know no model family by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.registry import Registry
+from alphagrpo_ext.trajectory import Segment, Trajectory
+
+
+BRANCHES = ("full", "text_dropped", "image_dropped")
+"""Guidance branches: the whole context; the context without the last text; the context without images."""
+
+MODELS: Registry = Registry(
+    "model family", "alphagrpo_ext.models", {"bagel": "alphagrpo_ext.models.bagel.modeling_bagel:BagelModel"}
+)
+
+
+@dataclass
+class VelocityLayout:
+    """
+    Where the velocities of a packed forward belong: row `i` of `PackedOutput.velocities` is the velocity of
+    transition `step[i]` of the window of sampled image `image[i]`, predicted in guidance branch `branch[i]`.
+
+    Args:
+        image (`torch.Tensor` of shape `(copies,)`): Index into the sampled images with a window, in packing order.
+        step (`torch.Tensor` of shape `(copies,)`): Index of the transition in that image's window.
+        branch (`torch.Tensor` of shape `(copies,)`): Index into [`BRANCHES`].
+        mask (`torch.Tensor` of shape `(copies, max_tokens)`): False on padding.
+    """
+
+    image: torch.Tensor
+    step: torch.Tensor
+    branch: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class PackedBatch:
+    """
+    Whole trajectories as tensors.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`):
+            Keyword arguments of the model's forward.
+        score_trajectory, score_column (`torch.Tensor` of shape `(scores,)`):
+            Trajectory and position among its sampled tokens of every row of `PackedOutput.log_probs`.
+        velocities (`VelocityLayout`, *optional*):
+            `None` if no image of the batch has a window.
+        image_trajectory (`torch.Tensor` of shape `(images,)`):
+            Trajectory of every sampled image with a window.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    score_trajectory: torch.Tensor
+    score_column: torch.Tensor
+    velocities: VelocityLayout | None
+    image_trajectory: torch.Tensor
+
+
+@dataclass
+class PackedOutput:
+    """
+    Args:
+        log_probs, entropies (`torch.Tensor` of shape `(scores,)`): Of every sampled token, fp32.
+        velocities (`torch.Tensor` of shape `(copies, max_tokens, channels)`): Of every noised latent, fp32.
+    """
+
+    log_probs: torch.Tensor
+    entropies: torch.Tensor
+    velocities: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class SampledText:
+    """
+    Args:
+        token_ids (`list[list[int]]`): Sampled ids, the end token included where it was sampled.
+        log_probs (`list[list[float]]`): Of each id, under the temperature alone (before top-p and top-k).
+        ended (`list[bool]`): Whether each text ended by itself.
+    """
+
+    token_ids: list[list[int]]
+    log_probs: list[list[float]]
+    ended: list[bool]
+
+
+class UnifiedModel(ABC):
+    """
+    An AR-diffusion unified multimodal model as rollout and trainer see it.
+
+    `pack` and `forward` score whole trajectories with gradient; the other methods sample with a cache. Both must
+    give the same log-probabilities for the same weights.
+    """
+
+    latent_downsample: int
+    """Pixels per latent token, along one side."""
+
+    @abstractmethod
+    def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
+        """Tensors for one forward over whole trajectories, in every guidance branch that `guidance` needs."""
+
+    @abstractmethod
+    def forward(self, **inputs: torch.Tensor) -> PackedOutput:
+        """Log-probabilities and entropies of sampled tokens and velocities of noised latents, in one call."""
+
+    @abstractmethod
+    def prefill(self, contexts: Sequence[Sequence[Segment]], group_size: int, capacity: int) -> Any:
+        """A cache that holds every context once and gives `group_size` samples `capacity` slots of their own."""
+
+    @abstractmethod
+    def sample_text(self, cache: Any, uniforms: torch.Tensor, **sampling: Any) -> SampledText:
+        """Sample one text a row and leave it in the cache."""
+
+    @abstractmethod
+    def predict_velocity(
+        self, cache: Any, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Velocity of `latents` `(rows, tokens, channels)` given each row's cache, which is read and not changed."""
+
+    @abstractmethod
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels `(batch, 3, height, width)` in [-1, 1] to clean latents `(batch, tokens, channels)`."""
+
+    @abstractmethod
+    def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Latents `(batch, tokens, channels)` to pixels `(batch, 3, height, width)` in [-1, 1]."""

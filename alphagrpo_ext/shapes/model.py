@@ -1,0 +1,111 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The tiny BAGEL of the shapes world: its sizes, its tokenizer, its processor."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
+
+from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE
+from alphagrpo_ext.shapes.text import GENERATION_SYSTEM_PROMPT, UNDERSTANDING_SYSTEM_PROMPT, vocabulary
+
+
+PATCH_SIZE = 4
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<unk>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the shapes world; words are separated by blanks."""
+    words = [*SPECIAL_TOKENS, *vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|vision_start|>", "<|vision_end|>"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> BagelProcessor:
+    """Every image of the shapes world has the same size, for the autoencoder and for the vision tower."""
+    limits = {
+        f"{tower}_{name}": value
+        for tower in ("vae", "vit")
+        for name, value in (("max_size", IMAGE_SIZE), ("min_size", IMAGE_SIZE), ("stride", PATCH_SIZE))
+    }
+    return BagelProcessor(
+        tokenizer=build_tokenizer(),
+        generation_system_prompt=GENERATION_SYSTEM_PROMPT,
+        understanding_system_prompt=UNDERSTANDING_SYSTEM_PROMPT,
+        **limits,
+    )
+
+
+def build_config(tokenizer: PreTrainedTokenizerFast) -> BagelConfig:
+    """
+    About two million parameters: BAGEL's architecture, two experts and all, over images of 6 x 6 latent tokens.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): Gives vocabulary and delimiters.
+    """
+    token_ids = tokenizer.get_vocab()
+    return BagelConfig(
+        text_config=Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        vision_config=SiglipVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        ),
+        vae_config={
+            "block_out_channels": [16, 32],
+            "layers_per_block": 1,
+            "latent_channels": 8,
+            "norm_num_groups": 8,
+            "scaling_factor": 1.0,
+            "shift_factor": 0.0,
+        },
+        latent_patch_size=2,
+        max_latent_size=IMAGE_SIZE // PATCH_SIZE,
+        bos_token_id=token_ids["<|im_start|>"],
+        eos_token_id=token_ids["<|im_end|>"],
+        image_start_token_id=token_ids["<|vision_start|>"],
+        image_end_token_id=token_ids["<|vision_end|>"],
+    )

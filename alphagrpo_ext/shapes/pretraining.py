@@ -1,0 +1,226 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the packaged checkpoint is taught: to plan and paint, to answer yes or no, and to repair a wrong image.
+
+Examples are deliberately imperfect: some images do not show what the prompt asks for, and some plans are wrong, so that
+the pretrained model errs in ways that a reward can correct.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.packing_bagel import BagelRow, collate_rows
+from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.shapes.prompts import (
+    PromptSpec,
+    quality_questions,
+    sample_pretraining_spec,
+    sample_prompt,
+    sample_scene,
+    sample_violation,
+    satisfies,
+    semantic_questions,
+)
+from alphagrpo_ext.shapes.judge import answer_questions
+from alphagrpo_ext.shapes.scene import BACKGROUNDS, CELLS, Scene, random_object, render, render_array
+from alphagrpo_ext.shapes.text import reflection, reflection_request, repair, thought
+
+
+@dataclass(frozen=True)
+class PretrainingMixture:
+    """
+    How many examples of each kind make a batch, and how wrong they are.
+
+    Args:
+        direct, thought, answer, reflection (`int`):
+            Text-to-image without thought, with thought, questions about an image, and repairs of a wrong image.
+        wrong_image (`float`, *optional*, defaults to `0.25`):
+            Share of text-to-image examples whose image has an error that prompt and thought have not.
+        wrong_thought (`float`, *optional*, defaults to `0.1`):
+            Share whose thought plans a wrong image, which is then painted as planned.
+        condition_dropout (`float`, *optional*, defaults to `0.1`):
+            Share of images painted without their text, which guidance needs.
+        noise_copies (`int`, *optional*, defaults to `2`):
+            Noised copies of an image, each at a time of its own, that share one context.
+    """
+
+    direct: int = 24
+    thought: int = 56
+    answer: int = 12
+    reflection: int = 18
+    wrong_image: float = 0.25
+    wrong_thought: float = 0.1
+    condition_dropout: float = 0.1
+    noise_copies: int = 2
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Blocks before the painted image: strings are texts, scenes are images; `learned` marks the text with a loss."""
+
+    context: tuple[str | Scene, ...]
+    learned: str | None
+    target: Scene | None
+
+
+def _painting(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture, think: bool) -> _Example:
+    spec = sample_pretraining_spec(rng)
+    right = sample_scene(spec, rng)
+    planned = sample_violation(right, spec, rng) if think and rng.random() < mixture.wrong_thought else right
+    painted = sample_violation(planned, spec, rng) if rng.random() < mixture.wrong_image else planned
+    system = (processor.generation_system_prompt,) if think else ()
+    if rng.random() < mixture.condition_dropout:
+        return _Example(system, None, painted)
+    prompt = sample_prompt(spec, rng)
+    return _Example((*system, prompt), thought(planned) if think else None, painted)
+
+
+def _questions(spec: PromptSpec) -> list[dict[str, str]]:
+    return [*semantic_questions(spec), *quality_questions()[:1]]
+
+
+def _answering(rng: random.Random) -> _Example:
+    """A question about an image that is right for the prompt half of the time, with the answer `yes` or `no`."""
+    spec = sample_pretraining_spec(rng)
+    shown = sample_scene(spec, rng)
+    if rng.random() < 0.5:
+        shown = sample_violation(shown, spec, rng)
+    elif rng.random() < 0.3:
+        shown = sample_scene(sample_pretraining_spec(rng), rng)
+    question = rng.choice(_questions(spec))["question"]
+    answer = answer_questions(render(shown), [question])[0]
+    return _Example((shown, question), "yes" if answer >= 0.5 else "no", None)
+
+
+def _reflecting(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture) -> _Example:
+    spec = sample_pretraining_spec(rng)
+    shown = sample_scene(spec, rng)
+    if rng.random() < 0.75:
+        shown = sample_violation(shown, spec, rng)
+    right = shown if satisfies(shown, spec) else repair(shown, spec, rng)
+    painted = sample_violation(right, spec, rng) if rng.random() < mixture.wrong_image else right
+    system, request = processor.generation_system_prompt, reflection_request(sample_prompt(spec, rng))
+    draw = rng.random()
+    if draw < mixture.condition_dropout / 2:
+        return _Example((system, shown), None, painted)
+    if draw < mixture.condition_dropout:
+        return _Example((system, request), None, painted)
+    return _Example((system, shown, request), reflection(shown, right), painted)
+
+
+def sample_examples(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture) -> list[_Example]:
+    return [
+        *(_painting(rng, processor, mixture, think=False) for _ in range(mixture.direct)),
+        *(_painting(rng, processor, mixture, think=True) for _ in range(mixture.thought)),
+        *(_answering(rng) for _ in range(mixture.answer)),
+        *(_reflecting(rng, processor, mixture) for _ in range(mixture.reflection)),
+    ]
+
+
+def scenes_of(examples: Sequence[_Example]) -> list[Scene]:
+    """All scenes that the examples show or paint, each once."""
+    blocks = [block for example in examples for block in (*example.context, example.target)]
+    return list(dict.fromkeys(block for block in blocks if isinstance(block, Scene)))
+
+
+def sample_random_scene(rng: random.Random) -> Scene:
+    """Zero to four objects anywhere, on any background: what the autoencoder must carry."""
+    cells = rng.sample(CELLS, rng.randint(0, 4))
+    return Scene(tuple(random_object(cell, rng) for cell in cells), rng.choice(list(BACKGROUNDS)))
+
+
+def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
+    """Pixels `(scenes, 3, height, width)` in [-1, 1]."""
+    pixels = torch.stack([torch.from_numpy(render_array(scene)) for scene in scenes])
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+
+
+@dataclass
+class PretrainingBatch:
+    """
+    Args:
+        inputs (`dict[str, torch.Tensor]`): Of [`collate_rows`].
+        text_index, text_targets (`torch.Tensor` of shape `(texts,)`):
+            Places in the flattened `input_ids` whose next token is learned, and that token.
+        velocity_index (`torch.Tensor` of shape `(copies, tokens)`): Places of noised latents.
+        velocity_targets (`torch.Tensor` of shape `(copies, tokens, channels)`): Noise minus image.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    text_index: torch.Tensor
+    text_targets: torch.Tensor
+    velocity_index: torch.Tensor
+    velocity_targets: torch.Tensor
+
+
+def build_batch(
+    examples: Sequence[_Example],
+    latents: dict[Scene, torch.Tensor],
+    grid: tuple[int, int],
+    processor: BagelProcessor,
+    config: BagelConfig,
+    mixture: PretrainingMixture,
+    generator: torch.Generator,
+) -> PretrainingBatch:
+    """
+    Lay examples out as rows.
+
+    Args:
+        examples: What to learn.
+        latents (`dict[Scene, torch.Tensor]`): Clean latents `(tokens, channels)` of every scene in the examples.
+        grid (`tuple[int, int]`): Rows and columns of latent tokens.
+        generator (`torch.Generator`): Draws times (logit-normal) and noise.
+    """
+    rows, texts, starts, targets = [], [], [], []
+    for index, example in enumerate(examples):
+        row = BagelRow(config)
+        for block in example.context:
+            if isinstance(block, str):
+                row.add_text(processor.encode_text(block))
+                continue
+            if example.target is not None:
+                row.add_latents(latents[block], grid)
+            row.add_pixels(scene_pixels([block])[0])
+        if example.learned is not None:
+            ids = processor.encode_text(example.learned)
+            start = row.add_text(ids)
+            labels = [*ids, config.eos_token_id]
+            texts += [(index, start + offset, label) for offset, label in enumerate(labels)]
+        if example.target is not None:
+            clean = latents[example.target]
+            for _ in range(mixture.noise_copies):
+                time = float(torch.sigmoid(torch.randn((), generator=generator)))
+                noise = torch.randn(clean.shape, generator=generator)
+                noised = (1 - time) * clean + time * noise
+                starts.append((index, row.add_latents(noised, grid, time, noised=True)))
+                targets.append(noise - clean)
+        rows.append(row)
+    inputs = collate_rows(rows, config)
+    text = torch.tensor(texts)
+    width, gen_width = inputs["input_ids"].shape[1], inputs["latents"].shape[1]
+    starts = torch.tensor(starts)
+    return PretrainingBatch(
+        inputs=inputs,
+        text_index=text[:, 0] * width + text[:, 1],
+        text_targets=text[:, 2],
+        velocity_index=(starts[:, 0] * gen_width + starts[:, 1])[:, None] + torch.arange(grid[0] * grid[1]),
+        velocity_targets=torch.stack(targets),
+    )

@@ -1,0 +1,206 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is said about scenes: plans before drawing, reflections on a flawed image, and the words all texts use."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+from .prompts import (
+    CATEGORIES,
+    SPLITS,
+    PromptSpec,
+    holds,
+    prompts_of,
+    quality_questions,
+    semantic_questions,
+    specs_of,
+)
+from .scene import BACKGROUNDS, CELLS, COLORS, COLUMNS, ROWS, SHAPES, Scene, SceneObject, random_object
+
+
+GENERATION_SYSTEM_PROMPT = "plan first , then draw ."
+UNDERSTANDING_SYSTEM_PROMPT = "look , then answer ."
+
+_REFLECTION_REQUEST = "the request was : {prompt} . what is wrong ? repaint it ."
+_MAX_NAMED_DIFFERENCES = 2
+
+
+def thought(scene: Scene) -> str:
+    """The plan of a scene, e.g. `"<think> white : red circle top left , blue square bottom right </think>"`."""
+    return f"<think> {_plan(scene)} </think>"
+
+
+def parse_thought(text: str) -> Scene | None:
+    r"""
+    Read the plan of a thought or of a reflection. Text around the `<think>` block does not matter.
+
+    Args:
+        text (`str`):
+            Text that holds one `<think> ... </think>` block.
+
+    Returns:
+        `Scene` or `None`: The planned scene with objects centered in their cells, or `None` where the text is not in
+        the grammar or plans an impossible scene.
+    """
+    words = text.split()
+    if words.count("<think>") != 1 or words.count("</think>") != 1:
+        return None
+    words = words[words.index("<think>") + 1 : words.index("</think>")]
+    if "plan" in words:
+        words = words[words.index("plan") + 2 :]
+    if len(words) < 3 or words[0] not in BACKGROUNDS or words[1] != ":":
+        return None
+    if words[2:] == ["nothing"]:
+        return Scene((), words[0])
+    objects = [_parse_object(part.split()) for part in " ".join(words[2:]).split(" , ")]
+    if None in objects:
+        return None
+    try:
+        return Scene(tuple(objects), words[0])
+    except ValueError:
+        return None
+
+
+def reflection_request(prompt: str) -> str:
+    """The turn that asks for a refinement of the image that was drawn for `prompt`."""
+    return _REFLECTION_REQUEST.format(prompt=prompt)
+
+
+def reflection(wrong: Scene, right: Scene) -> str:
+    r"""
+    Name what is wrong with an image, then plan the repaired one, in at most 45 words.
+
+    Args:
+        wrong (`Scene`):
+            What the image shows.
+        right (`Scene`):
+            What it shall show.
+
+    Returns:
+        `str`: E.g. `"<think> wrong : red circle top left must be blue ; plan : white : blue circle top left
+        </think>"`. It names two differences at most; offsets within cells do not count.
+    """
+    differences = _differences(wrong, right)[:_MAX_NAMED_DIFFERENCES]
+    verdict = f"wrong : {' , '.join(differences)}" if differences else "nothing wrong"
+    return f"<think> {verdict} ; plan : {_plan(right)} </think>"
+
+
+def repair(wrong: Scene, spec: PromptSpec, rng: random.Random) -> Scene:
+    r"""
+    The scene that satisfies `spec` and keeps as much of `wrong` as possible.
+
+    Objects are kept, then recolored or reshaped, then moved, then added; what is left over is removed.
+
+    Args:
+        wrong (`Scene`):
+            The scene to repair.
+        spec (`PromptSpec`):
+            What it shall satisfy.
+        rng (`random.Random`):
+            Source of randomness for what `spec` leaves open and `wrong` does not settle.
+
+    Returns:
+        `Scene`: The repaired scene; equal to `wrong` if that already satisfies `spec`.
+    """
+    requests = spec.requested
+    kept: list[SceneObject | None] = [None] * len(requests)
+    available = list(wrong.objects)
+    for max_changes, (index, request) in itertools.product(range(3), enumerate(requests)):
+        for obj in available if kept[index] is None else ():
+            repainted = replace(obj, shape=request.shape, color=request.color or obj.color)
+            if (repainted.shape != obj.shape) + (repainted.color != obj.color) <= max_changes:
+                kept[index] = repainted
+                available.remove(obj)
+                break
+
+    cells = _place([obj and obj.cell for obj in kept], spec.relation, rng)
+    objects = tuple(
+        replace(obj, row=cell[0], col=cell[1]) if obj else random_object(cell, rng, request.shape, request.color)
+        for obj, cell, request in zip(kept, cells, requests, strict=True)
+    )
+    return Scene(objects, spec.background)
+
+
+def vocabulary() -> list[str]:
+    """The sorted set of all words that any text of the shapes world can hold."""
+    return list(_vocabulary())
+
+
+@cache
+def _vocabulary() -> tuple[str, ...]:
+    texts = [GENERATION_SYSTEM_PROMPT, UNDERSTANDING_SYSTEM_PROMPT, reflection_request(""), "yes no"]
+    texts += ["<think> wrong : missing extra must be background nothing wrong ; plan : , </think>"]
+    texts += [*BACKGROUNDS, *COLORS, *SHAPES, *ROWS, *COLUMNS]
+    texts += [row["question"] for row in quality_questions()]
+    for category, split in itertools.product(CATEGORIES, SPLITS):
+        for spec in specs_of(category, split):
+            texts += prompts_of(spec)
+            texts += [row["question"] for row in semantic_questions(spec)]
+    return tuple(sorted({word for text in texts for word in text.split()}))
+
+
+def _plan(scene: Scene) -> str:
+    return f"{scene.background} : {' , '.join(map(_name, scene.objects)) or 'nothing'}"
+
+
+def _name(obj: SceneObject) -> str:
+    return f"{obj.color} {obj.shape} {ROWS[obj.row]} {COLUMNS[obj.col]}"
+
+
+def _parse_object(words: list[str]) -> SceneObject | None:
+    if len(words) != 4:
+        return None
+    color, shape, row, column = words
+    if color not in COLORS or shape not in SHAPES or row not in ROWS or column not in COLUMNS:
+        return None
+    return SceneObject(ROWS.index(row), COLUMNS.index(column), shape, color)
+
+
+def _differences(wrong: Scene, right: Scene) -> list[str]:
+    centered = [{replace(obj, dy=1, dx=1) for obj in scene.objects} for scene in (wrong, right)]
+    surplus, lacking = sorted(centered[0] - centered[1]), sorted(centered[1] - centered[0])
+    repainted, moved = [], []
+    # An object that only moved is said to be moved, even if the cell it left was filled by another one.
+    for obj in list(surplus):
+        target = next((other for other in lacking if (other.shape, other.color) == (obj.shape, obj.color)), None)
+        if target is not None:
+            moved.append(f"{_name(obj)} must be {ROWS[target.row]} {COLUMNS[target.col]}")
+            surplus.remove(obj)
+            lacking.remove(target)
+    for obj in list(surplus):
+        target = next((other for other in lacking if other.cell == obj.cell), None)
+        if target is not None:
+            changes = [target.color] * (target.color != obj.color) + [target.shape] * (target.shape != obj.shape)
+            repainted.append(f"{_name(obj)} must be {' '.join(changes)}")
+            surplus.remove(obj)
+            lacking.remove(target)
+    background = [f"background must be {right.background}"] * (wrong.background != right.background)
+    extra, missing = [f"extra {_name(obj)}" for obj in surplus], [f"missing {_name(obj)}" for obj in lacking]
+    return [*background, *extra, *missing, *repainted, *moved]
+
+
+def _place(cells: list[tuple[int, int] | None], relation: str | None, rng: random.Random) -> Sequence[tuple[int, int]]:
+    """Give every object a cell: its own where it has one and the relation allows, else a random free one."""
+    if relation is None:
+        free = [cell for cell in CELLS if cell not in cells]
+        rng.shuffle(free)
+        return [cell or free.pop() for cell in cells]
+    pairs = [pair for pair in itertools.permutations(CELLS, 2) if holds(relation, *pair)]
+    return min(pairs, key=lambda pair: (sum(a != b for a, b in zip(cells, pair, strict=True)), rng.random()))

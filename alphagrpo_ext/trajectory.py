@@ -1,0 +1,144 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The one data structure that is passed along: what a policy was given, and what it did.
+
+A trajectory is a list of segments in the order in which the model sees them. A segment is text or an image, and is
+either *given* (context) or *sampled* (an action that gets a policy gradient).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass
+class TextSegment:
+    """
+    Text, as the exact token ids that the model reads or has sampled. It is never decoded and encoded again.
+
+    Args:
+        token_ids (`list[int]`):
+            Ids without the delimiters that a model family puts around a text. A sampled text that ended by itself
+            carries its end token as the last id; one that was cut off at the length limit does not.
+        sampled (`bool`, *optional*, defaults to `False`):
+            Whether the policy sampled these ids.
+        ended (`bool`, *optional*, defaults to `True`):
+            For a sampled text, whether the last id is the end token.
+        log_probs (`list[float]`, *optional*):
+            Log-probability of every sampled id at rollout time, under the sampling temperature.
+    """
+
+    token_ids: list[int]
+    sampled: bool = False
+    ended: bool = True
+    log_probs: list[float] | None = None
+
+    @property
+    def content_ids(self) -> list[int]:
+        """The ids without the end token: what stands between the delimiters when later segments look back."""
+        return self.token_ids[:-1] if self.sampled and self.ended else self.token_ids
+
+
+@dataclass
+class DenoisingWindow:
+    """
+    The part of a denoising path that was sampled by a stochastic transition, and so is an action.
+
+    Args:
+        latents (`torch.Tensor` of shape `(K + 1, tokens, channels)`):
+            The states, in fp32: a lower precision moves the ratio outside the clip range.
+        timesteps (`torch.Tensor` of shape `(K + 1,)`):
+            Times of the states, falling from 1 (noise) towards 0 (image).
+        start (`int`):
+            Index of the first state in the schedule.
+        log_probs (`torch.Tensor` of shape `(K,)`):
+            Mean log-probability of each transition at rollout time.
+    """
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    start: int
+    log_probs: torch.Tensor
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps) - 1
+
+
+@dataclass
+class ImageSegment:
+    """
+    An image, as clean latents and, where the model looks at it, as pixels.
+
+    Args:
+        latents (`torch.Tensor` of shape `(tokens, channels)`):
+            Clean latents in the model's token layout, fp32.
+        grid (`tuple[int, int]`):
+            Rows and columns of latent tokens; their product is `tokens`.
+        pixel_values (`torch.Tensor` of shape `(3, height, width)`, *optional*):
+            The same image as input of the vision tower, in [-1, 1]. `None` if no later segment looks at it.
+        image (`PIL.Image.Image`, *optional*):
+            The image for judges and people.
+        sampled (`bool`, *optional*, defaults to `False`):
+            Whether the policy painted this image.
+        window (`DenoisingWindow`, *optional*):
+            For a sampled image, the stochastic part of its path. `None` if all of the path was deterministic.
+        guidance_contexts (`dict[str, list[Segment]]`, *optional*):
+            For a sampled image, the segments that each guidance branch but the full one sees before it.
+    """
+
+    latents: torch.Tensor
+    grid: tuple[int, int]
+    pixel_values: torch.Tensor | None = None
+    image: Image.Image | None = None
+    sampled: bool = False
+    window: DenoisingWindow | None = None
+    guidance_contexts: dict[str, list[Segment]] = field(default_factory=dict)
+
+
+Segment: TypeAlias = TextSegment | ImageSegment
+
+
+@dataclass
+class Trajectory:
+    """
+    One rollout.
+
+    Args:
+        segments (`list[Segment]`):
+            Given and sampled segments in the order in which the model sees them.
+    """
+
+    segments: list[Segment]
+
+    @property
+    def sampled_texts(self) -> list[TextSegment]:
+        return [segment for segment in self.segments if isinstance(segment, TextSegment) and segment.sampled]
+
+    @property
+    def sampled_images(self) -> list[ImageSegment]:
+        return [segment for segment in self.segments if isinstance(segment, ImageSegment) and segment.sampled]
+
+    @property
+    def final_image(self) -> Image.Image | None:
+        """The last image that the policy painted."""
+        return self.sampled_images[-1].image if self.sampled_images else None

@@ -1,0 +1,235 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Make the packaged checkpoint `bagel-shapes` from a seed: train a tiny autoencoder, then a tiny BAGEL on rendered scenes.
+
+```bash
+accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --output_dir runs/bagel-shapes
+```
+
+One thread a process is fastest on a CPU, and `--multi_gpu` is how `accelerate launch` starts several processes there.
+A run that was stopped continues where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from tqdm import trange
+from transformers import get_cosine_schedule_with_warmup
+from trl import TrlParser
+
+from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
+from alphagrpo_ext.models.bagel.packing_bagel import visibility_mask
+from alphagrpo_ext.shapes.model import build_config, build_processor
+from alphagrpo_ext.shapes.pretraining import (
+    PretrainingBatch,
+    PretrainingMixture,
+    build_batch,
+    sample_examples,
+    sample_random_scene,
+    scene_pixels,
+    scenes_of,
+)
+
+
+@dataclass
+class PretrainingArguments:
+    """Arguments of the pretraining of `bagel-shapes`."""
+
+    output_dir: str = field(default="runs/bagel-shapes", metadata={"help": "Where checkpoint and state are written."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, scenes, times and noise."})
+    vae_steps: int = field(default=1200, metadata={"help": "Optimizer steps of the autoencoder."})
+    vae_batch_size: int = field(default=64, metadata={"help": "Scenes in a batch of the autoencoder."})
+    vae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the autoencoder."})
+    steps: int = field(default=1200, metadata={"help": "Optimizer steps of the model."})
+    learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the model."})
+    warmup_steps: int = field(default=50, metadata={"help": "Steps in which the learning rate rises."})
+    decay_fraction: float = field(default=0.35, metadata={"help": "Last part of the run, in which it falls to 0."})
+    text_weight: float = field(default=0.5, metadata={"help": "Weight of the text loss beside the image loss."})
+    ema_decay: float = field(default=0.996, metadata={"help": "Decay of the averaged weights that are saved."})
+    save_steps: int = field(default=100, metadata={"help": "Steps between two saved states."})
+    bf16: bool = field(default=True, metadata={"help": "Whether to train under bfloat16 autocast."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be in [0, 1], but is {self.decay_fraction}")
+        if self.steps < 1 or self.save_steps < 1:
+            raise ValueError(f"steps and save_steps must be positive, but are {self.steps} and {self.save_steps}")
+
+
+def train_autoencoder(model: BagelModel, args: PretrainingArguments) -> float:
+    """Train the autoencoder in place and set its scale and shift, so that latents have mean 0 and variance 1."""
+    rng = random.Random(f"vae-{args.seed}")
+    vae = model.vae.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.vae_steps // 20, args.vae_steps)
+    progress = trange(args.vae_steps, desc="autoencoder")
+    for _ in progress:
+        pixels = scene_pixels([sample_random_scene(rng) for _ in range(args.vae_batch_size)])
+        posterior = vae.encode(pixels).latent_dist
+        reconstruction = vae.decode(posterior.sample()).sample
+        error = F.mse_loss(reconstruction, pixels)
+        loss = error + 1e-5 * posterior.kl().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        progress.set_postfix(mse=f"{error.item():.5f}")
+    vae.requires_grad_(False).eval()
+    with torch.no_grad():
+        latents = vae.encode(scene_pixels([sample_random_scene(rng) for _ in range(512)])).latent_dist.mean
+    settings = {"shift_factor": latents.mean().item(), "scaling_factor": 1 / latents.std().item()}
+    vae.register_to_config(**settings)
+    model.config.vae_config.update(settings)
+    return error.item()
+
+
+class PretrainingLoss(nn.Module):
+    """Cross-entropy of learned texts and mean squared error of velocities, over micro-batches of like rows."""
+
+    def __init__(self, model: BagelModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches: list[PretrainingBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+        text_loss, image_loss = 0.0, 0.0
+        for batch in batches:
+            positions = batch.inputs["positions"]
+            und, gen = self.model.embed_rows(batch.inputs)
+            mask = visibility_mask(positions, batch.inputs["blocks"], batch.inputs["noised"])
+            und, gen = self.model.language_model.model(und, gen, positions, mask)
+            logits = self.model.language_model.lm_head(und.flatten(0, 1)[batch.text_index])
+            text_loss += F.cross_entropy(logits.float(), batch.text_targets, reduction="sum")
+            velocities = self.model.llm2vae(gen.flatten(0, 1)[batch.velocity_index])
+            image_loss += F.mse_loss(velocities.float(), batch.velocity_targets, reduction="sum")
+        num_texts = sum(len(batch.text_targets) for batch in batches)
+        num_values = sum(batch.velocity_targets.numel() for batch in batches)
+        return text_loss / num_texts, image_loss / num_values
+
+
+def learning_rate_factor(step: int, args: PretrainingArguments) -> float:
+    """Linear rise, plateau, linear fall to 0."""
+    rise = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+    decay_steps = max(1, int(args.steps * args.decay_fraction))
+    return rise * min(1.0, (args.steps - step) / decay_steps)
+
+
+def save_state(path: Path, step: int, model: BagelModel, average: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Write everything that a resumed run needs; a run that is killed meanwhile keeps the previous state."""
+    state = {"step": step, "model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
+    state["vae_config"] = dict(model.config.vae_config)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def export(folder: Path, model: BagelModel, average: dict, args: PretrainingArguments) -> None:
+    """Save the averaged weights as a checkpoint: the autoencoder in fp32, everything else in bf16."""
+    exported = BagelModel(model.config)
+    exported.load_state_dict({**model.state_dict(), **average})
+    for name, module in exported.named_children():
+        if name != "vae":
+            module.to(torch.bfloat16)
+    exported.config.dtype = torch.bfloat16
+    exported.save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    (folder / "pretraining.json").write_text(json.dumps(asdict(args) | {"mixture": asdict(PretrainingMixture())}, indent=2))
+
+
+def main(args: PretrainingArguments) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
+    set_seed(args.seed)
+    output_dir, mixture = Path(args.output_dir), PretrainingMixture()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    processor = build_processor()
+    config = build_config(processor.tokenizer)
+    # Plain attention beats the fused kernel on a CPU at these lengths.
+    model = BagelModel._from_config(config, attn_implementation="eager")
+    nn.init.normal_(model.llm2vae.weight, std=config.text_config.initializer_range)
+    vae_path, state_path = output_dir / "autoencoder.pt", output_dir / "state.pt"
+    if accelerator.is_main_process and not vae_path.exists():
+        # The other processes wait, so their cores are free.
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(accelerator.num_processes * num_threads)
+        error = train_autoencoder(model, args)
+        torch.set_num_threads(num_threads)
+        torch.save({"vae": model.vae.state_dict(), "config": dict(config.vae_config), "mse": error}, vae_path)
+    accelerator.wait_for_everyone()
+    autoencoder = torch.load(vae_path, weights_only=True)
+    config.vae_config.update(autoencoder["config"])
+    model.vae.load_state_dict(autoencoder["vae"])
+    model.vae.register_to_config(
+        **{name: config.vae_config[name] for name in ("shift_factor", "scaling_factor")}
+    )
+    model.vae.requires_grad_(False)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    start = 0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        start, average = state["step"], state["average"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    loss_module = accelerator.prepare_model(PretrainingLoss(model).train())
+    side = config.max_latent_size
+    progress = trange(start, args.steps, initial=start, total=args.steps, disable=not accelerator.is_main_process)
+    for step in progress:
+        key = f"{args.seed}-{step}-{accelerator.process_index}"
+        rng, generator = random.Random(key), torch.Generator().manual_seed(random.Random(key).getrandbits(62))
+        examples = sample_examples(rng, processor, mixture)
+        scenes = scenes_of(examples)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            latents = dict(zip(scenes, model.encode_images(scene_pixels(scenes)), strict=True))
+        num_paintings = mixture.direct + mixture.thought
+        batches = [
+            build_batch(part, latents, (side, side), processor, config, mixture, generator)
+            for part in (examples[:num_paintings], examples[num_paintings:])
+        ]
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * learning_rate_factor(step, args)
+        with accelerator.autocast():
+            text_loss, image_loss = loss_module(batches)
+        accelerator.backward(args.text_weight * text_loss + image_loss)
+        accelerator.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                average[name].lerp_(parameter, 1 - decay)
+        progress.set_postfix(text=f"{text_loss.item():.3f}", image=f"{image_loss.item():.4f}")
+        if accelerator.is_main_process and ((step + 1) % args.save_steps == 0 or step + 1 == args.steps):
+            save_state(state_path, step + 1, model, average, optimizer)
+            export(output_dir / "checkpoint", model, average, args)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser((PretrainingArguments,)).parse_args_and_config()
+    main(arguments)

@@ -1,0 +1,102 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From the answers about one image to its reward. Pure functions of P(yes) values."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from alphagrpo_ext.registry import Registry
+
+
+AGGREGATIONS = Registry("aggregation", "alphagrpo_ext.aggregations")
+
+
+@AGGREGATIONS.register("geometric")
+def geometric(semantic: Sequence[float], quality: Sequence[float]) -> float:
+    """`sqrt(mean(semantic) * mean(quality))`, the reward of https://huggingface.co/papers/2605.12495."""
+    return math.sqrt(fmean(semantic) * fmean(quality))
+
+
+@AGGREGATIONS.register("mean")
+def mean(semantic: Sequence[float], quality: Sequence[float]) -> float:
+    """The mean of the two means: both sides weigh the same, however many questions they have."""
+    return (fmean(semantic) + fmean(quality)) / 2
+
+
+@AGGREGATIONS.register("pooled")
+def pooled(semantic: Sequence[float], quality: Sequence[float]) -> float:
+    """The mean over all questions: every question weighs the same."""
+    return fmean([*semantic, *quality])
+
+
+def aggregate(
+    semantic: Sequence[float | None], quality: Sequence[float | None], aggregation: str = "geometric"
+) -> float | None:
+    """
+    Reward of one image.
+
+    Args:
+        semantic (`Sequence[float | None]`):
+            P(yes) of the semantic questions, in [0, 1]; `None` where the judge gave no answer.
+        quality (`Sequence[float | None]`):
+            P(yes) of the quality questions, likewise.
+        aggregation (`str`, *optional*, defaults to `"geometric"`):
+            Name in `AGGREGATIONS`: `"geometric"`, `"mean"` or `"pooled"`. When one of the two sequences is empty, the
+            mean of the other is the reward, whatever the aggregation.
+
+    Returns:
+        `float` or `None`: The reward in [0, 1], or `None` if any answer is missing.
+
+    Raises:
+        `ValueError`: If both sequences are empty, or if the aggregation is unknown.
+    """
+    combine = AGGREGATIONS.get(aggregation)
+    if not _all_answered(semantic, quality):
+        return None
+    if not semantic or not quality:
+        return fmean([*semantic, *quality])
+    return combine(semantic, quality)
+
+
+def strict_pass(
+    semantic: Sequence[float | None], quality: Sequence[float | None], threshold: float = 0.5
+) -> bool | None:
+    """
+    Whether every question is answered with yes, i.e. `P(yes) >= threshold`.
+
+    Args:
+        semantic (`Sequence[float | None]`):
+            P(yes) of the semantic questions, in [0, 1]; `None` where the judge gave no answer.
+        quality (`Sequence[float | None]`):
+            P(yes) of the quality questions, likewise.
+        threshold (`float`, *optional*, defaults to `0.5`):
+            What P(yes) has to reach.
+
+    Returns:
+        `bool` or `None`: `None` if any answer is missing.
+
+    Raises:
+        `ValueError`: If both sequences are empty.
+    """
+    if not _all_answered(semantic, quality):
+        return None
+    return all(answer >= threshold for answer in [*semantic, *quality])
+
+
+def _all_answered(semantic: Sequence[float | None], quality: Sequence[float | None]) -> bool:
+    if not semantic and not quality:
+        raise ValueError("semantic and quality are both empty: an image without questions has no reward")
+    return None not in semantic and None not in quality

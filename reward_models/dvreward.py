@@ -1,0 +1,288 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""DVReward: decompositional verifiable reward, as a reward function for TRL and as a scorer for evaluation."""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+
+from .aggregation import AGGREGATIONS, aggregate, strict_pass
+from .judges import JUDGES, Judge
+from .questions import PromptRecord, from_row
+
+
+logger = logging.getLogger(__name__)
+
+PASS_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    How one image did.
+
+    Args:
+        reward (`float` or `None`):
+            The reward in [0, 1]; `None` if the image could not be scored.
+        semantic (`tuple[float | None, ...]`):
+            P(yes) of the valid semantic questions, in their order; `None` where there is no answer.
+        quality (`tuple[float | None, ...]`):
+            P(yes) of the valid quality questions, likewise.
+        strict_pass (`bool` or `None`):
+            Whether every answer is yes; `None` if the image could not be scored.
+    """
+
+    reward: float | None
+    semantic: tuple[float | None, ...]
+    quality: tuple[float | None, ...]
+    strict_pass: bool | None
+
+
+class DVReward:
+    """
+    Decompositional verifiable reward (https://huggingface.co/papers/2605.12495). A judge answers atomic yes/no
+    questions about an image; the reward is built from its P(yes), by default
+    `sqrt(mean semantic P(yes) * mean quality P(yes))`.
+
+    An instance is an asynchronous reward function for TRL, which reads the dataset columns `semantic_questions` and
+    `quality_questions` and the images of the rollout.
+
+    Args:
+        judge ([`Judge`] or `str`):
+            Who answers, or a name in `JUDGES` of a judge that needs no arguments.
+        aggregation (`str`, *optional*, defaults to `"geometric"`):
+            How answers make a reward: `"geometric"`, `"mean"` or `"pooled"`. See [`aggregate`].
+        max_concurrency (`int`, *optional*, defaults to `64`):
+            How many images are with the judge at once. Holds across concurrent calls in one event loop.
+        timeout (`float`, *optional*):
+            Seconds that the judge has for one image, after which the image is not scored. `None` waits forever.
+        name (`str`, *optional*, defaults to `"dvreward"`):
+            Name of the reward function, and prefix of its metrics.
+
+    Example:
+
+    ```python
+    >>> trainer = AlphaGRPOTrainer(..., reward_funcs=DVReward("shapes"))
+    ```
+    """
+
+    def __init__(
+        self,
+        judge: Judge | str,
+        aggregation: str = "geometric",
+        max_concurrency: int = 64,
+        timeout: float | None = None,
+        name: str = "dvreward",
+    ):
+        if isinstance(judge, str):
+            judge = JUDGES.get(judge)()
+        if not isinstance(judge, Judge):
+            raise ValueError(f"judge must be a Judge or the name of one, got {judge!r}")
+        if max_concurrency < 1:
+            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be positive or None, got {timeout}")
+        AGGREGATIONS.get(aggregation)
+        self.judge = judge
+        self.aggregation = aggregation
+        self.max_concurrency = max_concurrency
+        self.timeout = timeout
+        self.__name__ = name
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._slots: asyncio.Semaphore | None = None
+        self._logged_errors: set[type[Exception]] = set()
+
+    async def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any] | None = None,
+        *,
+        images: Sequence[Image.Image | Sequence[Image.Image] | None],
+        semantic_questions: Sequence[Any],
+        quality_questions: Sequence[Any],
+        log_extra: Callable[[str, list], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs,
+    ) -> list[float | None]:
+        """
+        Reward of each completion, as TRL calls it. All sequences have one entry per completion.
+
+        Args:
+            prompts, completions, completion_ids (`Sequence`):
+                As TRL passes them. Completions are not read: the image is what counts.
+            images (`Sequence`):
+                The image of each completion, bare or in a sequence of length 1. One without (`None` or an empty
+                sequence) is not scored.
+            semantic_questions, quality_questions (`Sequence`):
+                Questions of each completion, as in [`from_row`].
+            log_extra, log_metric (`Callable`, *optional*):
+                TRL's loggers. Metrics: the means over scored images `semantic` and `quality`, the shares
+                `strict_pass` (of scored images) and `failed_frac` (of all images), and for each tag the share of
+                answered questions whose answer is yes, e.g. `semantic/Count`.
+
+        Returns:
+            `list[float | None]`: Rewards in [0, 1]; `None` for an image that could not be scored.
+
+        Raises:
+            `ValueError`: If the arguments are malformed.
+        """
+        columns = {"images": images, "semantic_questions": semantic_questions, "quality_questions": quality_questions}
+        for column, values in columns.items():
+            if len(values) != len(prompts):
+                raise ValueError(f"{column} has {len(values)} entries for {len(prompts)} prompts")
+        records = [
+            from_row({"prompt": prompt, "semantic_questions": semantic, "quality_questions": quality}, f"sample {i}")
+            for i, (prompt, semantic, quality) in enumerate(
+                zip(prompts, semantic_questions, quality_questions, strict=True)
+            )
+        ]
+        scores = await self.score(images, records)
+        if log_metric is not None:
+            for metric, value in batch_metrics(scores, records).items():
+                log_metric(f"{self.__name__}/{metric}", value)
+        if log_extra is not None:
+            log_extra(f"{self.__name__}/semantic", [_mean(score.semantic) for score in scores])
+            log_extra(f"{self.__name__}/quality", [_mean(score.quality) for score in scores])
+        return [score.reward for score in scores]
+
+    async def score(
+        self, images: Sequence[Image.Image | Sequence[Image.Image] | None], records: Sequence[PromptRecord]
+    ) -> list[Score]:
+        """
+        Score images, each by the valid questions of its record.
+
+        Args:
+            images (`Sequence`):
+                One entry per record: an image, a sequence of length 1 with it, or `None` if there is none.
+            records (`Sequence[PromptRecord]`):
+                The questions.
+
+        Returns:
+            `list[Score]`: In the order of the images.
+
+        Raises:
+            `ValueError`: If the arguments are malformed.
+        """
+        if len(images) != len(records):
+            raise ValueError(f"images has {len(images)} entries for {len(records)} records")
+        images = [_single_image(image, f"images[{i}]") for i, image in enumerate(images)]
+        slots = self._current_slots()
+        return await asyncio.gather(
+            *(self._score_one(image, record, slots) for image, record in zip(images, records, strict=True))
+        )
+
+    def _current_slots(self) -> asyncio.Semaphore:
+        # A semaphore belongs to the event loop that first waits on it; evaluation may run in another than training.
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._slots = loop, asyncio.Semaphore(self.max_concurrency)
+        return self._slots
+
+    async def _score_one(self, image: Image.Image | None, record: PromptRecord, slots: asyncio.Semaphore) -> Score:
+        semantic, quality = record.valid_semantic_questions, record.valid_quality_questions
+        questions = [question.question for question in semantic + quality]
+        answers = (None,) * len(questions)
+        if image is not None:
+            async with slots:
+                answers = await self._ask(image, questions)
+        semantic_answers, quality_answers = answers[: len(semantic)], answers[len(semantic) :]
+        return Score(
+            reward=aggregate(semantic_answers, quality_answers, self.aggregation),
+            semantic=semantic_answers,
+            quality=quality_answers,
+            strict_pass=strict_pass(semantic_answers, quality_answers, PASS_THRESHOLD),
+        )
+
+    async def _ask(self, image: Image.Image, questions: list[str]) -> tuple[float | None, ...]:
+        try:
+            answers = await asyncio.wait_for(self.judge.answer(image, questions), self.timeout)
+            return _checked_answers(answers, len(questions))
+        except Exception as error:
+            self._log_once(error)
+            return (None,) * len(questions)
+
+    def _log_once(self, error: Exception) -> None:
+        if type(error) in self._logged_errors:
+            return
+        self._logged_errors.add(type(error))
+        logger.warning(
+            "%s could not judge an image, which gets no reward (%s: %s). Further errors of this type are not logged.",
+            type(self.judge).__name__,
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+
+
+def batch_metrics(scores: Sequence[Score], records: Sequence[PromptRecord]) -> dict[str, float]:
+    """
+    Summarise scores.
+
+    Args:
+        scores (`Sequence[Score]`):
+            Scores of a batch.
+        records (`Sequence[PromptRecord]`):
+            Their records.
+
+    Returns:
+        `dict[str, float]`: `failed_frac`, the share of images that were not scored; of those that were, the share
+        `strict_pass` and the mean P(yes) `semantic` and `quality`; and for each tag that has answers the share of
+        them that are yes, under `semantic/<tag>` or `quality/<tag>`. What has no data is left out.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    for score, record in zip(scores, records, strict=True):
+        values["failed_frac"].append(score.reward is None)
+        if score.reward is not None:
+            values["strict_pass"].append(score.strict_pass)
+        for side, answers, questions in (
+            ("semantic", score.semantic, record.valid_semantic_questions),
+            ("quality", score.quality, record.valid_quality_questions),
+        ):
+            if score.reward is not None and answers:
+                values[side].append(fmean(answers))
+            for answer, question in zip(answers, questions, strict=True):
+                if answer is not None:
+                    values[f"{side}/{question.tag}"].append(answer >= PASS_THRESHOLD)
+    return {metric: fmean(entries) for metric, entries in values.items()}
+
+
+def _single_image(image: Any, where: str) -> Image.Image | None:
+    if isinstance(image, (list, tuple)):
+        if len(image) > 1:
+            raise ValueError(f"{where} holds {len(image)} images; DVReward scores one image per completion")
+        image = image[0] if image else None
+    if image is not None and not isinstance(image, Image.Image):
+        raise ValueError(f"{where} must be a PIL image or None, got {type(image).__name__}")
+    return image
+
+
+def _checked_answers(answers: Sequence[float | None], count: int) -> tuple[float | None, ...]:
+    if len(answers) != count:
+        raise ValueError(f"the judge returned {len(answers)} answers for {count} questions")
+    for answer in answers:
+        if answer is not None and not 0.0 <= answer <= 1.0:
+            raise ValueError(f"the judge returned {answer}, which is not a probability")
+    return tuple(None if answer is None else float(answer) for answer in answers)
+
+
+def _mean(answers: Sequence[float | None]) -> float | None:
+    return fmean(answers) if answers and None not in answers else None

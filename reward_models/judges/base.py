@@ -1,0 +1,58 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The contract of judges, and the registry that names them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from PIL import Image
+
+from alphagrpo_ext.registry import Registry
+
+
+JUDGES = Registry("judge", "alphagrpo_ext.judges", {"shapes": "reward_models.judges.shapes:ShapesJudge"})
+
+
+class Judge(ABC):
+    """
+    Answers yes/no questions about images.
+
+    A judge fails in one of two ways. A question that it could not get an answer for, say because the network timed out
+    after its retries, is `None`. Anything worse may be raised: the caller logs it and treats the whole image as not
+    scored. A failure is never an answer of 0.
+
+    A judge is called for many images at once from one event loop. It may be used from another event loop later, so it
+    should not tie itself to one when it is created.
+    """
+
+    @abstractmethod
+    async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
+        """
+        Answer questions about one image.
+
+        Args:
+            image (`PIL.Image.Image`):
+                The image.
+            questions (`Sequence[str]`):
+                At least one yes/no question.
+
+        Returns:
+            `list[float | None]`: For each question P(yes) in [0, 1], or `None` where no answer could be had. A judge
+            without probabilities returns 0 and 1.
+        """
+
+    async def aclose(self) -> None:
+        """Release what the judge holds, e.g. network connections. The default does nothing."""
+        return
