@@ -156,7 +156,9 @@ def export(folder: Path, model: BagelModel, average: dict, args: PretrainingArgu
     exported.config.dtype = torch.bfloat16
     exported.save_pretrained(folder)
     build_processor().save_pretrained(folder)
-    (folder / "pretraining.json").write_text(json.dumps(asdict(args) | {"mixture": asdict(PretrainingMixture())}, indent=2))
+    (folder / "pretraining.json").write_text(
+        json.dumps(asdict(args) | {"mixture": asdict(PretrainingMixture())}, indent=2)
+    )
 
 
 def main(args: PretrainingArguments) -> None:
@@ -182,9 +184,7 @@ def main(args: PretrainingArguments) -> None:
     autoencoder = torch.load(vae_path, weights_only=True)
     config.vae_config.update(autoencoder["config"])
     model.vae.load_state_dict(autoencoder["vae"])
-    model.vae.register_to_config(
-        **{name: config.vae_config[name] for name in ("shift_factor", "scaling_factor")}
-    )
+    model.vae.register_to_config(**{name: config.vae_config[name] for name in ("shift_factor", "scaling_factor")})
     model.vae.requires_grad_(False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)

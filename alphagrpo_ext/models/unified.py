@@ -115,6 +115,10 @@ class UnifiedModel(ABC):
 
     latent_downsample: int
     """Pixels per latent token, along one side."""
+    latent_channels: int
+    """Values of one latent token."""
+    max_latent_size: int
+    """Largest number of latent tokens along one side of an image."""
 
     @abstractmethod
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
@@ -137,6 +141,10 @@ class UnifiedModel(ABC):
         self, cache: Any, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
     ) -> torch.Tensor:
         """Velocity of `latents` `(rows, tokens, channels)` given each row's cache, which is read and not changed."""
+
+    @abstractmethod
+    def image_slots(self, grid: tuple[int, int]) -> int:
+        """Cache slots that one image of latents takes."""
 
     @abstractmethod
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:

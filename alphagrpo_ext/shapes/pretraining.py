@@ -29,6 +29,7 @@ import torch
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
 from alphagrpo_ext.models.bagel.packing_bagel import BagelRow, collate_rows
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
     PromptSpec,
     quality_questions,
@@ -39,7 +40,6 @@ from alphagrpo_ext.shapes.prompts import (
     satisfies,
     semantic_questions,
 )
-from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.scene import BACKGROUNDS, CELLS, Scene, random_object, render, render_array
 from alphagrpo_ext.shapes.text import reflection, reflection_request, repair, thought
 

@@ -33,8 +33,8 @@ from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
 from alphagrpo_ext.models.bagel.checkpoint import load_released
 from alphagrpo_ext.models.bagel.modeling_bagel import sinusoidal_time_embedding
 from alphagrpo_ext.models.bagel.packing_bagel import BagelRow, collate_rows, grid_position_ids, patchify, unpatchify
-from alphagrpo_ext.models.bagel.processing_bagel import tensor_to_image
 from alphagrpo_ext.models.denoising import DenoisingConfig
+from alphagrpo_ext.models.pixels import tensor_to_image
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 from golden_io import Golden
 
@@ -45,7 +45,7 @@ EXCLUDED = {
     "ode/t2i_taylorseer/": "TaylorSeer is not supported",
     "batched/global/": "the reference takes one norm over the batch, so that samples influence each other",
 }
-# Recorded for packed batches, but not with what arguments: four points, text guidance, of the whole path.
+# The arguments of packed batches were not recorded; these are the ones that reproduce them.
 BATCHED_CONFIG = DenoisingConfig(num_timesteps=4, guidance=GuidanceConfig(text_scale=4.0, interval=(0.0, 1.0)))
 
 
@@ -162,7 +162,8 @@ def run_context(
                 rows.append(BagelRow(model.config, position=int(cache.positions)))
                 add_op(rows[-1], op, model, golden, f"{folder}/op{i}/noise")
                 model.extend(cache, rows[-1:])
-    embeddings, hidden, slots, start = [], [], [], 0
+    embeddings, hidden, slots = [], [], []
+    start = 0 if in_one_pass else cache.prefix_mask.shape[1]
     for row, (before, after) in zip(rows, calls, strict=True):
         before, after = join(*before)[0], join(*after)[0]
         for places in block_places(row):

@@ -85,9 +85,7 @@ class BagelGenerationMixin:
     """The sampling half of [`BagelModel`]."""
 
     @torch.no_grad()
-    def prefill(
-        self, contexts: Sequence[Sequence[Segment]], group_size: int = 1, capacity: int = 0
-    ) -> BagelCache:
+    def prefill(self, contexts: Sequence[Sequence[Segment]], group_size: int = 1, capacity: int = 0) -> BagelCache:
         """
         Run every context once.
 
@@ -223,9 +221,7 @@ class BagelGenerationMixin:
         return self.language_model.lm_head(und[:, 0])
 
     @staticmethod
-    def _collect_text(
-        sampled: torch.Tensor, log_probs: torch.Tensor, counted: torch.Tensor, eos: int
-    ) -> SampledText:
+    def _collect_text(sampled: torch.Tensor, log_probs: torch.Tensor, counted: torch.Tensor, eos: int) -> SampledText:
         lengths = counted.sum(dim=1).tolist()
         token_ids = [ids[:n] for ids, n in zip(sampled.tolist(), lengths, strict=True)]
         return SampledText(

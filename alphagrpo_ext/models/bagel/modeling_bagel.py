@@ -96,19 +96,17 @@ class BagelAttention(nn.Module):
             self.add_module(f"q_norm{suffix}", Qwen2RMSNorm(self.head_dim, eps=eps))
             self.add_module(f"k_norm{suffix}", Qwen2RMSNorm(self.head_dim, eps=eps))
 
-    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        # With the number spelled out, because an empty context has no elements to infer it from.
-        return states.unflatten(-1, (states.shape[-1] // self.head_dim, self.head_dim))
-
     def _und_qkv(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query = self.q_norm(self._split_heads(self.q_proj(hidden_states)))
-        key = self.k_norm(self._split_heads(self.k_proj(hidden_states)))
-        return query, key, self._split_heads(self.v_proj(hidden_states))
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape))
+        key = self.k_norm(self.k_proj(hidden_states).view(shape))
+        return query, key, self.v_proj(hidden_states).view(shape)
 
     def _gen_qkv(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query = self.q_norm_moe_gen(self._split_heads(self.q_proj_moe_gen(hidden_states)))
-        key = self.k_norm_moe_gen(self._split_heads(self.k_proj_moe_gen(hidden_states)))
-        return query, key, self._split_heads(self.v_proj_moe_gen(hidden_states))
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm_moe_gen(self.q_proj_moe_gen(hidden_states).view(shape))
+        key = self.k_norm_moe_gen(self.k_proj_moe_gen(hidden_states).view(shape))
+        return query, key, self.v_proj_moe_gen(hidden_states).view(shape)
 
     def forward(
         self,
@@ -306,7 +304,8 @@ class BagelPreTrainedModel(PreTrainedModel):
     base_model_prefix = "bagel"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer"]
-    _keep_in_fp32_modules_strict = ["vae"]
+    # Anchored, because this is searched for in names, and `vae2llm` and `llm2vae` are no part of the autoencoder.
+    _keep_in_fp32_modules_strict = [r"^vae\."]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -356,6 +355,14 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         )
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        # Loading replaces the parameters, and with them forgets that these are frozen.
+        model.vae.requires_grad_(False)
+        return loaded
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.language_model.model.embed_tokens
 
@@ -371,6 +378,14 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     @property
     def latent_downsample(self) -> int:
         return self.config.latent_downsample
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def max_latent_size(self) -> int:
+        return self.config.max_latent_size
 
     def freeze_vision_tower(self) -> None:
         """Exclude what only reads images (vision tower and connector) from training."""

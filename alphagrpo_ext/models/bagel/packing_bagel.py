@@ -169,6 +169,12 @@ def _pad(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
     return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
+def _pad_und(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
+    """Pads to at least one place, because attention refuses a batch of nothing but empty contexts."""
+    padded = _pad(tensors, value)
+    return padded if padded.shape[1] else padded.new_full((len(tensors), 1), value)
+
+
 def collate_rows(rows: Sequence[BagelRow], config: BagelConfig) -> dict[str, torch.Tensor]:
     """
     Pad rows to tensors.
@@ -181,12 +187,12 @@ def collate_rows(rows: Sequence[BagelRow], config: BagelConfig) -> dict[str, tor
         `vit_position_ids`, `vit_mask` `(images, patches)` and `vit_index` `(images, patches)` into the flattened
         `input_ids`.
     """
-    input_ids = _pad([torch.tensor(row.input_ids, dtype=torch.long) for row in rows])
+    input_ids = _pad_und([torch.tensor(row.input_ids, dtype=torch.long) for row in rows])
     und = [row.und.tensors() for row in rows]
     gen = [row.gen.tensors() for row in rows]
     fills = (0, PADDING_BLOCK, False)
     attributes = [
-        torch.cat([_pad([t[i] for t in und], fill), _pad([t[i] for t in gen], fill)], dim=1)
+        torch.cat([_pad_und([t[i] for t in und], fill), _pad([t[i] for t in gen], fill)], dim=1)
         for i, fill in enumerate(fills)
     ]
     inputs = dict(zip(("positions", "blocks", "noised"), attributes, strict=True), input_ids=input_ids)

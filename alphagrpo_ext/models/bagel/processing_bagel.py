@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.models.pixels import image_to_tensor, to_rgb
 from alphagrpo_ext.trajectory import ImageSegment, TextSegment
 
 
@@ -37,16 +37,6 @@ UNDERSTANDING_SYSTEM_PROMPT = (
     "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
     "answer here"
 )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white."""
-    if image.mode == "RGBA" or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, (255, 255, 255))
-        canvas.paste(image, mask=image.getchannel("A"))
-        return canvas
-    return image.convert("RGB")
 
 
 def resized_size(
@@ -74,18 +64,6 @@ def resized_size(
     if max(new_width, new_height) > max_size:
         new_width, new_height = snap(max_size / max(new_width, new_height), new_width, new_height)
     return new_width, new_height
-
-
-def image_to_tensor(image: Image.Image) -> torch.Tensor:
-    """Pixels `(3, height, width)` in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
-    return (pixels.permute(2, 0, 1) / 255 - 0.5) / 0.5
-
-
-def tensor_to_image(pixels: torch.Tensor) -> Image.Image:
-    """Pixels `(3, height, width)` in [-1, 1] to an image; values are truncated to eight bits, as the reference does."""
-    pixels = (pixels.float().cpu() * 0.5 + 0.5).clamp(0, 1) * 255
-    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 class BagelProcessor(ProcessorMixin):

@@ -1,0 +1,43 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Pictures to tensors and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    if image.mode == "RGBA" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, (255, 255, 255))
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def image_to_tensor(image: Image.Image) -> torch.Tensor:
+    """Pixels `(3, height, width)` in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return (pixels.permute(2, 0, 1) / 255 - 0.5) / 0.5
+
+
+def tensor_to_image(pixels: torch.Tensor) -> Image.Image:
+    """Pixels `(3, height, width)` in [-1, 1] to an image; values are truncated to eight bits, as the reference does."""
+    pixels = (pixels.float().cpu() * 0.5 + 0.5).clamp(0, 1) * 255
+    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())

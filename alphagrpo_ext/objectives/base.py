@@ -1,0 +1,172 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The contract of an image objective, and the velocities that it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.unified import PackedBatch, PackedOutput
+from alphagrpo_ext.registry import Registry
+from alphagrpo_ext.trajectory import Trajectory
+
+
+OBJECTIVES: Registry = Registry(
+    "image objective", "alphagrpo_ext.objectives", {"flow_grpo": "alphagrpo_ext.objectives.flow_grpo:FlowGRPO"}
+)
+
+
+@dataclass
+class ImageScores:
+    """
+    The trained transitions of a batch of sampled images, with the policy's guided velocities.
+
+    Args:
+        velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`): Guided, fp32, with gradient.
+        latents, next_latents (`torch.Tensor` of shape `(images, K, tokens, channels)`): States before and after.
+        t, t_next (`torch.Tensor` of shape `(images, K)`): Their times.
+        mask (`torch.Tensor` of shape `(images, 1, tokens)`): False on padding.
+        trajectory (`torch.Tensor` of shape `(images,)`): Which trajectory of the batch each image belongs to.
+    """
+
+    velocities: torch.Tensor
+    latents: torch.Tensor
+    next_latents: torch.Tensor
+    t: torch.Tensor
+    t_next: torch.Tensor
+    mask: torch.Tensor
+    trajectory: torch.Tensor
+
+    @classmethod
+    def from_packed(
+        cls,
+        trajectories: Sequence[Trajectory],
+        batch: PackedBatch,
+        output: PackedOutput,
+        guidance: GuidanceConfig,
+    ) -> ImageScores | None:
+        """
+        Guide the velocities of a packed forward and put them in order. `None` if there is nothing to score.
+
+        Args:
+            trajectories (`Sequence[Trajectory]`): What was packed.
+            batch ([`PackedBatch`]), output ([`PackedOutput`]): Layout and result of the forward.
+            guidance ([`GuidanceConfig`]): The guidance that the images were sampled with.
+        """
+        if batch.velocities is None:
+            return None
+        device = output.velocities.device
+        layout = batch.velocities
+        windows = [image.window for t in trajectories for image in t.sampled_images if image.window is not None]
+        num_steps = {window.num_steps for window in windows}
+        if len(num_steps) != 1:
+            raise ValueError(f"all windows of a batch must have the same number of steps, but they have {num_steps}")
+        # Row of each (branch, image, step) among the copies; -1 where a branch does not count at that time.
+        rows = torch.full((3, len(windows), num_steps.pop()), -1)
+        rows[layout.branch, layout.image, layout.step] = torch.arange(len(layout.image))
+        velocities = output.velocities[rows[0].to(device)]
+        mask = layout.mask[rows[0]][:, :1].to(device)
+        guided = (rows[1] >= 0).to(device)
+        if guided.any():
+            branches = [rows[i].to(device)[guided] for i in range(len(guidance.branches))]
+            image_mask = mask.expand(*guided.shape, -1)[guided]
+            velocities = velocities.index_put(
+                (guided,), guidance.guide(*(output.velocities[index] for index in branches), mask=image_mask)
+            )
+        num_tokens = velocities.shape[2]
+
+        def stack(states: Sequence[torch.Tensor]) -> torch.Tensor:
+            padded = [torch.nn.functional.pad(s, (0, 0, 0, num_tokens - s.shape[1])) for s in states]
+            return torch.stack(padded).to(device)
+
+        times = torch.stack([window.timesteps for window in windows]).to(device)
+        return cls(
+            velocities=velocities,
+            latents=stack([window.latents[:-1] for window in windows]),
+            next_latents=stack([window.latents[1:] for window in windows]),
+            t=times[:, :-1],
+            t_next=times[:, 1:],
+            mask=mask,
+            trajectory=batch.image_trajectory.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """
+    Settings that image objectives share.
+
+    Args:
+        sde_type (`str`): Transition that the window was sampled with.
+        noise_level (`float`): Its noise level.
+        epsilon (`float`): Clip range of the ratio.
+        beta (`float`): Weight of the regulariser towards the reference model.
+        kl_type (`str`): `"mean"` or `"velocity"`, what the regulariser compares.
+        advantage_clip (`float`): Largest absolute advantage.
+    """
+
+    sde_type: str = "flow_sde"
+    noise_level: float = 0.7
+    epsilon: float = 1e-5
+    beta: float = 0.0
+    kl_type: str = "mean"
+    advantage_clip: float = 5.0
+
+
+@dataclass
+class ObjectiveOutput:
+    """
+    Args:
+        loss (`torch.Tensor` of shape `(images,)`): Loss of every image, averaged over its trained steps.
+        metrics (`dict[str, torch.Tensor]`): Scalars, without gradient.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+class ImageObjective(ABC):
+    """
+    What turns advantages into a loss on velocities. Register one with `@OBJECTIVES.register("name")`.
+
+    Args:
+        config ([`ObjectiveConfig`]): Shared settings.
+    """
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def __call__(
+        self,
+        scores: ImageScores,
+        advantages: torch.Tensor,
+        old_velocities: torch.Tensor | None = None,
+        ref_velocities: torch.Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """
+        Args:
+            scores ([`ImageScores`]): The current policy on the batch.
+            advantages (`torch.Tensor` of shape `(images,)`): Of each image's trajectory.
+            old_velocities (`torch.Tensor`, *optional*):
+                Guided velocities of the policy that sampled, of the shape of `scores.velocities`. `None` means that it
+                is the current one.
+            ref_velocities (`torch.Tensor`, *optional*): Guided velocities of the reference model.
+        """

@@ -1,0 +1,207 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The multimodal rollout generator: from dataset rows to trajectories, with the current policy."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.models.denoising import DenoisingConfig, denoise
+from alphagrpo_ext.models.pixels import tensor_to_image
+from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.rollout.task import Task, TaskContexts
+from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """
+    How trajectories are sampled.
+
+    Args:
+        height, width (`int`):
+            Size of painted images, in pixels.
+        max_new_tokens (`int`, *optional*, defaults to `512`):
+            Longest thought, in tokens.
+        temperature, top_k, top_p (`float`, `int`, `float`, *optional*, defaults to `1.0`, `0`, `1.0`):
+            Sampling of thoughts; a temperature of 0 takes the likeliest token.
+        denoising ([`DenoisingConfig`], *optional*):
+            Schedule, guidance and stochastic window of images.
+        batch_size (`int`, *optional*):
+            Samples that are generated at once, rounded to whole groups. `None` takes all.
+    """
+
+    height: int
+    width: int
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    batch_size: int | None = None
+
+    def grid(self, model: UnifiedModel) -> tuple[int, int]:
+        """
+        Rows and columns of latent tokens.
+
+        Raises:
+            `ValueError`: If the model cannot paint this size.
+        """
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side <= 0 or side % model.latent_downsample:
+                raise ValueError(
+                    f"{name}={side} is no positive multiple of the model's {model.latent_downsample} pixels"
+                )
+        grid = (self.height // model.latent_downsample, self.width // model.latent_downsample)
+        if max(grid) > model.max_latent_size:
+            raise ValueError(
+                f"an image of {self.height} x {self.width} pixels has {grid[0]} x {grid[1]} latent tokens, more than "
+                f"the model's {model.max_latent_size} a side"
+            )
+        return grid
+
+
+def sample_generator(seed: int | str, step: int, index: int) -> torch.Generator:
+    """
+    Source of all randomness of one sample: the same in whatever batch, on whatever rank it is generated.
+
+    Args:
+        seed (`int` or `str`): Seed of the run.
+        step (`int`): Optimizer step of the rollout.
+        index (`int`): Index of the sample in the global rollout batch.
+    """
+    return torch.Generator().manual_seed(random.Random(f"{seed}-{step}-{index}").getrandbits(63))
+
+
+def _same_context(row: Mapping[str, Any]) -> tuple[str, int]:
+    """Rows with this key in common, one after the other, are a group: same prompt, same image."""
+    return repr(row["prompt"]), id(row.get("image"))
+
+
+def _runs(rows: Sequence[Mapping[str, Any]]) -> list[range]:
+    """Runs of consecutive rows that share their context."""
+    runs, start = [], 0
+    for _, run in groupby(rows, key=_same_context):
+        length = len(list(run))
+        runs.append(range(start, start + length))
+        start += length
+    return runs
+
+
+class RolloutGenerator:
+    """
+    Samples trajectories.
+
+    A context is prefilled once a group and shared by it; guidance branches run as one batch; a thought that was
+    sampled stays in the cache and is not read a second time.
+
+    Args:
+        model ([`UnifiedModel`]): The policy, unwrapped.
+        processor (`ProcessorMixin`): Its processor.
+        task ([`Task`]): What goes into context.
+    """
+
+    def __init__(self, model: UnifiedModel, processor: ProcessorMixin, task: Task) -> None:
+        self.model = model
+        self.processor = processor
+        self.task = task
+
+    @torch.no_grad()
+    def __call__(
+        self, rows: Sequence[Mapping[str, Any]], generators: Sequence[torch.Generator], config: RolloutConfig
+    ) -> list[Trajectory]:
+        """
+        Args:
+            rows (`Sequence[Mapping[str, Any]]`): Dataset rows, the members of a group one after the other.
+            generators (`Sequence[torch.Generator]`): Randomness of every sample; see [`sample_generator`].
+            config ([`RolloutConfig`]): How to sample.
+
+        Returns:
+            `list[Trajectory]`: One a row.
+        """
+        trajectories: list[Trajectory] = []
+        batch: list[range] = []
+        limit = config.batch_size or len(rows)
+        for run in _runs(rows):
+            if batch and run.stop - batch[0].start > limit:
+                trajectories += self._generate(rows, generators, batch, config)
+                batch = []
+            batch.append(run)
+        return trajectories + (self._generate(rows, generators, batch, config) if batch else [])
+
+    def _generate(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        generators: Sequence[torch.Generator],
+        runs: Sequence[range],
+        config: RolloutConfig,
+    ) -> list[Trajectory]:
+        model = self.model
+        grid = config.grid(model)
+        members = range(runs[0].start, runs[-1].stop)
+        # Groups of one size share a prefix by a plain reshape, so unequal runs are cut into equal parts.
+        group_size = math.gcd(*(len(run) for run in runs))
+        contexts = [self.task.contexts(rows[run.start], self.processor, model) for run in runs]
+        contexts = [c for c, run in zip(contexts, runs, strict=True) for _ in range(len(run) // group_size)]
+        branches = config.denoising.guidance.branches
+        think = self.task.think
+        cache = model.prefill(
+            [context.branch(name) for name in branches for context in contexts],
+            group_size=group_size,
+            capacity=(config.max_new_tokens + 2 if think else 0) + model.image_slots(grid),
+        )
+        generators = [generators[i] for i in members]
+        texts: list[TextSegment] = []
+        if think:
+            uniforms = torch.stack([torch.rand(config.max_new_tokens, generator=g) for g in generators])
+            sampled = model.sample_text(
+                cache, uniforms, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+            )
+            texts = [
+                TextSegment(ids, sampled=True, ended=ended, log_probs=log_probs)
+                for ids, ended, log_probs in zip(sampled.token_ids, sampled.ended, sampled.log_probs, strict=True)
+            ]
+        images = self._paint(cache, grid, generators, config)
+        trajectories = []
+        for i, image in enumerate(images):
+            context: TaskContexts = contexts[i // group_size]
+            image.guidance_contexts = {name: context.branch(name) for name in branches[1:]}
+            segments: list[Segment] = [*context.full, *texts[i : i + 1], image]
+            trajectories.append(Trajectory(segments))
+        return trajectories
+
+    def _paint(
+        self, cache: Any, grid: tuple[int, int], generators: Sequence[torch.Generator], config: RolloutConfig
+    ) -> list[ImageSegment]:
+        model, denoising = self.model, config.denoising
+        num_tokens, channels = grid[0] * grid[1], model.latent_channels
+        window_size = denoising.window_size if denoising.window_start is not None else 0
+        noise = torch.stack([torch.randn(1 + window_size, num_tokens, channels, generator=g) for g in generators]).to(
+            model.device
+        )
+        latents, windows = denoise(model, cache, noise[:, 0], grid, denoising, noise[:, 1:])
+        pixels = model.decode_latents(latents, grid)
+        return [
+            ImageSegment(latents[i].cpu(), grid, image=tensor_to_image(pixels[i]), sampled=True, window=windows[i])
+            for i in range(len(generators))
+        ]

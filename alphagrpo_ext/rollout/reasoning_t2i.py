@@ -1,0 +1,40 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Reasoning text-to-image: prompt, thought, image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.rollout.task import TASKS, Task, TaskContexts, prompt_text
+
+
+@TASKS.register("reasoning_t2i")
+class ReasoningT2I(Task):
+    """
+    `[system] [prompt] [thought*] [image*]`, or `[prompt] [image*]` without a thought.
+
+    As in BAGEL's inferencer, dropping the text leaves the system prompt, and the branch without images, which there
+    are none of, is the one without the thought.
+    """
+
+    def contexts(self, row: Mapping[str, Any], processor: ProcessorMixin, model: UnifiedModel) -> TaskContexts:
+        system = [processor.text_segment(processor.generation_system_prompt)] if self.think else []
+        prompt = processor.text_segment(prompt_text(row["prompt"]))
+        return TaskContexts(full=[*system, prompt], text_dropped=system, image_dropped=[*system, prompt])

@@ -1,0 +1,36 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The range of TRL versions that the trainer is tested with."""
+
+from __future__ import annotations
+
+from packaging.version import Version
+
+
+TESTED_TRL = (Version("1.16.0"), Version("1.17.0"))
+
+
+def check_trl_version(version: str) -> None:
+    """
+    Raises:
+        `ImportError`: If `version` lies outside the tested range. The trainer overrides private methods of TRL, which
+            another version may have changed without an error.
+    """
+    low, high = TESTED_TRL
+    if not low <= Version(version) < high:
+        raise ImportError(
+            f"alphagrpo_ext.trainer is tested with trl>={low},<{high}, but trl {version} is installed. Install a "
+            f"tested version: pip install 'trl>={low},<{high}'"
+        )

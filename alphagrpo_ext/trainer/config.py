@@ -1,0 +1,289 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Configuration of [`AlphaGRPOTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.flow.timesteps import draw_window
+from alphagrpo_ext.models.denoising import DenoisingConfig
+from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveConfig
+from alphagrpo_ext.rollout.generator import RolloutConfig
+from alphagrpo_ext.rollout.task import TASKS
+
+
+@dataclass
+class AlphaGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`AlphaGRPOTrainer`].
+
+    Every argument of [`~trl.GRPOConfig`] keeps its meaning for text. The defaults are those of the paper's released
+    configuration for reasoning text-to-image. Where the paper leaves a choice to TRL, TRL's default holds, but for
+    `loss_type`, which is `"grpo"`, the loss that sequence-level ratios were published with.
+
+    Args:
+        task (`str`, *optional*, defaults to `"reasoning_t2i"`):
+            What the policy is asked to do; a registered task.
+        think (`bool`, *optional*, defaults to `True`):
+            Whether the policy writes a thought before it paints.
+        freeze_vision_tower (`bool`, *optional*, defaults to `True`):
+            Whether to exclude the vision tower and its connector from training.
+
+        > Parameters that control rollouts
+
+        image_height, image_width (`int`, *optional*, defaults to `512`):
+            Size of painted images, in pixels.
+        num_timesteps (`int`, *optional*, defaults to `16`):
+            Points of the denoising schedule: the network is evaluated `num_timesteps - 1` times.
+        timestep_shift (`float`, *optional*, defaults to `3.0`):
+            Shift of the schedule towards noise.
+        sde_type (`str`, *optional*, defaults to `"flow_sde"`):
+            Transition inside the window: `"flow_sde"` or `"flow_cps"`.
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            Noise level of that transition.
+        sde_window_size (`int`, *optional*, defaults to `10`):
+            Number of stochastic, trained steps of an image.
+        sde_window_range (`list[int]`, *optional*, defaults to `[0, 11]`):
+            First step that may be trained, and the step after the last one that may.
+        cfg_text_scale, cfg_img_scale (`float`, *optional*, defaults to `4.0` and `1.0`):
+            Guidance scales of text and image; at most 1 is off.
+        cfg_interval (`list[float]`, *optional*, defaults to `[0.4, 1.0]`):
+            Half-open interval of shifted times that are guided.
+        cfg_renorm_type (`str`, *optional*, defaults to `"global"`):
+            Renormalisation: `"global"`, `"channel"` or `"text_channel"`.
+        cfg_renorm_min (`float`, *optional*, defaults to `0.0`):
+            Least factor of the renormalisation.
+        rollout_batch_size (`int`, *optional*):
+            Samples that a process generates at once. `None` generates its whole share at once.
+
+        > Parameters that control evaluation
+
+        eval_num_timesteps (`int`, *optional*, defaults to `50`):
+            `num_timesteps` in evaluation, where all steps are deterministic.
+        eval_cfg_text_scale, eval_cfg_img_scale (`float`, *optional*), eval_cfg_interval (`list[float]`, *optional*):
+            Guidance in evaluation; `None` takes the training value.
+        eval_temperature, eval_top_p (`float`, *optional*, defaults to `0.3` and `1.0`):
+            Sampling of thoughts in evaluation.
+
+        > Parameters that control training
+
+        image_objective (`str`, *optional*, defaults to `"flow_grpo"`):
+            What the image gets its gradient from; a registered objective.
+        text_loss_weight, image_loss_weight (`float`, *optional*, defaults to `1.0`):
+            Weights of the two losses.
+        image_epsilon (`float`, *optional*, defaults to `1e-5`):
+            Clip range of the image ratio. Text has `epsilon` and `epsilon_high`.
+        image_beta (`float`, *optional*, defaults to `0.0`):
+            KL coefficient of the image. Text has `beta`.
+        image_kl_type (`str`, *optional*, defaults to `"mean"`):
+            What that KL compares: `"mean"` of the transition, or `"velocity"`.
+        image_advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Largest absolute advantage of an image.
+    """
+
+    per_device_train_batch_size: int = field(
+        default=14, metadata={"help": "Trajectories a process trains on at once. The default is one group."}
+    )
+    num_generations: int = field(
+        default=14, metadata={"help": "Trajectories sampled for every prompt: the size of a group, at least 2."}
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
+    max_completion_length: int | None = field(default=512, metadata={"help": "Longest thought, in tokens."})
+    top_p: float = field(default=0.8, metadata={"help": "Nucleus of thoughts that are sampled for training."})
+    scale_rewards: str = field(
+        default="batch",
+        metadata={
+            "help": "What advantages are divided by: the standard deviation over the 'batch' or the 'group', or 'none'."
+        },
+    )
+    loss_type: str = field(default="grpo", metadata={"help": "Loss of text; see GRPOConfig."})
+    importance_sampling_level: str = field(
+        default="sequence", metadata={"help": "Whether the ratio of text is taken per 'token' or per 'sequence'."}
+    )
+    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range of the ratio of text."})
+
+    task: str = field(default="reasoning_t2i", metadata={"help": "What the policy is asked to do; a registered task."})
+    think: bool = field(default=True, metadata={"help": "Whether the policy writes a thought before it paints."})
+    freeze_vision_tower: bool = field(
+        default=True, metadata={"help": "Whether to exclude vision tower and connector from training."}
+    )
+
+    image_height: int = field(default=512, metadata={"help": "Height of painted images, in pixels."})
+    image_width: int = field(default=512, metadata={"help": "Width of painted images, in pixels."})
+    num_timesteps: int = field(
+        default=16,
+        metadata={"help": "Points of the denoising schedule: the network is evaluated num_timesteps - 1 times."},
+    )
+    timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the schedule towards noise."})
+    sde_type: str = field(
+        default="flow_sde", metadata={"help": "Transition inside the window: 'flow_sde' or 'flow_cps'."}
+    )
+    noise_level: float = field(default=0.7, metadata={"help": "Noise level of the stochastic steps."})
+    sde_window_size: int = field(default=10, metadata={"help": "Number of stochastic, trained steps of an image."})
+    sde_window_range: list[int] = field(
+        default_factory=lambda: [0, 11],
+        metadata={"help": "First step that may be trained, and the step after the last one that may."},
+    )
+    cfg_text_scale: float = field(default=4.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
+    cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
+    cfg_interval: list[float] = field(
+        default_factory=lambda: [0.4, 1.0],
+        metadata={"help": "Half-open interval (low, high] of shifted times that are guided."},
+    )
+    cfg_renorm_type: str = field(
+        default="global", metadata={"help": "Renormalisation of guidance: 'global', 'channel' or 'text_channel'."}
+    )
+    cfg_renorm_min: float = field(default=0.0, metadata={"help": "Least factor of the renormalisation; 1 is off."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples that a process generates at once; all by default."}
+    )
+
+    eval_num_timesteps: int = field(
+        default=50, metadata={"help": "num_timesteps in evaluation, where all steps are deterministic."}
+    )
+    eval_cfg_text_scale: float | None = field(
+        default=None, metadata={"help": "cfg_text_scale in evaluation; the training value by default."}
+    )
+    eval_cfg_img_scale: float | None = field(
+        default=None, metadata={"help": "cfg_img_scale in evaluation; the training value by default."}
+    )
+    eval_cfg_interval: list[float] | None = field(
+        default=None, metadata={"help": "cfg_interval in evaluation; the training value by default."}
+    )
+    eval_temperature: float = field(default=0.3, metadata={"help": "Temperature of thoughts in evaluation."})
+    eval_top_p: float = field(default=1.0, metadata={"help": "Nucleus of thoughts in evaluation."})
+
+    image_objective: str = field(default="flow_grpo", metadata={"help": "Objective of images; a registered one."})
+    text_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of text."})
+    image_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of images."})
+    image_epsilon: float = field(
+        default=1e-5, metadata={"help": "Clip range of the ratio of images, whose log-probability is an average."}
+    )
+    image_beta: float = field(default=0.0, metadata={"help": "KL coefficient of images; text has beta."})
+    image_kl_type: str = field(
+        default="mean", metadata={"help": "What the KL of images compares: 'mean' of the transition or 'velocity'."}
+    )
+    image_advantage_clip: float = field(default=5.0, metadata={"help": "Largest absolute advantage of an image."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            raise ValueError(
+                "use_vllm and use_transformers_continuous_batching generate text only; AlphaGRPOTrainer samples text "
+                "and images with its own rollout generator, so set both to False"
+            )
+        TASKS.get(self.task)
+        OBJECTIVES.get(self.image_objective)
+        for name, bounds in (("sde_window_range", self.sde_window_range), ("cfg_interval", self.cfg_interval)):
+            if len(bounds) != 2:
+                raise ValueError(f"{name} takes two numbers, but is {bounds}")
+        for name in ("noise_level", "image_epsilon", "image_advantage_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
+        for name in ("text_loss_weight", "image_loss_weight", "image_beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        try:
+            self.train_rollout(step=0)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (sde_window_size={self.sde_window_size}, sde_window_range={self.sde_window_range}, "
+                f"num_timesteps={self.num_timesteps})"
+            ) from error
+        self.eval_rollout()
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """Guidance of training rollouts."""
+        return GuidanceConfig(
+            text_scale=self.cfg_text_scale,
+            image_scale=self.cfg_img_scale,
+            interval=tuple(self.cfg_interval),
+            renorm_type=self.cfg_renorm_type,
+            renorm_min=self.cfg_renorm_min,
+        )
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """Settings of the image objective."""
+        return ObjectiveConfig(
+            sde_type=self.sde_type,
+            noise_level=self.noise_level,
+            epsilon=self.image_epsilon,
+            beta=self.image_beta,
+            kl_type=self.image_kl_type,
+            advantage_clip=self.image_advantage_clip,
+        )
+
+    def train_rollout(self, step: int) -> RolloutConfig:
+        """
+        Settings of the training rollout at an optimizer step, with its own stochastic window.
+
+        Args:
+            step (`int`): Optimizer steps done so far.
+        """
+        window = draw_window(
+            self.sde_window_size, tuple(self.sde_window_range), self.num_timesteps - 1, self.seed, step
+        )
+        denoising = DenoisingConfig(
+            num_timesteps=self.num_timesteps,
+            timestep_shift=self.timestep_shift,
+            guidance=self.guidance,
+            sde_type=self.sde_type,
+            noise_level=self.noise_level,
+            window_start=window.start,
+            window_size=len(window),
+        )
+        return RolloutConfig(
+            height=self.image_height,
+            width=self.image_width,
+            max_new_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            denoising=denoising,
+            batch_size=self.rollout_batch_size,
+        )
+
+    def eval_rollout(self) -> RolloutConfig:
+        """Settings of evaluation: deterministic denoising, and guidance and temperature of its own."""
+
+        def either(value, default):
+            return default if value is None else value
+
+        guidance = GuidanceConfig(
+            text_scale=either(self.eval_cfg_text_scale, self.cfg_text_scale),
+            image_scale=either(self.eval_cfg_img_scale, self.cfg_img_scale),
+            interval=tuple(either(self.eval_cfg_interval, self.cfg_interval)),
+            renorm_type=self.cfg_renorm_type,
+            renorm_min=self.cfg_renorm_min,
+        )
+        denoising = DenoisingConfig(
+            num_timesteps=self.eval_num_timesteps, timestep_shift=self.timestep_shift, guidance=guidance
+        )
+        return RolloutConfig(
+            height=self.image_height,
+            width=self.image_width,
+            max_new_tokens=self.max_completion_length,
+            temperature=self.eval_temperature,
+            top_p=self.eval_top_p,
+            denoising=denoising,
+            batch_size=self.rollout_batch_size,
+        )

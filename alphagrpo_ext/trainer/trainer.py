@@ -1,0 +1,305 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""GRPO of a policy that writes and paints: TRL's trainer with image log-probabilities in the same backward."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.processing_utils import ProcessorMixin
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import use_adapter
+
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores
+from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
+from alphagrpo_ext.rollout.task import TASKS
+from alphagrpo_ext.trainer.compatibility import check_trl_version
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trajectory import Trajectory
+
+
+check_trl_version(trl.__version__)
+
+
+class AlphaGRPOTrainer(GRPOTrainer):
+    """
+    Trainer of AR-diffusion unified multimodal models with GRPO, as in AlphaGRPO
+    (https://huggingface.co/papers/2605.12495).
+
+    One policy writes a thought, token by token, and paints an image, denoising step by denoising step. Both get their
+    gradient from the same group-relative advantage, out of one packed forward: text by TRL's own loss, images by an
+    image objective.
+
+    Reward functions are TRL's. Beside the dataset's columns they get the keyword arguments `images`, one PIL image a
+    sample, and `trajectory`, one [`Trajectory`] a sample. A reward function with a method `validate_dataset` is asked to
+    check the datasets before training.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A name that [`load_model`] takes, e.g. `"bagel-shapes"`, or a model that fulfils [`UnifiedModel`].
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            As in [`~trl.GRPOTrainer`].
+        args ([`AlphaGRPOConfig`], *optional*):
+            Configuration.
+        train_dataset, eval_dataset:
+            As in [`~trl.GRPOTrainer`]; a row needs a `prompt`, a string or a conversation.
+        processing_class ([`~transformers.ProcessorMixin`], *optional*):
+            The model's processor. Loaded with the model if that is given by name.
+        callbacks, optimizers, peft_config:
+            As in [`~trl.GRPOTrainer`].
+    """
+
+    _tag_names = ["trl", "alphagrpo"]
+    _name = "AlphaGRPO"
+    _paper = {
+        "title": "AlphaGRPO: Unlocking Self-Reflective Multimodal Generation in UMMs via Decompositional Verifiable "
+        "Reward",
+        "id": "2605.12495",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{alphagrpo2026,
+                title  = {{AlphaGRPO: Unlocking Self-Reflective Multimodal Generation in UMMs via Decompositional Verifiable Reward}},
+                year   = 2026,
+                eprint = {arXiv:2605.12495},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Callable | list[Callable],
+        args: AlphaGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = AlphaGRPOConfig("alphagrpo") if args is None else args
+        if isinstance(model, str):
+            model, loaded_processor = load_model(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+            processing_class = processing_class or loaded_processor
+            args.model_init_kwargs = None
+        policy = model.get_base_model() if isinstance(model, PeftModel) else model
+        args.eval_rollout().grid(policy)
+        for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+            if validate := getattr(reward_func, "validate_dataset", None):
+                for dataset in (train_dataset, eval_dataset):
+                    if isinstance(dataset, Dataset):
+                        validate(dataset)
+        if args.freeze_vision_tower:
+            policy.freeze_vision_tower()
+        self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)
+        self._task = TASKS.get(args.task)(think=args.think)
+        # What the packed forward answers for: set by a rollout, and for the time of one loss.
+        self._trajectories: list[Trajectory] = []
+        self._scored_images: list[ImageScores | None] = []
+        self._rows: Sequence[dict[str, Any]] = []
+        self._seconds = {"rollout": 0.0, "reward": 0.0}
+        self._accumulated_seconds: defaultdict[str, float] = defaultdict(float)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            rollout_func=self._rollout,
+        )
+
+    def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+        """TRL's `rollout_func`: sample a trajectory for every row of this process."""
+        start = time.perf_counter()
+        training = self.model.training
+        step = self.state.global_step
+        config = self.args.train_rollout(step) if training else self.args.eval_rollout()
+        seed = self.args.seed if training else f"eval-{self.args.seed}"
+        offset = self.accelerator.process_index * len(self._rows)
+        generators = [sample_generator(seed, step, offset + i) for i in range(len(self._rows))]
+        with (
+            torch.no_grad(),
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+            ) as model,
+            self.accelerator.autocast(),
+        ):
+            generate = RolloutGenerator(model, self.processing_class, self._task)
+            self._trajectories = generate(self._rows, generators, config)
+        self._seconds["rollout"] += time.perf_counter() - start
+        return self._rollout_fields(self._trajectories)
+
+    def _rollout_fields(self, trajectories: list[Trajectory]) -> dict[str, list[Any]]:
+        """What TRL wants to know of trajectories: the ids of their texts, and fields for the reward functions."""
+        eos = self._tokenizer.eos_token_id
+        fields: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
+        for trajectory in trajectories:
+            texts = trajectory.sampled_texts
+            ids = [token_id for text in texts for token_id in text.token_ids]
+            given = [s.token_ids for s in trajectory.segments if hasattr(s, "token_ids") and not s.sampled]
+            fields["prompt_ids"].append([token_id for part in given for token_id in part] or [eos])
+            # A trajectory without text still needs a token; it is masked out of the loss.
+            fields["completion_ids"].append(ids or [eos])
+            fields["logprobs"].append([p for text in texts for p in text.log_probs] or [0.0])
+            fields["env_mask"].append([1] * len(ids) or [0])
+        fields["images"] = [trajectory.final_image for trajectory in trajectories]
+        fields["trajectory"] = list(trajectories)
+        return fields
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows, self._scored_images = inputs, []
+        output = super()._generate_and_score_completions(inputs)
+        scored, self._scored_images = self._scored_images, []
+        output["trajectories"] = self._trajectories
+        # TRL has scored with the old policy first and with the reference last, where it needs them.
+        has_windows = any(image.window is not None for t in self._trajectories for image in t.sampled_images)
+        if "old_per_token_logps" in output and has_windows:
+            output["old_velocities"] = self._per_trajectory(scored[: self._num_score_chunks()])
+        if self.args.image_beta and has_windows:
+            if "ref_per_token_logps" not in output:
+                scored = self._score_reference()
+            output["ref_velocities"] = self._per_trajectory(scored[-self._num_score_chunks() :])
+        self._trajectories = []
+        return output
+
+    def _num_score_chunks(self) -> int:
+        """Calls of the packed forward that TRL splits a rollout into."""
+        batch_size = self._generation_chunk_size()
+        return -(-len(self._trajectories) // batch_size)
+
+    def _generation_chunk_size(self) -> int:
+        if self.model.training:
+            return self.args.per_device_train_batch_size
+        return self.args.per_device_eval_batch_size
+
+    @torch.no_grad()
+    def _score_reference(self) -> list[ImageScores | None]:
+        """Velocities of the reference model for a KL of images alone, which TRL does not compute one for."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                f"image_beta={self.args.image_beta} without an adapter needs a reference model, which TRL loads only if "
+                f"beta is not 0: set beta to a small number, or train with LoRA"
+            )
+        chunk = self._generation_chunk_size()
+        scored = []
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            for start in range(0, len(self._trajectories), chunk):
+                scored.append(self._score(self.model, self._trajectories[start : start + chunk])[2])
+        return scored
+
+    @staticmethod
+    def _per_trajectory(scored: Sequence[ImageScores | None]) -> list[torch.Tensor]:
+        """Guided velocities of a rollout, one entry a trajectory, so that TRL's shuffle and split apply."""
+        return [velocities for scores in scored for velocities in scores.velocities]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        start = time.perf_counter()
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._seconds["reward"] += time.perf_counter() - start
+        return rewards
+
+    def _score(
+        self, model: torch.nn.Module, trajectories: Sequence[Trajectory]
+    ) -> tuple[torch.Tensor, torch.Tensor, ImageScores | None]:
+        """
+        One packed forward over whole trajectories.
+
+        Returns:
+            Log-probabilities and entropies `(trajectories, longest text)` of sampled tokens, 0 on padding, and the
+            scores of sampled images.
+        """
+        unwrapped = self.accelerator.unwrap_model(model)
+        batch = unwrapped.pack(trajectories, self.args.guidance)
+        device = self.accelerator.device
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        with self.accelerator.autocast():
+            output = model(**inputs, temperature=self.temperature)
+        length = max(sum(len(text.token_ids) for text in t.sampled_texts) for t in trajectories)
+        index = (batch.score_trajectory.to(device), batch.score_column.to(device))
+        blank = output.log_probs.new_zeros(len(trajectories), length)
+        log_probs, entropies = blank.index_put(index, output.log_probs), blank.index_put(index, output.entropies)
+        images = ImageScores.from_packed(trajectories, batch, output, self.args.guidance)
+        return log_probs, entropies, images
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """TRL's scoring of text, answered from the packed forward; the images it scored are kept for the objective."""
+        batch_size = batch_size or len(self._trajectories)
+        log_probs, entropies = [], []
+        for start in range(0, len(self._trajectories), batch_size):
+            parts = self._score(model, self._trajectories[start : start + batch_size])
+            for target, part in ((log_probs, parts[0]), (entropies, parts[1])):
+                target.append(torch.nn.functional.pad(part, (0, logits_to_keep - part.shape[1])))
+            self._scored_images.append(parts[2])
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self._trajectories, self._scored_images = inputs["trajectories"], []
+        text_loss = super()._compute_loss(model, inputs)
+        (scores,) = self._scored_images
+        self._trajectories, self._scored_images = [], []
+        loss = self.args.text_loss_weight * text_loss
+        if scores is None:
+            return loss
+        return loss + self.args.image_loss_weight * self._image_loss(scores, inputs)
+
+    def _image_loss(self, scores: ImageScores, inputs: dict[str, Any]) -> torch.Tensor:
+        def velocities(name: str) -> torch.Tensor | None:
+            return torch.stack(inputs[name]) if inputs.get(name) is not None else None
+
+        output = self._objective(
+            scores,
+            inputs["advantages"][scores.trajectory],
+            old_velocities=velocities("old_velocities"),
+            ref_velocities=velocities("ref_velocities"),
+        )
+        loss = output.loss.sum() / len(inputs["trajectories"])
+        mode = "train" if self.model.training else "eval"
+        metrics = {"loss": loss.detach(), **output.metrics}
+        values = self.accelerator.reduce(torch.stack(list(metrics.values())), reduction="mean").tolist()
+        for name, value in zip(metrics, values, strict=True):
+            self._metrics[mode][f"image/{name}"].append(value)
+        return loss / self.current_gradient_accumulation_steps if mode == "train" else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        start = time.perf_counter()
+        output = super().training_step(model, inputs, num_items_in_batch)
+        elapsed = time.perf_counter() - start
+        spent = dict(self._seconds)
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        spent["update"] = elapsed - sum(spent.values())
+        for name, seconds in spent.items():
+            self._accumulated_seconds[name] += seconds
+        if self.accelerator.sync_gradients:
+            for name, seconds in self._accumulated_seconds.items():
+                self._metrics["train"][f"timing/{name}"].append(seconds)
+            self._accumulated_seconds.clear()
+        return output

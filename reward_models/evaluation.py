@@ -1,0 +1,179 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Scores a policy on prompts with questions: mean reward and strict pass rate, over all prompts and by category."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm import tqdm
+
+from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, sample_generator
+from reward_models.dvreward import DVReward
+from reward_models.questions import from_row
+
+
+@dataclass(frozen=True)
+class EvaluatedSample:
+    """
+    Args:
+        index (`int`): Row of the prompt.
+        seed (`int`): Noise seed.
+        category (`str`): Category of the prompt.
+        prompt, text (`str`): The request, and the thought.
+        image (`PIL.Image.Image`): What was painted.
+        reward (`float` or `None`): DVReward; `None` if the judge failed.
+        strict_pass (`bool` or `None`): Whether every question got a yes.
+    """
+
+    index: int
+    seed: int
+    category: str
+    prompt: str
+    text: str
+    image: Image.Image
+    reward: float | None
+    strict_pass: bool | None
+
+
+@dataclass(frozen=True)
+class CategoryScore:
+    """
+    Args:
+        reward (`float`): Mean reward.
+        strict_pass_rate (`float`): Share of samples with a yes to every question.
+        num_samples (`int`): Samples that could be scored.
+        num_failed (`int`): Samples that could not.
+    """
+
+    reward: float
+    strict_pass_rate: float
+    num_samples: int
+    num_failed: int
+
+    @classmethod
+    def of(cls, samples: Sequence[EvaluatedSample]) -> CategoryScore:
+        scored = [sample for sample in samples if sample.reward is not None]
+        count = max(len(scored), 1)
+        return cls(
+            reward=sum(sample.reward for sample in scored) / count,
+            strict_pass_rate=sum(sample.strict_pass for sample in scored) / count,
+            num_samples=len(scored),
+            num_failed=len(samples) - len(scored),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Args:
+        samples (`list[EvaluatedSample]`): Ordered by seed and row.
+        total ([`CategoryScore`]): Over all samples.
+        categories (`dict[str, CategoryScore]`): By category, in order of appearance.
+    """
+
+    samples: list[EvaluatedSample]
+    total: CategoryScore = field(init=False)
+    categories: dict[str, CategoryScore] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = dict.fromkeys(sample.category for sample in self.samples)
+        object.__setattr__(self, "total", CategoryScore.of(self.samples))
+        object.__setattr__(
+            self,
+            "categories",
+            {name: CategoryScore.of([s for s in self.samples if s.category == name]) for name in names},
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """`{"reward", "strict_pass_rate", ..., "categories": {...}}`, for `summary.json`."""
+        return {**asdict(self.total), "categories": {name: asdict(score) for name, score in self.categories.items()}}
+
+
+def evaluate(
+    generator: RolloutGenerator,
+    rows: Sequence[Mapping[str, Any]],
+    config: RolloutConfig,
+    reward: DVReward,
+    seeds: Sequence[int] = (0, 1),
+    batch_size: int = 128,
+    description: str = "evaluation",
+) -> Evaluation:
+    """
+    Paint every prompt with every noise seed and score it. Two policies that are given the same rows and seeds start
+    from the same noise, so that their scores are paired.
+
+    Under several processes each does its share, and all return the whole.
+
+    Args:
+        generator ([`RolloutGenerator`]): The policy.
+        rows (`Sequence[Mapping[str, Any]]`): Rows with `prompt`, questions, and optionally `category`.
+        config ([`RolloutConfig`]): How to sample.
+        reward ([`DVReward`]): How to score.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0, 1)`): Noise seeds.
+        batch_size (`int`, *optional*, defaults to `128`): Samples at once.
+        description (`str`, *optional*, defaults to `"evaluation"`): Label of the progress bar.
+    """
+    state = PartialState()
+    # Strided, so that no process can get all the long prompts of a sorted list.
+    work = [(seed, index) for seed in seeds for index in range(len(rows))][state.process_index :: state.num_processes]
+    samples: list[EvaluatedSample] = []
+    progress = tqdm(total=len(work), desc=description, disable=not state.is_main_process)
+    for start in range(0, len(work), batch_size):
+        part = work[start : start + batch_size]
+        batch = [rows[index] for _, index in part]
+        trajectories = generator(batch, [sample_generator(f"eval-{seed}", 0, index) for seed, index in part], config)
+        images = [trajectory.final_image for trajectory in trajectories]
+        records = [from_row(row, where=f"row {index}") for row, (_, index) in zip(batch, part, strict=True)]
+        scores = asyncio.run(reward.score(images, records))
+        for (seed, index), row, trajectory, score in zip(part, batch, trajectories, scores, strict=True):
+            ids = [token_id for text in trajectory.sampled_texts for token_id in text.content_ids]
+            samples.append(
+                EvaluatedSample(
+                    index=index,
+                    seed=seed,
+                    category=row.get("category") or "all",
+                    prompt=str(row["prompt"]),
+                    text=generator.processor.decode(ids),
+                    image=trajectory.final_image,
+                    reward=score.reward,
+                    strict_pass=score.strict_pass,
+                )
+            )
+        progress.update(len(part))
+    progress.close()
+    gathered = gather_object(samples) if state.num_processes > 1 else samples
+    return Evaluation(sorted(gathered, key=lambda sample: (sample.seed, sample.index)))
+
+
+def comparison_table(before: Evaluation, after: Evaluation) -> str:
+    """A plain-text table of two evaluations of the same rows."""
+    header = f"{'category':<20}{'n':>6}{'reward':>18}{'':>9}{'strict pass':>18}{'':>9}"
+    lines = [header, "-" * len(header)]
+    pairs = [(name, score, after.categories[name]) for name, score in before.categories.items()]
+    for name, old, new in [*pairs, ("all", before.total, after.total)]:
+        lines.append(
+            f"{name:<20}{old.num_samples:>6}"
+            f"{old.reward:>9.3f} ->{new.reward:>6.3f}{new.reward - old.reward:>+9.3f}"
+            f"{old.strict_pass_rate:>8.1%} ->{new.strict_pass_rate:>7.1%}"
+            f"{100 * (new.strict_pass_rate - old.strict_pass_rate):>+9.1f}"
+        )
+    return "\n".join([*lines[:-1], "-" * len(header), lines[-1]])
