@@ -61,9 +61,13 @@ class PretrainingArguments:
     output_dir: str = field(default="runs/bagel-shapes", metadata={"help": "Where checkpoint and state are written."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, scenes, times and noise."})
     vae_steps: int = field(default=1200, metadata={"help": "Optimizer steps of the autoencoder."})
+    decoder_steps: int = field(default=2000, metadata={"help": "Further steps of its decoder alone."})
+    decoder_noise: float = field(
+        default=0.3, metadata={"help": "Largest noise on the decoder's latents, of their std."}
+    )
     vae_batch_size: int = field(default=64, metadata={"help": "Scenes in a batch of the autoencoder."})
     vae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the autoencoder."})
-    steps: int = field(default=1200, metadata={"help": "Optimizer steps of the model."})
+    steps: int = field(default=1000, metadata={"help": "Optimizer steps of the model."})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the model."})
     warmup_steps: int = field(default=50, metadata={"help": "Steps in which the learning rate rises."})
     decay_fraction: float = field(default=0.35, metadata={"help": "Last part of the run, in which it falls to 0."})
@@ -80,31 +84,51 @@ class PretrainingArguments:
 
 
 def train_autoencoder(model: BagelModel, args: PretrainingArguments) -> float:
-    """Train the autoencoder in place and set its scale and shift, so that latents have mean 0 and variance 1."""
+    """
+    Train the autoencoder in place and set its scale and shift, so that latents have mean 0 and variance 1.
+
+    Encoder and decoder are trained together first. Then the decoder alone learns to read latents with some noise on them,
+    since those that the model will paint are not perfect either.
+
+    Returns:
+        `float`: Mean squared error of the last batch, for pixels in [-1, 1].
+    """
     rng = random.Random(f"vae-{args.seed}")
-    vae = model.vae.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.vae_steps // 20, args.vae_steps)
-    progress = trange(args.vae_steps, desc="autoencoder")
-    for _ in progress:
-        pixels = scene_pixels([sample_random_scene(rng) for _ in range(args.vae_batch_size)])
-        posterior = vae.encode(pixels).latent_dist
-        reconstruction = vae.decode(posterior.sample()).sample
-        error = F.mse_loss(reconstruction, pixels)
-        loss = error + 1e-5 * posterior.kl().mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        progress.set_postfix(mse=f"{error.item():.5f}")
-    vae.requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(args.seed)
+    vae = model.vae.train()
+
+    def train(module: nn.Module, num_steps: int, noise_level: float, description: str) -> float:
+        module.requires_grad_(True)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
+        schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
+        progress = trange(num_steps, desc=description)
+        for _ in progress:
+            pixels = scene_pixels([sample_random_scene(rng) for _ in range(args.vae_batch_size)])
+            posterior = vae.encode(pixels).latent_dist
+            latents = posterior.sample(generator)
+            level = noise_level * torch.rand(len(latents), 1, 1, 1, generator=generator)
+            latents = latents + level * torch.randn(latents.shape, generator=generator)
+            reconstruction = vae.decode(latents).sample
+            error = F.mse_loss(reconstruction, pixels)
+            loss = error + F.l1_loss(reconstruction, pixels) + 1e-5 * posterior.kl().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            progress.set_postfix(mse=f"{error.item():.5f}")
+        module.requires_grad_(False)
+        return error.item()
+
+    train(vae, args.vae_steps, 0.0, "autoencoder")
     with torch.no_grad():
         latents = vae.encode(scene_pixels([sample_random_scene(rng) for _ in range(512)])).latent_dist.mean
     settings = {"shift_factor": latents.mean().item(), "scaling_factor": 1 / latents.std().item()}
     vae.register_to_config(**settings)
     model.config.vae_config.update(settings)
-    return error.item()
+    error = train(vae.decoder, args.decoder_steps, args.decoder_noise * latents.std().item(), "decoder")
+    vae.eval()
+    return error
 
 
 class PretrainingLoss(nn.Module):

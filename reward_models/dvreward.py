@@ -17,7 +17,7 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -26,7 +26,7 @@ from PIL import Image
 
 from .aggregation import AGGREGATIONS, aggregate, strict_pass
 from .judges import JUDGES, Judge
-from .questions import PromptRecord, from_row
+from .questions import PromptRecord, from_row, validate_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -163,6 +163,15 @@ class DVReward:
             log_extra(f"{self.__name__}/semantic", [_mean(score.semantic) for score in scores])
             log_extra(f"{self.__name__}/quality", [_mean(score.quality) for score in scores])
         return [score.reward for score in scores]
+
+    def validate_dataset(self, dataset: Iterable[Mapping[str, Any]]) -> None:
+        """
+        Check the questions of a whole dataset; see [`~reward_models.questions.validate_dataset`].
+
+        Raises:
+            `ValueError`: At the first malformed row, which the message names.
+        """
+        validate_dataset(dataset)
 
     async def score(
         self, images: Sequence[Image.Image | Sequence[Image.Image] | None], records: Sequence[PromptRecord]

@@ -87,7 +87,7 @@ def sample_generator(seed: int | str, step: int, index: int) -> torch.Generator:
 
     Args:
         seed (`int` or `str`): Seed of the run.
-        step (`int`): Optimizer step of the rollout.
+        step (`int`): Index of the rollout batch.
         index (`int`): Index of the sample in the global rollout batch.
     """
     return torch.Generator().manual_seed(random.Random(f"{seed}-{step}-{index}").getrandbits(63))

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,7 +40,7 @@ from alphagrpo_ext.shapes.prompts import (
     satisfies,
     semantic_questions,
 )
-from alphagrpo_ext.shapes.scene import BACKGROUNDS, CELLS, Scene, random_object, render, render_array
+from alphagrpo_ext.shapes.scene import BACKGROUNDS, CELLS, NUM_OFFSETS, Scene, random_object, render, render_array
 from alphagrpo_ext.shapes.text import reflection, reflection_request, repair, thought
 
 
@@ -52,24 +52,27 @@ class PretrainingMixture:
     Args:
         direct, thought, answer, reflection (`int`):
             Text-to-image without thought, with thought, questions about an image, and repairs of a wrong image.
-        wrong_image (`float`, *optional*, defaults to `0.25`):
+        wrong_image (`float`, *optional*, defaults to `0.2`):
             Share of text-to-image examples whose image has an error that prompt and thought have not.
         wrong_thought (`float`, *optional*, defaults to `0.1`):
             Share whose thought plans a wrong image, which is then painted as planned.
         condition_dropout (`float`, *optional*, defaults to `0.1`):
             Share of images painted without their text, which guidance needs.
-        noise_copies (`int`, *optional*, defaults to `2`):
+        noise_copies (`int`, *optional*, defaults to `3`):
             Noised copies of an image, each at a time of its own, that share one context.
+        timestep_shift (`float`, *optional*, defaults to `2.0`):
+            Shift of the times, logit-normal without it, towards noise: what a text decides is decided there.
     """
 
-    direct: int = 24
-    thought: int = 56
-    answer: int = 12
-    reflection: int = 18
-    wrong_image: float = 0.25
+    direct: int = 20
+    thought: int = 50
+    answer: int = 10
+    reflection: int = 16
+    wrong_image: float = 0.2
     wrong_thought: float = 0.1
     condition_dropout: float = 0.1
-    noise_copies: int = 2
+    noise_copies: int = 3
+    timestep_shift: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,10 @@ def scenes_of(examples: Sequence[_Example]) -> list[Scene]:
 
 
 def sample_random_scene(rng: random.Random) -> Scene:
-    """Zero to four objects anywhere, on any background: what the autoencoder must carry."""
-    cells = rng.sample(CELLS, rng.randint(0, 4))
-    return Scene(tuple(random_object(cell, rng) for cell in cells), rng.choice(list(BACKGROUNDS)))
+    """Zero to four objects, anywhere in their cells, on any background: what the autoencoder must carry."""
+    objects = [random_object(cell, rng) for cell in rng.sample(CELLS, rng.randint(0, 4))]
+    shifted = [replace(obj, dy=rng.randrange(NUM_OFFSETS), dx=rng.randrange(NUM_OFFSETS)) for obj in objects]
+    return Scene(tuple(shifted), rng.choice(list(BACKGROUNDS)))
 
 
 def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
@@ -208,6 +212,7 @@ def build_batch(
             clean = latents[example.target]
             for _ in range(mixture.noise_copies):
                 time = float(torch.sigmoid(torch.randn((), generator=generator)))
+                time = mixture.timestep_shift * time / (1 + (mixture.timestep_shift - 1) * time)
                 noise = torch.randn(clean.shape, generator=generator)
                 noised = (1 - time) * clean + time * noise
                 starts.append((index, row.add_latents(noised, grid, time, noised=True)))

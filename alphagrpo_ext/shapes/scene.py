@@ -141,10 +141,8 @@ def render(scene: Scene) -> Image.Image:
 def random_object(
     cell: tuple[int, int], rng: random.Random, shape: str | None = None, color: str | None = None
 ) -> SceneObject:
-    """An object in `cell` whose offset, and whose shape and color where not given, are drawn at random."""
-    shape = shape or rng.choice(SHAPES)
-    color = color or rng.choice(tuple(COLORS))
-    return SceneObject(*cell, shape, color, rng.randrange(NUM_OFFSETS), rng.randrange(NUM_OFFSETS))
+    """An object in the middle of `cell`, whose shape and color are drawn at random where not given."""
+    return SceneObject(*cell, shape or rng.choice(SHAPES), color or rng.choice(tuple(COLORS)))
 
 
 def corrupt_scene(scene: Scene, rng: random.Random, kind: str | None = None) -> Scene:

@@ -191,8 +191,9 @@ class AlphaGRPOConfig(GRPOConfig):
             )
         TASKS.get(self.task)
         OBJECTIVES.get(self.image_objective)
-        for name, bounds in (("sde_window_range", self.sde_window_range), ("cfg_interval", self.cfg_interval)):
-            if len(bounds) != 2:
+        for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval"):
+            bounds = getattr(self, name)
+            if bounds is not None and len(bounds) != 2:
                 raise ValueError(f"{name} takes two numbers, but is {bounds}")
         for name in ("noise_level", "image_epsilon", "image_advantage_clip"):
             if getattr(self, name) <= 0:

@@ -113,6 +113,11 @@ class AlphaGRPOTrainer(GRPOTrainer):
                         validate(dataset)
         if args.freeze_vision_tower:
             policy.freeze_vision_tower()
+        if args.image_beta and not args.beta and peft_config is None and not isinstance(model, PeftModel):
+            raise ValueError(
+                f"image_beta={args.image_beta} without an adapter needs a reference model, which TRL loads only if "
+                f"beta is not 0: set beta to a small number, or train with LoRA"
+            )
         self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)
         self._task = TASKS.get(args.task)(think=args.think)
         # What the packed forward answers for: set by a rollout, and for the time of one loss.
@@ -137,10 +142,15 @@ class AlphaGRPOTrainer(GRPOTrainer):
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: sample a trajectory for every row of this process."""
         start = time.perf_counter()
-        training = self.model.training
-        step = self.state.global_step
-        config = self.args.train_rollout(step) if training else self.args.eval_rollout()
-        seed = self.args.seed if training else f"eval-{self.args.seed}"
+        if self.model.training:
+            config = self.args.train_rollout(self.state.global_step)
+            # Several rollouts may serve one optimizer step; each has noise of its own.
+            accumulation = self.args.gradient_accumulation_steps
+            seed, step = self.args.seed, self.state.global_step * accumulation + self._step % accumulation
+        else:
+            # The same noise at every evaluation, so that they can be compared.
+            config = self.args.eval_rollout()
+            seed, step = f"eval-{self.args.seed}", 0
         offset = self.accelerator.process_index * len(self._rows)
         generators = [sample_generator(seed, step, offset + i) for i in range(len(self._rows))]
         with (
@@ -202,11 +212,6 @@ class AlphaGRPOTrainer(GRPOTrainer):
     def _score_reference(self) -> list[ImageScores | None]:
         """Velocities of the reference model for a KL of images alone, which TRL does not compute one for."""
         model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PeftModel):
-            raise ValueError(
-                f"image_beta={self.args.image_beta} without an adapter needs a reference model, which TRL loads only if "
-                f"beta is not 0: set beta to a small number, or train with LoRA"
-            )
         chunk = self._generation_chunk_size()
         scored = []
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
@@ -291,11 +296,11 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
+        # An evaluation since the last step also rolled out, and is not counted.
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
         output = super().training_step(model, inputs, num_items_in_batch)
         elapsed = time.perf_counter() - start
-        spent = dict(self._seconds)
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
-        spent["update"] = elapsed - sum(spent.values())
+        spent = {**self._seconds, "update": elapsed - sum(self._seconds.values())}
         for name, seconds in spent.items():
             self._accumulated_seconds[name] += seconds
         if self.accelerator.sync_gradients:

@@ -97,12 +97,20 @@ class Rollout:
         grid (`tuple[int, int]`): Size of images, in tokens.
         max_new_tokens (`int`): Limit of a thought; 0 for none.
         seed (`int`): Of prompts and samples.
+        sampling (`dict[str, Any]`): Options of `sample_text`.
     """
 
     def __init__(
-        self, model: BagelModel, config: DenoisingConfig, grid: tuple[int, int], max_new_tokens: int, seed: int
+        self,
+        model: BagelModel,
+        config: DenoisingConfig,
+        grid: tuple[int, int],
+        max_new_tokens: int,
+        seed: int,
+        sampling: dict[str, Any],
     ):
         self.model, self.config, self.grid, self.max_new_tokens = model, config, grid, max_new_tokens
+        self.sampling = sampling
         self.generator = torch.Generator().manual_seed(seed)
 
     def text(self, length: int) -> TextSegment:
@@ -123,7 +131,7 @@ class Rollout:
         samples = [Trajectory(list(context)) for context in contexts for _ in range(group_size)]
         if self.max_new_tokens:
             uniforms = torch.rand(num_samples, self.max_new_tokens, generator=self.generator)
-            sampled = self.model.sample_text(cache, uniforms)
+            sampled = self.model.sample_text(cache, uniforms, **self.sampling)
             thoughts = zip(sampled.token_ids, sampled.ended, sampled.log_probs, strict=True)
             for sample, (ids, ended, log_probs) in zip(samples, thoughts, strict=True):
                 sample.segments.append(TextSegment(ids, sampled=True, ended=ended, log_probs=log_probs))
@@ -174,11 +182,12 @@ def rollout() -> Callable[..., list[Trajectory]]:
         grid: tuple[int, int] = (2, 3),
         max_new_tokens: int = 6,
         seed: int = 0,
+        **sampling: Any,
     ) -> list[Trajectory]:
         if config is None:
             guidance = GuidanceConfig(text_scale=3.0, image_scale=1.5, interval=(0.0, 1.0))
             config = DenoisingConfig(num_timesteps=7, guidance=guidance, window_start=1, window_size=3)
-        turn = Rollout(model, config, grid, 0 if task == "t2i" else max_new_tokens, seed)
+        turn = Rollout(model, config, grid, 0 if task == "t2i" else max_new_tokens, seed, sampling)
         starts = {
             "t2i": lambda: [],
             "think": lambda: [turn.text(4)],

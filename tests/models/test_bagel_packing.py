@@ -16,6 +16,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -129,6 +130,11 @@ class TestOnPolicy:
     def test_transitions(self, tiny_bagel, rollout, sde_type, window_start):
         config = painting(GUIDANCES["text"], sde_type=sde_type, window_start=window_start)
         check_on_policy(tiny_bagel, rollout(tiny_bagel, "think", config), config)
+
+    def test_temperature_and_filters(self, tiny_bagel, rollout):
+        """The temperature belongs to the policy, top-p and top-k do not."""
+        trajectories = rollout(tiny_bagel, "think", CONFIG, temperature=0.6, top_p=0.8, top_k=10)
+        check_on_policy(tiny_bagel, trajectories, CONFIG, forward=partial(tiny_bagel, temperature=0.6))
 
     def test_with_adapters(self, tiny_bagel, rollout):
         before = rollout(tiny_bagel, "edit", CONFIG)

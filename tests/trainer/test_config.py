@@ -1,0 +1,200 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from collections.abc import Callable
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trl import GRPOConfig, TrlParser
+
+from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.trainer import AlphaGRPOConfig
+from alphagrpo_ext.trainer.compatibility import TESTED_TRL, check_trl_version
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., AlphaGRPOConfig]:
+    def make(**kwargs: Any) -> AlphaGRPOConfig:
+        return AlphaGRPOConfig(**{"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **kwargs})
+
+    return make
+
+
+def test_defaults_are_the_paper_s(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    config = make_config()
+    expected = {
+        "num_timesteps": 16,
+        "sde_window_size": 10,
+        "sde_window_range": [0, 11],
+        "num_generations": 14,
+        "cfg_text_scale": 4.0,
+        "cfg_img_scale": 1.0,
+        "cfg_interval": [0.4, 1.0],
+        "cfg_renorm_type": "global",
+        "noise_level": 0.7,
+        "timestep_shift": 3.0,
+        "image_height": 512,
+        "image_width": 512,
+        "temperature": 1.0,
+        "top_p": 0.8,
+        "eval_temperature": 0.3,
+        "eval_top_p": 1.0,
+        "image_epsilon": 1e-5,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "image_advantage_clip": 5.0,
+        "importance_sampling_level": "sequence",
+        "scale_rewards": "batch",
+        "text_loss_weight": 1.0,
+        "learning_rate": 5e-5,
+        "weight_decay": 1e-4,
+        "image_beta": 0.0,
+        "beta": 0.0,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_every_field_has_help_and_is_documented() -> None:
+    inherited = {field.name: field for field in fields(GRPOConfig)}
+    for field in fields(AlphaGRPOConfig):
+        if field.name in inherited and inherited[field.name].default == field.default:
+            continue
+        assert len(field.metadata.get("help", "")) > 10, field.name
+        if field.name not in inherited:
+            assert field.name in AlphaGRPOConfig.__doc__, field.name
+            assert field.default is not MISSING or field.default_factory is not MISSING
+
+
+def test_mutable_defaults_are_not_shared(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    first = make_config()
+    first.sde_window_range.append(1)
+    assert make_config().sde_window_range == [0, 11]
+
+
+@pytest.mark.parametrize("source", ["command line", "file"])
+def test_unknown_key_stops_and_is_named(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    if source == "file":
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"noise_levle": 0.5}))
+        arguments += ["--config", str(tmp_path / "config.yaml")]
+    else:
+        arguments += ["--noise_levle", "0.5"]
+    with pytest.raises((SystemExit, ValueError)) as error:
+        TrlParser((AlphaGRPOConfig,)).parse_args_and_config(arguments)
+    assert "noise_levle" in f"{error.value}{capsys.readouterr().err}"
+
+
+def test_parser_reads_lists(tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    arguments += ["--sde_window_range", "2", "9", "--sde_window_size", "3", "--cfg_interval", "0.1", "0.9"]
+    (config,) = TrlParser((AlphaGRPOConfig,)).parse_args_and_config(arguments)
+    assert config.sde_window_range == [2, 9]
+    assert config.guidance.interval == (0.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_timesteps": 10}, r"window_size 10 .*num_timesteps=10"),
+        ({"sde_window_size": 12}, r"window_size 12 is larger than window_range \(0, 11\)"),
+        ({"sde_window_range": [5, 3]}, r"sde_window_range=\[5, 3\]"),
+        ({"sde_window_size": 0}, "sde_window_size=0"),
+        ({"sde_window_range": [1, 2, 3]}, r"sde_window_range takes two numbers, but is \[1, 2, 3\]"),
+        ({"cfg_interval": [0.4]}, r"cfg_interval takes two numbers, but is \[0.4\]"),
+        ({"cfg_interval": [1.0, 0.4]}, r"\(1.0, 0.4\)"),
+        ({"eval_cfg_interval": [0.4]}, r"eval_cfg_interval takes two numbers, but is \[0.4\]"),
+        ({"num_generations": 1}, "at least 2 generations"),
+        ({"per_device_train_batch_size": 13}, r"\(13\) must be divisible by num_generations \(14\)"),
+        ({"task": "reasoning_t2j"}, "unknown task 'reasoning_t2j'. Did you mean 'reasoning_t2i'"),
+        ({"image_objective": "flow_gpro"}, "unknown image objective 'flow_gpro'. Did you mean 'flow_grpo'"),
+        ({"sde_type": "cps"}, "unknown sde_type 'cps', available: flow_sde, flow_cps"),
+        ({"cfg_renorm_type": "row"}, "unknown renorm_type 'row'"),
+        ({"use_vllm": True}, "use_vllm"),
+        ({"noise_level": 0.0}, "noise_level must be positive, but is 0.0"),
+        ({"image_epsilon": -1e-5}, "image_epsilon must be positive"),
+        ({"image_advantage_clip": 0.0}, "image_advantage_clip must be positive"),
+        ({"text_loss_weight": -1.0}, "text_loss_weight must not be negative, but is -1.0"),
+        ({"image_beta": -0.1}, "image_beta must not be negative"),
+        ({"eval_num_timesteps": 1}, "num_timesteps must be at least 2, but is 1"),
+    ],
+)
+def test_bad_values_raise(make_config: Callable[..., AlphaGRPOConfig], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(**settings)
+
+
+@pytest.mark.invariant
+def test_window_follows_seed_and_step(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    settings = {"sde_window_size": 3, "sde_window_range": [1, 11], "num_timesteps": 12}
+
+    def starts(seed: int) -> list[int]:
+        config = make_config(**settings, seed=seed)
+        return [config.train_rollout(step).denoising.window_start for step in range(64)]
+
+    assert starts(0) == starts(0)
+    assert starts(0) != starts(1)
+    assert set(starts(0)) == set(range(1, 9))
+
+
+def test_training_rollout_has_the_training_settings(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    config = make_config(
+        image_height=24, image_width=32, temperature=0.9, top_k=7, max_completion_length=20, rollout_batch_size=5
+    )
+    rollout = config.train_rollout(3)
+    assert (rollout.height, rollout.width) == (24, 32)
+    assert (rollout.temperature, rollout.top_k, rollout.top_p) == (0.9, 7, 0.8)
+    assert (rollout.max_new_tokens, rollout.batch_size) == (20, 5)
+    assert rollout.denoising.guidance == config.guidance == GuidanceConfig()
+    assert rollout.denoising.window_size == 10
+
+
+def test_evaluation_is_deterministic_and_has_settings_of_its_own(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    rollout = make_config(
+        eval_num_timesteps=30,
+        eval_cfg_text_scale=1.0,
+        eval_cfg_img_scale=1.5,
+        eval_cfg_interval=[0.2, 0.7],
+        eval_temperature=0.0,
+        eval_top_p=0.5,
+    ).eval_rollout()
+    assert rollout.denoising.window_start is None
+    assert rollout.denoising.num_timesteps == 30
+    assert rollout.denoising.guidance == GuidanceConfig(1.0, 1.5, (0.2, 0.7))
+    assert (rollout.temperature, rollout.top_p) == (0.0, 0.5)
+
+
+def test_evaluation_guidance_defaults_to_that_of_training(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    config = make_config(cfg_text_scale=2.0, cfg_img_scale=1.2, cfg_interval=[0.0, 0.9], cfg_renorm_type="channel")
+    guidance = config.eval_rollout().denoising.guidance
+    assert guidance == config.guidance
+    assert replace(guidance, text_scale=3.0) != config.guidance
+
+
+def test_objective_gets_the_image_settings(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    objective = make_config(
+        image_epsilon=0.1, image_beta=0.2, image_kl_type="velocity", image_advantage_clip=3.0, sde_type="flow_cps"
+    ).objective
+    assert (objective.epsilon, objective.beta, objective.kl_type) == (0.1, 0.2, "velocity")
+    assert (objective.advantage_clip, objective.sde_type, objective.noise_level) == (3.0, "flow_cps", 0.7)
+
+
+def test_untested_trl_is_refused() -> None:
+    low, high = TESTED_TRL
+    check_trl_version(str(low))
+    for version in ("1.15.0", str(high), "2.0"):
+        with pytest.raises(ImportError, match=rf"trl>={low},<{high}, but trl {version}"):
+            check_trl_version(version)
