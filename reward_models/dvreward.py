@@ -173,6 +173,15 @@ class DVReward:
         """
         validate_dataset(dataset)
 
+    def validate_image_size(self, height: int, width: int) -> None:
+        """
+        Ask the judge whether it takes images of this size, in pixels.
+
+        Raises:
+            `ValueError`: If it does not.
+        """
+        self.judge.validate_image_size(height, width)
+
     async def score(
         self, images: Sequence[Image.Image | Sequence[Image.Image] | None], records: Sequence[PromptRecord]
     ) -> list[Score]:

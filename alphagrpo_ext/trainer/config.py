@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from trl import GRPOConfig
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
@@ -183,6 +184,8 @@ class AlphaGRPOConfig(GRPOConfig):
     image_advantage_clip: float = field(default=5.0, metadata={"help": "Largest absolute advantage of an image."})
 
     def __post_init__(self) -> None:
+        # Without it, processes that are launched together on a machine without accelerators do not find each other.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.use_vllm or self.use_transformers_continuous_batching:
             raise ValueError(

@@ -54,8 +54,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
     image objective.
 
     Reward functions are TRL's. Beside the dataset's columns they get the keyword arguments `images`, one PIL image a
-    sample, and `trajectory`, one [`Trajectory`] a sample. A reward function with a method `validate_dataset` is asked to
-    check the datasets before training.
+    sample, and `trajectory`, one [`Trajectory`] a sample. A reward function with a method `validate_dataset` or
+    `validate_image_size` is asked to check the datasets, or the height and width of images, before training.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -111,6 +111,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
                 for dataset in (train_dataset, eval_dataset):
                     if isinstance(dataset, Dataset):
                         validate(dataset)
+            if validate := getattr(reward_func, "validate_image_size", None):
+                validate(args.image_height, args.image_width)
         if args.freeze_vision_tower:
             policy.freeze_vision_tower()
         if args.image_beta and not args.beta and peft_config is None and not isinstance(model, PeftModel):

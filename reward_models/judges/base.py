@@ -53,6 +53,15 @@ class Judge(ABC):
             without probabilities returns 0 and 1.
         """
 
+    def validate_image_size(self, height: int, width: int) -> None:
+        """
+        Asked before training whether the judge takes images of this size, in pixels. The default takes any.
+
+        Raises:
+            `ValueError`: If it does not.
+        """
+        return
+
     async def aclose(self) -> None:
         """Release what the judge holds, e.g. network connections. The default does nothing."""
         return

@@ -18,6 +18,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from alphagrpo_ext.shapes.judge import answer_questions
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE
+
 from .base import JUDGES, Judge
 
 
@@ -29,6 +32,11 @@ class ShapesJudge(Judge):
     """
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
-        from alphagrpo_ext.shapes.judge import answer_questions
-
         return answer_questions(image, questions)
+
+    def validate_image_size(self, height: int, width: int) -> None:
+        if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(
+                f"the judge 'shapes' reads images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but image_height x image_width "
+                f"is {height} x {width}"
+            )

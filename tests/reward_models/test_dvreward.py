@@ -365,3 +365,12 @@ def test_shapes_judge_gives_none_for_what_it_cannot_judge():
     row["semantic_questions"] = []
     rewards = call(DVReward("shapes"), [image, image.resize((32, 32))], [row] * 2)
     assert rewards[0] is not None and rewards[1] is None
+
+
+def test_validate_dataset_names_the_row():
+    reward = DVReward(RedJudge())
+    rows = [make_row() for _ in range(4)]
+    reward.validate_dataset(rows)
+    del rows[2]["quality_questions"][0]["question"]
+    with pytest.raises(ValueError, match="row 2.*quality_questions.*question"):
+        reward.validate_dataset(rows)

@@ -138,6 +138,20 @@ def test_rollouts_of_one_optimizer_step_differ(make_trainer: MakeTrainer) -> Non
     assert distances.min() > 0.5
 
 
+def test_gradient_accumulation_equals_a_larger_batch(make_trainer: MakeTrainer) -> None:
+    # The step of plain gradient descent is the gradient.
+    settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    whole = make_trainer(**settings)
+    before = weights(whole.model)
+    whole.train()
+    parts = make_trainer(**settings, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    parts.train()
+    for name, expected in weights(whole.model).items():
+        step = expected - before[name]
+        error = weights(parts.model)[name] - expected
+        assert error.norm() <= 1e-3 * step.norm(), name
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_joint_update_changes_every_trainable_parameter(make_trainer: MakeTrainer, lora: bool) -> None:
     trainer = make_trainer(lora=lora)
@@ -314,7 +328,7 @@ def test_metrics(make_trainer: MakeTrainer) -> None:
         image_beta=0.1,
         eval_on_start=True,
         eval_strategy="steps",
-        eval_num_timesteps=200,
+        eval_num_timesteps=60,
     )
     trainer.train()
     (entry,) = (entry for entry in trainer.state.log_history if "image/ratio_mean" in entry)

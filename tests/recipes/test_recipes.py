@@ -1,0 +1,157 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from trl import TrlParser
+
+from alphagrpo_ext.models.loading import load_model
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+def run(*command: str | Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def recipe_of(config: Path) -> Path:
+    """`recipes/configs/NAME_suffix.yaml` belongs to `recipes/NAME.py`."""
+    (recipe,) = [path for path in RECIPES if config.stem == path.stem or config.stem.startswith(f"{path.stem}_")]
+    return recipe
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_config_parses_with_its_recipe(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parsed(Exception):
+        pass
+
+    parse = TrlParser.parse_args_and_config
+
+    def parse_and_stop(*args, **kwargs):
+        raise Parsed(parse(*args, **kwargs))
+
+    recipe = recipe_of(config)
+    monkeypatch.setattr(TrlParser, "parse_args_and_config", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [str(recipe), "--config", str(config)])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(recipe), run_name="__main__")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_has_help(recipe: Path) -> None:
+    assert "--output_dir" in run(recipe, "--help")
+
+
+@pytest.mark.slow
+def test_reasoning_t2i_runs_from_prompts_to_report(tmp_path: Path) -> None:
+    output = run(
+        *("-m", "accelerate.commands.launch", ROOT / "recipes" / "reasoning_t2i.py"),
+        *("--max_steps", "1", "--per_device_train_batch_size", "8", "--num_train_prompts", "16"),
+        *("--num_eval_prompts", "14", "--eval_seeds", "1", "--logging_steps", "1", "--output_dir", tmp_path),
+    )
+    assert "strict pass" in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for moment in ("before", "after"):
+        scores = summary[moment]
+        assert scores["num_samples"] + scores["num_failed"] == 14
+        assert len(scores["categories"]) == 7
+        assert sum(s["num_samples"] + s["num_failed"] for s in scores["categories"].values()) == 14
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("image/ratio_mean" in entry for entry in entries)
+    with Image.open(tmp_path / "before_after.png") as picture:
+        assert min(picture.size) > 100
+    model, processor = load_model(tmp_path)
+    assert processor.generation_system_prompt
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_reasoning_t2i_reads_prompts_from_files_and_trains_an_adapter(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": f"a {color} circle",
+            "semantic_questions": [{"question": f"Is there a {color} circle?", "tag": "Existence"}],
+            "quality_questions": [],
+        }
+        for color in ("red", "blue", "green", "yellow")
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(
+        *("-m", "accelerate.commands.launch", ROOT / "recipes" / "reasoning_t2i.py"),
+        *("--train_file", prompts, "--eval_file", prompts, "--use_peft", "true", "--lora_r", "4"),
+        *("--max_steps", "1", "--per_device_train_batch_size", "8", "--eval_seeds", "1"),
+        *("--output_dir", tmp_path / "run"),
+    )
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["before"]["categories"].keys() == {"all"}
+
+
+PRETRAINING = ("--vae_steps", "3", "--decoder_steps", "2", "--steps", "4", "--save_steps", "2", "--warmup_steps", "2")
+
+STOP_AFTER_FIRST_SAVE = """
+import runpy, sys
+from pathlib import Path
+
+class Stop(Exception):
+    pass
+
+write_text = Path.write_text
+def write_and_stop(self, *args, **kwargs):
+    write_text(self, *args, **kwargs)
+    if self.name == "pretraining.json":
+        raise Stop
+Path.write_text = write_and_stop
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except Stop:
+    print("stopped")
+"""
+
+
+@pytest.mark.slow
+def test_pretraining_resumes_bit_equal(tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "pretrain_shapes.py"
+    run(recipe, *PRETRAINING, "--output_dir", tmp_path / "whole")
+    stopped = run("-c", STOP_AFTER_FIRST_SAVE, recipe, *PRETRAINING, "--output_dir", tmp_path / "resumed")
+    assert "stopped" in stopped
+    state = tmp_path / "resumed" / "state.pt"
+    assert torch.load(state, weights_only=True)["step"] == 2
+    run(recipe, *PRETRAINING, "--output_dir", tmp_path / "resumed")
+    resumed, whole = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("resumed", "whole"))
+    assert resumed["step"] == whole["step"] == 4
+    for part in ("model", "average"):
+        for name, expected in whole[part].items():
+            assert torch.equal(resumed[part][name], expected), f"{part}: {name}"
+    model, _ = load_model(tmp_path / "resumed" / "checkpoint")
+    expected, _ = load_model(tmp_path / "whole" / "checkpoint")
+    for (name, actual), (_, value) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(actual, value), name
