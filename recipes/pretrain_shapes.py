@@ -67,7 +67,7 @@ class PretrainingArguments:
     )
     vae_batch_size: int = field(default=64, metadata={"help": "Scenes in a batch of the autoencoder."})
     vae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the autoencoder."})
-    steps: int = field(default=1000, metadata={"help": "Optimizer steps of the model."})
+    steps: int = field(default=650, metadata={"help": "Optimizer steps of the model."})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the model."})
     warmup_steps: int = field(default=50, metadata={"help": "Steps in which the learning rate rises."})
     decay_fraction: float = field(default=0.35, metadata={"help": "Last part of the run, in which it falls to 0."})
@@ -164,7 +164,6 @@ def learning_rate_factor(step: int, args: PretrainingArguments) -> float:
 def save_state(path: Path, step: int, model: BagelModel, average: dict, optimizer: torch.optim.Optimizer) -> None:
     """Write everything that a resumed run needs; a run that is killed meanwhile keeps the previous state."""
     state = {"step": step, "model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
-    state["vae_config"] = dict(model.config.vae_config)
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -180,9 +179,9 @@ def export(folder: Path, model: BagelModel, average: dict, args: PretrainingArgu
     exported.config.dtype = torch.bfloat16
     exported.save_pretrained(folder)
     build_processor().save_pretrained(folder)
-    (folder / "pretraining.json").write_text(
-        json.dumps(asdict(args) | {"mixture": asdict(PretrainingMixture())}, indent=2)
-    )
+    settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    settings["mixture"] = asdict(PretrainingMixture())
+    (folder / "pretraining.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def main(args: PretrainingArguments) -> None:

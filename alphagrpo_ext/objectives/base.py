@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.models.unified import PackedBatch, PackedOutput
+from alphagrpo_ext.models.unified import BRANCHES, PackedBatch, PackedOutput
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import Trajectory
 
@@ -79,7 +79,7 @@ class ImageScores:
         if len(num_steps) != 1:
             raise ValueError(f"all windows of a batch must have the same number of steps, but they have {num_steps}")
         # Row of each (branch, image, step) among the copies; -1 where a branch does not count at that time.
-        rows = torch.full((3, len(windows), num_steps.pop()), -1)
+        rows = torch.full((len(BRANCHES), len(windows), num_steps.pop()), -1)
         rows[layout.branch, layout.image, layout.step] = torch.arange(len(layout.image))
         velocities = output.velocities[rows[0].to(device)]
         mask = layout.mask[rows[0]][:, :1].to(device)

@@ -118,6 +118,9 @@ class AlphaGRPOConfig(GRPOConfig):
     importance_sampling_level: str = field(
         default="sequence", metadata={"help": "Whether the ratio of text is taken per 'token' or per 'sequence'."}
     )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Whether to disable dropout, which would make rollout and training disagree."}
+    )
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range of the ratio of text."})
 
     task: str = field(default="reasoning_t2i", metadata={"help": "What the policy is asked to do; a registered task."})

@@ -202,10 +202,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     def _num_score_chunks(self) -> int:
         """Calls of the packed forward that TRL splits a rollout into."""
-        batch_size = self._generation_chunk_size()
+        batch_size = self._scoring_chunk_size()
         return -(-len(self._trajectories) // batch_size)
 
-    def _generation_chunk_size(self) -> int:
+    def _scoring_chunk_size(self) -> int:
         if self.model.training:
             return self.args.per_device_train_batch_size
         return self.args.per_device_eval_batch_size
@@ -214,7 +214,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
     def _score_reference(self) -> list[ImageScores | None]:
         """Velocities of the reference model for a KL of images alone, which TRL does not compute one for."""
         model = self.accelerator.unwrap_model(self.model)
-        chunk = self._generation_chunk_size()
+        chunk = self._scoring_chunk_size()
         scored = []
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             for start in range(0, len(self._trajectories), chunk):

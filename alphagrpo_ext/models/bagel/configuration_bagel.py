@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
@@ -64,6 +64,8 @@ class BagelConfig(PreTrainedConfig):
     """
 
     model_type = "bagel"
+    # TRL looks here when it loads a reference model.
+    auto_map: ClassVar[dict[str, str]] = {}
     sub_configs = {"text_config": Qwen2Config, "vision_config": SiglipVisionConfig}
 
     def __init__(
