@@ -25,6 +25,7 @@ A run that was stopped continues where it stopped when the same command is given
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -42,6 +43,7 @@ from trl import TrlParser
 
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.packing_bagel import visibility_mask
+from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.model import build_config, build_processor
 from alphagrpo_ext.shapes.pretraining import (
     PretrainingBatch,
@@ -73,6 +75,11 @@ class PretrainingArguments:
     decay_fraction: float = field(default=0.35, metadata={"help": "Last part of the run, in which it falls to 0."})
     text_weight: float = field(default=0.5, metadata={"help": "Weight of the text loss beside the image loss."})
     ema_decay: float = field(default=0.996, metadata={"help": "Decay of the averaged weights that are saved."})
+    vision_steps: int = field(default=800, metadata={"help": "Further steps of the vision tower alone."})
+    vision_answers: int = field(
+        default=32, metadata={"help": "Questions in a batch of these, and four times the reflections."}
+    )
+    vision_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of these steps."})
     save_steps: int = field(default=100, metadata={"help": "Steps between two saved states."})
     bf16: bool = field(default=True, metadata={"help": "Whether to train under bfloat16 autocast."})
 
@@ -147,11 +154,57 @@ class PretrainingLoss(nn.Module):
             und, gen = self.model.language_model.model(und, gen, positions, mask)
             logits = self.model.language_model.lm_head(und.flatten(0, 1)[batch.text_index])
             text_loss += F.cross_entropy(logits.float(), batch.text_targets, reduction="sum")
-            velocities = self.model.llm2vae(gen.flatten(0, 1)[batch.velocity_index])
-            image_loss += F.mse_loss(velocities.float(), batch.velocity_targets, reduction="sum")
+            if batch.velocity_index is not None:
+                velocities = self.model.llm2vae(gen.flatten(0, 1)[batch.velocity_index])
+                image_loss += F.mse_loss(velocities.float(), batch.velocity_targets, reduction="sum")
         num_texts = sum(len(batch.text_targets) for batch in batches)
-        num_values = sum(batch.velocity_targets.numel() for batch in batches)
+        num_values = sum(batch.velocity_targets.numel() for batch in batches if batch.velocity_index is not None) or 1
         return text_loss / num_texts, image_loss / num_values
+
+
+def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: PretrainingArguments) -> float:
+    """
+    Train the vision tower and its connector alone, on answers and reflections about images.
+
+    Nothing else changes, so the model paints exactly as before where it was given no image.
+
+    Returns:
+        `float`: Cross-entropy of the last batch.
+    """
+    mixture = PretrainingMixture(
+        direct=0, thought=0, answer=args.vision_answers, reflection=args.vision_answers // 4, condition_dropout=0.0,
+        noise_copies=0,
+    )  # fmt: skip
+    side = model.config.max_latent_size
+    model.requires_grad_(False)
+    parameters = [*model.vit_model.parameters(), *model.connector.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=args.vision_learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.vision_steps // 20, args.vision_steps)
+    loss_module = PretrainingLoss(model).train()
+    progress = trange(args.vision_steps, desc="vision tower")
+    for step in progress:
+        rng = random.Random(f"vision-{args.seed}-{step}")
+        examples = sample_examples(rng, processor, mixture)
+        scenes = scenes_of(examples)
+        with torch.no_grad():
+            latents = dict(zip(scenes, model.encode_images(scene_pixels(scenes)), strict=True))
+        # Answers are short and reflections long, so they are padded apart.
+        parts = (examples[: mixture.answer], examples[mixture.answer :])
+        batches = [
+            build_batch(part, latents, (side, side), processor, model.config, mixture, torch.Generator())
+            for part in parts
+        ]
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss, _ = loss_module(batches)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        progress.set_postfix(text=f"{loss.item():.3f}")
+    return loss.item()
 
 
 def learning_rate_factor(step: int, args: PretrainingArguments) -> float:
@@ -169,15 +222,21 @@ def save_state(path: Path, step: int, model: BagelModel, average: dict, optimize
     os.replace(temporary, path)
 
 
-def export(folder: Path, model: BagelModel, average: dict, args: PretrainingArguments) -> None:
-    """Save the averaged weights as a checkpoint: the autoencoder in fp32, everything else in bf16."""
-    exported = BagelModel(model.config)
-    exported.load_state_dict({**model.state_dict(), **average})
-    for name, module in exported.named_children():
+def averaged(model: BagelModel, average: dict[str, torch.Tensor]) -> BagelModel:
+    """A copy with the averaged weights."""
+    config = copy.deepcopy(model.config)
+    result = BagelModel._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    result.load_state_dict({**model.state_dict(), **average})
+    return result
+
+
+def export(folder: Path, model: BagelModel, args: PretrainingArguments) -> None:
+    """Save a checkpoint: the autoencoder in fp32, everything else in bf16. The model is converted in place."""
+    for name, module in model.named_children():
         if name != "vae":
             module.to(torch.bfloat16)
-    exported.config.dtype = torch.bfloat16
-    exported.save_pretrained(folder)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
     build_processor().save_pretrained(folder)
     settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
     settings["mixture"] = asdict(PretrainingMixture())
@@ -248,7 +307,11 @@ def main(args: PretrainingArguments) -> None:
         progress.set_postfix(text=f"{text_loss.item():.3f}", image=f"{image_loss.item():.4f}")
         if accelerator.is_main_process and ((step + 1) % args.save_steps == 0 or step + 1 == args.steps):
             save_state(state_path, step + 1, model, average, optimizer)
-            export(output_dir / "checkpoint", model, average, args)
+            export(output_dir / "checkpoint", averaged(model, average), args)
+    if accelerator.is_main_process:
+        final = averaged(model, average)
+        train_vision_tower(final, processor, args)
+        export(output_dir / "checkpoint", final, args)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

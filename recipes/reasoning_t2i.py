@@ -110,13 +110,13 @@ def load_prompts(file: str | None, split: str, num_prompts: int) -> Dataset:
 
 
 def save_picture(before: Evaluation, after: Evaluation, path: Path) -> None:
-    """Some prompts with their image before and after training: one a category, and what changed first."""
+    """Some prompts of every category with their image before and after training."""
     pairs = list(zip(before.samples, after.samples, strict=True))
     pairs = [pair for pair in pairs if None not in (pair[0].reward, pair[1].reward)]
     chosen = []
     for category in before.categories:
         of_category = [pair for pair in pairs if pair[0].category == category]
-        chosen += of_category[: -(-NUM_PICTURED // len(before.categories))]
+        chosen += of_category[: max(1, NUM_PICTURED // len(before.categories))]
     rows = [
         (old.prompt, [(old.image, f"reward {old.reward:.2f}"), (new.image, f"reward {new.reward:.2f}")])
         for old, new in chosen

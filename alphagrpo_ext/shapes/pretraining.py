@@ -31,8 +31,6 @@ from alphagrpo_ext.models.bagel.packing_bagel import BagelRow, collate_rows
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
-    PromptSpec,
-    quality_questions,
     sample_pretraining_spec,
     sample_prompt,
     sample_scene,
@@ -96,21 +94,18 @@ def _painting(rng: random.Random, processor: BagelProcessor, mixture: Pretrainin
     return _Example((*system, prompt), thought(planned) if think else None, painted)
 
 
-def _questions(spec: PromptSpec) -> list[dict[str, str]]:
-    return [*semantic_questions(spec), *quality_questions()[:1]]
-
-
 def _answering(rng: random.Random) -> _Example:
-    """A question about an image that is right for the prompt half of the time, with the answer `yes` or `no`."""
+    """A question about an image of its prompt, right or wrong, with the answer `yes` or `no`, as often as each other."""
     spec = sample_pretraining_spec(rng)
     shown = sample_scene(spec, rng)
-    if rng.random() < 0.5:
+    wanted = rng.random() < 0.5
+    if not wanted:
         shown = sample_violation(shown, spec, rng)
-    elif rng.random() < 0.3:
-        shown = sample_scene(sample_pretraining_spec(rng), rng)
-    question = rng.choice(_questions(spec))["question"]
-    answer = answer_questions(render(shown), [question])[0]
-    return _Example((shown, question), "yes" if answer >= 0.5 else "no", None)
+    questions = [row["question"] for row in semantic_questions(spec)]
+    answers = [answer >= 0.5 for answer in answer_questions(render(shown), questions)]
+    choices = [i for i, answer in enumerate(answers) if answer == wanted] or range(len(questions))
+    index = rng.choice(choices)
+    return _Example((shown, questions[index]), "yes" if answers[index] else "no", None)
 
 
 def _reflecting(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture) -> _Example:
@@ -164,15 +159,15 @@ class PretrainingBatch:
         inputs (`dict[str, torch.Tensor]`): Of [`collate_rows`].
         text_index, text_targets (`torch.Tensor` of shape `(texts,)`):
             Places in the flattened `input_ids` whose next token is learned, and that token.
-        velocity_index (`torch.Tensor` of shape `(copies, tokens)`): Places of noised latents.
-        velocity_targets (`torch.Tensor` of shape `(copies, tokens, channels)`): Noise minus image.
+        velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*): Places of noised latents.
+        velocity_targets (`torch.Tensor` of shape `(copies, tokens, channels)`, *optional*): Noise minus image.
     """
 
     inputs: dict[str, torch.Tensor]
     text_index: torch.Tensor
     text_targets: torch.Tensor
-    velocity_index: torch.Tensor
-    velocity_targets: torch.Tensor
+    velocity_index: torch.Tensor | None
+    velocity_targets: torch.Tensor | None
 
 
 def build_batch(
@@ -220,12 +215,14 @@ def build_batch(
         rows.append(row)
     inputs = collate_rows(rows, config)
     text = torch.tensor(texts)
-    width, gen_width = inputs["input_ids"].shape[1], inputs["latents"].shape[1]
-    starts = torch.tensor(starts)
+    velocity_index = None
+    if starts:
+        first = torch.tensor(starts) @ torch.tensor([inputs["latents"].shape[1], 1])
+        velocity_index = first[:, None] + torch.arange(grid[0] * grid[1])
     return PretrainingBatch(
         inputs=inputs,
-        text_index=text[:, 0] * width + text[:, 1],
+        text_index=text[:, 0] * inputs["input_ids"].shape[1] + text[:, 1],
         text_targets=text[:, 2],
-        velocity_index=(starts[:, 0] * gen_width + starts[:, 1])[:, None] + torch.arange(grid[0] * grid[1]),
-        velocity_targets=torch.stack(targets),
+        velocity_index=velocity_index,
+        velocity_targets=torch.stack(targets) if targets else None,
     )

@@ -38,7 +38,7 @@ from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
 from alphagrpo_ext.rollout.task import TASKS
 from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trajectory import Trajectory
+from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
 check_trl_version(trl.__version__)
@@ -174,8 +174,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         for trajectory in trajectories:
             texts = trajectory.sampled_texts
             ids = [token_id for text in texts for token_id in text.token_ids]
-            given = [s.token_ids for s in trajectory.segments if hasattr(s, "token_ids") and not s.sampled]
-            fields["prompt_ids"].append([token_id for part in given for token_id in part] or [eos])
+            given = [s for s in trajectory.segments if isinstance(s, TextSegment) and not s.sampled]
+            fields["prompt_ids"].append([token_id for text in given for token_id in text.token_ids] or [eos])
             # A trajectory without text still needs a token; it is masked out of the loss.
             fields["completion_ids"].append(ids or [eos])
             fields["logprobs"].append([p for text in texts for p in text.log_probs] or [0.0])

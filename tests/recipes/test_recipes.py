@@ -114,7 +114,10 @@ def test_reasoning_t2i_reads_prompts_from_files_and_trains_an_adapter(tmp_path: 
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["before"]["categories"].keys() == {"all"}
 
 
-PRETRAINING = ("--vae_steps", "3", "--decoder_steps", "2", "--steps", "4", "--save_steps", "2", "--warmup_steps", "2")
+PRETRAINING = (
+    *("--vae_steps", "3", "--decoder_steps", "2", "--steps", "4", "--save_steps", "2", "--warmup_steps", "2"),
+    *("--vision_steps", "2", "--vision_answers", "4"),
+)
 
 STOP_AFTER_FIRST_SAVE = """
 import runpy, sys

@@ -374,3 +374,10 @@ def test_validate_dataset_names_the_row():
     del rows[2]["quality_questions"][0]["question"]
     with pytest.raises(ValueError, match="row 2.*quality_questions.*question"):
         reward.validate_dataset(rows)
+
+
+def test_an_image_size_that_the_judge_cannot_read_is_refused_before_training():
+    reward = DVReward("shapes")
+    reward.validate_image_size(24, 24)
+    with pytest.raises(ValueError, match="24 x 24.*image_height x image_width is 20 x 24"):
+        reward.validate_image_size(20, 24)

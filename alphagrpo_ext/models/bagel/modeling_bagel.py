@@ -45,7 +45,7 @@ from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
 from alphagrpo_ext.models.bagel.generation_bagel import BagelGenerationMixin
 from alphagrpo_ext.models.bagel.packing_bagel import pack_trajectories, patchify, unpatchify, visibility_mask
-from alphagrpo_ext.models.unified import PackedBatch, PackedOutput, UnifiedModel
+from alphagrpo_ext.models.unified import MODELS, PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.trajectory import Trajectory
 
 
@@ -317,6 +317,7 @@ class BagelPreTrainedModel(PreTrainedModel):
             init.zeros_(module.llm2vae.weight)
 
 
+@MODELS.register(BagelConfig.model_type)
 class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     """
     BAGEL with all its parts; module names are those of the released checkpoint.
