@@ -195,6 +195,10 @@ class AlphaGRPOConfig(GRPOConfig):
                 "use_vllm and use_transformers_continuous_batching generate text only; AlphaGRPOTrainer samples text "
                 "and images with its own rollout generator, so set both to False"
             )
+        if self.think and not (self.max_completion_length or 0) > 0:
+            raise ValueError(
+                f"max_completion_length, the longest thought, must be positive, but is {self.max_completion_length}"
+            )
         TASKS.get(self.task)
         OBJECTIVES.get(self.image_objective)
         for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval"):

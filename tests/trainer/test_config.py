@@ -130,6 +130,7 @@ def test_parser_reads_lists(tmp_path: Path) -> None:
         ({"text_loss_weight": -1.0}, "text_loss_weight must not be negative, but is -1.0"),
         ({"image_beta": -0.1}, "image_beta must not be negative"),
         ({"eval_num_timesteps": 1}, "num_timesteps must be at least 2, but is 1"),
+        ({"max_completion_length": 0}, "max_completion_length, the longest thought, must be positive, but is 0"),
     ],
 )
 def test_bad_values_raise(make_config: Callable[..., AlphaGRPOConfig], settings: dict[str, Any], message: str) -> None:
