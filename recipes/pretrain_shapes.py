@@ -214,12 +214,17 @@ def learning_rate_factor(step: int, args: PretrainingArguments) -> float:
     return rise * min(1.0, (args.steps - step) / decay_steps)
 
 
-def save_state(path: Path, step: int, model: BagelModel, average: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Write everything that a resumed run needs; a run that is killed meanwhile keeps the previous state."""
-    state = {"step": step, "model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
+def save_atomically(path: Path, contents: dict) -> None:
+    """Write a file whole or not at all: a run that is killed meanwhile keeps the previous one."""
     temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
+    torch.save(contents, temporary)
     os.replace(temporary, path)
+
+
+def save_state(path: Path, step: int, model: BagelModel, average: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Write everything that a resumed run needs."""
+    state = {"step": step, "model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
+    save_atomically(path, state)
 
 
 def averaged(model: BagelModel, average: dict[str, torch.Tensor]) -> BagelModel:
@@ -261,7 +266,8 @@ def main(args: PretrainingArguments) -> None:
         torch.set_num_threads(accelerator.num_processes * num_threads)
         error = train_autoencoder(model, args)
         torch.set_num_threads(num_threads)
-        torch.save({"vae": model.vae.state_dict(), "config": dict(config.vae_config), "mse": error}, vae_path)
+        contents = {"vae": model.vae.state_dict(), "config": dict(config.vae_config), "mse": error}
+        save_atomically(vae_path, contents)
     accelerator.wait_for_everyone()
     autoencoder = torch.load(vae_path, weights_only=True)
     config.vae_config.update(autoencoder["config"])

@@ -37,7 +37,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
@@ -184,5 +183,4 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
 if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(DEFAULT_CONFIG), *sys.argv[1:]]
     parser = TrlParser((ScriptArguments, AlphaGRPOConfig, ModelConfig))
-    torch.set_float32_matmul_precision("highest")
     main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))

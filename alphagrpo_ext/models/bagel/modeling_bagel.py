@@ -96,17 +96,13 @@ class BagelAttention(nn.Module):
             self.add_module(f"q_norm{suffix}", Qwen2RMSNorm(self.head_dim, eps=eps))
             self.add_module(f"k_norm{suffix}", Qwen2RMSNorm(self.head_dim, eps=eps))
 
-    def _und_qkv(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _project(self, hidden_states: torch.Tensor, expert: str) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values `(batch, tokens, heads, head_dim)` of one expert: `""` or `"_moe_gen"`."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape))
-        key = self.k_norm(self.k_proj(hidden_states).view(shape))
-        return query, key, self.v_proj(hidden_states).view(shape)
-
-    def _gen_qkv(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm_moe_gen(self.q_proj_moe_gen(hidden_states).view(shape))
-        key = self.k_norm_moe_gen(self.k_proj_moe_gen(hidden_states).view(shape))
-        return query, key, self.v_proj_moe_gen(hidden_states).view(shape)
+        query, key, value = (
+            getattr(self, f"{name}_proj{expert}")(hidden_states).view(shape) for name in ("q", "k", "v")
+        )
+        return getattr(self, f"q_norm{expert}")(query), getattr(self, f"k_norm{expert}")(key), value
 
     def forward(
         self,
@@ -117,9 +113,9 @@ class BagelAttention(nn.Module):
         cache: BagelCache | None = None,
         prefill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        states = self._und_qkv(und)
+        states = self._project(und, "")
         if gen is not None:
-            states = tuple(torch.cat(pair, dim=1) for pair in zip(states, self._gen_qkv(gen), strict=True))
+            states = tuple(torch.cat(pair, dim=1) for pair in zip(states, self._project(gen, "_moe_gen"), strict=True))
         query, key, value = (state.transpose(1, 2) for state in states)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if prefill:

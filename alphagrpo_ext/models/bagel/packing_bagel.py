@@ -133,7 +133,9 @@ class BagelRow:
         self.num_blocks += 1
         return start
 
-    def add_latents(self, latents: torch.Tensor, grid: tuple[int, int], timestep: float = 0.0, noised: bool = False):
+    def add_latents(
+        self, latents: torch.Tensor, grid: tuple[int, int], timestep: float = 0.0, noised: bool = False
+    ) -> int:
         """Append a VAE block; a noised one leaves the rotary position where it was. Returns its place in `gen`."""
         start = sum(self.gen.lengths)
         self._image_delimiters(0, noised)
