@@ -20,7 +20,8 @@ accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --out
 ```
 
 One thread a process is fastest on a CPU, and `--multi_gpu` is how `accelerate launch` starts several processes there.
-A run that was stopped continues where it stopped when the same command is given again.
+The model first learns to paint, then its vision tower learns to look, then everything learns together to answer and to
+repair. A run that was stopped continues where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -41,11 +42,15 @@ from tqdm import trange
 from transformers import get_cosine_schedule_with_warmup
 from trl import TrlParser
 
+from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.packing_bagel import visibility_mask
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.shapes.model import build_config, build_processor
 from alphagrpo_ext.shapes.pretraining import (
+    GROUNDING,
+    PAINTING,
     PretrainingBatch,
     PretrainingMixture,
     build_batch,
@@ -69,10 +74,10 @@ class PretrainingArguments:
     )
     vae_batch_size: int = field(default=64, metadata={"help": "Scenes in a batch of the autoencoder."})
     vae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the autoencoder."})
-    steps: int = field(default=650, metadata={"help": "Optimizer steps of the model."})
+    steps: int = field(default=650, metadata={"help": "Optimizer steps of the model, which learns to paint."})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the model."})
-    warmup_steps: int = field(default=50, metadata={"help": "Steps in which the learning rate rises."})
-    decay_fraction: float = field(default=0.35, metadata={"help": "Last part of the run, in which it falls to 0."})
+    warmup_steps: int = field(default=50, metadata={"help": "Steps of a stage in which the learning rate rises."})
+    decay_fraction: float = field(default=0.35, metadata={"help": "Last part of a stage, in which it falls to 0."})
     text_weight: float = field(default=0.5, metadata={"help": "Weight of the text loss beside the image loss."})
     ema_decay: float = field(default=0.996, metadata={"help": "Decay of the averaged weights that are saved."})
     vision_steps: int = field(default=800, metadata={"help": "Further steps of the vision tower alone."})
@@ -80,14 +85,40 @@ class PretrainingArguments:
         default=32, metadata={"help": "Questions in a batch of these, and four times the reflections."}
     )
     vision_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of these steps."})
+    grounding_steps: int = field(
+        default=600, metadata={"help": "Last steps of the model, which learns to answer and to repair."}
+    )
+    grounding_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of these steps."})
+    init_from: str | None = field(
+        default=None, metadata={"help": "Checkpoint that goes through the last steps alone, e.g. bagel-shapes."}
+    )
     save_steps: int = field(default=100, metadata={"help": "Steps between two saved states."})
     bf16: bool = field(default=True, metadata={"help": "Whether to train under bfloat16 autocast."})
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction must be in [0, 1], but is {self.decay_fraction}")
-        if self.steps < 1 or self.save_steps < 1:
-            raise ValueError(f"steps and save_steps must be positive, but are {self.steps} and {self.save_steps}")
+        for name in ("steps", "grounding_steps", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    Steps of the whole model with one mixture of examples.
+
+    Args:
+        name (`str`): Of its state file and its progress bar.
+        mixture ([`PretrainingMixture`]): What it learns.
+        steps (`int`): Optimizer steps.
+        learning_rate (`float`): Peak learning rate.
+    """
+
+    name: str
+    mixture: PretrainingMixture
+    steps: int
+    learning_rate: float
 
 
 def train_autoencoder(model: BagelModel, args: PretrainingArguments) -> float:
@@ -175,7 +206,6 @@ def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: Pretr
         direct=0, thought=0, answer=args.vision_answers, reflection=args.vision_answers // 4, condition_dropout=0.0,
         noise_copies=0,
     )  # fmt: skip
-    side = model.config.max_latent_size
     model.requires_grad_(False)
     parameters = [*model.vit_model.parameters(), *model.connector.parameters()]
     for parameter in parameters:
@@ -186,16 +216,7 @@ def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: Pretr
     progress = trange(args.vision_steps, desc="vision tower")
     for step in progress:
         rng = random.Random(f"vision-{args.seed}-{step}")
-        examples = sample_examples(rng, processor, mixture)
-        scenes = scenes_of(examples)
-        with torch.no_grad():
-            latents = dict(zip(scenes, model.encode_images(scene_pixels(scenes)), strict=True))
-        # Answers are short and reflections long, so they are padded apart.
-        parts = (examples[: mixture.answer], examples[mixture.answer :])
-        batches = [
-            build_batch(part, latents, (side, side), processor, model.config, mixture, torch.Generator())
-            for part in parts
-        ]
+        batches = sample_batches(rng, torch.Generator(), model, processor, mixture)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss, _ = loss_module(batches)
         loss.backward()
@@ -207,11 +228,27 @@ def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: Pretr
     return loss.item()
 
 
-def learning_rate_factor(step: int, args: PretrainingArguments) -> float:
+def sample_batches(
+    rng: random.Random,
+    generator: torch.Generator,
+    model: BagelModel,
+    processor: BagelProcessor,
+    mixture: PretrainingMixture,
+) -> list[PretrainingBatch]:
+    """The micro-batches of one step; `rng` draws examples, `generator` times and noise."""
+    parts = sample_examples(rng, processor, mixture)
+    scenes = scenes_of([example for part in parts for example in part])
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        latents = dict(zip(scenes, model.encode_images(scene_pixels(scenes)), strict=True))
+    side = model.config.max_latent_size
+    return [build_batch(part, latents, (side, side), processor, model.config, mixture, generator) for part in parts]
+
+
+def learning_rate_factor(step: int, num_steps: int, args: PretrainingArguments) -> float:
     """Linear rise, plateau, linear fall to 0."""
     rise = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-    decay_steps = max(1, int(args.steps * args.decay_fraction))
-    return rise * min(1.0, (args.steps - step) / decay_steps)
+    decay_steps = max(1, int(num_steps * args.decay_fraction))
+    return rise * min(1.0, (num_steps - step) / decay_steps)
 
 
 def save_atomically(path: Path, contents: dict) -> None:
@@ -244,38 +281,25 @@ def export(folder: Path, model: BagelModel, args: PretrainingArguments) -> None:
     model.save_pretrained(folder)
     build_processor().save_pretrained(folder)
     settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
-    settings["mixture"] = asdict(PretrainingMixture())
+    settings["mixtures"] = {"painting": asdict(PAINTING), "grounding": asdict(GROUNDING)}
     (folder / "pretraining.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def main(args: PretrainingArguments) -> None:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
-    set_seed(args.seed)
-    output_dir, mixture = Path(args.output_dir), PretrainingMixture()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    processor = build_processor()
-    config = build_config(processor.tokenizer)
-    # Plain attention beats the fused kernel on a CPU at these lengths.
-    model = BagelModel._from_config(config, attn_implementation="eager")
-    nn.init.normal_(model.llm2vae.weight, std=config.text_config.initializer_range)
-    vae_path, state_path = output_dir / "autoencoder.pt", output_dir / "state.pt"
-    if accelerator.is_main_process and not vae_path.exists():
-        # The other processes wait, so their cores are free.
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(accelerator.num_processes * num_threads)
-        error = train_autoencoder(model, args)
-        torch.set_num_threads(num_threads)
-        contents = {"vae": model.vae.state_dict(), "config": dict(config.vae_config), "mse": error}
-        save_atomically(vae_path, contents)
-    accelerator.wait_for_everyone()
-    autoencoder = torch.load(vae_path, weights_only=True)
-    config.vae_config.update(autoencoder["config"])
-    model.vae.load_state_dict(autoencoder["vae"])
-    model.vae.register_to_config(**{name: config.vae_config[name] for name in ("shift_factor", "scaling_factor")})
+def train_stage(
+    model: BagelModel, processor: BagelProcessor, stage: Stage, accelerator: Accelerator, args: PretrainingArguments
+) -> BagelModel:
+    """
+    Train everything but the autoencoder, from the stage's state file where there is one.
+
+    Returns:
+        [`BagelModel`]: With the averaged weights.
+    """
+    output_dir, mixture = Path(args.output_dir), stage.mixture
+    state_path = output_dir / f"{stage.name}.pt"
+    model.requires_grad_(True)
     model.vae.requires_grad_(False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     average = {name: p.detach().clone() for name, p in parameters.items()}
     start = 0
     if state_path.exists():
@@ -284,22 +308,20 @@ def main(args: PretrainingArguments) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     loss_module = accelerator.prepare_model(PretrainingLoss(model).train())
-    side = config.max_latent_size
-    progress = trange(start, args.steps, initial=start, total=args.steps, disable=not accelerator.is_main_process)
+    progress = trange(
+        start,
+        stage.steps,
+        initial=start,
+        total=stage.steps,
+        desc=stage.name,
+        disable=not accelerator.is_main_process,
+    )
     for step in progress:
-        key = f"{args.seed}-{step}-{accelerator.process_index}"
+        key = f"{stage.name}-{args.seed}-{step}-{accelerator.process_index}"
         rng, generator = random.Random(key), torch.Generator().manual_seed(random.Random(key).getrandbits(62))
-        examples = sample_examples(rng, processor, mixture)
-        scenes = scenes_of(examples)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            latents = dict(zip(scenes, model.encode_images(scene_pixels(scenes)), strict=True))
-        num_paintings = mixture.direct + mixture.thought
-        batches = [
-            build_batch(part, latents, (side, side), processor, config, mixture, generator)
-            for part in (examples[:num_paintings], examples[num_paintings:])
-        ]
+        batches = sample_batches(rng, generator, model, processor, mixture)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * learning_rate_factor(step, args)
+            group["lr"] = stage.learning_rate * learning_rate_factor(step, stage.steps, args)
         with accelerator.autocast():
             text_loss, image_loss = loss_module(batches)
         accelerator.backward(args.text_weight * text_loss + image_loss)
@@ -311,13 +333,62 @@ def main(args: PretrainingArguments) -> None:
             for name, parameter in parameters.items():
                 average[name].lerp_(parameter, 1 - decay)
         progress.set_postfix(text=f"{text_loss.item():.3f}", image=f"{image_loss.item():.4f}")
-        if accelerator.is_main_process and ((step + 1) % args.save_steps == 0 or step + 1 == args.steps):
+        if accelerator.is_main_process and ((step + 1) % args.save_steps == 0 or step + 1 == stage.steps):
             save_state(state_path, step + 1, model, average, optimizer)
             export(output_dir / "checkpoint", averaged(model, average), args)
-    if accelerator.is_main_process:
-        final = averaged(model, average)
-        train_vision_tower(final, processor, args)
-        export(output_dir / "checkpoint", final, args)
+    return averaged(model, average)
+
+
+def make_autoencoder(model: BagelModel, accelerator: Accelerator, args: PretrainingArguments) -> None:
+    """Give the model its autoencoder: the one in the output folder, or one that the main process trains first."""
+    path = Path(args.output_dir) / "autoencoder.pt"
+    if accelerator.is_main_process and not path.exists():
+        # The other processes wait, so their cores are free.
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(accelerator.num_processes * num_threads)
+        error = train_autoencoder(model, args)
+        torch.set_num_threads(num_threads)
+        save_atomically(path, {"vae": model.vae.state_dict(), "config": dict(model.config.vae_config), "mse": error})
+    accelerator.wait_for_everyone()
+    autoencoder = torch.load(path, weights_only=True)
+    model.config.vae_config.update(autoencoder["config"])
+    model.vae.load_state_dict(autoencoder["vae"])
+    names = ("shift_factor", "scaling_factor")
+    model.vae.register_to_config(**{name: model.config.vae_config[name] for name in names})
+
+
+def make_painter(
+    config: BagelConfig, processor: BagelProcessor, accelerator: Accelerator, args: PretrainingArguments
+) -> BagelModel:
+    """A model that has learned to paint, and whose vision tower has learned to look at what it does."""
+    # Plain attention beats the fused kernel on a CPU at these lengths.
+    model = BagelModel._from_config(config, attn_implementation="eager")
+    nn.init.normal_(model.llm2vae.weight, std=config.text_config.initializer_range)
+    make_autoencoder(model, accelerator, args)
+    model = train_stage(
+        model, processor, Stage("painting", PAINTING, args.steps, args.learning_rate), accelerator, args
+    )
+    path = Path(args.output_dir) / "vision.pt"
+    if accelerator.is_main_process and not path.exists():
+        train_vision_tower(model, processor, args)
+        save_atomically(path, model.state_dict())
+    accelerator.wait_for_everyone()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def main(args: PretrainingArguments) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
+    set_seed(args.seed)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    processor = build_processor()
+    if args.init_from is None:
+        model = make_painter(build_config(processor.tokenizer), processor, accelerator, args)
+    else:
+        model, _ = load_model(args.init_from, attn_implementation="eager")
+    grounding = Stage("grounding", GROUNDING, args.grounding_steps, args.grounding_learning_rate)
+    train_stage(model, processor, grounding, accelerator, args)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -22,7 +22,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfi
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
-from alphagrpo_ext.shapes.text import GENERATION_SYSTEM_PROMPT, UNDERSTANDING_SYSTEM_PROMPT, vocabulary
+from alphagrpo_ext.shapes.text import (
+    GENERATION_SYSTEM_PROMPT,
+    REFLECTION_PROMPT,
+    UNDERSTANDING_SYSTEM_PROMPT,
+    vocabulary,
+)
 
 
 PATCH_SIZE = 4
@@ -62,6 +67,7 @@ def build_processor() -> BagelProcessor:
         tokenizer=build_tokenizer(),
         generation_system_prompt=GENERATION_SYSTEM_PROMPT,
         understanding_system_prompt=UNDERSTANDING_SYSTEM_PROMPT,
+        reflection_prompt=REFLECTION_PROMPT,
         **limits,
     )
 

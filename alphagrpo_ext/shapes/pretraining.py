@@ -48,8 +48,9 @@ class PretrainingMixture:
     How many examples of each kind make a batch, and how wrong they are.
 
     Args:
-        direct, thought, answer, reflection (`int`):
-            Text-to-image without thought, with thought, questions about an image, and repairs of a wrong image.
+        direct, thought, answer, described_answer, reflection (`int`):
+            Text-to-image without thought, with thought, questions about an image, the same with a description of the
+            image before the answer, and repairs of a wrong image.
         wrong_image (`float`, *optional*, defaults to `0.2`):
             Share of text-to-image examples whose image has an error that prompt and thought have not.
         wrong_thought (`float`, *optional*, defaults to `0.1`):
@@ -65,12 +66,20 @@ class PretrainingMixture:
     direct: int = 20
     thought: int = 50
     answer: int = 10
+    described_answer: int = 0
     reflection: int = 16
     wrong_image: float = 0.2
     wrong_thought: float = 0.1
     condition_dropout: float = 0.1
     noise_copies: int = 3
     timestep_shift: float = 2.0
+
+
+PAINTING = PretrainingMixture()
+"""Mostly painting: what the model is pretrained on."""
+
+GROUNDING = PretrainingMixture(direct=4, thought=16, answer=32, described_answer=24, reflection=20)
+"""Mostly looking: what ties words to images that are given, after the model has learned to paint."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,11 @@ def _painting(rng: random.Random, processor: BagelProcessor, mixture: Pretrainin
     return _Example((*system, prompt), thought(planned) if think else None, painted)
 
 
-def _answering(rng: random.Random) -> _Example:
-    """A question about an image of its prompt, right or wrong, with the answer `yes` or `no`, as often as each other."""
+def _answering(rng: random.Random, processor: BagelProcessor, describe: bool) -> _Example:
+    """
+    A question about an image of its prompt, right or wrong, with the answer `yes` or `no`, as often as each other. The
+    answer may follow a thought that says what the image shows.
+    """
     spec = sample_pretraining_spec(rng)
     shown = sample_scene(spec, rng)
     wanted = rng.random() < 0.5
@@ -105,7 +117,11 @@ def _answering(rng: random.Random) -> _Example:
     answers = [answer >= 0.5 for answer in answer_questions(render(shown), questions)]
     choices = [i for i, answer in enumerate(answers) if answer == wanted] or range(len(questions))
     index = rng.choice(choices)
-    return _Example((shown, questions[index]), "yes" if answers[index] else "no", None)
+    answer = "yes" if answers[index] else "no"
+    if not describe:
+        return _Example((shown, questions[index]), answer, None)
+    system = processor.understanding_system_prompt
+    return _Example((system, shown, questions[index]), f"{thought(shown)} {answer}", None)
 
 
 def _reflecting(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture) -> _Example:
@@ -124,13 +140,20 @@ def _reflecting(rng: random.Random, processor: BagelProcessor, mixture: Pretrain
     return _Example((system, shown, request), reflection(shown, right), painted)
 
 
-def sample_examples(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture) -> list[_Example]:
-    return [
+def sample_examples(
+    rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture
+) -> list[list[_Example]]:
+    """The examples of a batch, in parts of similar length, so that little is padded."""
+    paintings = [
         *(_painting(rng, processor, mixture, think=False) for _ in range(mixture.direct)),
         *(_painting(rng, processor, mixture, think=True) for _ in range(mixture.thought)),
-        *(_answering(rng) for _ in range(mixture.answer)),
-        *(_reflecting(rng, processor, mixture) for _ in range(mixture.reflection)),
     ]
+    answers = [
+        *(_answering(rng, processor, describe=False) for _ in range(mixture.answer)),
+        *(_answering(rng, processor, describe=True) for _ in range(mixture.described_answer)),
+    ]
+    reflections = [_reflecting(rng, processor, mixture) for _ in range(mixture.reflection)]
+    return [part for part in (paintings, answers, reflections) if part]
 
 
 def scenes_of(examples: Sequence[_Example]) -> list[Scene]:

@@ -37,8 +37,7 @@ from .scene import BACKGROUNDS, CELLS, COLORS, COLUMNS, ROWS, SHAPES, Scene, Sce
 
 GENERATION_SYSTEM_PROMPT = "plan first , then draw ."
 UNDERSTANDING_SYSTEM_PROMPT = "look , then answer ."
-
-_REFLECTION_REQUEST = "the request was : {prompt} . what is wrong ? repaint it ."
+REFLECTION_PROMPT = "the request was : {prompt} . what is wrong ? repaint it ."
 _MAX_NAMED_DIFFERENCES = 2
 
 
@@ -80,7 +79,7 @@ def parse_thought(text: str) -> Scene | None:
 
 def reflection_request(prompt: str) -> str:
     """The turn that asks for a refinement of the image that was drawn for `prompt`."""
-    return _REFLECTION_REQUEST.format(prompt=prompt)
+    return REFLECTION_PROMPT.format(prompt=prompt)
 
 
 def reflection(wrong: Scene, right: Scene) -> str:
@@ -100,6 +99,22 @@ def reflection(wrong: Scene, right: Scene) -> str:
     differences = _differences(wrong, right)[:_MAX_NAMED_DIFFERENCES]
     verdict = f"wrong : {' , '.join(differences)}" if differences else "nothing wrong"
     return f"<think> {verdict} ; plan : {_plan(right)} </think>"
+
+
+def is_reflection(text: str) -> bool:
+    """Whether a text is in the grammar of [`reflection`]: a verdict, then the plan of a possible scene, nothing else."""
+    words = text.split()
+    if len(words) < 2 or (words[0], words[-1]) != ("<think>", "</think>") or parse_thought(text) is None:
+        return False
+    verdict, separator, _ = " ".join(words[1:-1]).partition(" ; plan : ")
+    if not separator:
+        return False
+    if verdict == "nothing wrong":
+        return True
+    if not verdict.startswith("wrong : "):
+        return False
+    differences = verdict.removeprefix("wrong : ").split(" , ")
+    return len(differences) <= _MAX_NAMED_DIFFERENCES and all(map(_is_difference, differences))
 
 
 def repair(wrong: Scene, spec: PromptSpec, rng: random.Random) -> Scene:
@@ -171,6 +186,23 @@ def _parse_object(words: list[str]) -> SceneObject | None:
     if color not in COLORS or shape not in SHAPES or row not in ROWS or column not in COLUMNS:
         return None
     return SceneObject(ROWS.index(row), COLUMNS.index(column), shape, color)
+
+
+def _is_difference(text: str) -> bool:
+    """Whether a text names an error and its repair as [`_differences`] does."""
+    words = text.split()
+    if words[:3] == ["background", "must", "be"]:
+        return len(words) == 4 and words[3] in BACKGROUNDS
+    if words[:1] in (["extra"], ["missing"]):
+        return _parse_object(words[1:]) is not None
+    if _parse_object(words[:4]) is None or words[4:6] != ["must", "be"]:
+        return False
+    target = words[6:]
+    if len(target) == 1:
+        return target[0] in COLORS or target[0] in SHAPES
+    if len(target) != 2:
+        return False
+    return (target[0] in ROWS and target[1] in COLUMNS) or (target[0] in COLORS and target[1] in SHAPES)
 
 
 def _differences(wrong: Scene, right: Scene) -> list[str]:

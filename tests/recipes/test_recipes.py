@@ -116,7 +116,7 @@ def test_reasoning_t2i_reads_prompts_from_files_and_trains_an_adapter(tmp_path: 
 
 PRETRAINING = (
     *("--vae_steps", "3", "--decoder_steps", "2", "--steps", "4", "--save_steps", "2", "--warmup_steps", "2"),
-    *("--vision_steps", "2", "--vision_answers", "4"),
+    *("--vision_steps", "2", "--vision_answers", "4", "--grounding_steps", "3"),
 )
 
 STOP_AFTER_FIRST_SAVE = """
@@ -146,14 +146,17 @@ def test_pretraining_resumes_bit_equal(tmp_path: Path) -> None:
     run(recipe, *PRETRAINING, "--output_dir", tmp_path / "whole")
     stopped = run("-c", STOP_AFTER_FIRST_SAVE, recipe, *PRETRAINING, "--output_dir", tmp_path / "resumed")
     assert "stopped" in stopped
-    state = tmp_path / "resumed" / "state.pt"
+    state = tmp_path / "resumed" / "painting.pt"
     assert torch.load(state, weights_only=True)["step"] == 2
     run(recipe, *PRETRAINING, "--output_dir", tmp_path / "resumed")
-    resumed, whole = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("resumed", "whole"))
-    assert resumed["step"] == whole["step"] == 4
-    for part in ("model", "average"):
-        for name, expected in whole[part].items():
-            assert torch.equal(resumed[part][name], expected), f"{part}: {name}"
+    for stage, steps in (("painting", 4), ("grounding", 3)):
+        resumed, whole = (
+            torch.load(tmp_path / name / f"{stage}.pt", weights_only=True) for name in ("resumed", "whole")
+        )
+        assert resumed["step"] == whole["step"] == steps
+        for part in ("model", "average"):
+            for name, expected in whole[part].items():
+                assert torch.equal(resumed[part][name], expected), f"{stage}, {part}: {name}"
     model, _ = load_model(tmp_path / "resumed" / "checkpoint")
     expected, _ = load_model(tmp_path / "whole" / "checkpoint")
     for (name, actual), (_, value) in zip(model.named_parameters(), expected.named_parameters(), strict=True):

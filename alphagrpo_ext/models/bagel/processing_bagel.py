@@ -38,6 +38,12 @@ UNDERSTANDING_SYSTEM_PROMPT = (
     "answer here"
 )
 
+REFLECTION_PROMPT = (
+    "This image was made for the request: {prompt}\n"
+    "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
+    "it, and say exactly what must be changed. Then paint the corrected image."
+)
+
 
 def resized_size(
     width: int, height: int, max_size: int, min_size: int, stride: int, max_pixels: int | None = None
@@ -74,6 +80,8 @@ class BagelProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`): Texts to ids.
         generation_system_prompt, understanding_system_prompt (`str`, *optional*):
             What makes the model think before it paints, or before it answers.
+        reflection_prompt (`str`, *optional*):
+            What makes it refine an image that was made for a request, which takes the place of `{prompt}`.
         vae_max_size, vae_min_size, vae_stride (`int`, *optional*, defaults to `1024`, `512`, `16`):
             Limits of the resize that every input image goes through.
         vit_max_size, vit_min_size, vit_stride (`int`, *optional*, defaults to `980`, `224`, `14`):
@@ -85,6 +93,7 @@ class BagelProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         generation_system_prompt: str = GENERATION_SYSTEM_PROMPT,
         understanding_system_prompt: str = UNDERSTANDING_SYSTEM_PROMPT,
+        reflection_prompt: str = REFLECTION_PROMPT,
         vae_max_size: int = 1024,
         vae_min_size: int = 512,
         vae_stride: int = 16,
@@ -95,6 +104,7 @@ class BagelProcessor(ProcessorMixin):
     ) -> None:
         self.generation_system_prompt = generation_system_prompt
         self.understanding_system_prompt = understanding_system_prompt
+        self.reflection_prompt = reflection_prompt
         self.vae_max_size, self.vae_min_size, self.vae_stride = vae_max_size, vae_min_size, vae_stride
         self.vit_max_size, self.vit_min_size, self.vit_stride = vit_max_size, vit_min_size, vit_stride
         super().__init__(tokenizer, **kwargs)
@@ -105,6 +115,10 @@ class BagelProcessor(ProcessorMixin):
 
     def text_segment(self, text: str) -> TextSegment:
         return TextSegment(self.encode_text(text))
+
+    def reflection_request(self, prompt: str) -> str:
+        """The turn that asks to refine an image that was made for `prompt`."""
+        return self.reflection_prompt.replace("{prompt}", prompt)
 
     def resize_image(self, image: Image.Image) -> Image.Image:
         """The resize that every input image goes through first."""
