@@ -38,20 +38,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset
-from peft import LoraConfig
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from alphagrpo_ext.contact_sheet import contact_sheet
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
-from alphagrpo_ext.shapes import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
 from reward_models.dvreward import DVReward
 from reward_models.evaluation import Evaluation, comparison_table, evaluate
-from reward_models.questions import load_records
+from reward_models.prompts import load_prompts
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"
@@ -90,24 +87,6 @@ class ScriptArguments:
     )
 
 
-def load_prompts(file: str | None, split: str, num_prompts: int) -> Dataset:
-    """Rows of a JSON-lines file, or prompts of the shapes world."""
-    if file is None:
-        # The draw of prompts is part of the task, not of a run, so it does not follow the run's seed.
-        return build_dataset(split, num_prompts, seed=0)
-    records = load_records(file)
-    return Dataset.from_list(
-        [
-            {
-                "prompt": record.prompt,
-                "semantic_questions": [vars(question) for question in record.semantic_questions],
-                "quality_questions": [vars(question) for question in record.quality_questions],
-            }
-            for record in records
-        ]
-    )
-
-
 def save_picture(before: Evaluation, after: Evaluation, path: Path) -> None:
     """Some prompts of every category with their image before and after training."""
     pairs = list(zip(before.samples, after.samples, strict=True))
@@ -133,21 +112,16 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
         dtype=model_args.dtype,
         **({"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}),
     )
-    peft_config = None
-    if model_args.use_peft:
-        peft_config = LoraConfig(
-            r=model_args.lora_r,
-            lora_alpha=model_args.lora_alpha,
-            lora_dropout=model_args.lora_dropout,
-            target_modules=model_args.lora_target_modules or LORA_TARGET_MODULES,
-        )
+    # PEFT's causal language models have a `generate` of their own, which this policy has not.
+    model_args.lora_task_type = None
+    model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
     trainer = AlphaGRPOTrainer(
         model=model,
         reward_funcs=reward,
         args=training_args,
         train_dataset=train_dataset,
         processing_class=processor,
-        peft_config=peft_config,
+        peft_config=get_peft_config(model_args),
         callbacks=[JsonLinesCallback(output_dir / "metrics.jsonl")],
     )
 

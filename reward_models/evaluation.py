@@ -86,11 +86,13 @@ class Evaluation:
     """
     Args:
         samples (`list[EvaluatedSample]`): Ordered by seed and row.
+        round (`int`, *optional*, defaults to `0`): How often the images have been refined.
         total ([`CategoryScore`]): Over all samples.
         categories (`dict[str, CategoryScore]`): By category, in order of appearance.
     """
 
     samples: list[EvaluatedSample]
+    round: int = 0
     total: CategoryScore = field(init=False)
     categories: dict[str, CategoryScore] = field(init=False)
 
@@ -116,6 +118,7 @@ def evaluate(
     seeds: Sequence[int] = (0, 1),
     batch_size: int = 128,
     description: str = "evaluation",
+    initial: Evaluation | None = None,
 ) -> Evaluation:
     """
     Paint every prompt with every noise seed and score it. Two policies that are given the same rows and seeds start
@@ -131,7 +134,11 @@ def evaluate(
         seeds (`Sequence[int]`, *optional*, defaults to `(0, 1)`): Noise seeds.
         batch_size (`int`, *optional*, defaults to `128`): Samples at once.
         description (`str`, *optional*, defaults to `"evaluation"`): Label of the progress bar.
+        initial ([`Evaluation`], *optional*):
+            An evaluation of the same rows and seeds, whose images the policy is given: those that it is to refine.
     """
+    num_rounds = 0 if initial is None else initial.round + 1
+    given = {} if initial is None else {(sample.seed, sample.index): sample.image for sample in initial.samples}
     state = PartialState()
     # Strided, so that no process can get all the long prompts of a sorted list.
     work = [(seed, index) for seed in seeds for index in range(len(rows))][state.process_index :: state.num_processes]
@@ -139,8 +146,9 @@ def evaluate(
     progress = tqdm(total=len(work), desc=description, disable=not state.is_main_process)
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
-        batch = [rows[index] for _, index in part]
-        trajectories = generator(batch, [sample_generator(f"eval-{seed}", 0, index) for seed, index in part], config)
+        batch = [{**rows[index], "image": given[seed, index]} if given else rows[index] for seed, index in part]
+        generators = [sample_generator(f"eval-{seed}", num_rounds, index) for seed, index in part]
+        trajectories = generator(batch, generators, config)
         images = [trajectory.final_image for trajectory in trajectories]
         records = [from_row(row, where=f"row {index}") for row, (_, index) in zip(batch, part, strict=True)]
         scores = asyncio.run(reward.score(images, records))
@@ -161,7 +169,67 @@ def evaluate(
         progress.update(len(part))
     progress.close()
     gathered = gather_object(samples) if state.num_processes > 1 else samples
-    return Evaluation(sorted(gathered, key=lambda sample: (sample.seed, sample.index)))
+    return Evaluation(sorted(gathered, key=lambda sample: (sample.seed, sample.index)), num_rounds)
+
+
+@dataclass(frozen=True)
+class RefinementScore:
+    """
+    What a refinement did to the images that it was given. Shares are of all pairs that could be scored.
+
+    Args:
+        improved, worsened, unchanged (`float`): By reward; a difference of at most 0.01 is none.
+        fixed (`float`): Images that passed strictly after it and not before.
+        broken (`float`): Images that passed strictly before it and not after.
+        num_pairs (`int`): Pairs that could be scored.
+    """
+
+    improved: float
+    worsened: float
+    unchanged: float
+    fixed: float
+    broken: float
+    num_pairs: int
+
+    @classmethod
+    def of(cls, initial: Evaluation, refined: Evaluation, tolerance: float = 0.01) -> RefinementScore:
+        pairs = [
+            (old, new)
+            for old, new in zip(initial.samples, refined.samples, strict=True)
+            if old.reward is not None and new.reward is not None
+        ]
+        changes = [new.reward - old.reward for old, new in pairs]
+        count = max(len(pairs), 1)
+        improved = sum(change > tolerance for change in changes) / count
+        worsened = sum(change < -tolerance for change in changes) / count
+        return cls(
+            improved=improved,
+            worsened=worsened,
+            unchanged=(sum(abs(change) <= tolerance for change in changes)) / count,
+            fixed=sum(new.strict_pass and not old.strict_pass for old, new in pairs) / count,
+            broken=sum(old.strict_pass and not new.strict_pass for old, new in pairs) / count,
+            num_pairs=len(pairs),
+        )
+
+
+def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
+    """A plain-text table of refinements by one or several policies: initial and refined evaluation by name."""
+    header = (
+        f"{'':<18}{'n':>6}{'reward':>18}{'':>9}{'strict pass':>18}{'':>9}"
+        f"{'improved':>10}{'worsened':>10}{'unchanged':>11}{'fixed':>8}{'broken':>8}"
+    )
+    lines = [header, "-" * len(header)]
+    for name, (initial, refined) in pairs.items():
+        old, new, score = initial.total, refined.total, RefinementScore.of(initial, refined)
+        lines.append(
+            f"{name:<18}{score.num_pairs:>6}"
+            f"{old.reward:>9.3f} ->{new.reward:>6.3f}{new.reward - old.reward:>+9.3f}"
+            f"{old.strict_pass_rate:>8.1%} ->{new.strict_pass_rate:>7.1%}"
+            f"{100 * (new.strict_pass_rate - old.strict_pass_rate):>+9.1f}"
+            f"{score.improved:>10.1%}{score.worsened:>10.1%}{score.unchanged:>11.1%}"
+            f"{score.fixed:>8.1%}{score.broken:>8.1%}"
+        )
+    return "\n".join(lines)
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:

@@ -119,6 +119,8 @@ class UnifiedModel(ABC):
     """Values of one latent token."""
     max_latent_size: int
     """Largest number of latent tokens along one side of an image."""
+    max_positions: int
+    """Largest number of positions in a sequence."""
 
     @abstractmethod
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -24,13 +25,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.models.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.models.pixels import tensor_to_image
 from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.rollout.task import Task, TaskContexts
-from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
+from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,22 @@ def sample_generator(seed: int | str, step: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed}-{step}-{index}").getrandbits(63))
 
 
-def _same_context(row: Mapping[str, Any]) -> tuple[str, int]:
-    """Rows with this key in common, one after the other, are a group: same prompt, same image."""
-    return repr(row["prompt"]), id(row.get("image"))
+def image_key(image: Image.Image | None) -> str | None:
+    """Equal for images with equal pixels, wherever they were decoded."""
+    if image is None:
+        return None
+    return f"{image.mode}-{image.size}-{hashlib.sha256(image.tobytes()).hexdigest()}"
+
+
+def same_context(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Rows with this key in common, one after the other, are a group: same task, same prompt, same image."""
+    return repr(row.get("task")), repr(row["prompt"]), repr(image_key(row.get("image")))
 
 
 def _runs(rows: Sequence[Mapping[str, Any]]) -> list[range]:
     """Runs of consecutive rows that share their context."""
     runs, start = [], 0
-    for _, run in groupby(rows, key=_same_context):
+    for _, run in groupby(rows, key=same_context):
         length = len(list(run))
         runs.append(range(start, start + length))
         start += length
@@ -118,13 +127,18 @@ class RolloutGenerator:
     Args:
         model ([`UnifiedModel`]): The policy, unwrapped.
         processor (`ProcessorMixin`): Its processor.
-        task ([`Task`]): What goes into context.
+        task ([`Task`] or `Mapping[str, Task]`):
+            What goes into context: of all rows, or by the name in a row's column `task`.
     """
 
-    def __init__(self, model: UnifiedModel, processor: ProcessorMixin, task: Task) -> None:
+    def __init__(self, model: UnifiedModel, processor: ProcessorMixin, task: Task | Mapping[str, Task]) -> None:
         self.model = model
         self.processor = processor
         self.task = task
+
+    def task_of(self, row: Mapping[str, Any]) -> Task:
+        """The task of a row."""
+        return self.task if isinstance(self.task, Task) else self.task[row["task"]]
 
     @torch.no_grad()
     def __call__(
@@ -156,21 +170,51 @@ class RolloutGenerator:
         runs: Sequence[range],
         config: RolloutConfig,
     ) -> list[Trajectory]:
-        model = self.model
-        grid = config.grid(model)
-        members = range(runs[0].start, runs[-1].stop)
         # Groups of one size share a prefix by a plain reshape, so unequal runs are cut into equal parts.
         group_size = math.gcd(*(len(run) for run in runs))
-        contexts = [self.task.contexts(rows[run.start], self.processor, model) for run in runs]
-        contexts = [c for c, run in zip(contexts, runs, strict=True) for _ in range(len(run) // group_size)]
+        contexts: list[TaskContexts] = []
+        for run in runs:
+            context = self.task_of(rows[run.start]).contexts(rows[run.start], self.processor, self.model)
+            contexts += [context] * (len(run) // group_size)
+        members = range(runs[0].start, runs[-1].stop)
+        think = self.task_of(rows[members.start]).think
+        segments = {i: list(contexts[(i - members.start) // group_size].full) for i in members}
+        acting, turn = list(members), 0
+        while acting:
+            sampled = self._turn(contexts, group_size, [generators[i] for i in acting], think, config)
+            turn += 1
+            next_acting, next_contexts = [], []
+            for place, (i, new) in enumerate(zip(acting, sampled, strict=True)):
+                segments[i] += new
+                task = self.task_of(rows[i])
+                if turn == task.num_turns:
+                    continue
+                request = task.next_request(rows[i], self.processor)
+                new[-1].pixel_values = self.processor.vit_pixels(self.processor.resize_image(new[-1].image))
+                segments[i].append(request)
+                next_acting.append(i)
+                next_contexts.append(contexts[place // group_size].after_turn(new, request))
+            # From now on every sample has a history of its own.
+            acting, contexts, group_size = next_acting, next_contexts, 1
+        return [Trajectory(segments[i]) for i in members]
+
+    def _turn(
+        self,
+        contexts: Sequence[TaskContexts],
+        group_size: int,
+        generators: Sequence[torch.Generator],
+        think: bool,
+        config: RolloutConfig,
+    ) -> list[list[TextSegment | ImageSegment]]:
+        """What each sample writes, if it thinks, and paints, given its group's context."""
+        model = self.model
+        grid = config.grid(model)
         branches = config.denoising.guidance.branches
-        think = self.task.think
         cache = model.prefill(
             [context.branch(name) for name in branches for context in contexts],
             group_size=group_size,
             capacity=(config.max_new_tokens + 2 if think else 0) + model.image_slots(grid),
         )
-        generators = [generators[i] for i in members]
         texts: list[TextSegment] = []
         if think:
             uniforms = torch.stack([torch.rand(config.max_new_tokens, generator=g) for g in generators])
@@ -182,13 +226,10 @@ class RolloutGenerator:
                 for ids, ended, log_probs in zip(sampled.token_ids, sampled.ended, sampled.log_probs, strict=True)
             ]
         images = self._paint(cache, grid, generators, config)
-        trajectories = []
         for i, image in enumerate(images):
-            context: TaskContexts = contexts[i // group_size]
+            context = contexts[i // group_size]
             image.guidance_contexts = {name: context.branch(name) for name in branches[1:]}
-            segments: list[Segment] = [*context.full, *texts[i : i + 1], image]
-            trajectories.append(Trajectory(segments))
-        return trajectories
+        return [[*texts[i : i + 1], image] for i, image in enumerate(images)]
 
     def _paint(
         self, cache: Any, grid: tuple[int, int], generators: Sequence[torch.Generator], config: RolloutConfig

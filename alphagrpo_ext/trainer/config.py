@@ -26,7 +26,8 @@ from alphagrpo_ext.flow.timesteps import draw_window
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
-from alphagrpo_ext.rollout.task import TASKS
+from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.trainer.credit import RECTIFICATIONS, SELECTIONS
 
 
 @dataclass
@@ -40,7 +41,7 @@ class AlphaGRPOConfig(GRPOConfig):
 
     Args:
         task (`str`, *optional*, defaults to `"reasoning_t2i"`):
-            What the policy is asked to do; a registered task.
+            What the policy is asked to do; a registered task. A row's column `task` takes precedence.
         think (`bool`, *optional*, defaults to `True`):
             Whether the policy writes a thought before it paints.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
@@ -72,6 +73,25 @@ class AlphaGRPOConfig(GRPOConfig):
             Least factor of the renormalisation.
         rollout_batch_size (`int`, *optional*):
             Samples that a process generates at once. `None` generates its whole share at once.
+
+        > Parameters that control self-reflection
+
+        num_reflection_rounds (`int`, *optional*, defaults to `1`):
+            How often the policy reflects and paints anew; every round looks at the image before it.
+        num_initial_images (`int`, *optional*, defaults to `1`):
+            Images that every process paints for each of its prompts, without a thought and deterministically, for one of
+            them to be refined by the whole group. A row with an `image` has that one.
+        stage1_selection (`str`, *optional*, defaults to `"lowest"`):
+            Which of a prompt's images is refined: the one with the `"lowest"` reward, or one `"sampled"` by
+            `softmax(1 - reward)`.
+        rectification (`str`, *optional*, defaults to `"minimum"`):
+            Reward of an image that is no better than the one it was to fix: the group's `"minimum"`, that of the
+            `"initial"` image, or its own (`"off"`).
+        separate_advantages (`bool`, *optional*, defaults to `True`):
+            Whether rewards of functions that judge text alone (those with an attribute `text_only` that is true) are kept
+            out of the advantages of images.
+        mask_broken_format (`bool`, *optional*, defaults to `False`):
+            Whether an image whose text got less than half of a `text_only` reward has no advantage.
 
         > Parameters that control evaluation
 
@@ -159,6 +179,29 @@ class AlphaGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "Samples that a process generates at once; all by default."}
     )
 
+    num_reflection_rounds: int = field(default=1, metadata={"help": "How often the policy reflects and paints anew."})
+    num_initial_images: int = field(
+        default=1, metadata={"help": "Images a process paints for each prompt, for one of them to be refined."}
+    )
+    stage1_selection: str = field(
+        default="lowest",
+        metadata={"help": "Which image is refined: of 'lowest' reward, or 'sampled' by softmax(1 - reward)."},
+    )
+    rectification: str = field(
+        default="minimum",
+        metadata={
+            "help": "Reward of an image no better than the one it was to fix: the group's 'minimum', that of the "
+            "'initial' image, or its own: 'off'."
+        },
+    )
+    separate_advantages: bool = field(
+        default=True, metadata={"help": "Whether rewards that judge text alone do not count for images."}
+    )
+    mask_broken_format: bool = field(
+        default=False,
+        metadata={"help": "Whether an image whose text got less than half of a text-only reward has no advantage."},
+    )
+
     eval_num_timesteps: int = field(
         default=50, metadata={"help": "num_timesteps in evaluation, where all steps are deterministic."}
     )
@@ -199,7 +242,12 @@ class AlphaGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"max_completion_length, the longest thought, must be positive, but is {self.max_completion_length}"
             )
-        TASKS.get(self.task)
+        self.make_task(self.task)
+        for name, choices in (("stage1_selection", SELECTIONS), ("rectification", RECTIFICATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
+        if self.num_initial_images < 1:
+            raise ValueError(f"num_initial_images must be at least 1, but is {self.num_initial_images}")
         OBJECTIVES.get(self.image_objective)
         for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval"):
             bounds = getattr(self, name)
@@ -219,6 +267,10 @@ class AlphaGRPOConfig(GRPOConfig):
                 f"num_timesteps={self.num_timesteps})"
             ) from error
         self.eval_rollout()
+
+    def make_task(self, name: str) -> Task:
+        """A registered task, as this configuration sets it up."""
+        return TASKS.get(name)(think=self.think, num_reflection_rounds=self.num_reflection_rounds)
 
     @property
     def guidance(self) -> GuidanceConfig:

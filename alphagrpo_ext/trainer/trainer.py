@@ -16,16 +16,20 @@
 
 from __future__ import annotations
 
+import random
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
@@ -34,10 +38,12 @@ from trl.trainer.utils import use_adapter
 
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores
-from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
-from alphagrpo_ext.rollout.task import TASKS
+from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
+from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
+from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
@@ -53,8 +59,13 @@ class AlphaGRPOTrainer(GRPOTrainer):
     gradient from the same group-relative advantage, out of one packed forward: text by TRL's own loss, images by an
     image objective.
 
-    Reward functions are TRL's. Beside the dataset's columns they get the keyword arguments `images`, one PIL image a
-    sample, and `trajectory`, one [`Trajectory`] a sample. A reward function with a method `validate_dataset` or
+    The tasks are those of the configuration and of the dataset's column `task`; several may meet in one batch. A task that
+    refines an image has the policy paint one first where a row has none, and rewards of images that are no better than
+    that are rectified.
+
+    Reward functions are TRL's. Beside the dataset's columns, but for `image`, they get the keyword arguments `images`,
+    one PIL image a sample, and `trajectory`, one [`Trajectory`] a sample. One that judges text alone says so by a true
+    attribute `text_only`. A reward function with a method `validate_dataset` or
     `validate_image_size` is asked to check the datasets, or the height and width of images, before training.
 
     Args:
@@ -121,11 +132,13 @@ class AlphaGRPOTrainer(GRPOTrainer):
                 f"beta is not 0: set beta to a small number, or train with LoRA"
             )
         self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)
-        self._task = TASKS.get(args.task)(think=args.think)
+        self._tasks = self._validated_tasks(args, (train_dataset, eval_dataset), processing_class, policy)
         # What the packed forward answers for: set by a rollout, and for the time of one loss.
         self._trajectories: list[Trajectory] = []
         self._scored_images: list[ImageScores | None] = []
         self._rows: Sequence[dict[str, Any]] = []
+        self._initial_rewards: list[float] = []
+        self._rewards = torch.empty(0)
         self._seconds = {"rollout": 0.0, "reward": 0.0}
         self._accumulated_seconds: defaultdict[str, float] = defaultdict(float)
         super().__init__(
@@ -140,6 +153,19 @@ class AlphaGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             rollout_func=self._rollout,
         )
+
+    @staticmethod
+    def _validated_tasks(
+        args: AlphaGRPOConfig, given: Sequence[Any], processor: ProcessorMixin, model: torch.nn.Module
+    ) -> dict[str, Task]:
+        """The tasks of all rows, by name. Rows of a stream are checked when their turn comes."""
+        datasets = [d for part in given for d in (part.values() if isinstance(part, dict) else [part])]
+        datasets = [d for d in datasets if isinstance(d, Dataset)]
+        names = dict.fromkeys([args.task, *(name for d in datasets for name in task_names(d, args.task))])
+        tasks = {name: args.make_task(name) for name in names}
+        for dataset in datasets:
+            validate_rows(dataset, tasks, args.task, processor, model, args.max_completion_length)
+        return tasks
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: sample a trajectory for every row of this process."""
@@ -162,10 +188,101 @@ class AlphaGRPOTrainer(GRPOTrainer):
             ) as model,
             self.accelerator.autocast(),
         ):
-            generate = RolloutGenerator(model, self.processing_class, self._task)
-            self._trajectories = generate(self._rows, generators, config)
+            generate = RolloutGenerator(model, self.processing_class, self._tasks)
+            rows = self._with_initial_images(generate, config, seed, step, offset)
+            self._trajectories = generate(rows, generators, config)
         self._seconds["rollout"] += time.perf_counter() - start
         return self._rollout_fields(self._trajectories)
+
+    def _with_initial_images(
+        self, generate: RolloutGenerator, config: RolloutConfig, seed: int | str, step: int, offset: int
+    ) -> list[dict[str, Any]]:
+        """
+        Stage 1 of self-reflection: give every row of such a task the image that its group sets out to fix.
+
+        Every process paints images for the prompts that it holds; they are scored by the reward functions, and the one to
+        fix is chosen among those of all processes. Notes its reward for every row.
+        """
+        rows = self._rows
+        self._initial_rewards = [float("nan")] * len(rows)
+        if not any(task.paints_initial_image for task in self._tasks.values()):
+            return list(rows)
+        refining = [i for i, row in enumerate(rows) if self._tasks[row["task"]].paints_initial_image]
+        firsts = {same_context(rows[i]): i for i in reversed(refining)}
+        missing = [i for i in sorted(firsts.values()) if rows[i].get("image") is None]
+        count = self.args.num_initial_images
+        guidance = replace(config.denoising.guidance, image_scale=1.0)
+        deterministic = replace(config.denoising, guidance=guidance, window_start=None, window_size=0)
+        paint = RolloutGenerator(generate.model, generate.processor, TASKS.get("reasoning_t2i")(think=False))
+        painted = paint(
+            [rows[i] for i in missing for _ in range(count)],
+            [
+                sample_generator(f"initial-{seed}", step, (offset + i) * count + j)
+                for i in missing
+                for j in range(count)
+            ],
+            replace(config, denoising=deterministic),
+        )
+        images = [trajectory.final_image for trajectory in painted]
+        candidates = [(i, image) for i, image in zip((i for i in missing for _ in range(count)), images, strict=True)]
+        candidates += [(i, rows[i]["image"]) for i in firsts.values() if i not in missing]
+        rewards = self._score_initial_images(candidates)
+        found = gather_object(
+            [(same_context(rows[i]), reward, image) for (i, image), reward in zip(candidates, rewards, strict=True)]
+        )
+        result = list(rows)
+        choices: dict[tuple[str, ...], tuple[float | None, Image.Image]] = {}
+        for i in refining:
+            key = same_context(rows[i])
+            if key not in choices:
+                of_prompt = [(reward, image) for other, reward, image in found if other == key]
+                rng = random.Random(f"{seed}-{step}-{key}")
+                index = select_initial([reward for reward, _ in of_prompt], self.args.stage1_selection, rng)
+                choices[key] = of_prompt[index]
+            reward, image = choices[key]
+            result[i] = {**rows[i], "image": image}
+            self._initial_rewards[i] = float("nan") if reward is None else reward
+        return result
+
+    def _score_initial_images(self, candidates: Sequence[tuple[int, Image.Image]]) -> list[float | None]:
+        """Weighted reward of images alone, each with the row it was painted for."""
+        # TRL gathers rewards, so all processes score equally many: the rest are blank and not looked at.
+        total = max(gather_object([len(candidates)]))
+        if not total:
+            return []
+        blank = Image.new("RGB", (self.args.image_width, self.args.image_height))
+        padded = [*candidates, *[(0, blank)] * (total - len(candidates))]
+        inputs = [{**self._reward_row(self._rows[i]), "images": image, "trajectory": None} for i, image in padded]
+        empty = [[self._tokenizer.eos_token_id]] * total
+        prompts = [row["prompt"] for row in inputs]
+        completions = ["" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}] for prompt in prompts]
+        functions, names = self.reward_funcs, self.reward_func_names
+        classes, is_image = self.reward_processing_classes, self._image_functions()
+        try:
+            # Only what judges images can judge these.
+            self.reward_funcs = [f for f, keep in zip(functions, is_image, strict=True) if keep]
+            self.reward_func_names = [n for n, keep in zip(names, is_image, strict=True) if keep]
+            self.reward_processing_classes = [c for c, keep in zip(classes, is_image, strict=True) if keep]
+            rewards = super()._calculate_rewards(inputs, prompts, completions, empty)
+        finally:
+            self.reward_funcs, self.reward_func_names, self.reward_processing_classes = functions, names, classes
+            # What reward functions log is about the images that get a gradient.
+            self._pending_metrics.clear()
+            self._pending_extra_logs.clear()
+        totals = weighted_sum(rewards, self.reward_weights.to(rewards.device)[is_image])
+        start = self.accelerator.process_index * total
+        local = totals[start : start + len(candidates)].tolist()
+        return [None if reward != reward else reward for reward in local]
+
+    def _image_functions(self) -> torch.Tensor:
+        """Which reward functions judge images, bool `(functions,)`."""
+        text_only = [getattr(function, "text_only", False) for function in self.reward_funcs]
+        return ~torch.tensor(text_only, device=self.accelerator.device)
+
+    @staticmethod
+    def _reward_row(row: Mapping[str, Any]) -> dict[str, Any]:
+        # TRL would take an image for the input of a vision-language model.
+        return {name: value for name, value in row.items() if name != "image"}
 
     def _rollout_fields(self, trajectories: list[Trajectory]) -> dict[str, list[Any]]:
         """What TRL wants to know of trajectories: the ids of their texts, and fields for the reward functions."""
@@ -185,8 +302,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
         return fields
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows, self._scored_images = inputs, []
-        output = super()._generate_and_score_completions(inputs)
+        self._rows = [{**row, "task": task_name(row, self.args.task)} for row in inputs]
+        self._scored_images = []
+        output = super()._generate_and_score_completions([self._reward_row(row) for row in self._rows])
+        output["image_advantages"] = self._image_advantages(output["advantages"])
         scored, self._scored_images = self._scored_images, []
         output["trajectories"] = self._trajectories
         # TRL has scored with the old policy first and with the reference last, where it needs them.
@@ -223,14 +342,76 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     @staticmethod
     def _per_trajectory(scored: Sequence[ImageScores | None]) -> list[torch.Tensor]:
-        """Guided velocities of a rollout, one entry a trajectory, so that TRL's shuffle and split apply."""
-        return [velocities for scores in scored for velocities in scores.velocities]
+        """Guided velocities of the images of each trajectory, as a list, so that TRL's shuffle and split apply."""
+        parts = []
+        for scores in scored:
+            _, counts = scores.trajectory.unique_consecutive(return_counts=True)
+            parts += scores.velocities.split(counts.tolist())
+        return parts
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         start = time.perf_counter()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._seconds["reward"] += time.perf_counter() - start
+        self._rewards = self._rectified(rewards)
+        return self._rewards
+
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _rectified(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Rewards `(samples of all processes, functions)` after false-positive rectification; logs per task."""
+        mode = "train" if self.model.training else "eval"
+        is_image = self._image_functions()
+        weights = self.reward_weights.to(rewards.device)[is_image]
+        final = weighted_sum(rewards[:, is_image], weights)
+        if len(self._tasks) > 1:
+            tasks = gather_object([row["task"] for row in self._rows])
+            for name in dict.fromkeys(tasks):
+                of_task = final[torch.tensor([task == name for task in tasks], device=final.device)]
+                self._metrics[mode][f"rewards/{name}"].append(of_task.nanmean().item())
+        if not any(task.paints_initial_image for task in self._tasks.values()):
+            return rewards
+        initial = self.accelerator.gather(torch.tensor(self._initial_rewards, device=rewards.device))
+        refined, is_false = rectify_false_positives(
+            rewards[:, is_image], weights, initial, self._group_size(), self.args.rectification
+        )
+        compared = ~(initial.isnan() | final.isnan())
+        if compared.any():
+            improved, rectified = (final > initial)[compared], is_false[compared]
+            if self.args.rectification == "off":
+                rectified = torch.zeros_like(rectified)
+            for name, value in (
+                ("initial_reward", initial[compared]),
+                ("final_reward", final[compared]),
+                ("improved_frac", improved.float()),
+                ("rectified_frac", rectified.float()),
+            ):
+                self._metrics[mode][f"reflection/{name}"].append(value.mean().item())
+        rewards = rewards.clone()
+        rewards[:, is_image] = refined
         return rewards
+
+    def _image_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
+        """Advantages `(samples of this process,)` of images: TRL's, unless some rewards are about text alone."""
+        is_image = self._image_functions()
+        if is_image.all():
+            return advantages.clone()
+        local = slice(
+            self.accelerator.process_index * len(advantages), (self.accelerator.process_index + 1) * len(advantages)
+        )
+        if self.args.separate_advantages:
+            advantages = group_advantages(
+                self._rewards[:, is_image],
+                self.reward_weights.to(self._rewards.device)[is_image],
+                self._group_size(),
+                self.args.scale_rewards,
+                self.args.multi_objective_aggregation,
+            )[local]
+        if self.args.mask_broken_format:
+            broken = (self._rewards[local][:, ~is_image] < 0.5).any(dim=1)
+            advantages = advantages.masked_fill(broken, 0.0)
+        return advantages.clone()
 
     def _score(
         self, model: torch.nn.Module, trajectories: Sequence[Trajectory]
@@ -280,11 +461,11 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     def _image_loss(self, scores: ImageScores, inputs: dict[str, Any]) -> torch.Tensor:
         def velocities(name: str) -> torch.Tensor | None:
-            return torch.stack(inputs[name]) if inputs.get(name) is not None else None
+            return torch.cat(inputs[name]) if inputs.get(name) is not None else None
 
         output = self._objective(
             scores,
-            inputs["advantages"][scores.trajectory],
+            inputs["image_advantages"][scores.trajectory],
             old_velocities=velocities("old_velocities"),
             ref_velocities=velocities("ref_velocities"),
         )

@@ -209,7 +209,7 @@ def test_second_update_is_off_policy(make_trainer: MakeTrainer, settings: dict[s
     assert history(trainer, "image/clip_ratio")[0] == 0.0
     for i, trajectory in enumerate(second.trajectories):
         window = trajectory.sampled_images[0].window
-        old = ImageScores(**{**vars(second.images), "velocities": torch.stack(second.inputs["old_velocities"])})
+        old = ImageScores(**{**vars(second.images), "velocities": torch.cat(second.inputs["old_velocities"])})
         # The old velocities are those of the policy that sampled, in the order that TRL's shuffle left.
         torch.testing.assert_close(transition_log_probs(trainer, old)[i], window.log_probs, atol=1e-5, rtol=0)
         (text,) = trajectory.sampled_texts

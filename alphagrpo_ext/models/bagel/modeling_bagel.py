@@ -384,6 +384,10 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     def max_latent_size(self) -> int:
         return self.config.max_latent_size
 
+    @property
+    def max_positions(self) -> int:
+        return self.config.text_config.max_position_embeddings
+
     def freeze_vision_tower(self) -> None:
         """Exclude what only reads images (vision tower and connector) from training."""
         self.vit_model.requires_grad_(False)

@@ -1,0 +1,74 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import random
+
+import pytest
+
+from alphagrpo_ext.shapes import reflection, repair, sample_scene, sample_spec, sample_violation
+from reward_models.format import FORMATS, ShapesReflectionFormat, ThinkFormat
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think> a plan </think>", 1.0),
+        ("  <think>\na plan\n</think>\n", 1.0),
+        ("a plan </think>", 0.0),
+        ("<think> a plan", 0.0),
+        ("<think> a plan </think> and more", 0.0),
+        ("<think> a <think> plan </think>", 0.0),
+        ("</think><think>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_think_format(text: str, expected: float) -> None:
+    assert ThinkFormat()(completions=[text]) == [expected]
+    assert ThinkFormat()(completions=[[{"role": "assistant", "content": text}]]) == [expected]
+
+
+def test_every_reflection_of_the_shapes_world_has_the_form() -> None:
+    rng = random.Random(0)
+    texts = []
+    for _ in range(300):
+        spec = sample_spec(rng, "train")
+        right = sample_scene(spec, rng)
+        wrong = sample_violation(right, spec, rng) if rng.random() < 0.8 else right
+        texts.append(reflection(wrong, repair(wrong, spec, rng)))
+    assert any("nothing wrong" in text for text in texts)
+    assert ShapesReflectionFormat()(completions=texts) == [1.0] * len(texts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think> white : red circle top left </think>",
+        "<think> wrong : red circle ; plan : white : red circle top left </think>",
+        "<think> wrong : red circle top left must be ; plan : white : red circle top left </think>",
+        "<think> wrong : background must be red ; plan : white : red circle top left </think>",
+        "<think> nothing wrong ; plan : white : red circle top </think>",
+        "<think> nothing wrong ; plan : white : red circle top left </think> red",
+        "<think> nothing wrong wrong ; plan : white : red circle top left </think>",
+        "<think> wrong : extra red circle top left , extra red circle top left , extra red circle top left ; plan : "
+        "white : red circle top left </think>",
+        "",
+    ],
+)
+def test_other_texts_have_not(text: str) -> None:
+    assert ShapesReflectionFormat()(completions=[text]) == [0.0]
+
+
+def test_formats_count_for_text_alone() -> None:
+    assert FORMATS.names() == ["shapes_reflection", "think"]
+    assert all(FORMATS.get(name)().text_only for name in FORMATS.names())

@@ -1,0 +1,235 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from alphagrpo_ext.shapes import Scene, SceneObject, build_dataset, render
+from alphagrpo_ext.trainer import AlphaGRPOTrainer
+from alphagrpo_ext.trainer.credit import group_advantages
+from trainer.conftest import brightness
+
+
+PICTURE = render(Scene((SceneObject(0, 0, "circle", "red"),), "white"))
+FEATURES = Features({"prompt": Value("string"), "task": Value("string"), "image": Image()})
+
+
+def rows(*items: tuple[str, str | None, PILImage.Image | None]) -> dict[str, Dataset]:
+    """Datasets of (prompt, task, image)."""
+    columns = [dict(zip(("prompt", "task", "image"), item, strict=True)) for item in items]
+    return {"train_dataset": Dataset.from_list(columns, features=FEATURES)}
+
+
+def shortness(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward of the text alone."""
+    return [1 / (1 + len(completion)) for completion in completions]
+
+
+shortness.text_only = True
+
+
+@pytest.fixture
+def make(make_trainer: Callable[..., AlphaGRPOTrainer]) -> Callable[..., AlphaGRPOTrainer]:
+    def make(**settings: Any) -> AlphaGRPOTrainer:
+        return make_trainer(**({"task": "self_reflection", "learning_rate": 0.0} | settings))
+
+    return make
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_reflection_rounds": 2},
+        {"cfg_img_scale": 2.0, "cfg_renorm_type": "text_channel", "cfg_interval": [0.0, 1.0]},
+        {"lora": True},
+        {"num_iterations": 2, "max_steps": 2, "num_reflection_rounds": 2},
+    ],
+    ids=["one round", "two rounds", "image guidance", "lora", "off-policy"],
+)
+def test_ratio_is_one(make: Callable[..., AlphaGRPOTrainer], settings: dict[str, Any]) -> None:
+    trainer = make(**settings)
+    trainer.train()
+    for entry in trainer.state.log_history[:-1]:
+        assert entry["image/ratio_mean"] == 1.0
+        assert entry["clip_ratio/region_mean"] == 0.0
+
+
+def test_group_refines_one_image_of_the_policy(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    trainer = make(num_initial_images=3)
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    images = [trajectory.segments[1].image for trajectory in update.trajectories]
+    assert len({image.tobytes() for image in images}) == 1
+    (entry, _) = trainer.state.log_history
+    assert entry["reflection/initial_reward"] == pytest.approx(brightness(images[:1])[0], abs=1e-5)
+    finals = brightness([trajectory.final_image for trajectory in update.trajectories])
+    assert entry["reflection/final_reward"] == pytest.approx(sum(finals) / 4, abs=1e-5)
+    assert entry["reflection/improved_frac"] + entry["reflection/rectified_frac"] == 1.0
+
+
+def test_lowest_of_the_initial_images_is_refined(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    seen = []
+
+    def recording(images: list[PILImage.Image], **kwargs: Any) -> list[float]:
+        seen.append(brightness(images))
+        return seen[-1]
+
+    trainer = make(reward_funcs=recording, num_initial_images=4)
+    trainer.train()
+    initial, _ = seen
+    assert len(set(initial)) == 4
+    assert trainer.state.log_history[0]["reflection/initial_reward"] == pytest.approx(min(initial), abs=1e-5)
+
+
+def test_image_of_a_row_is_the_one_to_refine(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    trainer = make(datasets=rows(*[("a red circle on a white background", None, PICTURE)] * 4))
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    assert all(t.segments[1].image.tobytes() == PICTURE.tobytes() for t in update.trajectories)
+    assert trainer.state.log_history[0]["reflection/initial_reward"] == pytest.approx(
+        brightness([PICTURE])[0], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("rectification", ["minimum", "off"])
+def test_nothing_improved_means_no_gradient(make: Callable[..., AlphaGRPOTrainer], rectification: str) -> None:
+    white = PILImage.new("RGB", (24, 24), "white")
+    trainer = make(
+        datasets=rows(*[("a red circle on a white background", None, white)] * 4), rectification=rectification
+    )
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    advantages = update.inputs["advantages"]
+    entry = trainer.state.log_history[0]
+    assert entry["reflection/improved_frac"] == 0.0
+    assert entry["reflection/rectified_frac"] == (1.0 if rectification == "minimum" else 0.0)
+    assert bool((advantages.abs() < 1e-6).all()) == (rectification == "minimum")
+
+
+@pytest.mark.parametrize("scale_rewards", ["batch", "group", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_advantages_are_trls(make: Callable[..., AlphaGRPOTrainer], scale_rewards: str, aggregation: str) -> None:
+    """What credit computes for a part of the reward functions equals what TRL computes for all of them."""
+    trainer = make(
+        reward_funcs=[brightness, lambda images, **kwargs: [len(set(image.tobytes())) / 255 for image in images]],
+        scale_rewards=scale_rewards,
+        multi_objective_aggregation=aggregation,
+        per_device_train_batch_size=8,
+    )
+    captured = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: captured.append(generate(inputs)) or captured[-1]
+    trainer.train()
+    weights = trainer.reward_weights
+    expected = group_advantages(trainer._rewards, weights, 4, scale_rewards, aggregation)
+    torch.testing.assert_close(captured[0]["advantages"], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_rewards_of_text_do_not_reach_images(make: Callable[..., AlphaGRPOTrainer], separate: bool) -> None:
+    trainer = make(reward_funcs=[brightness, shortness], separate_advantages=separate, task="reasoning_t2i")
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    text, image = update.inputs["advantages"], update.inputs["image_advantages"]
+    assert torch.equal(text, image) != separate
+    if separate:
+        finals = torch.tensor(brightness([t.final_image for t in update.trajectories]))
+        assert torch.equal(image.argsort(), finals.argsort())
+
+
+def test_broken_format_masks_the_image(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    def half(completions: list[str], **kwargs: Any) -> list[float]:
+        return [float(i % 2) for i in range(len(completions))]
+
+    half.text_only = True
+    trainer = make(reward_funcs=[brightness, half], mask_broken_format=True, task="reasoning_t2i")
+    trainer.train()
+    image = trainer.recorder.updates[0].inputs["image_advantages"]
+    assert (image == 0).sum() == 2
+
+
+def test_tasks_mix_in_one_batch(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    items = [
+        ("a red circle on a white background", "reasoning_t2i", None),
+        ("a blue square on a gray background", "self_reflection", None),
+        ("a green cross on a white background", "image_editing", PICTURE),
+        ("two yellow triangles , on black", None, None),
+    ]
+    trainer = make(
+        datasets=rows(*items), task="reasoning_t2i", per_device_train_batch_size=16, num_reflection_rounds=2
+    )
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    assert sorted(len(t.sampled_images) for t in update.trajectories) == [1] * 12 + [2] * 4
+    entry = trainer.state.log_history[0]
+    assert entry["image/ratio_mean"] == 1.0
+    for name in ("reasoning_t2i", "self_reflection", "image_editing"):
+        assert 0 <= entry[f"rewards/{name}"] <= 1
+
+
+def test_every_parameter_changes(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    trainer = make(learning_rate=1e-3, freeze_vision_tower=False)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    unchanged = [n for n, p in trainer.model.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
+    assert not unchanged
+
+
+def test_evaluation_refines_too(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    trainer = make(
+        datasets={"train_dataset": build_dataset("train", 8, 0), "eval_dataset": build_dataset("train", 4, 0)}
+    )
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_reflection/initial_reward"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("items", "settings", "message"),
+    [
+        ([("a cross", "image_editing", None)], {}, "row 0 of task 'image_editing' has no 'image'"),
+        (
+            [("a cross", "image_editing", PICTURE), ("a cross", "image_editing", None)],
+            {},
+            "row 1 of task 'image_editing' has no 'image'",
+        ),
+        ([("a cross", "self_reflektion", None)], {}, "row 0, column 'task': .*Did you mean 'self_reflection'"),
+        ([("a cross", None, None)], {"num_reflection_rounds": 40}, "lower num_reflection_rounds \\(40\\)"),
+    ],
+)
+def test_bad_rows_raise_before_training(
+    make: Callable[..., AlphaGRPOTrainer], items: list, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(datasets=rows(*items), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_reflection_rounds": 0}, "num_reflection_rounds must be at least 1, but is 0"),
+        ({"num_initial_images": 0}, "num_initial_images must be at least 1, but is 0"),
+        ({"rectification": "max"}, "rectification must be one of minimum, initial, off, but is 'max'"),
+        ({"stage1_selection": "best"}, "stage1_selection must be one of lowest, sampled, but is 'best'"),
+    ],
+)
+def test_bad_settings_raise(make: Callable[..., AlphaGRPOTrainer], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
