@@ -134,7 +134,7 @@ def save(refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: 
             tiles.append((step.image, "" if step.reward is None else f"reward {step.reward:.2f}"))
         lines.append(json.dumps({"prompt": row["prompt"], "steps": steps}, ensure_ascii=False))
         tiles += [(blank, "")] * (num_rounds + 1 - len(tiles))
-        sheet.append((f"{row['prompt']} — {refinement.steps[-1].text}", tiles))
+        sheet.append((f"{row['prompt']} | {refinement.steps[-1].text}", tiles))
     headers = ["painted", *(f"round {turn}" for turn in range(1, num_rounds + 1))]
     contact_sheet(sheet, headers, caption_width=420).save(output_dir / "contact_sheet.png")
     temporary = output_dir / "samples.jsonl.tmp"

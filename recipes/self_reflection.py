@@ -119,7 +119,7 @@ def save_picture(refinement: Refinement, path: Path) -> None:
         chosen += of_category[: max(1, NUM_PICTURED // len(refinement.initial.categories))]
     rows = [
         (
-            f"{old.prompt} — {new.text}",
+            f"{old.prompt} | {new.text}",
             [(old.image, f"reward {old.reward:.2f}"), (new.image, f"reward {new.reward:.2f}")],
         )
         for old, new in chosen

@@ -16,13 +16,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from alphagrpo_ext.registry import Registry
+from alphagrpo_ext.rollout.task import prompt_text
 from alphagrpo_ext.shapes.text import is_reflection
+from reward_models.judges import TextJudge
 
+
+logger = logging.getLogger(__name__)
 
 FORMATS = Registry("format reward", "alphagrpo_ext.formats")
 
@@ -79,3 +86,96 @@ class ShapesReflectionFormat(FormatReward):
 
     def has_form(self, text: str) -> bool:
         return is_reflection(text)
+
+
+STRUCTURE = {
+    "restates_request": (True, "The text says what the request asks for."),
+    "names_error": (True, "The text names what is wrong in the image, or says that nothing is."),
+    "commands_fix": (True, "The text says concretely what must be changed, or that nothing must be."),
+    "expands_prompt": (False, "The text adds subjects, styles or details that the request does not ask for."),
+    "has_junk": (
+        False,
+        "The text has repetitions, broken sentences or remarks that have nothing to do with the task.",
+    ),
+}
+"""What a reflection is judged by: each property with the answer that is wanted, and its meaning."""
+
+STRUCTURE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {name: {"type": "boolean", "description": meaning} for name, (_, meaning) in STRUCTURE.items()},
+    "required": list(STRUCTURE),
+    "additionalProperties": False,
+}
+
+_STRUCTURE_REQUEST = """\
+A model painted an image for a request. Then it looked at the image and wrote a reflection, from which it paints the image \
+anew. Judge how the reflection is built, not whether it is right: you do not see the image.
+
+Request:
+{prompt}
+
+Reflection:
+{reflection}
+
+Answer with one JSON object and nothing else. Its fields, all true or false:
+{fields}"""
+
+
+class ReflectionStructure:
+    """
+    A reward function of TRL, asynchronous: the share of the properties in [`STRUCTURE`] that a reflection has as wanted,
+    by the verdict of a language model. A reflection without a verdict that fits [`STRUCTURE_SCHEMA`] is `None`.
+
+    Args:
+        judge ([`TextJudge`]): Who judges.
+        max_concurrency (`int`, *optional*, defaults to `64`): Reflections that are with the judge at once.
+        name (`str`, *optional*, defaults to `"reflection_structure"`): Name of the reward function.
+    """
+
+    text_only = True
+
+    def __init__(self, judge: TextJudge, max_concurrency: int = 64, name: str = "reflection_structure") -> None:
+        if max_concurrency < 1:
+            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
+        self.judge = judge
+        self.max_concurrency = max_concurrency
+        self.__name__ = name
+
+    async def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[str | list[dict[str, Any]]], **kwargs: Any
+    ) -> list[float | None]:
+        slots = asyncio.Semaphore(self.max_concurrency)
+
+        async def judge_one(prompt: Any, completion: str | list[dict[str, Any]]) -> float | None:
+            request = _STRUCTURE_REQUEST.format(
+                prompt=prompt_text(prompt),
+                reflection=completion_text(completion),
+                fields="\n".join(f"- {name}: {meaning}" for name, (_, meaning) in STRUCTURE.items()),
+            )
+            async with slots:
+                try:
+                    verdict = parse_structure(await self.judge.complete(request, STRUCTURE_SCHEMA))
+                except Exception as error:
+                    logger.warning("a reflection was not judged and gets no reward: %s", error)
+                    return None
+            return sum(verdict[name] == wanted for name, (wanted, _) in STRUCTURE.items()) / len(STRUCTURE)
+
+        return await asyncio.gather(*map(judge_one, prompts, completions))
+
+
+def parse_structure(answer: str) -> dict[str, bool]:
+    """
+    Read a verdict strictly.
+
+    Raises:
+        `ValueError`: If it is not one JSON object with exactly the fields of [`STRUCTURE`], each a boolean.
+    """
+    verdict = json.loads(answer)
+    if not isinstance(verdict, dict) or verdict.keys() != STRUCTURE.keys():
+        raise ValueError(
+            f"the verdict must be an object with the fields {', '.join(STRUCTURE)}, but is {answer[:200]!r}"
+        )
+    for name, value in verdict.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"field '{name}' of the verdict must be true or false, but is {value!r}")
+    return verdict

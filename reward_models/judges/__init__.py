@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from .base import JUDGES, Judge
+from .base import JUDGES, Judge, TextJudge
 
 
-__all__ = ["JUDGES", "Judge"]
+__all__ = ["JUDGES", "Judge", "TextJudge"]

@@ -16,6 +16,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -65,3 +66,21 @@ class Judge(ABC):
     async def aclose(self) -> None:
         """Release what the judge holds, e.g. network connections. The default does nothing."""
         return
+
+
+class TextJudge(ABC):
+    """
+    Answers a request about texts with JSON: a language model behind an endpoint, say. As with [`Judge`], anything that
+    goes wrong may be raised, and what was asked about is then not scored.
+    """
+
+    @abstractmethod
+    async def complete(self, request: str, schema: dict[str, Any]) -> str:
+        """
+        Args:
+            request (`str`): What is asked.
+            schema (`dict[str, Any]`): JSON schema of the answer.
+
+        Returns:
+            `str`: JSON that fits the schema; the caller checks it.
+        """

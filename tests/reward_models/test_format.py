@@ -12,12 +12,23 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import asyncio
+import json
 import random
+from typing import Any
 
 import pytest
 
 from alphagrpo_ext.shapes import reflection, repair, sample_scene, sample_spec, sample_violation
-from reward_models.format import FORMATS, ShapesReflectionFormat, ThinkFormat
+from reward_models.format import (
+    FORMATS,
+    STRUCTURE,
+    ReflectionStructure,
+    ShapesReflectionFormat,
+    ThinkFormat,
+    parse_structure,
+)
+from reward_models.judges import TextJudge
 
 
 @pytest.mark.parametrize(
@@ -72,3 +83,58 @@ def test_other_texts_have_not(text: str) -> None:
 def test_formats_count_for_text_alone() -> None:
     assert FORMATS.names() == ["shapes_reflection", "think"]
     assert all(FORMATS.get(name)().text_only for name in FORMATS.names())
+
+
+GOOD = {name: wanted for name, (wanted, _) in STRUCTURE.items()}
+
+
+class Scripted(TextJudge):
+    """Stands in for a language model, which cannot run here: answers by the reflection in the request."""
+
+    def __init__(self, answers: dict[str, str | Exception]) -> None:
+        self.answers = answers
+        self.requests: list[str] = []
+
+    async def complete(self, request: str, schema: dict[str, Any]) -> str:
+        assert schema["required"] == list(STRUCTURE) and schema["additionalProperties"] is False
+        self.requests.append(request)
+        (answer,) = [
+            answer for reflection, answer in self.answers.items() if f"Reflection:\n{reflection}\n" in request
+        ]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_reflection_structure_is_the_share_of_what_is_wanted() -> None:
+    judge = Scripted(
+        {
+            "good": json.dumps(GOOD),
+            "rambling": json.dumps(GOOD | {"expands_prompt": True, "has_junk": True}),
+            "broken": "yes",
+            "unlucky": ConnectionError("no route"),
+            "vague": json.dumps(GOOD | {"commands_fix": None}),
+        }
+    )
+    reward = ReflectionStructure(judge, max_concurrency=2)
+    prompts = ["a cat", [{"role": "user", "content": "a dog"}], "a cat", "a cat", "a cat"]
+    completions = ["good", [{"role": "assistant", "content": "rambling"}], "broken", "unlucky", "vague"]
+    rewards = asyncio.run(reward(prompts=prompts, completions=completions, trainer_state=None))
+    assert rewards == [1.0, pytest.approx(0.6), None, None, None]
+    assert "Request:\na dog\n" in judge.requests[1]
+    assert reward.text_only
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("[]", "must be an object with the fields restates_request"),
+        (json.dumps({**GOOD, "more": True}), "must be an object"),
+        (json.dumps({"has_junk": True}), "must be an object"),
+        (json.dumps(GOOD | {"has_junk": 0}), "field 'has_junk' of the verdict must be true or false, but is 0"),
+        ("{", "Expecting"),
+    ],
+)
+def test_verdicts_are_read_strictly(answer: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_structure(answer)
