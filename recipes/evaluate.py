@@ -66,7 +66,7 @@ class EvaluationArguments:
     max_new_tokens: int = field(default=48, metadata={"help": "Longest text, in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of texts."})
     batch_size: int = field(default=128, metadata={"help": "Samples at once."})
-    output_file: str | None = field(default=None, metadata={"help": "Where the scores go as JSON."})
+    output_dir: str = field(default="runs/evaluate", metadata={"help": "Where scores.json goes."})
 
     def __post_init__(self) -> None:
         if self.task not in (PAINTING, EDITING):
@@ -120,18 +120,15 @@ def main(args: EvaluationArguments) -> None:
         if args.num_rounds:
             pairs = {f"round {turn + 1}": (rounds[0], rounds[turn + 1]) for turn in range(args.num_rounds)}
             print(f"\n{name}, from its first image\n{refinement_table(pairs)}")
-    if args.output_file:
-        scores = {
-            name: [
-                {**evaluation.summary(), **asdict(RefinementScore.of(rounds[0], evaluation))} for evaluation in rounds
-            ]
-            for name, rounds in results.items()
-        }
-        path = Path(args.output_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+    scores = {
+        name: [{**evaluation.summary(), **asdict(RefinementScore.of(rounds[0], evaluation))} for evaluation in rounds]
+        for name, rounds in results.items()
+    }
+    path = Path(args.output_dir) / "scores.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

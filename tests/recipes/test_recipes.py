@@ -93,6 +93,57 @@ def test_reasoning_t2i_runs_from_prompts_to_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_self_reflection_runs_from_prompts_to_report(tmp_path: Path) -> None:
+    output = run(
+        *("-m", "accelerate.commands.launch", ROOT / "recipes" / "self_reflection.py"),
+        *("--max_steps", "1", "--per_device_train_batch_size", "8", "--num_train_prompts", "16"),
+        *("--num_eval_prompts", "14", "--eval_seeds", "1", "--logging_steps", "1", "--output_dir", tmp_path),
+        *("--formats", "shapes_reflection", "think", "--reward_weights", "1.0", "0.1", "0.1"),
+    )
+    assert "unchanged" in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for moment in ("before", "after"):
+        scores = summary[moment]
+        assert scores["num_pairs"] == scores["initial"]["num_samples"] == scores["refined"]["num_samples"] == 14
+        assert scores["improved"] + scores["worsened"] + scores["unchanged"] == pytest.approx(1.0)
+        gain = scores["refined"]["strict_pass_rate"] - scores["initial"]["strict_pass_rate"]
+        assert scores["fixed"] - scores["broken"] == pytest.approx(gain)
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("reflection/improved_frac" in entry for entry in entries)
+    with Image.open(tmp_path / "refined.png") as picture:
+        assert min(picture.size) > 100
+
+
+def test_generate_writes_a_picture_a_step(tmp_path: Path) -> None:
+    run(ROOT / "recipes" / "generate.py", "--num_prompts", "2", "--num_rounds", "1", "--output_dir", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert [step["image"] for step in line["steps"]] == sorted(step["image"] for step in line["steps"])
+        assert sum(step["best"] for step in line["steps"]) == 1
+        for step in line["steps"]:
+            assert 0 <= step["reward"] <= 1
+            with Image.open(tmp_path / step["image"]) as image:
+                assert image.size == (24, 24)
+    assert (tmp_path / "contact_sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--num_rounds", "1"), ("--task", "image_editing")], ids=["refinement", "editing"]
+)
+def test_evaluate_scores_every_round(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    output = run(
+        *(ROOT / "recipes" / "evaluate.py", "--num_eval_prompts", "8", "--eval_seeds", "1"),
+        *("--models", "bagel-shapes", "bagel-shapes", "--output_dir", tmp_path, *arguments),
+    )
+    assert "strict pass" in output
+    (rounds,) = json.loads((tmp_path / "scores.json").read_text()).values()
+    assert len(rounds) == (2 if "--num_rounds" in arguments else 1)
+    assert rounds[0]["num_samples"] == 8
+    assert rounds[0]["unchanged"] == 1.0
+
+
+@pytest.mark.slow
 def test_reasoning_t2i_reads_prompts_from_files_and_trains_an_adapter(tmp_path: Path) -> None:
     rows = [
         {

@@ -32,9 +32,9 @@ SCRIPT = Path(__file__).parent / "train_one_step.py"
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
-def run(launch: list[str], model: Path, output: Path, batch_size: int) -> dict[str, Any]:
+def run(launch: list[str], model: Path, output: Path, batch_size: int, task: str) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, str(SCRIPT), str(model), str(output), str(batch_size)]
+    command = [sys.executable, *launch, str(SCRIPT), str(model), str(output), str(batch_size), task]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return torch.load(output, weights_only=True)
@@ -42,14 +42,15 @@ def run(launch: list[str], model: Path, output: Path, batch_size: int) -> dict[s
 
 @pytest.mark.slow
 @pytest.mark.invariant
+@pytest.mark.parametrize("task", ["reasoning_t2i", "self_reflection"])
 def test_two_processes_update_as_one(
-    make_shapes_bagel: Callable[[], BagelModel], shapes_processor: BagelProcessor, tmp_path: Path
+    make_shapes_bagel: Callable[[], BagelModel], shapes_processor: BagelProcessor, tmp_path: Path, task: str
 ) -> None:
     base = tmp_path / "base"
     make_shapes_bagel().save_pretrained(base)
     shapes_processor.save_pretrained(base)
-    one = run([], base, tmp_path / "one.pt", batch_size=8)
-    two = run(LAUNCH, base, tmp_path / "two.pt", batch_size=4)
+    one = run([], base, tmp_path / "one.pt", batch_size=8, task=task)
+    two = run(LAUNCH, base, tmp_path / "two.pt", batch_size=4, task=task)
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
 
     assert len(two["rollouts"]) == 8

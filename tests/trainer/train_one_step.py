@@ -26,17 +26,21 @@ from alphagrpo_ext.shapes import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 
 
-def main(model_path: str, output_path: str, batch_size: int) -> None:
+def main(model_path: str, output_path: str, batch_size: int, task: str) -> None:
     """
     Args:
         model_path (`str`): Checkpoint to start from.
         output_path (`str`): Where to save weights, rewards and the windows' starts of all ranks.
         batch_size (`int`): Trajectories a process.
+        task (`str`): What the policy does.
     """
     rollouts = []
 
     def brightness(images: list, trajectory: list, **kwargs: Any) -> list[float]:
         rewards = [float(np.asarray(image).mean()) / 255 for image in images]
+        if trajectory[0] is None:
+            # An image that is to be refined: no action.
+            return rewards
         starts = [t.sampled_images[0].window.start for t in trajectory]
         texts = [t.sampled_texts[0].token_ids for t in trajectory]
         rollouts.extend(zip(rewards, starts, texts, strict=True))
@@ -48,6 +52,7 @@ def main(model_path: str, output_path: str, batch_size: int) -> None:
         reward_funcs=brightness,
         args=AlphaGRPOConfig(
             output_dir=f"{output_path}-run",
+            task=task,
             image_height=24,
             image_width=24,
             num_timesteps=6,
@@ -85,4 +90,4 @@ def main(model_path: str, output_path: str, batch_size: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
