@@ -1,0 +1,101 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the packaged checkpoint was taught, measured where it was not taught: on held-out combinations."""
+
+import random
+
+import pytest
+import torch
+
+from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
+from alphagrpo_ext.models.bagel.packing_bagel import BagelRow
+from alphagrpo_ext.models.denoising import DenoisingConfig
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
+from alphagrpo_ext.rollout.generator import sample_generator
+from alphagrpo_ext.shapes import (
+    answer_questions,
+    parse_thought,
+    render,
+    sample_prompt,
+    sample_scene,
+    sample_spec,
+    sample_violation,
+    satisfies,
+    semantic_questions,
+)
+from alphagrpo_ext.shapes.pretraining import scene_pixels
+from reward_models.format import ShapesReflectionFormat
+
+
+CONFIG = RolloutConfig(
+    24, 24, max_new_tokens=48, temperature=0.0, denoising=DenoisingConfig(2, 1.0, GuidanceConfig(text_scale=1.0))
+)
+
+
+@pytest.fixture(scope="module")
+def packaged() -> tuple[BagelModel, BagelProcessor]:
+    model, processor = load_model("bagel-shapes", attn_implementation="eager")
+    return model.eval(), processor
+
+
+def test_answers_depend_on_the_image(packaged: tuple[BagelModel, BagelProcessor]) -> None:
+    """A yes about an image is likelier than a no, as often as one of each is drawn (the area under the ROC curve)."""
+    model, processor = packaged
+    rng = random.Random(0)
+    rows, labels = [], []
+    while len(rows) < 300:
+        spec = sample_spec(rng, "evaluation")
+        scene = sample_scene(spec, rng)
+        wanted = rng.random() < 0.5
+        scene = scene if wanted else sample_violation(scene, spec, rng)
+        questions = [question["question"] for question in semantic_questions(spec)]
+        answers = [answer >= 0.5 for answer in answer_questions(render(scene), questions)]
+        if wanted not in answers:
+            continue
+        question = rng.choice([q for q, answer in zip(questions, answers, strict=True) if answer == wanted])
+        row = BagelRow(model.config)
+        row.add_pixels(scene_pixels([scene])[0])
+        row.add_text(processor.encode_text(question))
+        rows.append(row)
+        labels.append(wanted)
+    with torch.no_grad():
+        cache, _ = model.prefill_rows(rows, capacity=1)
+        start = torch.full((len(rows),), model.config.bos_token_id)
+        logits = model._feed(cache, start, torch.ones_like(start, dtype=torch.bool))
+    yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
+    scores, labels = logits[:, yes] - logits[:, no], torch.tensor(labels)
+    area = (scores[labels][:, None] > scores[~labels]).float().mean()
+    assert area > 0.9
+
+
+def test_reflections_plan_a_repair(packaged: tuple[BagelModel, BagelProcessor]) -> None:
+    """Given a flawed image, the policy says what is wrong in the form it was taught, and often plans what is right."""
+    model, processor = packaged
+    rng = random.Random(0)
+    rows, specs = [], []
+    for _ in range(120):
+        spec = sample_spec(rng, "evaluation")
+        flawed = sample_violation(sample_scene(spec, rng), spec, rng)
+        rows.append({"prompt": sample_prompt(spec, rng), "image": render(flawed)})
+        specs.append(spec)
+    generate = RolloutGenerator(model, processor, TASKS.get("self_reflection")(think=True))
+    trajectories = generate(rows, [sample_generator(0, 0, i) for i in range(len(rows))], CONFIG)
+    texts = [processor.decode(trajectory.sampled_texts[0].content_ids) for trajectory in trajectories]
+    assert sum(ShapesReflectionFormat()(completions=texts)) / len(texts) > 0.9
+    plans = [parse_thought(text) for text in texts]
+    right = [plan is not None and satisfies(plan, spec) for plan, spec in zip(plans, specs, strict=True)]
+    assert sum(right) / len(right) > 0.5
