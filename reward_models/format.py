@@ -41,10 +41,15 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
     return "".join(message.get("content") or "" for message in completion)
 
 
+def written_texts(completions: Sequence[Any], texts: Sequence[list[str]] | None) -> list[list[str]]:
+    """What each sample wrote in each of its turns; without `texts`, which the trainer gives, a completion is one turn."""
+    return [[completion_text(completion)] for completion in completions] if texts is None else list(texts)
+
+
 class FormatReward(ABC):
     """
-    A reward function of TRL that is 1 where a text has the right form and 0 where not. `text_only` keeps it out of the
-    advantages of images.
+    A reward function of TRL: the share of a sample's texts, one a turn, that have the right form. `text_only` keeps it out
+    of the advantages of images.
     """
 
     text_only = True
@@ -56,8 +61,13 @@ class FormatReward(ABC):
     def has_form(self, text: str) -> bool:
         """Whether a text is built as it should be."""
 
-    def __call__(self, completions: Sequence[str | list[dict[str, Any]]], **kwargs: Any) -> list[float]:
-        return [float(self.has_form(completion_text(completion))) for completion in completions]
+    def __call__(
+        self, completions: Sequence[Any], texts: Sequence[list[str]] | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        return [
+            sum(map(self.has_form, written)) / len(written) if written else None
+            for written in written_texts(completions, texts)
+        ]
 
 
 @FORMATS.register("think")
@@ -124,7 +134,8 @@ Answer with one JSON object and nothing else. Its fields, all true or false:
 class ReflectionStructure:
     """
     A reward function of TRL, asynchronous: the share of the properties in [`STRUCTURE`] that a reflection has as wanted,
-    by the verdict of a language model. A reflection without a verdict that fits [`STRUCTURE_SCHEMA`] is `None`.
+    by the verdict of a language model, averaged over a sample's turns. A sample with a reflection that has no verdict which
+    fits [`STRUCTURE_SCHEMA`] is `None`.
 
     Args:
         judge ([`TextJudge`]): Who judges.
@@ -142,25 +153,30 @@ class ReflectionStructure:
         self.__name__ = name
 
     async def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[str | list[dict[str, Any]]], **kwargs: Any
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        texts: Sequence[list[str]] | None = None,
+        **kwargs: Any,
     ) -> list[float | None]:
         slots = asyncio.Semaphore(self.max_concurrency)
 
-        async def judge_one(prompt: Any, completion: str | list[dict[str, Any]]) -> float | None:
-            request = _STRUCTURE_REQUEST.format(
-                prompt=prompt_text(prompt),
-                reflection=completion_text(completion),
-                fields="\n".join(f"- {name}: {meaning}" for name, (_, meaning) in STRUCTURE.items()),
-            )
-            async with slots:
-                try:
-                    verdict = parse_structure(await self.judge.complete(request, STRUCTURE_SCHEMA))
-                except Exception as error:
-                    logger.warning("a reflection was not judged and gets no reward: %s", error)
-                    return None
-            return sum(verdict[name] == wanted for name, (wanted, _) in STRUCTURE.items()) / len(STRUCTURE)
+        async def judge_sample(prompt: Any, written: list[str]) -> float | None:
+            shares = await asyncio.gather(*(self._judge(prompt_text(prompt), text, slots) for text in written))
+            return sum(shares) / len(shares) if shares and None not in shares else None
 
-        return await asyncio.gather(*map(judge_one, prompts, completions))
+        return await asyncio.gather(*map(judge_sample, prompts, written_texts(completions, texts)))
+
+    async def _judge(self, prompt: str, reflection: str, slots: asyncio.Semaphore) -> float | None:
+        fields = "\n".join(f"- {name}: {meaning}" for name, (_, meaning) in STRUCTURE.items())
+        request = _STRUCTURE_REQUEST.format(prompt=prompt, reflection=reflection, fields=fields)
+        async with slots:
+            try:
+                verdict = parse_structure(await self.judge.complete(request, STRUCTURE_SCHEMA))
+            except Exception as error:
+                logger.warning("a reflection was not judged and gets no reward: %s", error)
+                return None
+        return sum(verdict[name] == wanted for name, (wanted, _) in STRUCTURE.items()) / len(STRUCTURE)
 
 
 def parse_structure(answer: str) -> dict[str, bool]:

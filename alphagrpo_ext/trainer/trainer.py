@@ -30,7 +30,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -64,7 +64,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
     that are rectified.
 
     Reward functions are TRL's. Beside the dataset's columns, but for `image`, they get the keyword arguments `images`,
-    one PIL image a sample, and `trajectory`, one [`Trajectory`] a sample. One that judges text alone says so by a true
+    one PIL image a sample, `texts`, a list of what was written in each turn of a sample, and `trajectory`, one
+    [`Trajectory`] a sample. One that judges text alone says so by a true
     attribute `text_only`. A reward function with a method `validate_dataset` or
     `validate_image_size` is asked to check the datasets, or the height and width of images, before training.
 
@@ -116,6 +117,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
             processing_class = processing_class or loaded_processor
             args.model_init_kwargs = None
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(policy.config._name_or_path)
         args.eval_rollout().grid(policy)
         for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
             if validate := getattr(reward_func, "validate_dataset", None):
@@ -252,7 +255,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
             return []
         blank = Image.new("RGB", (self.args.image_width, self.args.image_height))
         padded = [*candidates, *[(0, blank)] * (total - len(candidates))]
-        inputs = [{**self._reward_row(self._rows[i]), "images": image, "trajectory": None} for i, image in padded]
+        inputs = [
+            {**self._reward_row(self._rows[i]), "images": image, "texts": [], "trajectory": None}
+            for i, image in padded
+        ]
         empty = [[self._tokenizer.eos_token_id]] * total
         prompts = [row["prompt"] for row in inputs]
         completions = ["" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}] for prompt in prompts]
@@ -299,6 +305,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
             fields["env_mask"].append([1] * len(ids) or [0])
         fields["images"] = [trajectory.final_image for trajectory in trajectories]
         fields["trajectory"] = list(trajectories)
+        fields["texts"] = [
+            [self.processing_class.decode(text.content_ids) for text in trajectory.sampled_texts]
+            for trajectory in trajectories
+        ]
         return fields
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -80,6 +80,12 @@ def test_other_texts_have_not(text: str) -> None:
     assert ShapesReflectionFormat()(completions=[text]) == [0.0]
 
 
+def test_every_turn_counts() -> None:
+    good, bad = "<think> a </think>", "a"
+    rewards = ThinkFormat()(completions=["joined"] * 3, texts=[[good, good], [good, bad], []])
+    assert rewards == [1.0, 0.5, None]
+
+
 def test_formats_count_for_text_alone() -> None:
     assert FORMATS.names() == ["shapes_reflection", "think"]
     assert all(FORMATS.get(name)().text_only for name in FORMATS.names())
@@ -123,6 +129,8 @@ def test_reflection_structure_is_the_share_of_what_is_wanted() -> None:
     assert rewards == [1.0, pytest.approx(0.6), None, None, None]
     assert "Request:\na dog\n" in judge.requests[1]
     assert reward.text_only
+    turns = asyncio.run(reward(prompts=["a cat"] * 2, completions=[""] * 2, texts=[["good", "rambling"], []]))
+    assert turns == [pytest.approx(0.8), None]
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,19 @@ def test_rewards_of_text_do_not_reach_images(make: Callable[..., AlphaGRPOTraine
         assert torch.equal(image.argsort(), finals.argsort())
 
 
+def test_reward_functions_see_every_turn(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    seen = []
+
+    def recording(texts: list[list[str]], trajectory: list, images: list, **kwargs: Any) -> list[float]:
+        seen.append(texts)
+        return brightness(images)
+
+    make(reward_funcs=recording, num_reflection_rounds=2).train()
+    initial, final = seen
+    assert initial == [[]]
+    assert [len(written) for written in final] == [2] * 4
+
+
 def test_broken_format_masks_the_image(make: Callable[..., AlphaGRPOTrainer]) -> None:
     def half(completions: list[str], **kwargs: Any) -> list[float]:
         return [float(i % 2) for i in range(len(completions))]
