@@ -189,7 +189,7 @@ class RolloutGenerator:
                 task = self.task_of(rows[i])
                 if turn == task.num_turns:
                     continue
-                request = task.next_request(rows[i], self.processor)
+                request = task.request(rows[i], self.processor)
                 new[-1].pixel_values = self.processor.vit_pixels(self.processor.resize_image(new[-1].image))
                 segments[i].append(request)
                 next_acting.append(i)

@@ -22,8 +22,7 @@ from typing import Any
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.models.unified import UnifiedModel
-from alphagrpo_ext.rollout.task import TASKS, Task, TaskContexts, context_image, image_request_contexts, prompt_text
-from alphagrpo_ext.trajectory import TextSegment
+from alphagrpo_ext.rollout.task import TASKS, Task, TaskContexts, context_image, image_request_contexts
 
 
 @TASKS.register("image_editing")
@@ -36,7 +35,3 @@ class ImageEditing(Task):
         system = [processor.text_segment(processor.generation_system_prompt)] if self.think else []
         image = processor.image_segment(context_image(row), model)
         return image_request_contexts(image, self.request(row, processor), system)
-
-    def request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
-        """What the policy is asked to do with the image."""
-        return processor.text_segment(prompt_text(row["prompt"]))

@@ -22,7 +22,7 @@ from typing import Any
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.models.unified import UnifiedModel
-from alphagrpo_ext.rollout.task import TASKS, Task, TaskContexts, prompt_text
+from alphagrpo_ext.rollout.task import TASKS, Task, TaskContexts
 
 
 @TASKS.register("reasoning_t2i")
@@ -36,5 +36,5 @@ class ReasoningT2I(Task):
 
     def contexts(self, row: Mapping[str, Any], processor: ProcessorMixin, model: UnifiedModel) -> TaskContexts:
         system = [processor.text_segment(processor.generation_system_prompt)] if self.think else []
-        prompt = processor.text_segment(prompt_text(row["prompt"]))
+        prompt = self.request(row, processor)
         return TaskContexts(full=[*system, prompt], text_dropped=system, image_dropped=[*system, prompt])

@@ -43,6 +43,3 @@ class SelfReflection(ImageEditing):
 
     def request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
         return processor.text_segment(processor.reflection_request(prompt_text(row["prompt"])))
-
-    def next_request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
-        return self.request(row, processor)

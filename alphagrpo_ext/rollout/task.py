@@ -105,16 +105,14 @@ class Task(ABC):
     def contexts(self, row: Mapping[str, Any], processor: ProcessorMixin, model: UnifiedModel) -> TaskContexts:
         """Contexts of one dataset row. Rows with equal prompts, one after the other, share them."""
 
-    def next_request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
-        """What the policy is asked after a turn that is not its last; a task with one turn asks nothing."""
-        raise ValueError(f"{type(self).__name__} has {self.num_turns} turns but no further request")
+    def request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
+        """What the policy is asked to do in each turn."""
+        return processor.text_segment(prompt_text(row["prompt"]))
 
     def max_positions(self, row: Mapping[str, Any], processor: ProcessorMixin, max_new_tokens: int) -> int:
         """Largest number of positions that a trajectory of this row can take: a token one, an image at most two."""
-        given = [processor.generation_system_prompt] if self.think else []
-        given.append(prompt_text(row["prompt"]))
-        texts = [len(processor.encode_text(text)) for text in given]
-        texts += [len(self.next_request(row, processor).token_ids) for _ in range(self.num_turns - 1)]
+        texts = [len(processor.encode_text(processor.generation_system_prompt))] if self.think else []
+        texts += [len(self.request(row, processor).token_ids)] * self.num_turns
         texts += [max_new_tokens] * (self.num_turns if self.think else 0)
         num_images = self.num_turns + self.needs_image
         return sum(length + 2 for length in texts) + 2 * num_images

@@ -214,3 +214,16 @@ def test_round_two_reaches_round_one_through_the_clean_context_only(
     assert reached == [True, False, False, True, True, True]
     first_text = slice(int(batch.inputs["score_index"][0]), int(batch.inputs["score_index"][0]) + 3)
     assert text_grad[0, first_text].abs().max() > 0
+
+
+@pytest.mark.parametrize("num_rounds", [1, 3])
+def test_positions_are_bounded_before_they_are_taken(
+    model: BagelModel, sample: Callable[..., list[Trajectory]], shapes_processor: BagelProcessor, num_rounds: int
+) -> None:
+    (trajectory,) = sample([FLAWED], num_rounds)
+    task = TASKS.get("self_reflection")(think=True, num_reflection_rounds=num_rounds)
+    bound = task.max_positions({"prompt": PROMPT}, shapes_processor, CONFIG.max_new_tokens)
+    taken = int(model.pack([trajectory], GUIDANCE).inputs["positions"].max()) + 1
+    unused = sum(CONFIG.max_new_tokens - len(text.content_ids) for text in trajectory.sampled_texts)
+    # The last image is noised copies only, which take one position of their two.
+    assert taken + unused + 1 == bound
