@@ -158,3 +158,5 @@ if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(DEFAULT_CONFIG), *sys.argv[1:]]
     parser = TrlParser((ScriptArguments, AlphaGRPOConfig, ModelConfig))
     main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
+    # Threads of the communication backend that outlive the interpreter may abort the process.
+    PartialState().destroy_process_group()

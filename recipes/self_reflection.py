@@ -31,6 +31,7 @@ accelerate launch recipes/self_reflection.py --formats shapes_reflection --rewar
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -75,6 +76,9 @@ class ScriptArguments:
             How answers become a reward.
         formats (`list[str]`, *optional*):
             Rewards of the text's form; registered ones.
+        train_tasks (`list[str]`, *optional*):
+            Tasks that the training prompts are dealt out to, in turn; a name given twice gets twice as many. All do
+            `task` by default.
     """
 
     train_file: str | None = field(default=None, metadata={"help": "Training prompts with questions, as JSON lines."})
@@ -89,6 +93,13 @@ class ScriptArguments:
     )
     formats: list[str] = field(
         default_factory=list, metadata={"help": "Rewards of the text's form, e.g. 'think' or 'shapes_reflection'."}
+    )
+    train_tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tasks that the training prompts are dealt out to, in turn, e.g. 'self_reflection reasoning_t2i'; all "
+            "do --task by default."
+        },
     )
 
 
@@ -131,6 +142,9 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
     output_dir = Path(training_args.output_dir)
     reward = DVReward(script_args.judge, aggregation=script_args.aggregation)
     train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
+    if script_args.train_tasks:
+        tasks = itertools.islice(itertools.cycle(script_args.train_tasks), len(train_dataset))
+        train_dataset = train_dataset.add_column("task", list(tasks))
     eval_rows = load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts).to_list()
     model, processor = load_model(
         model_args.model_name_or_path,
@@ -184,3 +198,5 @@ if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(DEFAULT_CONFIG), *sys.argv[1:]]
     parser = TrlParser((ScriptArguments, AlphaGRPOConfig, ModelConfig))
     main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
+    # Threads of the communication backend that outlive the interpreter may abort the process.
+    PartialState().destroy_process_group()

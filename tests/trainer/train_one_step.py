@@ -86,6 +86,8 @@ def main(model_path: str, output_path: str, batch_size: int, task: str) -> None:
         torch.save(
             {"weights": weights, "rollouts": rollouts, "num_processes": trainer.accelerator.num_processes}, output_path
         )
+    # Threads of Gloo that outlive the interpreter may abort the process.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
