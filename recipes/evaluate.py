@@ -38,7 +38,7 @@ from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.shapes.editing import editing_rows
-from reward_models.dvreward import DVReward
+from reward_models.arguments import RewardArguments
 from reward_models.evaluation import Evaluation, RefinementScore, comparison_table, evaluate, refinement_table
 from reward_models.prompts import load_prompts
 
@@ -47,7 +47,7 @@ PAINTING, EDITING = "reasoning_t2i", "image_editing"
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(RewardArguments):
     """Arguments of the evaluation. The defaults suit the packaged model."""
 
     models: list[str] = field(default_factory=lambda: ["bagel-shapes"], metadata={"help": "Names or folders."})
@@ -57,7 +57,6 @@ class EvaluationArguments:
     eval_seeds: int = field(default=2, metadata={"help": "Noise seeds every prompt is painted with."})
     num_rounds: int = field(default=0, metadata={"help": "Rounds of reflection on what was painted."})
     think: bool = field(default=True, metadata={"help": "Whether the first image follows a thought."})
-    judge: str = field(default="shapes", metadata={"help": "Who answers the questions; a registered judge."})
     image_size: int = field(default=24, metadata={"help": "Side of images, in pixels."})
     num_timesteps: int = field(default=11, metadata={"help": "Points of the denoising schedule."})
     timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
@@ -69,6 +68,7 @@ class EvaluationArguments:
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Where scores.json goes."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task not in (PAINTING, EDITING):
             raise ValueError(f"task must be '{PAINTING}' or '{EDITING}', but is '{self.task}'")
         if self.task == EDITING and self.eval_file:
@@ -96,7 +96,7 @@ def evaluate_model(name: str, rows: list[dict], args: EvaluationArguments) -> li
     settings = {
         "rows": rows,
         "config": args.rollout,
-        "reward": DVReward(args.judge),
+        "reward": args.make_reward((model, processor)),
         "seeds": range(args.eval_seeds),
         "batch_size": args.batch_size,
     }

@@ -52,13 +52,13 @@ from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import Refinement, RolloutConfig, refine
-from reward_models.dvreward import DVReward
+from reward_models.arguments import RewardArguments
 from reward_models.prompts import load_prompts
 from reward_models.questions import from_row
 
 
 @dataclass
-class GenerationArguments:
+class GenerationArguments(RewardArguments):
     """Arguments of generation. The defaults suit the packaged model; for BAGEL set size, steps and guidance."""
 
     model_name_or_path: str = field(default="bagel-shapes", metadata={"help": "The policy: a name or a folder."})
@@ -92,6 +92,7 @@ class GenerationArguments:
     output_dir: str = field(default="runs/generate", metadata={"help": "Where images and texts go."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompts and self.prompt_file:
             raise ValueError("give prompts or prompt_file, not both")
         for name in ("num_prompts", "batch_size"):
@@ -144,16 +145,24 @@ def save(refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: 
 
 def main(args: GenerationArguments) -> None:
     rows = load_rows(args)
-    scorer = None
-    if args.judge != "none" and not args.prompts:
-        reward = DVReward(args.judge)
-        reward.validate_image_size(args.height, args.width)
-
-        def scorer(images: list[Image.Image], of_rows: list[Mapping[str, Any]]) -> list[float | None]:
-            return [score.reward for score in asyncio.run(reward.score(images, [from_row(row) for row in of_rows]))]
-
     model, processor = load_model(args.model_name_or_path, dtype=args.dtype)
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    scorer = None
+    if args.judge != "none" and not args.prompts:
+        reward = args.make_reward((model, processor))
+        reward.validate_image_size(args.height, args.width)
+
+        async def score(images: list[Image.Image], of_rows: list[Mapping[str, Any]]) -> list[float | None]:
+            try:
+                scores = await reward.score(images, [from_row(row) for row in of_rows])
+            finally:
+                # Each call has an event loop of its own.
+                await reward.aclose()
+            return [score.reward for score in scores]
+
+        def scorer(images: list[Image.Image], of_rows: list[Mapping[str, Any]]) -> list[float | None]:
+            return asyncio.run(score(images, of_rows))
+
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     refinements = []

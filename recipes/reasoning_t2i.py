@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
@@ -46,45 +45,13 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
-from reward_models.dvreward import DVReward
+from reward_models.arguments import PromptArguments
 from reward_models.evaluation import Evaluation, comparison_table, evaluate
 from reward_models.prompts import load_prompts
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"
 NUM_PICTURED = 8
-
-
-@dataclass
-class ScriptArguments:
-    """
-    Arguments of the recipe itself.
-
-    Args:
-        train_file, eval_file (`str`, *optional*):
-            Prompts with questions, as JSON lines. `None` takes the prompts of the shapes world.
-        num_train_prompts, num_eval_prompts (`int`, *optional*, defaults to `2048` and `504`):
-            Prompts drawn from the shapes world.
-        eval_seeds (`int`, *optional*, defaults to `2`):
-            Noise seeds every evaluation prompt is painted with. 0 skips the evaluations.
-        eval_batch_size (`int`, *optional*, defaults to `128`):
-            Samples that an evaluation paints at once.
-        judge (`str`, *optional*, defaults to `"shapes"`):
-            Who answers the questions; a registered judge.
-        aggregation (`str`, *optional*, defaults to `"geometric"`):
-            How answers become a reward.
-    """
-
-    train_file: str | None = field(default=None, metadata={"help": "Training prompts with questions, as JSON lines."})
-    eval_file: str | None = field(default=None, metadata={"help": "Evaluation prompts with questions, as JSON lines."})
-    num_train_prompts: int = field(default=2048, metadata={"help": "Training prompts drawn from the shapes world."})
-    num_eval_prompts: int = field(default=504, metadata={"help": "Evaluation prompts drawn from the shapes world."})
-    eval_seeds: int = field(default=2, metadata={"help": "Noise seeds of an evaluation; 0 skips the evaluations."})
-    eval_batch_size: int = field(default=128, metadata={"help": "Samples that an evaluation paints at once."})
-    judge: str = field(default="shapes", metadata={"help": "Who answers the questions; a registered judge."})
-    aggregation: str = field(
-        default="geometric", metadata={"help": "How answers become a reward: 'geometric', 'mean' or 'pooled'."}
-    )
 
 
 def save_picture(before: Evaluation, after: Evaluation, path: Path) -> None:
@@ -102,9 +69,8 @@ def save_picture(before: Evaluation, after: Evaluation, path: Path) -> None:
     contact_sheet(rows, headers=("before", "after")).save(path)
 
 
-def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
+def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    reward = DVReward(script_args.judge, aggregation=script_args.aggregation)
     train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
     eval_rows = load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts).to_list()
     model, processor = load_model(
@@ -112,6 +78,7 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
         dtype=model_args.dtype,
         **({"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}),
     )
+    reward = script_args.make_reward((model, processor))
     # PEFT's causal language models have a `generate` of their own, which this policy has not.
     model_args.lora_task_type = None
     model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
@@ -156,7 +123,7 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
 
 if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(DEFAULT_CONFIG), *sys.argv[1:]]
-    parser = TrlParser((ScriptArguments, AlphaGRPOConfig, ModelConfig))
+    parser = TrlParser((PromptArguments, AlphaGRPOConfig, ModelConfig))
     main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
     # Threads of the communication backend that outlive the interpreter may abort the process.
     PartialState().destroy_process_group()

@@ -46,7 +46,7 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
-from reward_models.dvreward import DVReward
+from reward_models.arguments import PromptArguments
 from reward_models.evaluation import Evaluation, RefinementScore, evaluate, refinement_table
 from reward_models.format import FORMATS
 from reward_models.prompts import load_prompts
@@ -57,23 +57,11 @@ NUM_PICTURED = 8
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(PromptArguments):
     """
     Arguments of the recipe itself.
 
     Args:
-        train_file, eval_file (`str`, *optional*):
-            Prompts with questions, as JSON lines. `None` takes the prompts of the shapes world.
-        num_train_prompts, num_eval_prompts (`int`, *optional*, defaults to `2048` and `504`):
-            Prompts drawn from the shapes world.
-        eval_seeds (`int`, *optional*, defaults to `2`):
-            Noise seeds every evaluation prompt is painted with. 0 skips the evaluations.
-        eval_batch_size (`int`, *optional*, defaults to `128`):
-            Samples that an evaluation paints at once.
-        judge (`str`, *optional*, defaults to `"shapes"`):
-            Who answers the questions; a registered judge.
-        aggregation (`str`, *optional*, defaults to `"geometric"`):
-            How answers become a reward.
         formats (`list[str]`, *optional*):
             Rewards of the text's form; registered ones.
         train_tasks (`list[str]`, *optional*):
@@ -81,16 +69,6 @@ class ScriptArguments:
             `task` by default.
     """
 
-    train_file: str | None = field(default=None, metadata={"help": "Training prompts with questions, as JSON lines."})
-    eval_file: str | None = field(default=None, metadata={"help": "Evaluation prompts with questions, as JSON lines."})
-    num_train_prompts: int = field(default=2048, metadata={"help": "Training prompts drawn from the shapes world."})
-    num_eval_prompts: int = field(default=504, metadata={"help": "Evaluation prompts drawn from the shapes world."})
-    eval_seeds: int = field(default=2, metadata={"help": "Noise seeds of an evaluation; 0 skips the evaluations."})
-    eval_batch_size: int = field(default=128, metadata={"help": "Samples that an evaluation paints at once."})
-    judge: str = field(default="shapes", metadata={"help": "Who answers the questions; a registered judge."})
-    aggregation: str = field(
-        default="geometric", metadata={"help": "How answers become a reward: 'geometric', 'mean' or 'pooled'."}
-    )
     formats: list[str] = field(
         default_factory=list, metadata={"help": "Rewards of the text's form, e.g. 'think' or 'shapes_reflection'."}
     )
@@ -140,7 +118,6 @@ def save_picture(refinement: Refinement, path: Path) -> None:
 
 def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    reward = DVReward(script_args.judge, aggregation=script_args.aggregation)
     train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
     if script_args.train_tasks:
         tasks = itertools.islice(itertools.cycle(script_args.train_tasks), len(train_dataset))
@@ -151,6 +128,7 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
         dtype=model_args.dtype,
         **({"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}),
     )
+    reward = script_args.make_reward((model, processor))
     # PEFT's causal language models have a `generate` of their own, which this policy has not.
     model_args.lora_task_type = None
     model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES

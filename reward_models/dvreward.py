@@ -16,12 +16,14 @@
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from .aggregation import AGGREGATIONS, aggregate, strict_pass
@@ -48,12 +50,21 @@ class Score:
             P(yes) of the valid quality questions, likewise.
         strict_pass (`bool` or `None`):
             Whether every answer is yes; `None` if the image could not be scored.
+        asked_at, answered_at (`float`, *optional*):
+            When the judge got the image and when it was done with it, in seconds of a clock of its own; `None` if there was
+            no image.
     """
 
     reward: float | None
     semantic: tuple[float | None, ...]
     quality: tuple[float | None, ...]
     strict_pass: bool | None
+    asked_at: float | None = field(default=None, compare=False)
+    answered_at: float | None = field(default=None, compare=False)
+
+
+class JudgeFailedError(RuntimeError):
+    """Raised when a judge leaves more images without a score than it may."""
 
 
 class DVReward:
@@ -74,6 +85,9 @@ class DVReward:
             How many images are with the judge at once. Holds across concurrent calls in one event loop.
         timeout (`float`, *optional*):
             Seconds that the judge has for one image, after which the image is not scored. `None` waits forever.
+        max_failed_frac (`float`, *optional*, defaults to `0.5`):
+            Share of a batch's images that may stay without a score, in [0, 1]. Beyond it the reward function raises
+            [`JudgeFailedError`], since what is left would be noise.
         name (`str`, *optional*, defaults to `"dvreward"`):
             Name of the reward function, and prefix of its metrics.
 
@@ -90,6 +104,7 @@ class DVReward:
         aggregation: str = "geometric",
         max_concurrency: int = 64,
         timeout: float | None = None,
+        max_failed_frac: float = 0.5,
         name: str = "dvreward",
     ):
         if isinstance(judge, str):
@@ -100,15 +115,21 @@ class DVReward:
             raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive or None, got {timeout}")
+        if not 0.0 <= max_failed_frac <= 1.0:
+            raise ValueError(f"max_failed_frac must be in [0, 1], got {max_failed_frac}")
         AGGREGATIONS.get(aggregation)
         self.judge = judge
         self.aggregation = aggregation
         self.max_concurrency = max_concurrency
         self.timeout = timeout
+        self.max_failed_frac = max_failed_frac
         self.__name__ = name
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots: asyncio.Semaphore | None = None
+        self._last_error: Exception | None = None
         self._logged_errors: set[type[Exception]] = set()
+        # By the identity of an image, which is kept alive by its entry.
+        self._started: dict[int, tuple[Image.Image, PromptRecord, asyncio.Task[Score]]] = {}
 
     async def __call__(
         self,
@@ -135,15 +156,16 @@ class DVReward:
             semantic_questions, quality_questions (`Sequence`):
                 Questions of each completion, as in [`from_row`].
             log_extra, log_metric (`Callable`, *optional*):
-                TRL's loggers. Metrics: the means over scored images `semantic` and `quality`, the shares
-                `strict_pass` (of scored images) and `failed_frac` (of all images), and for each tag the share of
-                answered questions whose answer is yes, e.g. `semantic/Count`.
+                TRL's loggers. Metrics, under the function's name: the means over scored images `semantic` and `quality`,
+                the share `strict_pass` of scored images, and for each tag the share of answered questions whose answer is
+                yes, e.g. `semantic/Count`. About the judge, under `judge`: see [`judge_metrics`].
 
         Returns:
             `list[float | None]`: Rewards in [0, 1]; `None` for an image that could not be scored.
 
         Raises:
             `ValueError`: If the arguments are malformed.
+            [`JudgeFailedError`]: If more than `max_failed_frac` of the images could not be scored.
         """
         columns = {"images": images, "semantic_questions": semantic_questions, "quality_questions": quality_questions}
         for column, values in columns.items():
@@ -159,6 +181,9 @@ class DVReward:
         if log_metric is not None:
             for metric, value in batch_metrics(scores, records).items():
                 log_metric(f"{self.__name__}/{metric}", value)
+            for metric, value in judge_metrics(scores).items():
+                log_metric(f"judge/{metric}", value)
+        self._check_failures(scores)
         if log_extra is not None:
             log_extra(f"{self.__name__}/semantic", [_mean(score.semantic) for score in scores])
             log_extra(f"{self.__name__}/quality", [_mean(score.quality) for score in scores])
@@ -182,6 +207,30 @@ class DVReward:
         """
         self.judge.validate_image_size(height, width)
 
+    async def start(
+        self,
+        images: Sequence[Image.Image | Sequence[Image.Image] | None],
+        rows: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """
+        Give images to the judge without waiting for it. The next [`~DVReward.score`] in this event loop finds them under
+        way and drops those that it is not asked for.
+
+        Args:
+            images (`Sequence`): As in [`~DVReward.score`].
+            rows (`Sequence[Mapping]`): The dataset row of each, with its questions.
+        """
+        slots = self._current_slots()
+        for i, (image, row) in enumerate(zip(images, rows, strict=True)):
+            image, record = _single_image(image, f"images[{i}]"), from_row(row, f"sample {i}")
+            if image is not None:
+                self._started[id(image)] = (image, record, asyncio.create_task(self._score_one(image, record, slots)))
+
+    async def aclose(self) -> None:
+        """Drop what is under way and release what the judge holds in this event loop."""
+        await self._drop_started()
+        await self.judge.aclose()
+
     async def score(
         self, images: Sequence[Image.Image | Sequence[Image.Image] | None], records: Sequence[PromptRecord]
     ) -> list[Score]:
@@ -204,9 +253,42 @@ class DVReward:
             raise ValueError(f"images has {len(images)} entries for {len(records)} records")
         images = [_single_image(image, f"images[{i}]") for i, image in enumerate(images)]
         slots = self._current_slots()
-        return await asyncio.gather(
-            *(self._score_one(image, record, slots) for image, record in zip(images, records, strict=True))
+        tasks = [
+            self._started_task(image, record) or asyncio.create_task(self._score_one(image, record, slots))
+            for image, record in zip(images, records, strict=True)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            await self._drop_started()
+
+    def _started_task(self, image: Image.Image | None, record: PromptRecord) -> asyncio.Task[Score] | None:
+        started = self._started.get(id(image))
+        if started is None or started[1] != record or started[2].get_loop() is not asyncio.get_running_loop():
+            return None
+        return self._started.pop(id(image))[2]
+
+    async def _drop_started(self) -> None:
+        loop = asyncio.get_running_loop()
+        tasks = [task for _, _, task in self._started.values() if task.get_loop() is loop]
+        self._started.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _check_failures(self, scores: Sequence[Score]) -> None:
+        judged = [score for score in scores if score.asked_at is not None]
+        num_failed = sum(score.reward is None for score in judged)
+        if num_failed <= self.max_failed_frac * len(judged):
+            return
+        error = self._last_error
+        cause = (
+            f"{type(error).__name__}: {error}" if error else "single questions stayed without an answer, see the log"
         )
+        raise JudgeFailedError(
+            f"{type(self.judge).__name__} left {num_failed} of {len(judged)} images without a score, more than "
+            f"judge_max_failed_frac={self.max_failed_frac} allows ({cause})"
+        ) from error
 
     def _current_slots(self) -> asyncio.Semaphore:
         # A semaphore belongs to the event loop that first waits on it; evaluation may run in another than training.
@@ -218,16 +300,21 @@ class DVReward:
     async def _score_one(self, image: Image.Image | None, record: PromptRecord, slots: asyncio.Semaphore) -> Score:
         semantic, quality = record.valid_semantic_questions, record.valid_quality_questions
         questions = [question.question for question in semantic + quality]
-        answers = (None,) * len(questions)
+        answers: tuple[float | None, ...] = (None,) * len(questions)
+        asked_at = answered_at = None
         if image is not None:
             async with slots:
+                asked_at = time.perf_counter()
                 answers = await self._ask(image, questions)
+                answered_at = time.perf_counter()
         semantic_answers, quality_answers = answers[: len(semantic)], answers[len(semantic) :]
         return Score(
             reward=aggregate(semantic_answers, quality_answers, self.aggregation),
             semantic=semantic_answers,
             quality=quality_answers,
             strict_pass=strict_pass(semantic_answers, quality_answers, PASS_THRESHOLD),
+            asked_at=asked_at,
+            answered_at=answered_at,
         )
 
     async def _ask(self, image: Image.Image, questions: list[str]) -> tuple[float | None, ...]:
@@ -235,6 +322,7 @@ class DVReward:
             answers = await asyncio.wait_for(self.judge.answer(image, questions), self.timeout)
             return _checked_answers(answers, len(questions))
         except Exception as error:
+            self._last_error = error
             self._log_once(error)
             return (None,) * len(questions)
 
@@ -262,13 +350,12 @@ def batch_metrics(scores: Sequence[Score], records: Sequence[PromptRecord]) -> d
             Their records.
 
     Returns:
-        `dict[str, float]`: `failed_frac`, the share of images that were not scored; of those that were, the share
-        `strict_pass` and the mean P(yes) `semantic` and `quality`; and for each tag that has answers the share of
-        them that are yes, under `semantic/<tag>` or `quality/<tag>`. What has no data is left out.
+        `dict[str, float]`: Of the images that were scored, the share `strict_pass` and the mean P(yes) `semantic` and
+        `quality`; and for each tag that has answers the share of them that are yes, under `semantic/<tag>` or
+        `quality/<tag>`. What has no data is left out.
     """
     values: dict[str, list[float]] = defaultdict(list)
     for score, record in zip(scores, records, strict=True):
-        values["failed_frac"].append(score.reward is None)
         if score.reward is not None:
             values["strict_pass"].append(score.strict_pass)
         for side, answers, questions in (
@@ -281,6 +368,32 @@ def batch_metrics(scores: Sequence[Score], records: Sequence[PromptRecord]) -> d
                 if answer is not None:
                     values[f"{side}/{question.tag}"].append(answer >= PASS_THRESHOLD)
     return {metric: fmean(entries) for metric, entries in values.items()}
+
+
+def judge_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """
+    How a judge did on a batch.
+
+    Args:
+        scores (`Sequence[Score]`): Scores of a batch.
+
+    Returns:
+        `dict[str, float]`: `failed_frac`, the share of images without a score; `latency_p50` and `latency_p99`, seconds
+        that the judge had an image, and `questions_per_second`, answered ones over the time from the first image to the
+        last answer. What has no data is left out.
+    """
+    judged = [score for score in scores if score.asked_at is not None]
+    if not judged:
+        return {"failed_frac": 1.0} if scores else {}
+    latencies = np.array([score.answered_at - score.asked_at for score in judged])
+    seconds = max(score.answered_at for score in judged) - min(score.asked_at for score in judged)
+    num_answered = sum(answer is not None for score in judged for answer in score.semantic + score.quality)
+    return {
+        "failed_frac": fmean(score.reward is None for score in scores),
+        "latency_p50": float(np.quantile(latencies, 0.5)),
+        "latency_p99": float(np.quantile(latencies, 0.99)),
+        **({"questions_per_second": num_answered / seconds} if seconds else {}),
+    }
 
 
 def _single_image(image: Any, where: str) -> Image.Image | None:

@@ -144,29 +144,32 @@ def evaluate(
     work = [(seed, index) for seed in seeds for index in range(len(rows))][state.process_index :: state.num_processes]
     samples: list[EvaluatedSample] = []
     progress = tqdm(total=len(work), desc=description, disable=not state.is_main_process)
-    for start in range(0, len(work), batch_size):
-        part = work[start : start + batch_size]
-        batch = [{**rows[index], "image": given[seed, index]} if given else rows[index] for seed, index in part]
-        generators = [sample_generator(f"eval-{seed}", num_rounds, index) for seed, index in part]
-        trajectories = generator(batch, generators, config)
-        images = [trajectory.final_image for trajectory in trajectories]
-        records = [from_row(row, where=f"row {index}") for row, (_, index) in zip(batch, part, strict=True)]
-        scores = asyncio.run(reward.score(images, records))
-        for (seed, index), row, trajectory, score in zip(part, batch, trajectories, scores, strict=True):
-            ids = [token_id for text in trajectory.sampled_texts for token_id in text.content_ids]
-            samples.append(
-                EvaluatedSample(
-                    index=index,
-                    seed=seed,
-                    category=row.get("category") or "all",
-                    prompt=str(row["prompt"]),
-                    text=generator.processor.decode(ids),
-                    image=trajectory.final_image,
-                    reward=score.reward,
-                    strict_pass=score.strict_pass,
+    # One event loop for all batches: a judge keeps its connections from one to the next.
+    with asyncio.Runner() as runner:
+        for start in range(0, len(work), batch_size):
+            part = work[start : start + batch_size]
+            batch = [{**rows[index], "image": given[seed, index]} if given else rows[index] for seed, index in part]
+            generators = [sample_generator(f"eval-{seed}", num_rounds, index) for seed, index in part]
+            trajectories = generator(batch, generators, config)
+            images = [trajectory.final_image for trajectory in trajectories]
+            records = [from_row(row, where=f"row {index}") for row, (_, index) in zip(batch, part, strict=True)]
+            scores = runner.run(reward.score(images, records))
+            for (seed, index), row, trajectory, score in zip(part, batch, trajectories, scores, strict=True):
+                ids = [token_id for text in trajectory.sampled_texts for token_id in text.content_ids]
+                samples.append(
+                    EvaluatedSample(
+                        index=index,
+                        seed=seed,
+                        category=row.get("category") or "all",
+                        prompt=str(row["prompt"]),
+                        text=generator.processor.decode(ids),
+                        image=trajectory.final_image,
+                        reward=score.reward,
+                        strict_pass=score.strict_pass,
+                    )
                 )
-            )
-        progress.update(len(part))
+            progress.update(len(part))
+        runner.run(reward.aclose())
     progress.close()
     gathered = gather_object(samples) if state.num_processes > 1 else samples
     return Evaluation(sorted(gathered, key=lambda sample: (sample.seed, sample.index)), num_rounds)

@@ -25,7 +25,7 @@ import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.registry import Registry
-from alphagrpo_ext.trajectory import Segment, Trajectory
+from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
 
 BRANCHES = ("full", "text_dropped", "image_dropped")
@@ -143,6 +143,13 @@ class UnifiedModel(ABC):
         self, cache: Any, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
     ) -> torch.Tensor:
         """Velocity of `latents` `(rows, tokens, channels)` given each row's cache, which is read and not changed."""
+
+    @abstractmethod
+    def answer_logits(self, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
+        """
+        Logits `(questions, vocabulary)` of the first token of an answer to each question about one image, which is given
+        as the vision tower's input `(3, height, width)` and read once.
+        """
 
     @abstractmethod
     def image_slots(self, grid: tuple[int, int]) -> int:

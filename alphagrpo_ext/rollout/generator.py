@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -140,7 +140,6 @@ class RolloutGenerator:
         """The task of a row."""
         return self.task if isinstance(self.task, Task) else self.task[row["task"]]
 
-    @torch.no_grad()
     def __call__(
         self, rows: Sequence[Mapping[str, Any]], generators: Sequence[torch.Generator], config: RolloutConfig
     ) -> list[Trajectory]:
@@ -153,16 +152,24 @@ class RolloutGenerator:
         Returns:
             `list[Trajectory]`: One a row.
         """
-        trajectories: list[Trajectory] = []
+        return [trajectory for part in self.parts(rows, generators, config) for trajectory in part]
+
+    def parts(
+        self, rows: Sequence[Mapping[str, Any]], generators: Sequence[torch.Generator], config: RolloutConfig
+    ) -> Iterator[list[Trajectory]]:
+        """The same, `config.batch_size` rows at a time, each part as soon as it is there."""
         batch: list[range] = []
         limit = config.batch_size or len(rows)
         for run in _runs(rows):
             if batch and run.stop - batch[0].start > limit:
-                trajectories += self._generate(rows, generators, batch, config)
+                yield self._generate(rows, generators, batch, config)
                 batch = []
             batch.append(run)
-        return trajectories + (self._generate(rows, generators, batch, config) if batch else [])
+        if batch:
+            yield self._generate(rows, generators, batch, config)
 
+    # On the whole part and not on the generator above, whose caller would lose its gradients between two parts.
+    @torch.no_grad()
     def _generate(
         self,
         rows: Sequence[Mapping[str, Any]],

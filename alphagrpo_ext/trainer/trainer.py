@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import textwrap
 import time
@@ -67,7 +68,9 @@ class AlphaGRPOTrainer(GRPOTrainer):
     one PIL image a sample, `texts`, a list of what was written in each turn of a sample, and `trajectory`, one
     [`Trajectory`] a sample. One that judges text alone says so by a true
     attribute `text_only`. A reward function with a method `validate_dataset` or
-    `validate_image_size` is asked to check the datasets, or the height and width of images, before training.
+    `validate_image_size` is asked to check the datasets, or the height and width of images, before training. An
+    asynchronous one with a coroutine method `start(images, rows)` is given every part of a rollout (`rollout_batch_size`)
+    as soon as it is painted, so that it works while the next part is generated.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -193,9 +196,21 @@ class AlphaGRPOTrainer(GRPOTrainer):
         ):
             generate = RolloutGenerator(model, self.processing_class, self._tasks)
             rows = self._with_initial_images(generate, config, seed, step, offset)
-            self._trajectories = generate(rows, generators, config)
+            self._trajectories = []
+            for part in generate.parts(rows, generators, config):
+                self._start_judging(part, rows[len(self._trajectories) :])
+                self._trajectories += part
         self._seconds["rollout"] += time.perf_counter() - start
         return self._rollout_fields(self._trajectories)
+
+    def _start_judging(self, part: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Hand what is painted to reward functions that can work on it while the next part is generated."""
+        images = [trajectory.final_image for trajectory in part]
+        for reward_func in self.reward_funcs:
+            start = getattr(reward_func, "start", None)
+            if asyncio.iscoroutinefunction(start):
+                rows_of_part = [self._reward_row(row) for row in rows[: len(part)]]
+                asyncio.run_coroutine_threadsafe(start(images, rows_of_part), self.async_loop)
 
     def _with_initial_images(
         self, generate: RolloutGenerator, config: RolloutConfig, seed: int | str, step: int, offset: int

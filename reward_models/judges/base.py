@@ -14,6 +14,8 @@
 
 """The contract of judges, and the registry that names them."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +23,19 @@ from typing import Any
 from PIL import Image
 
 from alphagrpo_ext.registry import Registry
+from reward_models.judges.arguments import JudgeArguments
 
 
-JUDGES = Registry("judge", "alphagrpo_ext.judges", {"shapes": "reward_models.judges.shapes:ShapesJudge"})
+JUDGES = Registry(
+    "judge",
+    "alphagrpo_ext.judges",
+    {
+        "openai": "reward_models.judges.openai:OpenAIJudge",
+        "policy": "reward_models.judges.policy:PolicyJudge",
+        "shapes": "reward_models.judges.shapes:ShapesJudge",
+        "transformers": "reward_models.judges.transformers:TransformersJudge",
+    },
+)
 
 
 class Judge(ABC):
@@ -37,6 +49,20 @@ class Judge(ABC):
     A judge is called for many images at once from one event loop. It may be used from another event loop later, so it
     should not tie itself to one when it is created.
     """
+
+    @classmethod
+    def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> Judge:
+        """
+        Build the judge from a recipe's arguments. The default takes none of them.
+
+        Args:
+            args ([`JudgeArguments`]): The arguments.
+            policy (`tuple[UnifiedModel, ProcessorMixin]`, *optional*): The model that is trained and its processor.
+
+        Raises:
+            `ValueError`: If something is missing; the message names the argument.
+        """
+        return cls()
 
     @abstractmethod
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:

@@ -36,7 +36,7 @@ from alphagrpo_ext.shapes import (
     sample_violation,
     semantic_questions,
 )
-from reward_models.dvreward import DVReward, batch_metrics
+from reward_models.dvreward import DVReward, JudgeFailedError, Score, batch_metrics, judge_metrics
 from reward_models.judges import Judge
 from reward_models.questions import from_row
 
@@ -144,7 +144,7 @@ def test_trl_computes_rewards_with_it():
     assert rewards.shape == (3, 1)
     torch.testing.assert_close(rewards[:, 0].cpu(), torch.tensor([0.5, torch.nan, 1.0]), equal_nan=True)
     assert metrics["dvreward/semantic"] == [pytest.approx(0.625)]
-    assert metrics["dvreward/failed_frac"] == [pytest.approx(1 / 3)]
+    assert metrics["judge/failed_frac"] == [pytest.approx(1 / 3)]
     assert extra["dvreward/semantic"] == [0.25, None, 1.0]
 
 
@@ -183,7 +183,7 @@ def test_failures_are_none_and_never_zero():
         6: None,
         7: [1.0, 1.0],
     }
-    rewards = call(DVReward(TableJudge(table)), [make_image(value) for value in range(8)], [make_row()] * 8)
+    rewards = call(DVReward(TableJudge(table), max_failed_frac=1.0), [make_image(value) for value in range(8)], [make_row()] * 8)
     assert rewards == [0.0, None, None, None, None, None, None, 1.0]
 
 
@@ -200,7 +200,7 @@ def test_waiting_for_a_free_slot_does_not_count_as_time_out():
 
 def test_each_kind_of_error_is_logged_once_with_its_cause(caplog):
     judge = TableJudge({0: ConnectionError("no route"), 1: KeyError("choices"), 2: ConnectionError("refused")})
-    reward = DVReward(judge)
+    reward = DVReward(judge, max_failed_frac=1.0)
     with caplog.at_level(logging.WARNING, logger="reward_models.dvreward"):
         for _ in range(2):
             assert call(reward, [make_image(value) for value in range(3)], [make_row()] * 3) == [None] * 3
@@ -271,9 +271,12 @@ def test_metrics_against_hand_computation():
         log_extra=extra.__setitem__,
     )
     assert rewards == [pytest.approx((0.6 * 0.8) ** 0.5), pytest.approx(0.9), None, None]
+    about_judge = {name: metrics.pop(name) for name in list(metrics) if name.startswith("judge/")}
+    assert about_judge["judge/failed_frac"] == 2 / 4
+    assert 0 < about_judge["judge/latency_p50"] <= about_judge["judge/latency_p99"]
+    assert about_judge["judge/questions_per_second"] > 0
     assert metrics == pytest.approx(
         {
-            "fine/failed_frac": 2 / 4,
             "fine/strict_pass": 1 / 2,
             "fine/semantic": (0.6 + 0.9) / 2,
             "fine/quality": 0.8,
@@ -291,7 +294,65 @@ def test_metrics_against_hand_computation():
 def test_metrics_of_a_batch_in_which_everything_failed():
     records = [from_row(make_row())] * 2
     scores = asyncio.run(DVReward(RedJudge()).score([None, None], records))
-    assert batch_metrics(scores, records) == {"failed_frac": 1.0}
+    assert batch_metrics(scores, records) == {}
+    assert judge_metrics(scores) == {"failed_frac": 1.0}
+
+
+def test_metrics_of_the_judge_against_hand_computation():
+    def score(asked_at, answered_at, *answers):
+        reward = None if None in answers else 1.0
+        return Score(reward, answers, (), None, asked_at=asked_at, answered_at=answered_at)
+
+    scores = [
+        score(10.0, 11.0, 1.0, 1.0),
+        score(10.5, 13.5, 1.0, None),
+        score(12.0, 14.0, 1.0),
+        score(None, None, None),
+    ]
+    assert judge_metrics(scores) == pytest.approx(
+        {
+            "failed_frac": 2 / 4,
+            "latency_p50": 2.0,
+            "latency_p99": 2.98,
+            # Four answers from second 10 to second 14.
+            "questions_per_second": 1.0,
+        }
+    )
+
+
+def test_more_failures_than_allowed_raise():
+    judge = TableJudge({0: [1.0, 1.0], 1: ConnectionError("down"), 2: ConnectionError("down")})
+    images, rows = [make_image(value) for value in range(3)], [make_row()] * 3
+    with pytest.raises(JudgeFailedError, match=r"left 2 of 3 images .*=0.5 allows \(ConnectionError: down\)"):
+        call(DVReward(judge), images, rows)
+    assert call(DVReward(judge, max_failed_frac=0.7), images, rows) == [1.0, None, None]
+    # What was never painted is no failure of the judge.
+    assert call(DVReward(RedJudge()), [make_image(255), None, None], rows) == [1.0, None, None]
+
+
+def test_images_that_are_under_way_are_not_asked_about_again():
+    judge = TableJudge({value: [value / 255] * 2 for value in range(4)})
+    images, rows = [make_image(value) for value in range(4)], [make_row()] * 4
+    records = [from_row(row) for row in rows]
+
+    async def run():
+        reward = DVReward(judge)
+        await reward.start(images[:2], rows[:2])
+        # The judge works while nobody waits for it.
+        await asyncio.sleep(0.05)
+        assert len(judge.asked) == 2
+        # One that was started is not asked for, and another has other questions.
+        other = from_row(make_row(semantic=("Text",)))
+        scores = await reward.score([images[1], images[2]], [records[1], records[2]])
+        assert [score.reward for score in scores] == pytest.approx([1 / 255, 2 / 255])
+        assert len(judge.asked) == 3
+        await reward.start([images[3]], [rows[3]])
+        await reward.score([images[3]], [other])
+        await reward.aclose()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+    assert len(judge.asked) <= 5
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,10 @@ def test_metrics(make_trainer: MakeTrainer) -> None:
         "image/kl",
         "image/velocity_std",
         "rewards/dvreward/mean",
-        "dvreward/failed_frac",
+        "judge/failed_frac",
+        "judge/latency_p50",
+        "judge/latency_p99",
+        "judge/questions_per_second",
         "dvreward/strict_pass",
         "timing/rollout",
         "timing/reward",
@@ -348,7 +351,7 @@ def test_metrics(make_trainer: MakeTrainer) -> None:
     }
     assert expected <= entry.keys()
     assert entry["image/velocity_std"] > 0
-    assert entry["dvreward/failed_frac"] == 0
+    assert entry["judge/failed_frac"] == 0
     # The evaluation before it, which takes longer than the step, is not in its times.
     parts = [entry[f"timing/{name}"] for name in ("rollout", "reward", "update")]
     assert all(seconds > 0 for seconds in parts)

@@ -31,7 +31,7 @@ from alphagrpo_ext.models.bagel.packing_bagel import (
 )
 from alphagrpo_ext.models.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.models.unified import SampledText
-from alphagrpo_ext.trajectory import DenoisingWindow, Segment
+from alphagrpo_ext.trajectory import DenoisingWindow, Segment, TextSegment
 
 
 def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
@@ -256,6 +256,31 @@ class BagelGenerationMixin:
         mask = cache.visibility(torch.ones(1, num_tokens + 2, num_tokens + 2, dtype=torch.bool, device=device))
         _, gen = self.language_model.model(und, gen, positions, mask, cache)
         return self.llm2vae(gen)
+
+    @torch.no_grad()
+    def answer_logits(self, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
+        """
+        Logits of the first token of an answer, as in BAGEL's understanding mode: image, question, answer.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(3, height, width)`): The image, for the vision tower.
+            questions (`Sequence[TextSegment]`): Questions about it.
+
+        Returns:
+            `torch.Tensor` of shape `(questions, vocabulary)`.
+        """
+        image = BagelRow(self.config)
+        image.add_pixels(pixel_values)
+        rows = []
+        for question in questions:
+            row = BagelRow(self.config, image.position)
+            row.add_text(question.content_ids)
+            rows.append(row)
+        num_slots = max(len(row.input_ids) for row in rows) + 1
+        cache, _ = self.prefill_rows([image], group_size=len(rows), capacity=num_slots)
+        self.extend(cache, rows)
+        start = torch.full((len(rows),), self.config.bos_token_id, device=cache.positions.device)
+        return self._feed(cache, start, torch.ones_like(start, dtype=torch.bool))
 
     def image_slots(self, grid: tuple[int, int]) -> int:
         """Cache slots that one image of latents takes."""

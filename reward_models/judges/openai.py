@@ -1,0 +1,192 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A judge behind an OpenAI-compatible endpoint: a vision-language model that vLLM or SGLang serves, or OpenAI's own."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from reward_models.chat import ChatEndpoint, InvalidAnswerError
+from reward_models.judges.arguments import JudgeArguments
+from reward_models.judges.base import JUDGES, Judge
+from reward_models.judges.yes_no import QUESTION_PROMPT, read_answer, yes_probability
+
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletion
+
+
+logger = logging.getLogger(__name__)
+
+_Key = tuple[bytes, str]
+
+
+@JUDGES.register("openai")
+class OpenAIJudge(Judge):
+    """
+    Asks a vision-language model one question a call. P(yes) comes from the log-probabilities of the first token.
+
+    Images travel as PNG, which loses nothing. The image stands before the question, so that a server with a prefix cache
+    reads it once. Equal questions about equal images are asked once, even at the same time.
+
+    Args:
+        base_url, model, api_key, max_concurrency, timeout, max_retries:
+            As in [`ChatEndpoint`]; `max_concurrency` counts questions.
+        binary (`bool`, *optional*, defaults to `False`):
+            Whether the answer itself counts, as 0 or 1: for an endpoint without log-probabilities.
+        image_first (`bool`, *optional*, defaults to `False`):
+            Whether the first question about an image is answered before the others are asked. They then find the image in
+            the server's prefix cache, where they would all miss it if they came at the same time.
+        top_logprobs (`int`, *optional*, defaults to `20`):
+            Candidates for the first token that the server lists. OpenAI and vLLM allow 20.
+        cache_size (`int`, *optional*, defaults to `65536`):
+            Answers that are remembered. 0 remembers none.
+        extra_body (`dict`, *optional*):
+            Further fields of a request, e.g. `{"chat_template_kwargs": {"enable_thinking": False}}` for a model that would
+            think before it answers.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+        max_concurrency: int = 64,
+        timeout: float = 60.0,
+        max_retries: int = 8,
+        binary: bool = False,
+        image_first: bool = False,
+        top_logprobs: int = 20,
+        cache_size: int = 65536,
+        extra_body: dict[str, Any] | None = None,
+    ) -> None:
+        self.endpoint = ChatEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
+        self.binary = binary
+        self.image_first = image_first
+        self.top_logprobs = top_logprobs
+        self.cache_size = cache_size
+        self.extra_body = extra_body
+        self._answers: OrderedDict[_Key, float] = OrderedDict()
+        self._asking: dict[tuple[asyncio.AbstractEventLoop, _Key], asyncio.Task] = {}
+
+    @classmethod
+    def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> OpenAIJudge:
+        return cls(
+            base_url=args.judge_base_url,
+            model=args.judge_model,
+            max_concurrency=args.judge_max_concurrency,
+            timeout=args.judge_timeout,
+            max_retries=args.judge_max_retries,
+            binary=args.judge_binary,
+            image_first=args.judge_image_first,
+            extra_body=args.judge_extra_body,
+        )
+
+    async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
+        # Compression takes milliseconds, in which the event loop would stand still.
+        png = await asyncio.to_thread(png_bytes, image)
+        digest = hashlib.sha256(png).digest()
+        url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        first: list[float | None] = []
+        if self.image_first:
+            first = [await self._answer_one(url, digest, questions[0])]
+        rest = await asyncio.gather(*(self._answer_one(url, digest, question) for question in questions[len(first) :]))
+        return first + rest
+
+    async def aclose(self) -> None:
+        loop = asyncio.get_running_loop()
+        running = [task for (of_loop, _), task in self._asking.items() if of_loop is loop]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self.endpoint.aclose()
+
+    async def _answer_one(self, url: str, digest: bytes, question: str) -> float | None:
+        key = (digest, question)
+        if key in self._answers:
+            self._answers.move_to_end(key)
+            return self._answers[key]
+        slot = (asyncio.get_running_loop(), key)
+        if slot not in self._asking:
+            task = asyncio.create_task(self._ask(url, question))
+            self._asking[slot] = task
+            task.add_done_callback(lambda _: self._asking.pop(slot, None))
+        try:
+            # Whoever else waits for the answer still gets it if this caller gives up.
+            probability = await asyncio.shield(self._asking[slot])
+        except Exception as error:
+            logger.warning("no answer to %r: %s: %s", question, type(error).__name__, str(error)[:300])
+            return None
+        self._answers[key] = probability
+        while len(self._answers) > self.cache_size:
+            self._answers.popitem(last=False)
+        return probability
+
+    async def _ask(self, url: str, question: str) -> float:
+        content = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": QUESTION_PROMPT.format(question=question)},
+        ]
+        # A binary answer may be preceded by a mark or a line break.
+        settings = {"max_tokens": 8} if self.binary else {"max_tokens": 1, "logprobs": True}
+        if not self.binary:
+            settings["top_logprobs"] = self.top_logprobs
+        return await self.endpoint.create(
+            self._read_binary if self.binary else self._read_probability,
+            messages=[{"role": "user", "content": content}],
+            temperature=0.0,
+            extra_body=self.extra_body,
+            **settings,
+        )
+
+    @staticmethod
+    def _read_binary(completion: ChatCompletion) -> float:
+        text = completion.choices[0].message.content or ""
+        answer = read_answer(text)
+        if answer is None:
+            raise InvalidAnswerError(f"the answer is neither yes nor no: {text[:100]!r}")
+        return answer
+
+    @staticmethod
+    def _read_probability(completion: ChatCompletion) -> float:
+        logprobs = completion.choices[0].logprobs
+        if logprobs is None or not logprobs.content or not logprobs.content[0].top_logprobs:
+            raise InvalidAnswerError(
+                "the endpoint sent no log-probabilities; if it never does, take its yes or no as they are (judge_binary)"
+            )
+        candidates = logprobs.content[0].top_logprobs
+        probability = yes_probability((candidate.token, candidate.logprob) for candidate in candidates)
+        if probability is None:
+            raise InvalidAnswerError(
+                f"neither yes nor no is among the {len(candidates)} likeliest first tokens, such as "
+                f"{candidates[0].token!r}: a model that thinks first has to be told not to (judge_extra_body)"
+            )
+        return probability
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as PNG, without transparency."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,78 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The policy as its own judge: its understanding branch looks at what its generation branch has painted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.unified import UnifiedModel
+from reward_models.judges.arguments import JudgeArguments
+from reward_models.judges.base import JUDGES, Judge
+from reward_models.judges.yes_no import yes_no_token_ids, yes_probability_of_logits
+
+
+@JUDGES.register("policy")
+class PolicyJudge(Judge):
+    """
+    Asks a unified model about its own images: no second model, no server. The questions are put as they are, without
+    further words, as unified models are taught. An image is read once for all its questions.
+
+    The judge changes as the policy learns. It needs whole weights in this process, so it works with one process, DDP and
+    ZeRO up to stage 2, but not with sharded parameters.
+
+    Args:
+        model ([`UnifiedModel`]): The policy, unwrapped.
+        processor ([`~transformers.ProcessorMixin`]): Its processor.
+        batch_size (`int`, *optional*, defaults to `32`): Questions at once.
+    """
+
+    def __init__(self, model: UnifiedModel, processor: ProcessorMixin, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self.yes_ids, self.no_ids = yes_no_token_ids(processor.tokenizer)
+
+    @classmethod
+    def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> PolicyJudge:
+        if policy is not None:
+            return cls(*policy, batch_size=args.judge_batch_size)
+        if args.judge_model is None:
+            raise ValueError("judge 'policy' needs judge_model, a unified model, where none is trained")
+        model, processor = load_model(args.judge_model)
+        model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+        return cls(model, processor, batch_size=args.judge_batch_size)
+
+    async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
+        return await asyncio.to_thread(self.probabilities, image, list(questions))
+
+    def probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
+        """P(yes) of each question, in this thread."""
+        pixel_values = self.processor.vit_pixels(self.processor.resize_image(image))
+        segments = [self.processor.text_segment(question) for question in questions]
+        result: list[float] = []
+        for start in range(0, len(segments), self.batch_size):
+            logits = self.model.answer_logits(pixel_values, segments[start : start + self.batch_size])
+            result += yes_probability_of_logits(logits, self.yes_ids, self.no_ids)
+        return result

@@ -1,0 +1,180 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A judge on this machine: a vision-language model of Transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+from reward_models.judges.arguments import JudgeArguments
+from reward_models.judges.base import JUDGES, Judge
+from reward_models.judges.yes_no import QUESTION_PROMPT, yes_no_token_ids, yes_probability_of_logits
+
+
+logger = logging.getLogger(__name__)
+
+SHARING_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.05
+"""Largest difference of P(yes) at which sharing a prefix counts as the same computation: in fp32, and below."""
+
+
+@JUDGES.register("transformers")
+class TransformersJudge(Judge):
+    """
+    Asks a vision-language model in this process. P(yes) comes from the next-token distribution over the whole vocabulary,
+    summed over all spellings of yes and of no.
+
+    All questions about an image are answered in one forward, which the image enters once: the common prefix of the questions
+    is computed alone and its cache shared. Whether a model allows that is tried out on the first image; one that does not
+    gets padded batches.
+
+    Images are answered one after the other, in a thread of the judge's own, so that the event loop never waits.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Name or folder of an image-text-to-text model, or such a model.
+        processor ([`~transformers.ProcessorMixin`], *optional*):
+            Its processor. Loaded with the model if that is given by name.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Questions at once.
+        device (`str` or `torch.device`, *optional*):
+            Where a model that is given by name goes. `None` takes the accelerator, if there is one.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Of the weights of a model that is given by name.
+
+    Raises:
+        `ValueError`: If an argument is out of range, or the vocabulary has no single token for yes or for no.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        processor: ProcessorMixin | None = None,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+        if isinstance(model, str):
+            processor = processor or AutoProcessor.from_pretrained(model)
+            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+            if device is None and torch.accelerator.is_available():
+                device = torch.accelerator.current_accelerator()
+            model = model.to(device or "cpu")
+        if processor is None:
+            raise ValueError("a model that is not given by name needs its processor")
+        self.model = model.eval()
+        self.processor = processor
+        self.batch_size = batch_size
+        self.yes_ids, self.no_ids = yes_no_token_ids(processor.tokenizer)
+        # Unknown until two questions about an image have been answered both ways.
+        self._shares_prefix: bool | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
+
+    @classmethod
+    def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> TransformersJudge:
+        if args.judge_model is None:
+            raise ValueError("judge 'transformers' needs judge_model: the name or folder of a vision-language model")
+        return cls(args.judge_model, batch_size=args.judge_batch_size)
+
+    async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.probabilities, image, list(questions))
+
+    @torch.inference_mode()
+    def probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
+        """P(yes) of each question, in this thread."""
+        result: list[float] = []
+        for start in range(0, len(questions), self.batch_size):
+            inputs = self._inputs(image, questions[start : start + self.batch_size])
+            result += self._answer_batch(inputs)
+        return result
+
+    def _inputs(self, image: Image.Image, questions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Model inputs, a row a question, padded on the left."""
+        texts = []
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": QUESTION_PROMPT.format(question=question)}]
+            message = [{"role": "user", "content": content}]
+            texts.append(self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+        batch = self.processor(
+            images=[[image.convert("RGB")]] * len(texts),
+            text=texts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return dict(batch.to(self.model.device, dtype=self.model.dtype))
+
+    def _answer_batch(self, inputs: dict[str, torch.Tensor]) -> list[float]:
+        if len(inputs["input_ids"]) == 1 or self._shares_prefix is False:
+            return self._padded(inputs)
+        if self._shares_prefix:
+            return self._shared(inputs)
+        expected = self._padded(inputs)
+        try:
+            actual = self._shared(inputs)
+            error = max(abs(a - b) for a, b in zip(actual, expected, strict=True))
+            is_exact = self.model.dtype == torch.float32
+            self._shares_prefix = error <= (SHARING_TOLERANCE if is_exact else LOW_PRECISION_TOLERANCE)
+            reason = f"its answers would change by {error:.3g}"
+        except Exception as cause:
+            # Whatever it is that the model cannot do, padded batches need none of it.
+            self._shares_prefix, reason = False, f"{type(cause).__name__}: {cause}"
+        if not self._shares_prefix:
+            logger.info("%s reads the image once a question (%s)", type(self.model).__name__, reason)
+        return expected
+
+    def _padded(self, inputs: dict[str, torch.Tensor]) -> list[float]:
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return yes_probability_of_logits(logits, self.yes_ids, self.no_ids)
+
+    def _shared(self, inputs: dict[str, torch.Tensor]) -> list[float]:
+        rows = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        num_rows, width = inputs["input_ids"].shape
+        # At least one token of every question is left for the second forward.
+        shortest = min(len(row) for row in rows) - 1
+        equal = torch.stack([row[:shortest] for row in rows]).eq(rows[0][:shortest]).all(dim=0)
+        length = int(equal.long().cumprod(dim=0).sum())
+        pads = width - len(rows[0])
+        prefix = {
+            # Images are equal, so the first row's share of their inputs stands for all.
+            name: value[:1, pads : pads + length]
+            if value.shape[:2] == (num_rows, width)
+            else value[: len(value) // num_rows]
+            for name, value in inputs.items()
+        }
+        cache = self.model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(num_rows)
+        suffixes = [row[length:] for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(suffixes, batch_first=True)
+        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=ids.device)
+        seen = torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
+        mask = torch.cat([seen.new_ones(num_rows, length), seen], dim=1).long()
+        logits = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        return yes_probability_of_logits(logits[torch.arange(num_rows), last], self.yes_ids, self.no_ids)
+
+    async def aclose(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
