@@ -170,9 +170,8 @@ class TransformersJudge(Judge):
         suffixes = [row[length:] for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(suffixes, batch_first=True)
         last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=ids.device)
-        seen = torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
-        mask = torch.cat([seen.new_ones(num_rows, length), seen], dim=1).long()
-        logits = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        # Padding comes after what is read, so causality hides it, and the model finds the positions by itself.
+        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
         return yes_probability_of_logits(logits[torch.arange(num_rows), last], self.yes_ids, self.no_ids)
 
     async def aclose(self) -> None:

@@ -1,0 +1,185 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Self-reflection for OpenRLHF's multi-turn rollouts: `--train.agent_func_path alphagrpo_ext/openrlhf/agent_file.py`.
+
+The policy writes a thought, and the reward server paints it. The policy looks at the image and writes a reflection, and the
+server refines the image by it; so on for every round. The episode is worth what its last image is worth. Settings come from
+environment variables: see `environment.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
+from PIL import Image
+
+from alphagrpo_ext.openrlhf.client import AsyncRewardClient, ImageScore, Label, PaintRequest, noise_seed, parse_label
+from alphagrpo_ext.openrlhf.environment import PluginConfig, variable
+from alphagrpo_ext.openrlhf.episode import Turn, episode_logs, feedback_text, rectified_reward, turn_budget
+
+
+# Not by `__name__`: OpenRLHF gives the module a name of its own.
+logger = logging.getLogger("alphagrpo_ext.openrlhf.agent_file")
+
+FORBIDDEN_BIAS = -100.0
+"""The lowest that vLLM takes."""
+
+
+class TurnEngine:
+    """
+    The host's engine, as one episode sees it: it leaves room for later turns, keeps the tokens of images out of texts, and
+    remembers what was written. The host would let the first turn take all tokens, and tells an agent the text of a turn but
+    not whether it was cut off.
+
+    Args:
+        engine: The host's, with `async generate(ids, sampling_params, multi_modal_data=None)`.
+        tokenizer: The policy's tokenizer or processor.
+        config ([`PluginConfig`]): Limits of turns.
+    """
+
+    def __init__(self, engine: Any, tokenizer: Any, config: PluginConfig) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._config = config
+        ids = (getattr(tokenizer, name, None) for name in ("image_token_id", "video_token_id"))
+        # One such token without an image behind it would stop the whole run.
+        self._forbidden = {token: FORBIDDEN_BIAS for token in ids if token is not None}
+        self.turns: list[Turn] = []
+
+    async def generate(self, ids: list[int], sampling_params: Any, multi_modal_data: Any = None) -> Any:
+        turns_left = self._config.num_reflection_rounds + 1 - len(self.turns)
+        sampling_params.max_tokens = turn_budget(sampling_params.max_tokens, turns_left, self._config.max_new_tokens)
+        if self._forbidden:
+            sampling_params.logit_bias = {**(sampling_params.logit_bias or {}), **self._forbidden}
+        result = await self._engine.generate(ids, sampling_params, multi_modal_data=multi_modal_data)
+        written = list(result.outputs[0].token_ids)
+        is_ended = self._tokenizer.decode(written, skip_special_tokens=False).endswith(self._config.end_of_turn)
+        self.turns.append(Turn(self._tokenizer.decode(written, skip_special_tokens=True).strip(), is_ended))
+        return result
+
+
+class ReflectionAgent(AgentInstanceBase):
+    """
+    One episode.
+
+    Args:
+        config ([`PluginConfig`]): The settings.
+        client ([`AsyncRewardClient`]): Paints and scores.
+        engine ([`TurnEngine`]): Knows what the policy wrote.
+    """
+
+    def __init__(self, config: PluginConfig, client: AsyncRewardClient, engine: TurnEngine) -> None:
+        self._config = config
+        self._client = client
+        self._engine = engine
+        self._label: Label | None = None
+        self._image: Image.Image | None = None
+        self._initial: ImageScore | None = None
+        self._rewarded = 0.0
+
+    async def reset(self, states: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """
+        Raises:
+            `ValueError`: If the label is malformed; see [`parse_label`].
+        """
+        self._label = parse_label(states["label"])
+        return states
+
+    async def step(self, states: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """
+        Paint what the policy wrote, and show it the image unless this was the last turn.
+
+        Returns:
+            `dict[str, Any]`: As OpenRLHF wants it. It adds up `rewards` over an episode; the sum is at any turn the reward
+            that the episode has if it ends there, as it does when the tokens run out.
+
+        Raises:
+            [`RewardServerError`]: If the image could not be painted or scored, after all retries.
+        """
+        round_index = len(self._engine.turns) - 1
+        turn = self._engine.turns[-1]
+        prompt = self._label.prompt
+        seed = noise_seed(self._config.seed, prompt, round_index)
+        (self._image,) = await self._client.generate([PaintRequest(prompt, turn.text, self._image, seed)])
+        (final,) = await self._client.score([self._image], [self._label])
+        initial = self._initial = self._initial or final
+        reward = rectified_reward(initial, final, self._config.rectification)
+        added, self._rewarded = reward - self._rewarded, reward
+        done = round_index >= self._config.num_reflection_rounds
+        return {
+            # float64, so that the sum is exact to the last digits of what is logged.
+            "rewards": torch.tensor(added, dtype=torch.float64),
+            "scores": reward,
+            "environment_feedback": "" if done else feedback_text(turn, prompt, self._config),
+            "environment_images": [self._image] if self._config.policy_sees_images and not done else None,
+            "done": done,
+            "extra_logs": episode_logs(initial, final),
+        }
+
+
+class AgentExecutor(MultiTurnAgentExecutor):
+    """
+    Runs episodes of [`ReflectionAgent`]. OpenRLHF creates it once an actor, without arguments.
+
+    Raises:
+        `ValueError`: If an environment variable has a bad value; the message names it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ReflectionAgent)
+        self.config = PluginConfig.from_environment()
+        self._client = AsyncRewardClient(self.config)
+
+    async def execute(
+        self,
+        prompt: str,
+        label: str,
+        sampling_params: Any,
+        max_length: int,
+        hf_tokenizer: Any,
+        llm_engine: Any,
+        images: Any = None,
+    ) -> dict[str, Any]:
+        """
+        One episode, as OpenRLHF calls it. See [`~openrlhf.utils.agent.MultiTurnAgentExecutor`].
+
+        Raises:
+            `ValueError`: If the settings and the policy do not fit each other, or the label is malformed.
+            [`RewardServerError`]: If an image could not be painted or scored, after all retries.
+        """
+        num_images = self.config.num_reflection_rounds if self.config.policy_sees_images else 0
+        if num_images and not hasattr(hf_tokenizer, "image_processor"):
+            raise ValueError(
+                f"the policy cannot be shown images: set --data.max_images_per_prompt to at least {num_images} for a "
+                f"vision-language model, or {variable('policy_sees_images')}=false for a text-only one"
+            )
+        engine = TurnEngine(llm_engine, hf_tokenizer, self.config)
+        episode = MultiTurnAgentExecutor(ReflectionAgent)
+        # The host makes the agent itself, without arguments.
+        episode.agent_instance_cls = partial(ReflectionAgent, self.config, self._client, engine)
+        try:
+            # The host changes the parameters as it goes, and gives the same ones to a whole group.
+            return await episode.execute(
+                prompt, label, deepcopy(sampling_params), max_length, hf_tokenizer, engine, images
+            )
+        except Exception as error:
+            logger.error("an episode failed, which will stop the run: %s: %s", type(error).__name__, error)
+            raise

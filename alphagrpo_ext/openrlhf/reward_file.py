@@ -1,0 +1,130 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+DVReward for OpenRLHF's single-turn rollouts: `--reward.remote_url alphagrpo_ext/openrlhf/reward_file.py`.
+
+The policy's completion is a thought. The reward server paints the request with it, and the reward is that of the image.
+Settings come from environment variables: see `environment.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from alphagrpo_ext.openrlhf.client import PaintRequest, RewardClient, noise_seed, parse_label
+from alphagrpo_ext.openrlhf.environment import PluginConfig
+
+
+# Not by `__name__`: OpenRLHF gives the module a name of its own.
+logger = logging.getLogger("alphagrpo_ext.openrlhf.reward_file")
+
+# Read at once, so that a bad value stops the run when OpenRLHF loads the file, not at the first reward.
+CONFIG = PluginConfig.from_environment()
+
+SPECIAL_TOKENS = re.compile(
+    r"<\|[^<>|\s]+\|?>|<[^<>|\s]+\|>"  # <|im_end|> of Qwen, Llama and Phi; <|turn> and <turn|> of Gemma 4
+    r"|<｜[^<>｜\s]+｜>"  # of DeepSeek
+    r"|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_(?:turn|image)>|\[/?INST\]"
+)
+"""`<think>` is not among them: it is part of what the policy says."""
+
+
+def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """
+    Rewards of completions, as OpenRLHF calls it: positionally, in a thread, with sequences of length 1.
+
+    Args:
+        queries (`Sequence[str]`): Prompt and completion, with special tokens.
+        prompts (`Sequence[str]`): The prompts, as the policy got them.
+        labels (`Sequence[str]`): JSON of the records; see [`parse_label`].
+
+    Returns:
+        `dict[str, Any]`: `rewards` and `scores`, tensors of shape `(samples,)` in [0, 1], and `extra_logs`, a tensor of that
+        shape for each of `semantic`, `quality` and `strict_pass`.
+
+    Raises:
+        [`RewardServerError`]: If an image could not be painted or scored, after all retries.
+        `ValueError`: If an argument is malformed.
+    """
+    try:
+        return _rewards(queries, prompts, labels)
+    except Exception as error:
+        # OpenRLHF notes it at INFO, goes on without a reward and fails later, with a message that does not say why.
+        logger.error(
+            "no reward for a sample; this is why OpenRLHF stops with 'reward_model_group is required': %s: %s",
+            type(error).__name__,
+            error,
+        )
+        raise
+
+
+def thought_of(query: str, prompt: str) -> str:
+    """
+    What the policy wrote after its prompt, without special tokens.
+
+    White space and special tokens may differ between the prompt and the beginning of the query: a tokenizer that cleans up
+    spaces, one that adds a token at the start, and a processor that repeats an image's token all do that.
+
+    Args:
+        query (`str`): Prompt and completion, decoded from token ids.
+        prompt (`str`): The prompt.
+
+    Raises:
+        `ValueError`: If the query does not begin with the prompt.
+    """
+    query = SPECIAL_TOKENS.sub("", query)
+    place = 0
+    for character in SPECIAL_TOKENS.sub("", prompt):
+        if character.isspace():
+            continue
+        while place < len(query) and query[place].isspace():
+            place += 1
+        if place == len(query) or query[place] != character:
+            raise ValueError(
+                f"the query does not begin with the prompt, so what the policy wrote cannot be told: raise --data.max_len "
+                f"if prompts were cut; the query is {query[:200]!r}, the prompt {prompt[:200]!r}"
+            )
+        place += 1
+    return query[place:].strip()
+
+
+@cache
+def _client() -> RewardClient:
+    return RewardClient(CONFIG)
+
+
+def _rewards(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    records = [parse_label(label) for label in labels]
+    thoughts = [thought_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    images = _client().generate(
+        [
+            PaintRequest(record.prompt, thought, seed=noise_seed(CONFIG.seed, record.prompt, 0))
+            for record, thought in zip(records, thoughts, strict=True)
+        ]
+    )
+    scores = _client().score(images, records)
+    rewards = torch.tensor([score.reward for score in scores])
+    logs = [score.logs for score in scores]
+    return {
+        "rewards": rewards,
+        "scores": rewards,
+        "extra_logs": {name: torch.tensor([log[name] for log in logs]) for name in logs[0]},
+    }

@@ -1,0 +1,135 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Write a prompt dataset for OpenRLHF: prompts with questions become JSON lines with `prompt`, what the policy is asked, and
+`label`, the JSON of the record by which images are scored.
+
+Without arguments it takes prompts of the shapes world:
+
+```bash
+python recipes/openrlhf_prompts.py --output_dir runs/openrlhf
+```
+
+Prompts of your own, and another request to the policy:
+
+```bash
+python recipes/openrlhf_prompts.py --prompt_file questions.jsonl --template "Plan this picture: {prompt}"
+```
+
+OpenRLHF reads it with `--data.prompt_dataset runs/openrlhf/prompts.jsonl --data.input_key prompt --data.label_key label
+--data.apply_chat_template`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from alphagrpo_ext.rollout.task import prompt_text
+from reward_models.prompts import load_prompts
+
+
+# OpenRLHF reads this as the place of an image.
+IMAGE_MARK = "<image>"
+
+
+@dataclass
+class PromptArguments:
+    """Arguments of the conversion."""
+
+    prompt_file: str | None = field(
+        default=None,
+        metadata={"help": "Prompts with questions, as JSON lines; without it, those of the shapes world."},
+    )
+    split: str = field(default="train", metadata={"help": "Split of the shapes world: 'train' or 'evaluation'."})
+    num_prompts: int = field(default=1024, metadata={"help": "Prompts drawn from the shapes world."})
+    template: str = field(
+        default=(
+            "Plan an image for this request: {prompt}\\nSay what it shows, where everything is and how it looks. The image "
+            "is then painted from your plan."
+        ),
+        metadata={"help": "What the policy is asked; {prompt} stands for the prompt, and \\n for a line break."},
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat, if any."})
+    output_dir: str = field(default="runs/openrlhf", metadata={"help": "Where `prompts.jsonl` goes."})
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < 1:
+            raise ValueError(f"num_prompts must be at least 1, but is {self.num_prompts}")
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template must contain {{prompt}}, but is {self.template!r}")
+        self.template = self.template.replace("\\n", "\n")
+        if IMAGE_MARK in self.template + (self.system_prompt or ""):
+            raise ValueError(f"template and system_prompt must not contain {IMAGE_MARK}: there is no image to show")
+
+
+def convert(row: Mapping[str, Any], args: PromptArguments, where: str) -> dict[str, Any]:
+    """
+    One line of the dataset.
+
+    Args:
+        row (`Mapping[str, Any]`): Has `prompt`, `semantic_questions` and `quality_questions`.
+        args ([`PromptArguments`]): The request to the policy.
+        where (`str`): How error messages call the row.
+
+    Raises:
+        `ValueError`: If OpenRLHF would misread the prompt, or the row is one of image editing.
+    """
+    prompt = prompt_text(row["prompt"])
+    if IMAGE_MARK in prompt:
+        raise ValueError(
+            f"{where}: the prompt contains {IMAGE_MARK}, which OpenRLHF takes for an image: {prompt[:200]!r}"
+        )
+    if row.get("image") is not None:
+        raise ValueError(
+            f"{where} has an image to edit; OpenRLHF's rollouts start from text alone, so leave such rows out"
+        )
+    request = args.template.replace("{prompt}", prompt)
+    record = {
+        "prompt": prompt,
+        "semantic_questions": row["semantic_questions"],
+        "quality_questions": row["quality_questions"],
+    }
+    messages = [{"role": "system", "content": args.system_prompt}, {"role": "user", "content": request}]
+    return {
+        "prompt": request if args.system_prompt is None else messages,
+        "label": json.dumps(record, ensure_ascii=False),
+    }
+
+
+def main(args: PromptArguments) -> None:
+    dataset = load_prompts(args.prompt_file, args.split, args.num_prompts)
+    source = args.prompt_file or f"shapes world, {args.split}"
+    lines = [
+        json.dumps(convert(row, args, f"{source}, row {index}"), ensure_ascii=False)
+        for index, row in enumerate(dataset)
+    ]
+    output = Path(args.output_dir) / "prompts.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, output)
+    print(f"{len(lines)} prompts in {output}")
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser((PromptArguments,)).parse_args_and_config()
+    main(arguments)
