@@ -120,6 +120,10 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
     output_dir = Path(training_args.output_dir)
     train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
     if script_args.train_tasks:
+        if "task" in train_dataset.column_names:
+            raise ValueError(
+                "train_tasks deals prompts out to tasks, but those of train_file name their task themselves"
+            )
         tasks = itertools.islice(itertools.cycle(script_args.train_tasks), len(train_dataset))
         train_dataset = train_dataset.add_column("task", list(tasks))
     eval_rows = load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts).to_list()

@@ -22,7 +22,6 @@ Settings come from environment variables: see `environment.py`.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -31,6 +30,7 @@ import torch
 
 from alphagrpo_ext.openrlhf.client import PaintRequest, RewardClient, noise_seed, parse_label
 from alphagrpo_ext.openrlhf.environment import PluginConfig
+from alphagrpo_ext.openrlhf.thought import thought_of
 
 
 # Not by `__name__`: OpenRLHF gives the module a name of its own.
@@ -38,13 +38,6 @@ logger = logging.getLogger("alphagrpo_ext.openrlhf.reward_file")
 
 # Read at once, so that a bad value stops the run when OpenRLHF loads the file, not at the first reward.
 CONFIG = PluginConfig.from_environment()
-
-SPECIAL_TOKENS = re.compile(
-    r"<\|[^<>|\s]+\|?>|<[^<>|\s]+\|>"  # <|im_end|> of Qwen, Llama and Phi; <|turn> and <turn|> of Gemma 4
-    r"|<｜[^<>｜\s]+｜>"  # of DeepSeek
-    r"|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_(?:turn|image)>|\[/?INST\]"
-)
-"""`<think>` is not among them: it is part of what the policy says."""
 
 
 def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
@@ -74,36 +67,6 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
             error,
         )
         raise
-
-
-def thought_of(query: str, prompt: str) -> str:
-    """
-    What the policy wrote after its prompt, without special tokens.
-
-    White space and special tokens may differ between the prompt and the beginning of the query: a tokenizer that cleans up
-    spaces, one that adds a token at the start, and a processor that repeats an image's token all do that.
-
-    Args:
-        query (`str`): Prompt and completion, decoded from token ids.
-        prompt (`str`): The prompt.
-
-    Raises:
-        `ValueError`: If the query does not begin with the prompt.
-    """
-    query = SPECIAL_TOKENS.sub("", query)
-    place = 0
-    for character in SPECIAL_TOKENS.sub("", prompt):
-        if character.isspace():
-            continue
-        while place < len(query) and query[place].isspace():
-            place += 1
-        if place == len(query) or query[place] != character:
-            raise ValueError(
-                f"the query does not begin with the prompt, so what the policy wrote cannot be told: raise --data.max_len "
-                f"if prompts were cut; the query is {query[:200]!r}, the prompt {prompt[:200]!r}"
-            )
-        place += 1
-    return query[place:].strip()
 
 
 @cache

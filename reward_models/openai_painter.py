@@ -1,0 +1,191 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A painter behind an OpenAI-compatible images endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from alphagrpo_ext.extras import require_extra
+from reward_models.image_decoding import EncodedImage, ImageLimits
+from reward_models.painters import (
+    DEFAULT_PAINTER_MODEL,
+    PAINTERS,
+    Painter,
+    PainterArguments,
+    PaintError,
+    PaintRequest,
+    UnpaintableError,
+)
+
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+
+@PAINTERS.register("openai")
+class OpenAIPainter(Painter):
+    """
+    Paints with a model behind an OpenAI-compatible images endpoint.
+
+    The endpoint gets one text. Without an image to refine that is the thought, which stands for the prompt, or the prompt
+    where there is none or a blank one. It cannot refine a given image: it then paints anew, from prompt and reflection.
+    Seeds are not passed on, since the protocol has none.
+
+    Args:
+        base_url (`str`, *optional*):
+            Where the endpoint is, e.g. `"http://localhost:8000/v1"`. `None` takes the environment variable
+            `OPENAI_BASE_URL`, or OpenAI itself.
+        model (`str`, *optional*):
+            Name of the model. `None` leaves it to the endpoint.
+        api_key (`str`, *optional*):
+            Key of the endpoint. `None` takes the environment variable `OPENAI_API_KEY`; servers of one's own often need
+            none.
+        height, width (`int`, *optional*, defaults to `1024`):
+            Size that is asked for, in pixels. What the endpoint sends is taken as it is, within `limits`.
+        max_concurrency (`int`, *optional*, defaults to `16`):
+            Images that are with the endpoint at once.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds for one try of an image.
+        max_retries (`int`, *optional*, defaults to `2`):
+            Further tries of an image, after faults that may pass.
+        limits ([`ImageLimits`], *optional*):
+            Of the images that the endpoint sends.
+
+    Raises:
+        `ValueError`: If an argument is out of range.
+    """
+
+    max_calls = 16
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        max_concurrency: int = 16,
+        timeout: float = 120.0,
+        max_retries: int = 2,
+        limits: ImageLimits | None = None,
+    ) -> None:
+        require_extra("openai", "judge")
+        if max_concurrency < 1:
+            raise ValueError(f"max_concurrency must be at least 1, but is {max_concurrency}")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be positive, but is {timeout}")
+        if max_retries < 0:
+            raise ValueError(f"max_retries must not be negative, but is {max_retries}")
+        for name, side in (("height", height), ("width", width)):
+            if side < 1:
+                raise ValueError(f"{name} must be at least 1, but is {side}")
+        self.base_url = base_url
+        self.model = model
+        self._api_key = api_key
+        self.height = height
+        self.width = width
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.limits = limits or ImageLimits()
+        self._slots = asyncio.Semaphore(max_concurrency)
+        self._client: AsyncOpenAI | None = None
+
+    @classmethod
+    def from_arguments(cls, args: PainterArguments) -> OpenAIPainter:
+        if args.painter_model == DEFAULT_PAINTER_MODEL:
+            raise ValueError("painter 'openai' needs painter_model, the name of the model at the endpoint")
+        return cls(
+            base_url=args.painter_base_url,
+            model=args.painter_model,
+            height=args.image_height,
+            width=args.image_width,
+            max_concurrency=args.painter_max_concurrency,
+            timeout=args.painter_timeout,
+            max_retries=args.painter_max_retries,
+        )
+
+    async def paint(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
+        tasks = [asyncio.create_task(self._paint_one(request, index)) for index, request in enumerate(requests)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            # The rest of a request that has failed is not worth its price.
+            for task in tasks:
+                task.cancel()
+
+    async def aclose(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    async def _paint_one(self, request: PaintRequest, index: int) -> Image.Image:
+        from openai import BadRequestError, OpenAIError, UnprocessableEntityError, omit
+
+        async with self._slots:
+            try:
+                response = await self._connection().images.generate(
+                    model=self.model or omit,
+                    prompt=endpoint_prompt(request),
+                    n=1,
+                    size=f"{self.width}x{self.height}",
+                    response_format="b64_json",
+                )
+            except (BadRequestError, UnprocessableEntityError) as error:
+                raise UnpaintableError(f"request {index}: the images endpoint refused it: {error}") from error
+            except OpenAIError as error:
+                raise PaintError(f"request {index}: {type(error).__name__}: {error}") from error
+        data = getattr(response, "data", None)
+        if not data or not data[0].b64_json:
+            raise PaintError(
+                f"request {index}: the images endpoint sent no b64_json; it has to support that response_format"
+            )
+        try:
+            return await asyncio.to_thread(_decode, data[0].b64_json, self.limits)
+        except ValueError as error:
+            raise PaintError(f"request {index}: from the images endpoint: {error}") from error
+
+    def _connection(self) -> AsyncOpenAI:
+        from openai import AsyncOpenAI
+
+        if self._client is None:
+            self._client = AsyncOpenAI(
+                base_url=self.base_url,
+                # The client insists on a key.
+                api_key=self._api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY",
+                timeout=self.timeout,
+                max_retries=self.max_retries,
+            )
+        return self._client
+
+
+def endpoint_prompt(request: PaintRequest) -> str:
+    """
+    The one text that an images endpoint gets, without the tags of a thought: thought or prompt, or with an image to refine
+    prompt and reflection.
+    """
+    thought = (request.thought or "").replace("<think>", " ").replace("</think>", " ").strip()
+    if request.image is None:
+        return thought or request.prompt
+    return f"{request.prompt}\n{thought}".strip()
+
+
+def _decode(text: str, limits: ImageLimits) -> Image.Image:
+    return EncodedImage.from_base64(text, limits).decode()
