@@ -183,7 +183,9 @@ def test_failures_are_none_and_never_zero():
         6: None,
         7: [1.0, 1.0],
     }
-    rewards = call(DVReward(TableJudge(table), max_failed_frac=1.0), [make_image(value) for value in range(8)], [make_row()] * 8)
+    rewards = call(
+        DVReward(TableJudge(table), max_failed_frac=1.0), [make_image(value) for value in range(8)], [make_row()] * 8
+    )
     assert rewards == [0.0, None, None, None, None, None, None, 1.0]
 
 
