@@ -15,8 +15,8 @@
 """The questions a prompt is decomposed into: the record format, its validation and its loading."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
@@ -84,6 +84,11 @@ class PromptRecord:
         """The quality questions that are scored."""
         return tuple(question for question in self.quality_questions if question.is_valid)
 
+    def to_row(self) -> dict[str, Any]:
+        """The record as a dataset row, from which [`from_row`] makes it again."""
+        questions = {field: [asdict(question) for question in getattr(self, field)] for field in TAGS}
+        return {"prompt": self.prompt, **questions}
+
 
 def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
     """
@@ -119,6 +124,34 @@ def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
     return record
 
 
+def read_json_lines(path: str | PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """
+    Read a JSON-lines file in UTF-8 line by line; blank lines are skipped.
+
+    Args:
+        path (`str` or `PathLike`): The file.
+
+    Yields:
+        `tuple[str, Any]`: How an error message calls the line, and its value.
+
+    Raises:
+        `ValueError`: At the first line that is not JSON. The message names the file and the line.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                # Some editors start a file with a byte-order mark.
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not valid UTF-8 ({error})") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not valid JSON ({error})") from error
+            yield where, value
+
+
 def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
     """
     Load records from a JSON-lines file; blank lines are skipped.
@@ -130,17 +163,7 @@ def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
     Raises:
         `ValueError`: If a line is not a valid row, or if there is none. The message names the file and the line.
     """
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error})") from error
-            records.append(from_row(row, where))
+    records = [from_row(row, where) for where, row in read_json_lines(path)]
     if not records:
         raise ValueError(f"{path} has no records")
     return records

@@ -1,0 +1,272 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Decompose prompts into the yes/no questions that DVReward asks.
+
+Without arguments it takes a hundred prompts of the shapes world and the decomposer that knows their grammar:
+
+```bash
+python recipes/decompose_prompts.py
+```
+
+With prompts of your own (a text file, JSON lines or a dataset) and a language model behind any OpenAI-compatible endpoint;
+every option stands in `--help`:
+
+```bash
+python recipes/decompose_prompts.py --input prompts.txt --output questions.jsonl \\
+    --base_url http://localhost:8000/v1 --model NAME
+```
+
+`--dry_run` shows what becomes of three prompts and writes nothing. The output grows by a line a prompt. A run that was
+stopped or killed goes on where it was when it is started again; prompts that failed are listed in
+`<output>.failed.jsonl` and are tried again. The exit code is 0 if no prompt failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+from trl import TrlParser
+
+from alphagrpo_ext.shapes import prompt_rows
+from reward_models.decompose import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
+from reward_models.prompts import FAILED_SUFFIX, read_prompts
+from reward_models.questions import PromptRecord, read_json_lines
+from reward_models.record_file import RecordFile, RecordFileInUseError
+
+
+NUM_SHAPES_PROMPTS = 100
+NUM_DRY_RUN_PROMPTS = 3
+INTERRUPTED = 130
+
+
+@dataclass
+class DecompositionArguments(DecomposerArguments):
+    """
+    What is decomposed and where it goes; for the rest see [`DecomposerArguments`].
+
+    Args:
+        input (`str`, *optional*):
+            Prompts: see [`~reward_models.prompts.read_prompts`]. `None` takes prompts of the shapes world.
+        output (`str`, *optional*, defaults to `"runs/decompose_prompts/questions.jsonl"`):
+            Where records go, as JSON lines.
+        limit (`int`, *optional*):
+            Only the first prompts of the input, so many of them.
+        max_failures_in_a_row (`int`, *optional*, defaults to `200`):
+            The run stops when so many prompts fail with none in between that does not: the endpoint is down, say.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Whether to print the records of three prompts and write nothing.
+    """
+
+    input: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a text file, JSON lines, or a dataset. Default: those of the shapes world."},
+    )
+    output: str = field(
+        default="runs/decompose_prompts/questions.jsonl", metadata={"help": "Where records go, as JSON lines."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Only so many prompts, from the start of the input."})
+    max_failures_in_a_row: int = field(
+        default=200, metadata={"help": "The run stops when so many prompts fail with no other in between."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the records of three prompts and write nothing."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decomposer is None:
+            self.decomposer = "openai" if self.input else "shapes"
+        for name in ("max_concurrency", "limit", "max_failures_in_a_row"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a prompt has no record: the kind of failure, the same for all of its kind, and what happened."""
+
+    prompt: str
+    reason: str
+    detail: str
+
+
+class TooManyFailuresError(RuntimeError):
+    """Nothing but failures for so long that going on is pointless."""
+
+
+class FailedFile:
+    """
+    The prompts whose last try failed, in a file that is replaced as a whole.
+
+    Args:
+        path (`Path`): The file. There is none when no prompt has failed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        rows = read_json_lines(path) if path.exists() else ()
+        try:
+            self.failures = {row["prompt"]: Failure(**row) for _, row in rows}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a list of failed prompts: move it away ({error!r})") from error
+
+    def write(self) -> None:
+        if not self.failures:
+            self.path.unlink(missing_ok=True)
+            return
+        lines = (json.dumps(vars(failure), ensure_ascii=False) for failure in self.failures.values())
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, self.path)
+
+
+def load_input(args: DecompositionArguments) -> list[str]:
+    """All prompts, each once."""
+    if args.input is not None:
+        return read_prompts(args.input)[: args.limit]
+    rows = prompt_rows("train", args.limit or NUM_SHAPES_PROMPTS, seed=0)
+    return list(dict.fromkeys(row["prompt"] for row in rows))
+
+
+async def decompose_all(
+    decomposer: Decomposer,
+    prompts: Iterable[str],
+    args: DecompositionArguments,
+    keep: Callable[[PromptRecord], None],
+    fail: Callable[[Failure], None],
+) -> None:
+    """
+    Decompose prompts, `max_concurrency` at once, and hand on each result as it comes.
+
+    Raises:
+        [`TooManyFailuresError`]: If `max_failures_in_a_row` is reached.
+    """
+    # All workers draw from one iterator, so that there is a task a worker and not one a prompt.
+    remaining = iter(prompts)
+    num_failures_in_a_row = 0
+
+    async def work() -> None:
+        nonlocal num_failures_in_a_row
+        for prompt in remaining:
+            try:
+                record = await decomposer.decompose(prompt)
+            except Exception as error:
+                num_failures_in_a_row += 1
+                detail = getattr(error, "detail", None) or str(error) or type(error).__name__
+                fail(Failure(prompt, failure_reason(error), detail))
+                if num_failures_in_a_row >= args.max_failures_in_a_row:
+                    raise TooManyFailuresError(
+                        f"stopped after {num_failures_in_a_row} failures in a row (max_failures_in_a_row), "
+                        f"the last of them: {failure_reason(error)}: {detail[:300]}"
+                    ) from error
+            else:
+                num_failures_in_a_row = 0
+                keep(record)
+
+    workers = [asyncio.create_task(work()) for _ in range(args.max_concurrency)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        await decomposer.aclose()
+
+
+def failure_table(failures: Iterable[Failure]) -> str:
+    """How often each reason occurred, the most frequent first, with an example."""
+    failures = list(failures)
+    examples = {failure.reason: failure for failure in reversed(failures)}
+    lines = [f"{'failed':>7}  {'reason':<32}  example"]
+    for reason, count in Counter(failure.reason for failure in failures).most_common():
+        example = examples[reason]
+        lines.append(f"{count:>7}  {reason:<32}  {example.prompt[:40]!r}: {' '.join(example.detail.split())[:160]}")
+    return "\n".join(lines)
+
+
+def dry_run(decomposer: Decomposer, prompts: list[str], args: DecompositionArguments) -> int:
+    failures: list[Failure] = []
+
+    def show(record: PromptRecord) -> None:
+        print(json.dumps(record.to_row(), ensure_ascii=False, indent=2))
+
+    asyncio.run(decompose_all(decomposer, prompts[:NUM_DRY_RUN_PROMPTS], args, show, failures.append))
+    if failures:
+        print(failure_table(failures))
+    return 1 if failures else 0
+
+
+def extend(records: RecordFile, decomposer: Decomposer, prompts: list[str], args: DecompositionArguments) -> int:
+    """Decompose the prompts that have no record yet. Returns the exit code."""
+    failed = FailedFile(records.path.with_name(records.path.name + FAILED_SUFFIX))
+    todo = [prompt for prompt in prompts if prompt not in records.prompts]
+    num_before, failures = len(records.prompts), []
+    message, exit_code = "", 0
+    with tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc="prompts", unit="prompt") as progress:
+
+        def keep(record: PromptRecord) -> None:
+            records.append(record)
+            failed.failures.pop(record.prompt, None)
+            progress.update()
+
+        def fail(failure: Failure) -> None:
+            failures.append(failure)
+            failed.failures[failure.prompt] = failure
+            progress.set_postfix(failed=len(failures))
+            progress.update()
+
+        try:
+            asyncio.run(decompose_all(decomposer, todo, args, keep, fail))
+        except KeyboardInterrupt:
+            message, exit_code = "interrupted; the same command goes on from here\n", INTERRUPTED
+        except TooManyFailuresError as error:
+            message, exit_code = f"{error}\n", 1
+        finally:
+            # A run that was killed may have recorded a prompt that an earlier one listed as failed.
+            failed.failures = {p: failure for p, failure in failed.failures.items() if p not in records.prompts}
+            failed.write()
+    if failures:
+        print(f"{failure_table(failures)}\nThese prompts are listed in {failed.path}.")
+    num_added = len(records.prompts) - num_before
+    print(
+        f"{message}{num_added} records added to {args.output}, {num_before} were there, {len(failures)} prompts failed"
+    )
+    return exit_code or int(bool(failures))
+
+
+def main(args: DecompositionArguments) -> int:
+    """Returns the exit code."""
+    prompts = load_input(args)
+    decomposer = DECOMPOSERS.get(args.decomposer).from_arguments(args)
+    if args.dry_run:
+        return dry_run(decomposer, prompts, args)
+    with RecordFile(args.output) as records:
+        return extend(records, decomposer, prompts, args)
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser((DecompositionArguments,)).parse_args_and_config()
+    try:
+        sys.exit(main(arguments))
+    except RecordFileInUseError as error:
+        sys.exit(str(error))

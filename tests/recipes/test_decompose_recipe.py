@@ -1,0 +1,277 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.responses import JSONResponse
+
+from alphagrpo_ext.shapes import prompt_rows
+from chat_stub import ChatRequest, chat_stub, good_answer
+from reward_models.prompts import load_prompts
+from reward_models.questions import from_row, load_records
+from reward_models.record_file import RecordFile
+
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 300
+
+
+# A progress bar that is drawn often would fill the pipe, which is only read when a process has ended.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "TQDM_MININTERVAL": "10"}
+
+
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "recipes" / "decompose_prompts.py", *map(str, arguments)],
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        **options,
+    )
+
+
+def run(*arguments: str | Path, code: int = 0, **options: Any) -> str:
+    """Run the recipe to its end, check its exit code and return what it printed."""
+    process = start(*arguments, **options)
+    try:
+        output, errors = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+    assert process.returncode == code, errors
+    return output + errors
+
+
+def write_prompts(path: Path, prompts: list[str]) -> Path:
+    path.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    return path
+
+
+def prompts_in(path: Path) -> list[str]:
+    return [record.prompt for record in load_records(path)]
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        # Not too often: the server shares this process.
+        time.sleep(0.1)
+
+
+def failing_on(word: str):
+    """The answers of the stub, but for prompts with a certain word."""
+    return lambda request: "I cannot do that." if word in request.prompt.split() else good_answer(request)
+
+
+def test_without_arguments_it_demonstrates_itself(tmp_path: Path) -> None:
+    assert "100 records added" in run(cwd=tmp_path)
+    output = tmp_path / "runs" / "decompose_prompts" / "questions.jsonl"
+    assert load_records(output) == [from_row(row) for row in prompt_rows("train", 100, seed=0)]
+    assert len(load_prompts(str(output.parent), "train", 1)) == 100
+    before = output.read_bytes()
+    assert "0 records added" in run(cwd=tmp_path)
+    assert output.read_bytes() == before
+
+
+def test_prompts_from_a_file_are_decomposed_once_each(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.txt", ["two cats", "ein Käfer 🐈", "", "two cats", "a dog"])
+    output = tmp_path / "questions.jsonl"
+    with chat_stub() as stub:
+        run("--input", prompts, "--output", output, "--base_url", stub.url, "--model", "stub", "--limit", "2")
+        assert sorted(prompts_in(output)) == ["ein Käfer 🐈", "two cats"]
+        stub.requests.clear()
+        arguments = ("--input", prompts, "--output", output, "--base_url", stub.url, "--model", "stub")
+        printed = run(*arguments, "--extra_body", '{"top_k": 5}')
+        assert stub.bodies[-1]["top_k"] == 5
+        assert {request.prompt for request in stub.requests} == {"a dog"}
+    assert sorted(prompts_in(output)) == ["a dog", "ein Käfer 🐈", "two cats"]
+    assert "1 records added" in printed
+    assert set(tmp_path.iterdir()) == {prompts, output, output.with_name("questions.jsonl.lock")}
+    for line in output.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        assert list(row) == ["prompt", "semantic_questions", "quality_questions"]
+        assert [question["is_valid"] for question in row["semantic_questions"]][-2:] == [True, False]
+
+
+def test_failures_are_listed_and_tried_again(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.txt", ["a cat", "a cursed cat", "a dog", "a cursed dog"])
+    output, failed = tmp_path / "questions.jsonl", tmp_path / "questions.jsonl.failed.jsonl"
+    with chat_stub(failing_on("cursed")) as stub:
+        arguments = ("--input", prompts, "--output", output, "--base_url", stub.url, "--max_retries", "0")
+        printed = run(*arguments, code=1)
+        assert sorted(prompts_in(output)) == ["a cat", "a dog"]
+        rows = [json.loads(line) for line in failed.read_text().splitlines()]
+        assert sorted(row["prompt"] for row in rows) == ["a cursed cat", "a cursed dog"]
+        assert {row["reason"] for row in rows} == {"unusable answer"}
+        assert "the answer holds no JSON object: 'I cannot do that.'" in rows[0]["detail"]
+        assert "      2  unusable answer" in printed
+
+        stub.requests.clear()
+        stub.answer = failing_on("dog")
+        run(*arguments, code=1)
+        assert {request.prompt for request in stub.requests} == {"a cursed cat", "a cursed dog"}
+        (row,) = [json.loads(line) for line in failed.read_text().splitlines()]
+        assert row["prompt"] == "a cursed dog"
+
+        stub.answer = good_answer
+        assert "0 prompts failed" in run(*arguments)
+    assert not failed.exists()
+    assert sorted(prompts_in(output)) == ["a cat", "a cursed cat", "a cursed dog", "a dog"]
+
+
+def test_reasons_are_counted_apart(tmp_path: Path) -> None:
+    def answer(request: ChatRequest) -> Any:
+        if "forbidden" in request.prompt:
+            return JSONResponse({"error": {"message": "not you"}}, status_code=403)
+        return good_answer(request)
+
+    prompts = write_prompts(tmp_path / "prompts.txt", ["forbidden fruit", "forbidden planet", "a cat"])
+    with chat_stub(answer) as stub:
+        output = tmp_path / "q.jsonl"
+        printed = run("--input", prompts, "--output", output, "--base_url", stub.url, code=1)
+    assert "      2  HTTP status 403" in printed
+    assert "'forbidden fruit': Error code: 403" in printed
+
+
+def test_the_shapes_decomposer_reports_prompts_outside_its_grammar(tmp_path: Path) -> None:
+    good = prompt_rows("train", 1, seed=0)[0]["prompt"]
+    prompts = write_prompts(tmp_path / "prompts.txt", [good, "a photo of a cat"])
+    output = tmp_path / "q.jsonl"
+    printed = run("--input", prompts, "--output", output, "--decomposer", "shapes", code=1)
+    assert "      1  not a prompt of the shapes world" in printed
+    assert "the word 'photo' is unknown there" in printed
+    assert prompts_in(output) == [good]
+
+
+def test_a_torn_line_is_written_anew(tmp_path: Path) -> None:
+    output = tmp_path / "q.jsonl"
+    run("--output", output, "--limit", "5")
+    whole = output.read_bytes()
+    output.write_bytes(whole[:-30])
+    assert "removed" in run("--output", output, "--limit", "5")
+    assert output.read_bytes() == whole
+
+
+def test_two_runs_cannot_write_to_one_file(tmp_path: Path) -> None:
+    output = tmp_path / "q.jsonl"
+    with RecordFile(output):
+        assert "another process writes to" in run("--output", output, "--limit", "5", code=1)
+        assert output.read_bytes() == b""
+    run("--output", output, "--limit", "5")
+    assert len(prompts_in(output)) == 5
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    with chat_stub() as stub:
+        prompts = write_prompts(tmp_path / "prompts.txt", ["one", "two", "three", "four"])
+        output = tmp_path / "new" / "q.jsonl"
+        printed = run("--input", prompts, "--output", output, "--base_url", stub.url, "--dry_run")
+        assert {request.prompt for request in stub.requests} == {"one", "two", "three"}
+        stub.answer = failing_on("two")
+        arguments = ("--input", prompts, "--base_url", stub.url, "--max_retries", "0", "--dry_run")
+        assert "1  unusable answer" in run(*arguments, code=1, cwd=tmp_path)
+    assert printed.count('"semantic_questions"') == 3
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+def test_ctrl_c_leaves_a_file_that_can_be_gone_on_with(tmp_path: Path) -> None:
+    def slow_answer(request: ChatRequest) -> Any:
+        time.sleep(0.01)
+        return failing_on("5")(request)
+
+    names = [f"cat {number}" for number in range(60)]
+    prompts = write_prompts(tmp_path / "prompts.txt", names)
+    output, failed = tmp_path / "q.jsonl", tmp_path / "q.jsonl.failed.jsonl"
+    with chat_stub(slow_answer) as stub:
+        arguments = ("--input", prompts, "--output", output, "--base_url", stub.url)
+        arguments += ("--max_concurrency", "2", "--max_retries", "0")
+        process = start(*arguments)
+        wait_for_lines(output, 8, process)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 130, errors
+        assert "interrupted" in printed
+        assert "cat 5" in failed.read_text()
+        num_done = len(prompts_in(output))
+        assert 8 <= num_done < 59
+        stub.answer = good_answer
+        assert f"{60 - num_done} records added" in run(*arguments)
+    assert sorted(prompts_in(output)) == sorted(names)
+    assert not failed.exists()
+
+
+def test_a_run_that_only_fails_stops(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.txt", [f"cat {number}" for number in range(200)])
+    with chat_stub(lambda request: JSONResponse({"error": {"message": "who?"}}, status_code=401)) as stub:
+        printed = run(
+            *("--input", prompts, "--output", tmp_path / "q.jsonl", "--base_url", stub.url),
+            *("--max_failures_in_a_row", "10", "--max_concurrency", "2"),
+            code=1,
+        )
+        assert "stopped after 10 failures in a row" in printed
+        assert len(stub.requests) < 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--limit", "0"), "limit must be at least 1, but is 0"),
+        (("--decomposer", "shape"), "unknown decomposer 'shape'. Did you mean 'shapes'?"),
+        (("--extra_body", "{top_k: 5}"), "extra_body must be a JSON object, but is not JSON"),
+        (("--extra_body", "[5]"), "extra_body must be a JSON object, but is [5]"),
+        (("--input", "gone.txt"), "there is no file or folder gone.txt"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    assert message in run(*arguments, code=1, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_prompts_survive_being_killed_twice(tmp_path: Path) -> None:
+    names = [f"{number} cats in two hats" for number in range(10_000)]
+    prompts = write_prompts(tmp_path / "prompts.txt", names)
+    output = tmp_path / "questions.jsonl"
+    rng = random.Random()
+    with chat_stub() as stub:
+        stub.keeps_requests = False
+        arguments = ("--input", prompts, "--output", output, "--base_url", stub.url, "--max_concurrency", "16")
+        num_before = 0
+        for _ in range(2):
+            process = start(*arguments)
+            wait_for_lines(output, num_before + rng.randrange(1, 3000), process)
+            time.sleep(rng.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+            num_before = output.read_bytes().count(b"\n")
+            assert 0 < num_before < 10_000
+        printed = run(*arguments)
+    assert f"{10_000 - num_before} records added" in printed
+    assert sorted(prompts_in(output)) == sorted(names)
+    # Twice at most 16 prompts that were under way when the process was killed.
+    assert 10_000 <= stub.num_asked["facts"] <= 10_032
