@@ -34,7 +34,7 @@ from reward_models.record_file import RecordFile
 
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 300
+DEADLINE = 1800
 
 
 # A progress bar that is drawn often would fill the pipe, which is only read when a process has ended.

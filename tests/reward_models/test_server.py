@@ -1074,7 +1074,8 @@ def test_process_refuses_to_be_open_to_others() -> None:
 
 @pytest.mark.slow
 def test_process_finishes_what_is_under_way_when_it_is_told_to_stop() -> None:
-    steps = ["--painter", "policy", "--num_timesteps", "800", "--painter_batch_size", "1"]
+    # Long enough to be under way, and patience enough for a busy machine.
+    steps = ["--painter", "policy", "--num_timesteps", "400", "--painter_batch_size", "1", "--shutdown_timeout", "170"]
     with server_process(*steps) as (process, url), ThreadPoolExecutor(1) as pool:
         body = {"items": [{"prompt": "x", "seed": i} for i in range(2)]}
         under_way = pool.submit(httpx.post, f"{url}/generate", json=body, timeout=180)
