@@ -70,9 +70,12 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     if missing:
         raise FileNotFoundError(f"the adapter folder {folder} lacks {', '.join(missing)}")
     shapes = read_shapes(folder / ADAPTER_WEIGHTS)
+    peft_config = PeftConfig.from_pretrained(str(folder))
+    # A base that was moved is no reason for a warning.
+    peft_config.base_model_name_or_path = None
     try:
         with torch.device("meta"):
-            adapted = get_peft_model(type(model)(copy.deepcopy(model.config)), PeftConfig.from_pretrained(str(folder)))
+            adapted = get_peft_model(type(model)(copy.deepcopy(model.config)), peft_config)
     except ValueError as error:
         raise ValueError(f"the adapter in {folder} was made for another model: {error}") from error
     # Without the option, PEFT asks the Hub whether the vocabulary has grown.

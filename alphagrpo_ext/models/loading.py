@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,15 @@ def resolve_model_path(model_name_or_path: str | Path, revision: str | None = No
 
 def _check_saved_files(folder: Path) -> None:
     missing = [name for name in SAVED_FILES if not (folder / name).exists()]
-    weights = [folder / "model.safetensors"]
-    if "model.safetensors" in missing and (folder / "model.safetensors.index.json").exists():
+    weights, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if "model.safetensors" in missing and index.exists():
         missing.remove("model.safetensors")
-        weights = sorted(folder.glob("model-*.safetensors"))
+        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing += [name for name in weights if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(f"the checkpoint folder {folder} lacks {', '.join(missing)}")
-    for file in weights:
-        read_shapes(file)
+    for name in weights:
+        read_shapes(folder / name)
 
 
 def _download(name: str, revision: str | None) -> str:

@@ -131,7 +131,7 @@ def shape_differences(
     return [*missing, *extra, *wrong]
 
 
-def summarize(problems: Sequence[str], limit: int = 8) -> str:
+def summarize(problems: Sequence[str], limit: int = 5) -> str:
     """The first `limit` problems in one line, and how many more there are."""
     rest = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
     return "; ".join(problems[:limit]) + rest

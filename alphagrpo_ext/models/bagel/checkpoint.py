@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
 from transformers.utils import logging
 
 from alphagrpo_ext.models.bagel.configuration_bagel import FLUX_VAE_CONFIG, BagelConfig
@@ -222,7 +222,7 @@ def load_released(folder: str | Path, dtype: torch.dtype | None = torch.float32)
     Args:
         folder (`str` or `Path`): Folder with the released files, which must stay as they are while the model is in use.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all weights but the autoencoder's, which
-            stay fp32. `None` leaves every weight in the type in which it is stored.
+            stay fp32. `None` leaves each in the type in which it is stored.
 
     Raises:
         `FileNotFoundError`: If a file is missing; the message names it.
@@ -311,14 +311,17 @@ def save_released(model: BagelModel, processor: BagelProcessor, folder: str | Pa
 
 
 def _write_configs(config: BagelConfig, folder: Path) -> None:
-    omitted = {"_name_or_path", "dtype", "transformers_version"}
+    generic = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
+    # The Transformers of the reference code knows neither of them, and both follow from the rest.
+    generic |= {"rope_parameters", "layer_types"}
     llm_config, vit_config = (
-        {key: value for key, value in part.to_dict().items() if key not in omitted}
+        {"model_type": part.model_type, **{k: v for k, v in part.to_dict().items() if k not in generic}}
         for part in (config.text_config, config.vision_config)
     )
-    llm_config["architectures"] = ["Qwen2ForCausalLM"]
-    # Where the Transformers of the reference code looks for it.
-    llm_config["rope_theta"] = config.text_config.rope_parameters["rope_theta"]
+    llm_config |= {
+        "architectures": ["Qwen2ForCausalLM"],
+        "rope_theta": config.text_config.rope_parameters["rope_theta"],
+    }
     vit_config["num_hidden_layers"] += 1
     for name, values in (("llm", llm_config), ("vit", vit_config)):
         (folder / f"{name}_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
