@@ -65,6 +65,8 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         `ValueError`: If a file is truncated, or if names or shapes do not match: PEFT would leave what is missing at its
             initial value.
     """
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has an adapter already: merge it first (merge_and_unload)")
     folder = Path(folder)
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).exists()]
     if missing:
