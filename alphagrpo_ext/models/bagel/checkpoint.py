@@ -356,7 +356,7 @@ def _check_readable(config: BagelConfig, folder: Path, tensors: Mapping[str, Rel
         for field in ("latent_patch_size", "max_latent_size", "connector_hidden_act", *SPECIAL_TOKENS)
     }
     vae_config = {key: list(v) if isinstance(v, tuple) else v for key, v in config.vae_config.items()}
-    for key in vae_config.keys() | actual.vae_config.keys():
+    for key in sorted(vae_config.keys() | actual.vae_config.keys()):
         pairs[f"vae_config['{key}']"] = (vae_config.get(key), actual.vae_config.get(key))
     rope_type = config.text_config.rope_parameters.get("rope_type", "default")
     pairs["text_config.rope_parameters['rope_type']"] = (rope_type, "default")
