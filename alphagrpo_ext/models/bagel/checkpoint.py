@@ -12,25 +12,45 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Reads BAGEL's released checkpoint folder into [`BagelModel`]."""
+"""BAGEL's released checkpoint folder, read into [`BagelModel`] and written from it."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
+from transformers.utils import logging
 
 from alphagrpo_ext.models.bagel.configuration_bagel import FLUX_VAE_CONFIG, BagelConfig
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.models.saving import staged_folder, state_bytes
+from alphagrpo_ext.models.weight_files import (
+    read_shapes,
+    read_tensors,
+    shape_differences,
+    summarize,
+    write_tensors,
+)
 
 
-RELEASED_FILES = ("ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json", "tokenizer_config.json")
+MODEL_WEIGHTS = "ema.safetensors"
+VAE_WEIGHTS = "ae.safetensors"
+RELEASED_FILES = (MODEL_WEIGHTS, VAE_WEIGHTS, "llm_config.json", "vit_config.json", "tokenizer_config.json")
+PROCESSOR_CONFIG = "processor_config.json"
+DOWNLOADED_FILES = (
+    *RELEASED_FILES,
+    *("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    PROCESSOR_CONFIG,
+)
+"""All that is read of a released checkpoint; a repository may hold more, such as weights without EMA."""
 SPECIAL_TOKENS = {
     "bos_token_id": "<|im_start|>",
     "eos_token_id": "<|im_end|>",
@@ -38,126 +58,310 @@ SPECIAL_TOKENS = {
     "image_end_token_id": "<|vision_end|>",
 }
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ReleasedTensor:
+    """
+    Where the release keeps a tensor of [`BagelModel`].
+
+    Args:
+        file (`str`): `"ema.safetensors"`, or `"ae.safetensors"` for the autoencoder.
+        name (`str`): Its name there.
+        shape (`tuple[int, ...]`): Its shape there.
+    """
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+
 
 def is_released_layout(folder: str | Path) -> bool:
     """Whether `folder` looks like a released BAGEL checkpoint rather than one that this package saved."""
     folder = Path(folder)
-    return (folder / "llm_config.json").exists() or (folder / "ema.safetensors").exists()
+    return (folder / "llm_config.json").exists() or (folder / MODEL_WEIGHTS).exists()
 
 
 def check_released_files(folder: str | Path) -> None:
     """Raise `FileNotFoundError` that names every file that is missing."""
-    missing = [name for name in RELEASED_FILES if not (Path(folder) / name).exists()]
+    folder = Path(folder)
+    missing = [name for name in RELEASED_FILES if not (folder / name).exists()]
+    # Without its vocabulary a tokenizer loads all the same, and is empty.
+    if not (folder / "tokenizer.json").exists():
+        vocabulary = [name for name in ("vocab.json", "merges.txt") if not (folder / name).exists()]
+        missing += ["tokenizer.json (or vocab.json and merges.txt)"] if len(vocabulary) == 2 else vocabulary
     if missing:
         raise FileNotFoundError(f"the BAGEL checkpoint folder {folder} lacks {', '.join(missing)}")
 
 
-def convert_vae_key(key: str, num_levels: int) -> str:
-    """Name of a parameter of the FLUX autoencoder in Diffusers' `AutoencoderKL`."""
-    key = key.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
-    key = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", key)
-    key = key.replace("mid.attn_1.norm", "mid_block.attentions.0.group_norm")
-    key = re.sub(r"mid\.attn_1\.([qkv])\.", r"mid_block.attentions.0.to_\1.", key)
-    key = key.replace("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0")
-    key = re.sub(r"down\.(\d+)\.block\.(\d+)", r"down_blocks.\1.resnets.\2", key)
-    key = re.sub(r"down\.(\d+)\.downsample", r"down_blocks.\1.downsamplers.0", key)
+def released_vae_key(key: str, num_levels: int) -> str:
+    """Name of a parameter of Diffusers' `AutoencoderKL` in the FLUX autoencoder."""
+    key = key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    key = key.replace("mid_block.attentions.0.group_norm", "mid.attn_1.norm")
+    key = re.sub(r"mid_block\.attentions\.0\.to_([qkv])\.", r"mid.attn_1.\1.", key)
+    key = key.replace("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out")
+    key = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", key)
+    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
     # The original numbers the decoder's levels from the finest, Diffusers from the coarsest.
-    key = re.sub(r"up\.(\d+)\.block\.(\d+)", lambda m: f"up_blocks.{num_levels - 1 - int(m[1])}.resnets.{m[2]}", key)
-    return re.sub(r"up\.(\d+)\.upsample", lambda m: f"up_blocks.{num_levels - 1 - int(m[1])}.upsamplers.0", key)
+    key = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"up.{num_levels - 1 - int(m[1])}.block.{m[2]}", key)
+    return re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{num_levels - 1 - int(m[1])}.upsample", key)
 
 
-def vae_config_from_weights(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def released_tensors(model: BagelModel) -> dict[str, ReleasedTensor]:
+    """Place in the release of every tensor of a model, which may be on the meta device, by the model's own name."""
+    num_levels = len(model.config.vae_config["block_out_channels"])
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if not key.startswith("vae."):
+            tensors[key] = ReleasedTensor(MODEL_WEIGHTS, key, shape)
+            continue
+        # The original's attention is a 1x1 convolution where Diffusers' is linear.
+        shape += (1, 1) if "attentions" in key and len(shape) == 2 else ()
+        tensors[key] = ReleasedTensor(VAE_WEIGHTS, released_vae_key(key.removeprefix("vae."), num_levels), shape)
+    return tensors
+
+
+def _empty_model(config: BagelConfig) -> BagelModel:
+    """A model on the meta device: names and shapes without weights."""
+    with torch.device("meta"):
+        return BagelModel(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): copy or download it again") from error
+
+
+def _shape(shapes: Shapes, name: str, file: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise ValueError(f"{file} lacks {name}, from which sizes of the model are read")
+    return shapes[name]
+
+
+def vae_config_from_shapes(shapes: Shapes) -> dict[str, Any]:
     """
     Sizes of the autoencoder, which the release does not write down: read off the shapes of its weights.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): Contents of `ae.safetensors`.
+        shapes (`Mapping[str, tuple[int, ...]]`): Those of `ae.safetensors`.
+
+    Raises:
+        `ValueError`: If a weight that tells a size is missing.
     """
-    levels = sorted({int(m[1]) for key in weights if (m := re.match(r"encoder\.down\.(\d+)\.", key))})
-    blocks = {int(m[1]) for key in weights if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", key))}
+    levels = sorted({int(m[1]) for key in shapes if (m := re.match(r"encoder\.down\.(\d+)\.", key))})
+    blocks = {int(m[1]) for key in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", key))}
+    channels = [_shape(shapes, f"encoder.down.{level}.block.0.conv1.bias", VAE_WEIGHTS)[0] for level in levels]
     return {
         **FLUX_VAE_CONFIG,
-        "block_out_channels": [len(weights[f"encoder.down.{level}.block.0.conv1.bias"]) for level in levels],
+        "block_out_channels": channels,
         "layers_per_block": len(blocks),
-        "latent_channels": weights["decoder.conv_in.weight"].shape[1],
+        "latent_channels": _shape(shapes, "decoder.conv_in.weight", VAE_WEIGHTS)[1],
     }
 
 
-def convert_vae_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the FLUX autoencoder for `AutoencoderKL`, whose attention is linear where the original's is a 1x1
-    convolution."""
-    num_levels = len(vae_config_from_weights(weights)["block_out_channels"])
-    converted = {convert_vae_key(key, num_levels): tensor for key, tensor in weights.items()}
-    return {
-        key: tensor.flatten(1) if "attentions" in key and tensor.ndim == 4 else tensor
-        for key, tensor in converted.items()
-    }
-
-
-def config_from_released(
-    folder: str | Path, weights: dict[str, torch.Tensor], vae_weights: dict[str, torch.Tensor]
-) -> BagelConfig:
+def config_from_released(folder: str | Path, shapes: Shapes, vae_shapes: Shapes) -> BagelConfig:
     """
     Configuration from the released JSON files, and from shapes where they are silent.
 
     Args:
         folder (`str` or `Path`): The checkpoint folder.
-        weights, vae_weights (`dict[str, torch.Tensor]`): Contents of `ema.safetensors` and `ae.safetensors`.
+        shapes, vae_shapes (`Mapping[str, tuple[int, ...]]`): Those of `ema.safetensors` and `ae.safetensors`.
+
+    Raises:
+        `ValueError`: If a file is damaged, a weight that tells a size is missing, or the tokenizer does not fit.
     """
     folder = Path(folder)
-    llm_config = json.loads((folder / "llm_config.json").read_text())
-    vit_config = json.loads((folder / "vit_config.json").read_text())
+    llm_config, vit_config = _read_json(folder / "llm_config.json"), _read_json(folder / "vit_config.json")
+    for name, values, field in (("llm", llm_config, "vocab_size"), ("vit", vit_config, "num_hidden_layers")):
+        if field not in values:
+            raise ValueError(f"{folder / name}_config.json lacks {field}")
     # As the reference does after reading: heads untied, and the last layer of the vision tower dropped.
     llm_config["tie_word_embeddings"] = False
     vit_config["num_hidden_layers"] -= 1
-    vae_config = vae_config_from_weights(vae_weights)
-    patch_values = weights["vae2llm.weight"].shape[1]
+    vae_config = vae_config_from_shapes(vae_shapes)
+    patch_values = _shape(shapes, "vae2llm.weight", MODEL_WEIGHTS)[1]
+    positions = _shape(shapes, "latent_pos_embed.pos_embed", MODEL_WEIGHTS)[0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return BagelConfig(
         text_config=Qwen2Config(**llm_config),
         vision_config=SiglipVisionConfig(**vit_config),
         vae_config=vae_config,
         latent_patch_size=round((patch_values / vae_config["latent_channels"]) ** 0.5),
-        max_latent_size=round(weights["latent_pos_embed.pos_embed"].shape[0] ** 0.5),
-        **{name: _token_id(tokenizer, token, folder) for name, token in SPECIAL_TOKENS.items()},
+        max_latent_size=round(positions**0.5),
+        **{
+            name: _token_id(tokenizer, token, folder, llm_config["vocab_size"])
+            for name, token in SPECIAL_TOKENS.items()
+        },
     )
 
 
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, folder: Path) -> int:
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, folder: Path, vocab_size: int) -> int:
     token_id = tokenizer.get_vocab().get(token)
     if token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no token {token}")
+    if token_id >= vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} gives {token} the id {token_id}, but the vocabulary of llm_config.json has "
+            f"{vocab_size} entries: they belong to different models"
+        )
     return token_id
 
 
-def load_released(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[BagelModel, BagelProcessor]:
+def load_released(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> tuple[BagelModel, BagelProcessor]:
     """
     Load a released checkpoint.
 
+    Names and shapes are checked before a weight is read, and no weight is initialised. One that is stored in `dtype` stays
+    a view of the file until it is written to or moved to another device; the others are converted one at a time.
+
     Args:
-        folder (`str` or `Path`): Folder with the released files.
+        folder (`str` or `Path`): Folder with the released files, which must stay as they are while the model is in use.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all weights but the autoencoder's, which
-            stay fp32.
+            stay fp32. `None` leaves each in the type in which it is stored.
 
     Raises:
         `FileNotFoundError`: If a file is missing; the message names it.
-        `ValueError`: If a weight is missing, left over or of another shape.
+        `ValueError`: If a file is truncated or damaged, or if a weight is missing, left over or of another shape.
     """
     folder = Path(folder)
     check_released_files(folder)
-    weights, vae_weights = load_file(folder / "ema.safetensors"), load_file(folder / "ae.safetensors")
-    config = config_from_released(folder, weights, vae_weights)
-    with torch.device("meta"):
-        model = BagelModel(config)
-    state = {**weights, **{f"vae.{key}": tensor for key, tensor in convert_vae_weights(vae_weights).items()}}
-    state = {key: tensor.to(torch.float32 if key.startswith("vae.") else dtype) for key, tensor in state.items()}
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {folder} do not fit its configuration: {error}") from error
+    shapes = {file: read_shapes(folder / file) for file in (MODEL_WEIGHTS, VAE_WEIGHTS)}
+    config = config_from_released(folder, shapes[MODEL_WEIGHTS], shapes[VAE_WEIGHTS])
+    model = _empty_model(config)
+    tensors = released_tensors(model)
+    problems = []
+    for file, actual in shapes.items():
+        expected = {tensor.name: tensor.shape for tensor in tensors.values() if tensor.file == file}
+        problems += shape_differences(expected, actual, file)
+    if problems:
+        raise ValueError(f"the weights in {folder} do not fit its configuration: {summarize(problems)}")
+    model.load_state_dict(_read_state(folder, tensors, model, dtype), strict=True, assign=True)
     # The rotary frequencies are no part of a checkpoint, so they are still on the meta device.
     model.language_model.model.rotary_emb = type(model.language_model.model.rotary_emb)(config.text_config)
     model.vae.requires_grad_(False)
-    model.config._name_or_path = str(folder)
-    processor = BagelProcessor(tokenizer=AutoTokenizer.from_pretrained(folder))
-    return model.eval(), processor
+    # PEFT writes the one, TRL reads the other.
+    model.name_or_path = model.config._name_or_path = str(folder)
+    return model.eval(), _load_processor(folder)
+
+
+def _read_state(
+    folder: Path, tensors: Mapping[str, ReleasedTensor], model: BagelModel, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state = {}
+    with logging.tqdm(total=len(tensors), desc="Loading weights") as progress:
+        for file in (MODEL_WEIGHTS, VAE_WEIGHTS):
+            own_names = {tensor.name: own for own, tensor in tensors.items() if tensor.file == file}
+            file_dtype = torch.float32 if file == VAE_WEIGHTS else dtype
+            for name, tensor in read_tensors(folder / file, file_dtype):
+                state[own_names[name]] = tensor.reshape(shapes[own_names[name]])
+                progress.update()
+    return state
+
+
+def _load_processor(folder: Path) -> BagelProcessor:
+    # The release has no such file; `save_released` adds it, so that prompts and sizes are kept.
+    if (folder / PROCESSOR_CONFIG).exists():
+        return BagelProcessor.from_pretrained(folder)
+    return BagelProcessor(tokenizer=AutoTokenizer.from_pretrained(folder))
+
+
+def save_released(model: BagelModel, processor: BagelProcessor, folder: str | Path) -> None:
+    """
+    Write a model in the released layout, whole or not at all: [`load_released`] and the reference code read it. The
+    processor's settings go into `processor_config.json`, which the reference code does not look at.
+
+    Args:
+        model ([`BagelModel`]): The model, with its adapters merged; weights keep their types.
+        processor ([`BagelProcessor`]): Its processor.
+        folder (`str` or `Path`): Where to; it must be empty or not exist.
+
+    Raises:
+        `FileExistsError`: If `folder` has files.
+        `OSError`: If the disk has no room.
+        `ValueError`: If the model has something that the released layout has no place for, e.g. an adapter.
+    """
+    if not isinstance(model, BagelModel):
+        raise ValueError(
+            f"the released layout is for a BagelModel, but this is a {type(model).__name__}: merge an adapter first "
+            f"(merge_and_unload), and unwrap what a launcher has wrapped"
+        )
+    empty, state = _empty_model(copy.deepcopy(model.config)), model.state_dict()
+    tensors = released_tensors(empty)
+    expected, actual = (
+        {name: tensor.shape for name, tensor in weights.items()} for weights in (empty.state_dict(), state)
+    )
+    problems = shape_differences(expected, actual, "the model")
+    if problems:
+        raise ValueError(f"the model's weights do not fit its configuration: {summarize(problems)}")
+    with staged_folder(folder, state_bytes(model)) as stage:
+        _write_configs(model.config, stage)
+        _write_processor(processor, stage)
+        _check_readable(model.config, stage, tensors)
+        for file in (MODEL_WEIGHTS, VAE_WEIGHTS):
+            write_tensors(
+                stage / file,
+                {t.name: state[own].reshape(t.shape) for own, t in tensors.items() if t.file == file},
+            )
+
+
+def _write_configs(config: BagelConfig, folder: Path) -> None:
+    generic = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
+    # The Transformers of the reference code knows neither of them, and both follow from the rest.
+    generic |= {"rope_parameters", "layer_types"}
+    llm_config, vit_config = (
+        {"model_type": part.model_type, **{k: v for k, v in part.to_dict().items() if k not in generic}}
+        for part in (config.text_config, config.vision_config)
+    )
+    llm_config |= {
+        "architectures": ["Qwen2ForCausalLM"],
+        "rope_theta": config.text_config.rope_parameters["rope_theta"],
+    }
+    vit_config["num_hidden_layers"] += 1
+    for name, values in (("llm", llm_config), ("vit", vit_config)):
+        (folder / f"{name}_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_processor(processor: BagelProcessor, folder: Path) -> None:
+    """Tokenizer files as the release has them, of which the Transformers of the reference code reads the slow ones."""
+    processor.save_pretrained(folder)
+    tokenizer = processor.tokenizer
+    tokenizer.backend_tokenizer.model.save(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = _read_json(path)
+    for key in ("backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])
+    settings["added_tokens_decoder"] = {
+        str(token_id): {
+            "content": token.content,
+            **{name: getattr(token, name) for name in ("lstrip", "normalized", "rstrip", "single_word", "special")},
+        }
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
+    }
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_readable(config: BagelConfig, folder: Path, tensors: Mapping[str, ReleasedTensor]) -> None:
+    """Raise `ValueError` that names every setting of `config` that would be read back as another."""
+    shapes = [{t.name: t.shape for t in tensors.values() if t.file == file} for file in (MODEL_WEIGHTS, VAE_WEIGHTS)]
+    actual = config_from_released(folder, *shapes)
+    pairs = {
+        field: (getattr(config, field), getattr(actual, field))
+        for field in ("latent_patch_size", "max_latent_size", "connector_hidden_act", *SPECIAL_TOKENS)
+    }
+    vae_config = {key: list(v) if isinstance(v, tuple) else v for key, v in config.vae_config.items()}
+    for key in sorted(vae_config.keys() | actual.vae_config.keys()):
+        pairs[f"vae_config['{key}']"] = (vae_config.get(key), actual.vae_config.get(key))
+    rope_type = config.text_config.rope_parameters.get("rope_type", "default")
+    pairs["text_config.rope_parameters['rope_type']"] = (rope_type, "default")
+    lost = [
+        f"{name}={given!r} (it would be read as {read!r})" for name, (given, read) in pairs.items() if given != read
+    ]
+    if lost:
+        raise ValueError(f"the released layout has no place for {', '.join(lost)}: use save_pretrained")

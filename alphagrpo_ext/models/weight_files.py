@@ -1,0 +1,137 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Weights in safetensors files: read through a memory map and written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
+
+
+# Pages of a map count as memory of the process until it is closed.
+REMAP_BYTES = 256 * 2**20
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """
+    Names and shapes of a safetensors file's tensors, in the file's order, from its header alone.
+
+    Raises:
+        `FileNotFoundError`: If there is no such file.
+        `ValueError`: If the file is shorter than its header says, or is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+
+
+def read_tensors(path: str | Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Names and tensors of a safetensors file, in the file's order.
+
+    A tensor that has the wanted type stays a view of the memory map: it takes memory where it is read, which processes
+    share, and a write copies the page and leaves the file alone. The others are converted one at a time. The file must not
+    be overwritten in place as long as a view is in use.
+
+    Args:
+        path (`str` or `Path`): The file.
+        dtype (`torch.dtype`, *optional*): Type of the tensors; without it, each keeps its own.
+    """
+    names = list(read_shapes(path))
+    while names:
+        converted_bytes = 0
+        with safe_open(path, framework="pt") as file:
+            while names and converted_bytes < REMAP_BYTES:
+                name = names.pop(0)
+                tensor = file.get_tensor(name)
+                if dtype not in (None, tensor.dtype):
+                    converted_bytes += tensor.nbytes
+                    tensor = tensor.to(dtype)
+                yield name, tensor
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Write a safetensors file, one tensor at a time and with a progress bar: of tensors on a GPU, only one is in memory.
+
+    Args:
+        path (`str` or `Path`): The file.
+        tensors (`Mapping[str, torch.Tensor]`): Its contents: fp64, fp32, bf16 or fp16.
+
+    Raises:
+        `ValueError`: If a tensor has another type; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} is of type {tensor.dtype}, but weights must be floating point")
+    # Wide types first, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, DTYPE_NAMES[tensors[name].dtype], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with (
+        open(path, "wb") as file,
+        logging.tqdm(total=offset, unit="B", unit_scale=True, desc=f"Writing {Path(path).name}") as progress,
+    ):
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in order:
+            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            file.write(memoryview(data.numpy()))
+            progress.update(len(data))
+
+
+def shape_differences(
+    expected: Mapping[str, Sequence[int]], actual: Mapping[str, Sequence[int]], source: str
+) -> list[str]:
+    """
+    What is wrong with the tensors of a file or folder, one sentence part each.
+
+    Args:
+        expected, actual (`Mapping[str, Sequence[int]]`): Shapes by name.
+        source (`str`): What the actual ones were read from.
+    """
+    missing = [f"{source} lacks {name}" for name in expected if name not in actual]
+    extra = [f"{source} has {name}, which the model has not" for name in actual if name not in expected]
+    wrong = [
+        f"{name} in {source} has shape {tuple(actual[name])} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in actual and tuple(actual[name]) != tuple(shape)
+    ]
+    return [*missing, *extra, *wrong]
+
+
+def summarize(problems: Sequence[str], limit: int = 5) -> str:
+    """The first `limit` problems in one line, and how many more there are."""
+    rest = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + rest

@@ -1,0 +1,86 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Convert a checkpoint between BAGEL's released layout and the one that `save_pretrained` writes.
+
+From the release, as a folder or an id on the Hub, to a folder for `from_pretrained`:
+
+```bash
+python recipes/convert_checkpoint.py --model_name_or_path BAGEL-7B-MoT --layout pretrained --output_dir runs/bagel
+```
+
+And back, for code that reads the release; an adapter's folder in place of a model's is merged into its model:
+
+```bash
+python recipes/convert_checkpoint.py --model_name_or_path runs/bagel --layout released --output_dir runs/released
+```
+
+Weights keep their values and types unless `--dtype` is given, which leaves the autoencoder in fp32. The output is written
+beside `--output_dir` and renamed when it is complete: a conversion that fails or is stopped leaves no folder that loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftModel
+from trl import TrlParser
+
+from alphagrpo_ext.models.bagel.checkpoint import save_released
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.saving import check_output_folder, save_model
+
+
+LAYOUTS = ("pretrained", "released")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass
+class ConversionArguments:
+    """Arguments of the conversion."""
+
+    model_name_or_path: str = field(metadata={"help": "The checkpoint: a folder, or an id on the Hub."})
+    layout: str = field(
+        metadata={"help": "Layout of the output: 'pretrained' (from_pretrained reads it) or 'released' (as BAGEL's)."}
+    )
+    output_dir: str = field(metadata={"help": "Where it goes; a folder that is empty or does not exist."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Of the weights: 'auto' keeps it, else 'bfloat16', 'float16' or 'float32'."}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file of the layout 'pretrained'."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("layout", LAYOUTS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {getattr(self, name)!r}")
+
+
+def main(args: ConversionArguments) -> None:
+    # Before minutes go into reading.
+    check_output_folder(args.output_dir)
+    model, processor = load_model(args.model_name_or_path, dtype=args.dtype, revision=args.revision)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    if args.layout == "released":
+        save_released(model, processor, args.output_dir)
+    else:
+        save_model(model, processor, args.output_dir, max_shard_size=args.max_shard_size)
+    print(f"{args.model_name_or_path} in the layout '{args.layout}': {args.output_dir}")
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser((ConversionArguments,)).parse_args_and_config()
+    main(arguments)

@@ -1,0 +1,115 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`recipes/convert_checkpoint.py`: from the released layout, back to it, and what it refuses."""
+
+import resource
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from alphagrpo_ext.models.adapters import save_adapter
+from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
+from alphagrpo_ext.models.bagel.checkpoint import MODEL_WEIGHTS, VAE_WEIGHTS, load_released
+from alphagrpo_ext.models.loading import load_model
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "convert_checkpoint.py"
+
+Convert = Callable[..., None]
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Convert:
+    """Runs the recipe as from a command line."""
+
+    def run(source: Path | str, layout: str, output: Path, *more: str) -> None:
+        arguments = ["--model_name_or_path", str(source), "--layout", layout, "--output_dir", str(output), *more]
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+
+    return run
+
+
+def test_both_ways_keep_every_bit(convert: Convert, golden, tmp_path: Path) -> None:
+    convert(golden.checkpoint, "pretrained", tmp_path / "pretrained", "--max_shard_size", "1MB")
+    assert len(list((tmp_path / "pretrained").glob("model-*.safetensors"))) > 1
+    model = BagelModel.from_pretrained(tmp_path / "pretrained")
+    expected, _ = load_released(golden.checkpoint)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name].float(), tensor.float()), name
+
+    convert(tmp_path / "pretrained", "released", tmp_path / "released")
+    for file in (MODEL_WEIGHTS, VAE_WEIGHTS):
+        original, back = load_file(golden.checkpoint / file), load_file(tmp_path / "released" / file)
+        assert back.keys() == original.keys()
+        for name, tensor in original.items():
+            assert torch.equal(back[name].float(), tensor.float()), name
+    assert back[name].dtype == torch.float32
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pretrained", "released"]
+
+
+def test_dtype_is_that_of_all_but_the_autoencoder(convert: Convert, golden, tmp_path: Path) -> None:
+    convert(golden.checkpoint, "released", tmp_path / "released", "--dtype", "bfloat16")
+    for file, dtype in ((MODEL_WEIGHTS, torch.bfloat16), (VAE_WEIGHTS, torch.float32)):
+        assert {tensor.dtype for tensor in load_file(tmp_path / "released" / file).values()} == {dtype}
+
+
+def test_adapter_is_merged(convert: Convert, golden, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=LORA_TARGET_MODULES, init_lora_weights=False)
+    adapted = get_peft_model(load_released(golden.checkpoint)[0], config)
+    save_adapter(adapted, tmp_path / "adapter")
+    convert(tmp_path / "adapter", "released", tmp_path / "merged", "--dtype", "float32")
+    expected, (merged, _) = adapted.merge_and_unload().state_dict(), load_model(tmp_path / "merged")
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=name)
+    original, _ = load_released(golden.checkpoint)
+    changed = [name for name, tensor in original.state_dict().items() if not torch.equal(tensor, expected[name])]
+    assert len(changed) == 2 * 2 * 7
+
+
+def test_folder_with_files_is_refused_before_reading(convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "precious").write_text("data")
+    with pytest.raises(FileExistsError, match="output has files"):
+        convert(tmp_path / "no_checkpoint", "released", tmp_path / "output")
+    assert (tmp_path / "output" / "precious").read_text() == "data"
+
+
+@pytest.mark.parametrize("layout", ["pretrained", "released"])
+def test_failed_conversion_leaves_nothing(convert: Convert, golden, tmp_path: Path, layout: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(Exception, match="(?i)file too large"):
+            convert(golden.checkpoint, layout, tmp_path / "output")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_are_checked(convert: Convert, golden, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="layout must be one of pretrained, released, but is 'saved'"):
+        convert(golden.checkpoint, "saved", tmp_path / "output")
+    with pytest.raises(ValueError, match="dtype must be one of .*, but is 'int8'"):
+        convert(golden.checkpoint, "released", tmp_path / "output", "--dtype", "int8")
+    with pytest.raises(ValueError, match="no place for .*norm_num_groups"):
+        convert("bagel-shapes", "released", tmp_path / "output")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,59 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Training of an adapter on a base in BAGEL's released layout, given by its folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.trainer import AlphaGRPOTrainer
+
+
+@pytest.fixture
+def trainer(make_trainer: Callable[..., AlphaGRPOTrainer], golden) -> AlphaGRPOTrainer:
+    return make_trainer(
+        model=str(golden.checkpoint),
+        lora=True,
+        image_height=32,
+        image_width=32,
+        model_init_kwargs={"dtype": "bfloat16"},
+        freeze_vision_tower=True,
+    )
+
+
+def test_adapter_of_a_released_base_trains_and_loads(trainer: AlphaGRPOTrainer, tmp_path: Path, golden) -> None:
+    digest = (golden.checkpoint / "ema.safetensors").read_bytes()
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert all(".lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    model, processor = load_model(tmp_path / "adapter", dtype="bfloat16")
+    assert isinstance(model, PeftModel)
+    assert processor.generation_system_prompt == trainer.processing_class.generation_system_prompt
+    loaded = dict(model.named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(loaded[name], parameter), name
+        if ".lora_B" in name:
+            assert parameter.dtype == torch.float32
+            assert not torch.equal(parameter, before[name]), name
+        elif ".lora_" not in name:
+            assert torch.equal(parameter, before[name]), name
+    # The weights are mapped from this file.
+    assert (golden.checkpoint / "ema.safetensors").read_bytes() == digest
