@@ -61,7 +61,9 @@ def score_tokens(
     if len(targets) <= chunk_size:
         return score(hidden_states, targets)
     parts = [
-        checkpoint(score, states, ids, use_reentrant=False) if torch.is_grad_enabled() else score(states, ids)
+        checkpoint(score, states, ids, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else score(states, ids)
         for states, ids in zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
     ]
     log_probs, entropies = zip(*parts, strict=True)

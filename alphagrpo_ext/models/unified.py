@@ -132,6 +132,18 @@ class UnifiedModel(ABC):
         """Whether only the generation of images uses a parameter, by its name, which a wrapper may have prefixed."""
         raise NotImplementedError("this model does not tell which of its parameters only generate images")
 
+    def vision_tokens(self, height: int, width: int) -> int:
+        """Tokens that the vision tower makes of an image, in pixels; 0 without a vision tower."""
+        return 0
+
+    def keeps_fp32(self, name: str) -> bool:
+        """Whether a parameter is fp32 whatever type the model is loaded in."""
+        return False
+
+    def sharded_layers(self) -> Sequence[torch.nn.Module]:
+        """Modules the weights of which are gathered one at a time when they are sharded."""
+        return ()
+
     @abstractmethod
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
         """Tensors for one forward over whole trajectories, in every guidance branch that `guidance` needs."""

@@ -213,6 +213,12 @@ class BagelDecoder(nn.Module):
             mask = mask[:, None]
         if (cache is not None and not prefill) or self.config._attn_implementation == "eager":
             mask = additive_mask(mask)
+        elif self.config._attn_implementation == "sdpa":
+            # SDPA would make the same numbers of a bool mask in every layer, and keep each for the backward.
+            kind = und.device.type
+            mask = additive_mask(
+                mask, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else und.dtype
+            )
         position_embeddings = self.rotary_emb(und, positions)
         for layer in self.layers:
             und, gen = layer(
@@ -414,6 +420,16 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     @staticmethod
     def is_generation_parameter(name: str) -> bool:
         return re.search(r"_moe_gen\.|(^|\.)(vae2llm|llm2vae|time_embedder)\.", name) is not None
+
+    def vision_tokens(self, height: int, width: int) -> int:
+        patch_size = self.config.vision_config.patch_size
+        return (height // patch_size) * (width // patch_size)
+
+    def keeps_fp32(self, name: str) -> bool:
+        return name.startswith("vae.")
+
+    def sharded_layers(self) -> Sequence[nn.Module]:
+        return [*self.language_model.model.layers, *self.vit_model.vision_model.encoder.layers]
 
     @property
     def latent_downsample(self) -> int:
