@@ -98,7 +98,7 @@ def table(rows: list[tuple[str, MemoryEstimate]]) -> str:
     lines = [f"| | {' | '.join(names)} | total |", "|---" * (len(names) + 2) + "|"]
     for label, estimate in rows:
         values = [getattr(estimate, name) for name in names] + [estimate.total]
-        lines.append(f"| {label} | {' | '.join(f'{value / 2**30:.1f}' for value in values)} |")
+        lines.append(f"| {label} | {' | '.join(f'{value / 2**30:.3g}' for value in values)} |")
     return "\n".join(lines)
 
 
