@@ -40,7 +40,6 @@ from accelerate import PartialState
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from alphagrpo_ext.contact_sheet import contact_sheet
-from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
@@ -81,7 +80,7 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     reward = script_args.make_reward((model, processor))
     # PEFT's causal language models have a `generate` of their own, which this policy has not.
     model_args.lora_task_type = None
-    model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
+    model_args.lora_target_modules = model_args.lora_target_modules or model.lora_targets[training_args.lora_targets]
     trainer = AlphaGRPOTrainer(
         model=model,
         reward_funcs=reward,

@@ -17,9 +17,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,6 +30,9 @@ from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
 BRANCHES = ("full", "text_dropped", "image_dropped")
 """Guidance branches: the whole context; the context without the last text; the context without images."""
+
+LORA_TARGETS = ("both", "generation", "understanding")
+"""Which expert an adapter is put on."""
 
 MODELS: Registry = Registry(
     "model family", "alphagrpo_ext.models", {"bagel": "alphagrpo_ext.models.bagel.modeling_bagel:BagelModel"}
@@ -121,6 +124,25 @@ class UnifiedModel(ABC):
     """Largest number of latent tokens along one side of an image."""
     max_positions: int
     """Largest number of positions in a sequence."""
+    lora_targets: ClassVar[Mapping[str, str]] = {}
+    """For each of [`LORA_TARGETS`], PEFT's `target_modules`: a regular expression that matches whole names."""
+
+    @staticmethod
+    def is_generation_parameter(name: str) -> bool:
+        """Whether only the generation of images uses a parameter, by its name, which a wrapper may have prefixed."""
+        raise NotImplementedError("this model does not tell which of its parameters only generate images")
+
+    def vision_tokens(self, height: int, width: int) -> int:
+        """Tokens that the vision tower makes of an image, in pixels; 0 without a vision tower."""
+        return 0
+
+    def keeps_fp32(self, name: str) -> bool:
+        """Whether a parameter is fp32 whatever type the model is loaded in."""
+        return False
+
+    def sharded_layers(self) -> Sequence[torch.nn.Module]:
+        """Modules the weights of which are gathered one at a time when they are sharded."""
+        return ()
 
     @abstractmethod
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:

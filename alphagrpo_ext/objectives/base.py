@@ -134,8 +134,10 @@ class ObjectiveConfig:
 class ObjectiveOutput:
     """
     Args:
-        loss (`torch.Tensor` of shape `(images,)`): Loss of every image, averaged over its trained steps.
-        metrics (`dict[str, torch.Tensor]`): Scalars, without gradient.
+        loss (`torch.Tensor` of shape `(images,)`):
+            Loss of every image, averaged over its trained steps. Each step's loss depends on that step alone, so that the
+            steps can be trained in several forwards.
+        metrics (`dict[str, torch.Tensor]`): Scalars, without gradient, averaged over steps.
     """
 
     loss: torch.Tensor

@@ -24,6 +24,7 @@ from trl import GRPOConfig
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import draw_window
 from alphagrpo_ext.models.denoising import DenoisingConfig
+from alphagrpo_ext.models.unified import LORA_TARGETS
 from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
@@ -46,6 +47,10 @@ class AlphaGRPOConfig(GRPOConfig):
             Whether the policy writes a thought before it paints.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Whether to exclude the vision tower and its connector from training.
+
+        lora_targets (`str`, *optional*, defaults to `"both"`):
+            Which expert an adapter is put on, in its attention and MLP: `"both"`, `"generation"` or `"understanding"`.
+            Recipes look here unless `lora_target_modules` names modules.
 
         > Parameters that control rollouts
 
@@ -116,6 +121,15 @@ class AlphaGRPOConfig(GRPOConfig):
             What that KL compares: `"mean"` of the transition, or `"velocity"`.
         image_advantage_clip (`float`, *optional*, defaults to `5.0`):
             Largest absolute advantage of an image.
+        generation_learning_rate (`float`, *optional*):
+            Learning rate of what only the generation of images uses; `None` takes `learning_rate`. The scheduler scales
+            both.
+        image_steps_per_forward (`int`, *optional*):
+            Most trained steps of an image in one packed forward. `None` takes all of them at once. A smaller number needs
+            less memory and more time, as every forward reads the context anew; the gradient is the same.
+        offload_ref_model (`bool`, *optional*, defaults to `False`):
+            Whether the reference model, which a KL without an adapter needs, lives in the host's memory. It visits the
+            accelerator while it scores a rollout.
     """
 
     per_device_train_batch_size: int = field(
@@ -147,6 +161,14 @@ class AlphaGRPOConfig(GRPOConfig):
     think: bool = field(default=True, metadata={"help": "Whether the policy writes a thought before it paints."})
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Whether to exclude vision tower and connector from training."}
+    )
+
+    lora_targets: str = field(
+        default="both",
+        metadata={
+            "help": "Which expert an adapter is put on: 'both', 'generation' or 'understanding'; --lora_target_modules "
+            "takes precedence."
+        },
     )
 
     image_height: int = field(default=512, metadata={"help": "Height of painted images, in pixels."})
@@ -228,6 +250,16 @@ class AlphaGRPOConfig(GRPOConfig):
         default="mean", metadata={"help": "What the KL of images compares: 'mean' of the transition or 'velocity'."}
     )
     image_advantage_clip: float = field(default=5.0, metadata={"help": "Largest absolute advantage of an image."})
+    generation_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the generation expert; learning_rate by default."}
+    )
+    image_steps_per_forward: int | None = field(
+        default=None, metadata={"help": "Most trained steps of an image in one packed forward; all by default."}
+    )
+    offload_ref_model: bool = field(
+        default=False,
+        metadata={"help": "Whether the reference model of training without an adapter lives in the host's memory."},
+    )
 
     def __post_init__(self) -> None:
         # Without it, processes that are launched together on a machine without accelerators do not find each other.
@@ -248,6 +280,12 @@ class AlphaGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
         if self.num_initial_images < 1:
             raise ValueError(f"num_initial_images must be at least 1, but is {self.num_initial_images}")
+        if self.lora_targets not in LORA_TARGETS:
+            raise ValueError(f"lora_targets must be one of {', '.join(LORA_TARGETS)}, but is {self.lora_targets!r}")
+        if self.image_steps_per_forward is not None and self.image_steps_per_forward < 1:
+            raise ValueError(f"image_steps_per_forward must be at least 1, but is {self.image_steps_per_forward}")
+        if self.generation_learning_rate is not None and self.generation_learning_rate < 0:
+            raise ValueError(f"generation_learning_rate must not be negative, but is {self.generation_learning_rate}")
         OBJECTIVES.get(self.image_objective)
         for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval"):
             bounds = getattr(self, name)

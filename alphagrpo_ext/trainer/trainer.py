@@ -22,6 +22,7 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -35,16 +36,20 @@ from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores
+from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
+from alphagrpo_ext.trainer.learning_rates import set_generation_learning_rate
+from alphagrpo_ext.trainer.reference import frozen_copy, prepare_reference, visiting
 from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
+from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
@@ -132,11 +137,13 @@ class AlphaGRPOTrainer(GRPOTrainer):
                 validate(args.image_height, args.image_width)
         if args.freeze_vision_tower:
             policy.freeze_vision_tower()
-        if args.image_beta and not args.beta and peft_config is None and not isinstance(model, PeftModel):
+        if args.generation_learning_rate is not None and optimizers[0] is not None:
             raise ValueError(
-                f"image_beta={args.image_beta} without an adapter needs a reference model, which TRL loads only if "
-                f"beta is not 0: set beta to a small number, or train with LoRA"
+                f"generation_learning_rate={args.generation_learning_rate} has no effect on an optimizer that is passed: "
+                f"give that one parameter groups, and leave generation_learning_rate out"
             )
+        has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        reference = None if has_adapter or not (args.beta or args.image_beta) else frozen_copy(policy)
         self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)
         self._tasks = self._validated_tasks(args, (train_dataset, eval_dataset), processing_class, policy)
         # What the packed forward answers for: set by a rollout, and for the time of one loss.
@@ -147,18 +154,40 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._rewards = torch.empty(0)
         self._seconds = {"rollout": 0.0, "reward": 0.0}
         self._accumulated_seconds: defaultdict[str, float] = defaultdict(float)
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-            rollout_func=self._rollout,
-        )
+        # TRL would load a reference model from a folder, which the policy need not have come from.
+        beta, sync_ref_model = args.beta, args.sync_ref_model
+        if reference is not None:
+            args.beta, args.sync_ref_model = 0.0, False
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                rollout_func=self._rollout,
+            )
+        finally:
+            args.beta, args.sync_ref_model = beta, sync_ref_model
+        if reference is not None:
+            self.beta = beta
+            self.ref_model = prepare_reference(reference, self.accelerator, args.offload_ref_model)
+            if sync_ref_model:
+                self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.generation_learning_rate is not None:
+            model = self.model if model is None else model
+            policy = self.accelerator.unwrap_model(model)
+            policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+            set_generation_learning_rate(optimizer, model, policy, self.args.generation_learning_rate)
+        return optimizer
 
     @staticmethod
     def _validated_tasks(
@@ -357,13 +386,22 @@ class AlphaGRPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _score_reference(self) -> list[ImageScores | None]:
         """Velocities of the reference model for a KL of images alone, which TRL does not compute one for."""
-        model = self.accelerator.unwrap_model(self.model)
         chunk = self._scoring_chunk_size()
+        model, context = self.ref_model, self._at_hand(self.ref_model)
+        if model is None:
+            model, policy = self.model, self.accelerator.unwrap_model(self.model)
+            context = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         scored = []
-        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+        with context:
             for start in range(0, len(self._trajectories), chunk):
-                scored.append(self._score(self.model, self._trajectories[start : start + chunk])[2])
+                scored.append(self._score(model, self._trajectories[start : start + chunk])[2])
         return scored
+
+    def _at_hand(self, model: torch.nn.Module | None) -> AbstractContextManager[None]:
+        """For the time of its use, a reference model that lives in the host's memory is on the accelerator."""
+        if self.args.offload_ref_model and model is not None and model is self.ref_model:
+            return visiting(model, self.accelerator.device)
+        return nullcontext()
 
     @staticmethod
     def _per_trajectory(scored: Sequence[ImageScores | None]) -> list[torch.Tensor]:
@@ -442,12 +480,19 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self, model: torch.nn.Module, trajectories: Sequence[Trajectory]
     ) -> tuple[torch.Tensor, torch.Tensor, ImageScores | None]:
         """
-        One packed forward over whole trajectories.
+        One packed forward over whole trajectories, or several with `image_steps_per_forward` trained steps each.
 
         Returns:
             Log-probabilities and entropies `(trajectories, longest text)` of sampled tokens, 0 on padding, and the
             scores of sampled images.
         """
+        parts = window_parts(trajectories, self.args.image_steps_per_forward)
+        (log_probs, entropies, _), *_ = scored = [self._score_part(model, part) for part in parts]
+        return log_probs, entropies, join_parts([images for _, _, images in scored])
+
+    def _score_part(
+        self, model: torch.nn.Module, trajectories: Sequence[Trajectory]
+    ) -> tuple[torch.Tensor, torch.Tensor, ImageScores | None]:
         unwrapped = self.accelerator.unwrap_model(model)
         batch = unwrapped.pack(trajectories, self.args.guidance)
         device = self.accelerator.device
@@ -467,26 +512,66 @@ class AlphaGRPOTrainer(GRPOTrainer):
         """TRL's scoring of text, answered from the packed forward; the images it scored are kept for the objective."""
         batch_size = batch_size or len(self._trajectories)
         log_probs, entropies = [], []
-        for start in range(0, len(self._trajectories), batch_size):
-            parts = self._score(model, self._trajectories[start : start + batch_size])
-            for target, part in ((log_probs, parts[0]), (entropies, parts[1])):
-                target.append(torch.nn.functional.pad(part, (0, logits_to_keep - part.shape[1])))
-            self._scored_images.append(parts[2])
+        with self._at_hand(model):
+            for start in range(0, len(self._trajectories), batch_size):
+                parts = self._score(model, self._trajectories[start : start + batch_size])
+                for target, part in ((log_probs, parts[0]), (entropies, parts[1])):
+                    target.append(torch.nn.functional.pad(part, (0, logits_to_keep - part.shape[1])))
+                self._scored_images.append(parts[2])
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        self._trajectories, self._scored_images = inputs["trajectories"], []
+        first, *others = window_parts(inputs["trajectories"], self.args.image_steps_per_forward)
+        # The last forward is that of the first part, in which TRL scores the text; the others are done with before it.
+        outputs = self._backward_of_parts(model, others, inputs)
+        self._trajectories, self._scored_images = first, []
         text_loss = super()._compute_loss(model, inputs)
         (scores,) = self._scored_images
         self._trajectories, self._scored_images = [], []
         loss = self.args.text_loss_weight * text_loss
         if scores is None:
             return loss
-        return loss + self.args.image_loss_weight * self._image_loss(scores, inputs)
+        outputs.insert(0, self._image_output(scores, inputs, 0))
+        self._log_images(outputs)
+        # The gradient of the other parts is there already, so only the value of their loss is added.
+        image_loss = sum([output.loss.detach() for output in outputs[1:]], outputs[0].loss)
+        return loss + self.args.image_loss_weight * self._per_accumulation_step(image_loss)
 
-    def _image_loss(self, scores: ImageScores, inputs: dict[str, Any]) -> torch.Tensor:
+    def _backward_of_parts(
+        self, model: torch.nn.Module, parts: Sequence[Sequence[Trajectory]], inputs: dict[str, Any]
+    ) -> list[ObjectiveOutput]:
+        """Forward and backward of trained steps beyond those of the first part, one part after the other."""
+        outputs, start = [], self.args.image_steps_per_forward
+        state, is_last = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        for part in parts:
+            # Processes exchange gradients, and DeepSpeed takes its step, in the backward of the trainer alone.
+            with self.accelerator.no_sync(model) if is_last else nullcontext():
+                _, _, scores = self._score(model, part)
+                output = self._image_output(scores, inputs, start)
+                loss = self.args.image_loss_weight * self._per_accumulation_step(output.loss)
+                options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                state._set_sync_gradients(False)
+                try:
+                    with torch.autocast(self.accelerator.device.type, enabled=False):
+                        self.accelerator.backward(loss, **options)
+                finally:
+                    state._set_sync_gradients(is_last)
+            outputs.append(replace(output, loss=output.loss.detach()))
+            start += scores.t.shape[1]
+        return outputs
+
+    def _per_accumulation_step(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss / self.current_gradient_accumulation_steps if self.model.training else loss
+
+    def _image_output(self, scores: ImageScores, inputs: dict[str, Any], start: int) -> ObjectiveOutput:
+        """
+        The objective on the trained steps that `scores` has, the first of which is step `start` of the window. The loss is
+        a scalar, and it and the metrics are the steps' share of an average over the window.
+        """
+        num_steps = scores.t.shape[1]
+
         def velocities(name: str) -> torch.Tensor | None:
-            return torch.cat(inputs[name]) if inputs.get(name) is not None else None
+            return torch.cat(inputs[name])[:, start : start + num_steps] if inputs.get(name) is not None else None
 
         output = self._objective(
             scores,
@@ -494,13 +579,22 @@ class AlphaGRPOTrainer(GRPOTrainer):
             old_velocities=velocities("old_velocities"),
             ref_velocities=velocities("ref_velocities"),
         )
-        loss = output.loss.sum() / len(inputs["trajectories"])
+        window_size = next(
+            image.window.num_steps for t in inputs["trajectories"] for image in t.sampled_images if image.window
+        )
+        share = num_steps / window_size
+        return ObjectiveOutput(
+            loss=share * output.loss.sum() / len(inputs["trajectories"]),
+            metrics={name: share * value for name, value in output.metrics.items()},
+        )
+
+    def _log_images(self, outputs: Sequence[ObjectiveOutput]) -> None:
+        names = ["loss", *outputs[0].metrics]
+        parts = [torch.stack([output.loss.detach(), *output.metrics.values()]) for output in outputs]
+        values = self.accelerator.reduce(torch.stack(parts).sum(dim=0), reduction="mean").tolist()
         mode = "train" if self.model.training else "eval"
-        metrics = {"loss": loss.detach(), **output.metrics}
-        values = self.accelerator.reduce(torch.stack(list(metrics.values())), reduction="mean").tolist()
-        for name, value in zip(metrics, values, strict=True):
+        for name, value in zip(names, values, strict=True):
             self._metrics[mode][f"image/{name}"].append(value)
-        return loss / self.current_gradient_accumulation_steps if mode == "train" else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()

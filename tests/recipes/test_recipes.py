@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from trl import TrlParser
 
 from alphagrpo_ext.models.loading import load_model
@@ -66,8 +67,22 @@ def test_config_parses_with_its_recipe(config: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipe_has_help(recipe: Path) -> None:
-    # A folder, or a file where that is all there is.
-    assert "--output" in run(recipe, "--help")
+    # A folder, or a file where that is all there is; one that only computes something writes neither.
+    option = "--model_name_or_path" if recipe.stem == "estimate_memory" else "--output"
+    assert option in run(recipe, "--help")
+
+
+def test_memory_of_the_packaged_model_is_estimated() -> None:
+    output = run(
+        *(ROOT / "recipes" / "estimate_memory.py", "--model_name_or_path", "bagel-shapes", "--height", "24"),
+        *("--width", "24", "--batch_size", "8", "--lora_rank", "0", "--num_shards", "2"),
+    )
+    header, _, row, *_ = output.splitlines()
+    assert header == "| | weights | gathered | reference | gradients | optimizer | activations | total |"
+    values = [float(value) for value in row.split("|")[2:-1]]
+    # In GiB, a model of 2 million parameters.
+    assert values[-1] == pytest.approx(sum(values[:-1]), rel=0.01)
+    assert 0.01 < values[-1] < 1
 
 
 @pytest.mark.slow
@@ -213,3 +228,16 @@ def test_pretraining_resumes_bit_equal(tmp_path: Path) -> None:
     expected, _ = load_model(tmp_path / "whole" / "checkpoint")
     for (name, actual), (_, value) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         assert torch.equal(actual, value), name
+
+
+@pytest.mark.slow
+def test_adapter_is_put_on_the_expert_that_is_named(tmp_path: Path) -> None:
+    run(
+        *("-m", "accelerate.commands.launch", ROOT / "recipes" / "reasoning_t2i.py"),
+        *("--max_steps", "1", "--per_device_train_batch_size", "8", "--num_train_prompts", "16", "--eval_seeds", "0"),
+        *("--use_peft", "--lora_r", "4", "--lora_targets", "generation", "--generation_learning_rate", "1e-4"),
+        *("--output_dir", tmp_path),
+    )
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert len(names) == 6 * 7 * 2
+    assert all("_moe_gen" in name for name in names)

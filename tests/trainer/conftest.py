@@ -72,7 +72,8 @@ class Recorder:
         def recording_loss(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
             parts.clear()
             loss = compute_loss(model, inputs)
-            ((log_probs, _, images),) = parts
+            # Where trained steps are split over several forwards, the last one has the text.
+            *_, (log_probs, _, images) = parts
             if model.training:
                 images = images and ImageScores(**{n: v.detach() for n, v in vars(images).items()})
                 self.updates.append(Update(inputs, log_probs.detach(), images))

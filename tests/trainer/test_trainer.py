@@ -243,11 +243,6 @@ def test_kl_to_a_reference_model(
         assert first < 1e-6 < second
 
 
-def test_kl_of_images_needs_a_reference(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(ValueError, match="image_beta=0.1 without an adapter"):
-        make_trainer(image_beta=0.1)
-
-
 def test_no_image_is_judged_no_weight_moves(make_trainer: MakeTrainer) -> None:
     def failing(images: list, **kwargs: Any) -> list[None]:
         return [None] * len(images)

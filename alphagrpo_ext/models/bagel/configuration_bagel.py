@@ -33,11 +33,19 @@ FLUX_VAE_CONFIG: dict[str, Any] = {
     "shift_factor": 0.1159,
 }
 
-# Everything that LoRA adapts by default: attention and MLP of both experts, and nothing of the vision tower.
-LORA_TARGET_MODULES = (
-    r".*language_model\.model\.layers\.\d+\."
-    r"(self_attn\.[qkvo]_proj(_moe_gen)?|mlp(_moe_gen)?\.(gate|up|down)_proj)"
-)
+
+def _lora_targets(expert: str) -> str:
+    layer = r".*language_model\.model\.layers\.\d+\."
+    return rf"{layer}(self_attn\.[qkvo]_proj{expert}|mlp{expert}\.(gate|up|down)_proj)"
+
+
+# Attention and MLP of the experts, and nothing of the vision tower.
+LORA_TARGET_MODULES_OF = {
+    "both": _lora_targets("(_moe_gen)?"),
+    "generation": _lora_targets("_moe_gen"),
+    "understanding": _lora_targets(""),
+}
+LORA_TARGET_MODULES = LORA_TARGET_MODULES_OF["both"]
 
 
 class BagelConfig(PreTrainedConfig):

@@ -20,12 +20,15 @@ Source: Emerging Properties in Unified Multimodal Pretraining (https://huggingfa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import GenerationConfig, PreTrainedModel, SiglipVisionConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -42,9 +45,11 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
-from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_OF, BagelConfig
+from alphagrpo_ext.models.bagel.flex_bagel import block_mask_attention, visibility_block_mask
 from alphagrpo_ext.models.bagel.generation_bagel import BagelGenerationMixin
 from alphagrpo_ext.models.bagel.packing_bagel import pack_trajectories, patchify, unpatchify, visibility_mask
+from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.models.unified import MODELS, PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.trajectory import Trajectory
 
@@ -109,7 +114,7 @@ class BagelAttention(nn.Module):
         und: torch.Tensor,
         gen: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
+        mask: torch.Tensor | BlockMask,
         cache: BagelCache | None = None,
         prefill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -122,9 +127,7 @@ class BagelAttention(nn.Module):
             cache.prefix_keys.append(key)
             cache.prefix_values.append(value)
         if cache is None or prefill:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
+            attention = self._attention_function(mask)
             output, _ = attention(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
         else:
             output = cache.attend(self.layer_idx, query, key, value, mask, self.scaling).transpose(1, 2)
@@ -133,6 +136,14 @@ class BagelAttention(nn.Module):
         if gen is None:
             return self.o_proj(output), None
         return self.o_proj(output[:, :num_und]), self.o_proj_moe_gen(output[:, num_und:])
+
+    def _attention_function(self, mask: torch.Tensor | BlockMask) -> Callable:
+        if isinstance(mask, BlockMask):
+            return block_mask_attention
+        name = self.config._attn_implementation
+        # A prefilled context is short and comes with a mask of all pairs.
+        name = "sdpa" if name == "flex_attention" else name
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
 
 class BagelDecoderLayer(GradientCheckpointingLayer):
@@ -182,7 +193,7 @@ class BagelDecoder(nn.Module):
         und: torch.Tensor,
         gen: torch.Tensor | None,
         positions: torch.Tensor,
-        mask: torch.Tensor,
+        mask: torch.Tensor | BlockMask,
         cache: BagelCache | None = None,
         prefill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -191,16 +202,23 @@ class BagelDecoder(nn.Module):
             und (`torch.Tensor` of shape `(batch, und_tokens, hidden)`): Embeddings for the understanding expert.
             gen (`torch.Tensor` of shape `(batch, gen_tokens, hidden)`, *optional*): For the generation expert.
             positions (`torch.Tensor` of shape `(batch, und_tokens + gen_tokens)`): Rotary positions.
-            mask (`torch.Tensor` of shape `(batch, queries, keys)`): Visibility, bool.
+            mask (`torch.Tensor` of shape `(batch, queries, keys)` or `BlockMask`): Visibility, bool.
             cache ([`BagelCache`], *optional*): Context that comes before these tokens.
             prefill (`bool`, *optional*, defaults to `False`): Whether these tokens become the cache's prefix.
 
         Returns:
             The normed hidden states of both experts' tokens.
         """
-        mask = mask[:, None]
+        if not isinstance(mask, BlockMask):
+            mask = mask[:, None]
         if (cache is not None and not prefill) or self.config._attn_implementation == "eager":
             mask = additive_mask(mask)
+        elif self.config._attn_implementation == "sdpa":
+            # SDPA would make the same numbers of a bool mask in every layer, and keep each for the backward.
+            kind = und.device.type
+            mask = additive_mask(
+                mask, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else und.dtype
+            )
         position_embeddings = self.rotary_emb(und, positions)
         for layer in self.layers:
             und, gen = layer(
@@ -209,13 +227,28 @@ class BagelDecoder(nn.Module):
         return self.norm(und), None if gen is None else self.norm_moe_gen(gen)
 
 
+class BagelHead(nn.Linear):
+    """
+    Language-model head that scores tokens chunk by chunk. It is one call of one module, so that what gathers the weights of
+    sharded modules does so once.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None, temperature: float = 1.0
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits `(..., vocabulary)`, or what [`score_tokens`] returns if there are `targets`."""
+        if targets is None:
+            return super().forward(hidden_states)
+        return score_tokens(super().forward, hidden_states, targets, self.out_features, temperature)
+
+
 class BagelLanguageModel(nn.Module):
     """Decoder and language-model head."""
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.model = BagelDecoder(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = BagelHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
 
 class BagelTimeEmbedder(nn.Module):
@@ -303,6 +336,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     # Anchored, because this is searched for in names, and `vae2llm` and `llm2vae` are no part of the autoencoder.
     _keep_in_fp32_modules_strict = [r"^vae\."]
     _supports_sdpa = True
+    _supports_flex_attn = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -327,9 +361,7 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__(config)
-        # The parts are plain modules, so nothing else tells them.
-        config.text_config._attn_implementation = config._attn_implementation
-        config.vision_config._attn_implementation = config._attn_implementation
+        self._tell_parts_attention()
         hidden_size = config.text_config.hidden_size
         self.language_model = BagelLanguageModel(config)
         self.time_embedder = BagelTimeEmbedder(hidden_size)
@@ -352,6 +384,17 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         )
         self.post_init()
 
+    def _tell_parts_attention(self) -> None:
+        # The parts are plain modules, so nothing else tells them.
+        name = self.config._attn_implementation
+        self.config.text_config._attn_implementation = name
+        # The vision tower sees single images and has no block mask.
+        self.config.vision_config._attn_implementation = "sdpa" if name == "flex_attention" else name
+
+    def set_attn_implementation(self, attn_implementation: str, *args: Any, **kwargs: Any) -> None:
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        self._tell_parts_attention()
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
@@ -371,6 +414,22 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.language_model.lm_head = value
+
+    lora_targets = LORA_TARGET_MODULES_OF
+
+    @staticmethod
+    def is_generation_parameter(name: str) -> bool:
+        return re.search(r"_moe_gen\.|(^|\.)(vae2llm|llm2vae|time_embedder)\.", name) is not None
+
+    def vision_tokens(self, height: int, width: int) -> int:
+        patch_size = self.config.vision_config.patch_size
+        return (height // patch_size) * (width // patch_size)
+
+    def keeps_fp32(self, name: str) -> bool:
+        return name.startswith("vae.")
+
+    def sharded_layers(self) -> Sequence[nn.Module]:
+        return [*self.language_model.model.layers, *self.vit_model.vision_model.encoder.layers]
 
     @property
     def latent_downsample(self) -> int:
@@ -469,16 +528,20 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
         """
         und, gen = self.embed_rows({"input_ids": input_ids, **images})
-        mask = visibility_mask(positions, blocks, noised)
+        is_flex = self.config.text_config._attn_implementation == "flex_attention"
+        mask = (visibility_block_mask if is_flex else visibility_mask)(positions, blocks, noised)
         und, gen = self.language_model.model(und, gen, positions, mask)
-        logits = self.language_model.lm_head(und.flatten(0, 1)[score_index]).float() / temperature
-        log_probs = logits.log_softmax(dim=-1)
-        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
+        head, scored = self.language_model.lm_head, und.flatten(0, 1)[score_index]
+        if isinstance(head, BaseTunerLayer):
+            # An adapter around the head can only make logits.
+            log_probs, entropies = score_tokens(head, scored, score_targets, head.out_features, temperature)
+        else:
+            log_probs, entropies = head(scored, score_targets, temperature)
         velocities = None
         if velocity_index is not None:
             velocities = self.llm2vae(gen.flatten(0, 1)[velocity_index]).float()
         return PackedOutput(
-            log_probs=log_probs.gather(-1, score_targets[:, None]).squeeze(-1),
+            log_probs=log_probs,
             entropies=entropies,
             velocities=velocities,
         )

@@ -63,21 +63,35 @@ def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch_size: int) -> 
     return images.reshape(*batch, channels, grid[0] * patch_size, grid[1] * patch_size)
 
 
-def visibility_mask(positions: torch.Tensor, blocks: torch.Tensor, noised: torch.Tensor) -> torch.Tensor:
+def sees(
+    query_position: torch.Tensor,
+    query_block: torch.Tensor,
+    key_position: torch.Tensor,
+    key_block: torch.Tensor,
+    key_noised: torch.Tensor,
+) -> torch.Tensor:
     """
-    Who sees whom, from the attributes that [`collate_rows`] gives every token, each `(batch, tokens)`.
+    Whether a query sees a key, from attributes that broadcast.
 
     Inside a block a token sees those at its own position or before, which is causal for text, whose positions rise, and
     full for an image, whose positions are equal. Of other blocks it sees the earlier ones that are not noised. Padding
     sees padding, so that no row of the mask is empty.
+    """
+    inside = (query_block == key_block) & (key_position <= query_position)
+    earlier = (key_block < query_block) & (key_block != PADDING_BLOCK) & ~key_noised
+    return inside | earlier
+
+
+def visibility_mask(positions: torch.Tensor, blocks: torch.Tensor, noised: torch.Tensor) -> torch.Tensor:
+    """
+    Who [`sees`] whom, from the attributes that [`collate_rows`] gives every token, each `(batch, tokens)`.
 
     Returns:
         `torch.Tensor` of shape `(batch, tokens, tokens)`, bool, queries before keys.
     """
-    query, key = blocks[:, :, None], blocks[:, None, :]
-    inside = (query == key) & (positions[:, None, :] <= positions[:, :, None])
-    earlier = (key < query) & (key != PADDING_BLOCK) & ~noised[:, None, :]
-    return inside | earlier
+    return sees(
+        positions[:, :, None], blocks[:, :, None], positions[:, None, :], blocks[:, None, :], noised[:, None, :]
+    )
 
 
 @dataclass

@@ -1,0 +1,86 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Flex attention for the packed forward: it skips the blocks of the mask that are empty, and stores no mask of all pairs.
+
+Noised copies see the context and themselves, so most of a long row is empty.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from alphagrpo_ext.models.bagel.packing_bagel import sees
+
+
+def visibility_block_mask(positions: torch.Tensor, blocks: torch.Tensor, noised: torch.Tensor) -> BlockMask:
+    """
+    [`visibility_mask`] as a block mask.
+
+    Args:
+        positions, blocks, noised (`torch.Tensor` of shape `(batch, tokens)`): Attributes that [`collate_rows`] gives.
+    """
+    batch, length = positions.shape
+
+    def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return sees(positions[row, query], blocks[row, query], positions[row, key], blocks[row, key], noised[row, key])
+
+    # Not compiled, it computes the mask of all pairs first.
+    return create_block_mask(
+        mask_mod,
+        B=batch,
+        H=None,
+        Q_LEN=length,
+        KV_LEN=length,
+        device=positions.device,
+        _compile=positions.device.type != "cpu",
+    )
+
+
+def block_mask_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockMask,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention under a block mask, with the interface of Transformers' attention functions: compiled on an accelerator. On
+    a CPU it is not compiled; and as flex attention has no backward there, SDPA gets the mask of all pairs.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, tokens, head_dim)`): Rotated queries.
+        key, value (`torch.Tensor` of shape `(batch, kv_heads, tokens, head_dim)`): Rotated keys, and values.
+        mask (`BlockMask`): From [`visibility_block_mask`].
+        scaling (`float`): Factor of the scores.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, tokens, heads, head_dim)`, and `None`.
+    """
+    if query.device.type != "cpu":
+        output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+        return output, None
+    if any(tensor.requires_grad for tensor in (query, key, value)):
+        length = query.shape[2]
+        dense = create_mask(mask.mask_mod, len(query), 1, length, length, device=query.device)
+        return sdpa_attention_forward(module, query, key, value, dense, scaling=scaling, **kwargs)
+    output = flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2), None

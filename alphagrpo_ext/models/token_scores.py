@@ -1,0 +1,70 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Log-probabilities of tokens without the logits of all of them in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+MAX_LOGITS = 2**25
+"""Logits that are in memory at once: 128 MiB in fp32, 220 tokens of BAGEL's vocabulary."""
+
+
+def score_tokens(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of `targets` and entropies of their distributions, in chunks of tokens.
+
+    The backward computes the logits of a chunk anew, so that only hidden states are kept. A single chunk is not
+    computed twice.
+
+    Args:
+        head (`Callable`): Hidden states `(n, hidden)` to logits `(n, vocab_size)`.
+        hidden_states (`torch.Tensor` of shape `(tokens, hidden)`): Before the head.
+        targets (`torch.Tensor` of shape `(tokens,)`): Token ids.
+        vocab_size (`int`): Logits a token.
+        temperature (`float`, *optional*, defaults to `1.0`): Divides the logits.
+        max_logits (`int`, *optional*, defaults to [`MAX_LOGITS`]): Largest size of a chunk, in logits; at least one token.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities and entropies `(tokens,)`, in nats, fp32.
+    """
+
+    def score(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = (head(states).float() / temperature).log_softmax(dim=-1)
+        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return log_probs.gather(-1, ids[:, None]).squeeze(-1), entropies
+
+    chunk_size = max(1, max_logits // vocab_size)
+    if len(targets) <= chunk_size:
+        return score(hidden_states, targets)
+    parts = [
+        checkpoint(score, states, ids, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else score(states, ids)
+        for states, ids in zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
+    ]
+    log_probs, entropies = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)

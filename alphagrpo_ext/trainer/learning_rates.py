@@ -1,0 +1,47 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Learning rates of the two experts as groups of the optimizer's parameters."""
+
+from __future__ import annotations
+
+import torch
+
+from alphagrpo_ext.models.unified import UnifiedModel
+
+
+def set_generation_learning_rate(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, policy: UnifiedModel, learning_rate: float
+) -> None:
+    """
+    Split every group of a fresh optimizer in two: what only the generation of images uses gets its own learning rate.
+
+    Everything else of a group, such as its weight decay, stays. A scheduler, which is made later, scales each group from
+    its own initial rate.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Before its first step.
+        model (`torch.nn.Module`): The policy, possibly wrapped; names its parameters.
+        policy ([`UnifiedModel`]): Tells the experts apart.
+        learning_rate (`float`): Of the generation expert.
+    """
+    generation = {id(p) for name, p in model.named_parameters() if policy.is_generation_parameter(name)}
+    groups = []
+    for group in optimizer.param_groups:
+        own = [parameter for parameter in group["params"] if id(parameter) in generation]
+        others = [parameter for parameter in group["params"] if id(parameter) not in generation]
+        groups += [{**group, "params": others}] if others else []
+        groups += [{**group, "params": own, "lr": learning_rate}] if own else []
+    # The trainer logs the rate of the first group: the understanding expert's, if that is trained.
+    optimizer.param_groups[:] = groups

@@ -1,0 +1,162 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Trained steps split over several packed forwards: the same scores, the same gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.objectives import ImageScores
+from alphagrpo_ext.trainer import AlphaGRPOTrainer
+from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
+from alphagrpo_ext.trajectory import Trajectory
+
+
+MakeTrainer = Callable[..., AlphaGRPOTrainer]
+# Plain gradient descent, as Adam's first step turns rounding of gradients near 0 into whole steps.
+PLAIN = {"optim": "sgd", "max_grad_norm": 0.0}
+
+
+def history(trainer: AlphaGRPOTrainer, metric: str) -> list[float]:
+    return [entry[metric] for entry in trainer.state.log_history if metric in entry]
+
+
+def count_parts(trainer: AlphaGRPOTrainer) -> list[tuple[int, int]]:
+    """Sampled texts and trained steps of every packed forward from now on."""
+    counts = []
+    score_part = trainer._score_part
+
+    def counting(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple:
+        image = trajectories[0].sampled_images[-1]
+        counts.append((sum(len(t.sampled_texts) for t in trajectories), image.window.num_steps))
+        return score_part(model, trajectories)
+
+    trainer._score_part = counting
+    return counts
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of the first optimizer step: that step itself is rounded to the weights."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any
+    ) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self.kept[name] = parameter.grad.clone()
+
+
+def gradients(trainer: AlphaGRPOTrainer) -> dict[str, torch.Tensor]:
+    callback = Gradients()
+    trainer.add_callback(callback)
+    trainer.train()
+    return callback.kept
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="guidance in a part of the window"),
+        pytest.param({"cfg_interval": [0.0, 1.0], "cfg_renorm_type": "channel"}, id="guidance everywhere"),
+        pytest.param({"cfg_text_scale": 1.0, "text_loss_weight": 0.3, "image_loss_weight": 2.0}, id="weights"),
+        pytest.param({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, id="accumulation"),
+        pytest.param({"image_beta": 0.1, "beta": 0.1, "lora": True}, id="reference"),
+        pytest.param({"think": False}, id="no text"),
+        pytest.param({"gradient_checkpointing": True}, id="gradient checkpointing"),
+        pytest.param({"task": "self_reflection", "cfg_img_scale": 2.0, "num_reflection_rounds": 2}, id="two rounds"),
+    ],
+)
+def test_gradient_is_that_of_one_forward(make_trainer: MakeTrainer, settings: dict[str, Any], steps: int) -> None:
+    whole = make_trainer(**PLAIN, **settings)
+    expected = gradients(whole)
+    parts = make_trainer(**PLAIN, **settings, image_steps_per_forward=steps)
+    counts = count_parts(parts)
+    actual = gradients(parts)
+    assert actual.keys() == expected.keys()
+    assert {count for _, count in counts} == ({1} if steps == 1 else {1, 2})
+    num_forwards = 3 if steps == 1 else 2
+    assert len(counts) % num_forwards == 0
+    if parts.args.think:
+        # Text is scored in one forward of each batch.
+        assert sum(texts > 0 for texts, _ in counts) == len(counts) // num_forwards
+    largest = max(gradient.norm().item() for gradient in expected.values())
+    assert largest > 0
+    for name, gradient in expected.items():
+        # One that is nothing but rounding, as that of the keys' biases, is measured by the largest.
+        scale = max(gradient.norm().item(), 1e-3 * largest)
+        assert (actual[name] - gradient).norm().item() <= 1e-5 * scale, name
+    for metric in ("loss", "image/loss", "image/ratio_mean", "image/log_prob", "image/kl", "kl", "grad_norm"):
+        assert history(parts, metric) == pytest.approx(history(whole, metric), rel=1e-4, abs=1e-6), metric
+
+
+def test_second_update_compares_each_step_with_its_own_old_velocity(make_trainer: MakeTrainer) -> None:
+    settings = {"max_steps": 2, "num_iterations": 2, **PLAIN, "learning_rate": 1e-2}
+    whole, parts = make_trainer(**settings), make_trainer(**settings, image_steps_per_forward=1)
+    whole.train()
+    parts.train()
+    ratios = history(whole, "image/ratio_mean")
+    assert abs(ratios[1] - 1) > 1e-4
+    for metric in ("image/ratio_mean", "image/clip_ratio", "image/log_prob"):
+        assert history(parts, metric) == pytest.approx(history(whole, metric), rel=1e-5)
+    for (name, expected), actual in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_parts_join_to_the_whole(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    model, guidance = trainer.model.eval(), trainer.args.guidance
+
+    def scores(trajectories: list[Trajectory]) -> ImageScores:
+        batch = model.pack(trajectories, guidance)
+        with torch.no_grad():
+            return ImageScores.from_packed(trajectories, batch, model(**batch.inputs), guidance)
+
+    whole = scores(update.trajectories)
+    joined = join_parts([scores(part) for part in window_parts(update.trajectories, 2)])
+    for name, expected in vars(whole).items():
+        torch.testing.assert_close(getattr(joined, name), expected, rtol=0, atol=1e-5, msg=name)
+
+
+def test_context_of_a_later_part_is_that_of_the_first(make_trainer: MakeTrainer) -> None:
+    """What is no action any more stands in its place, without its end token, which is a delimiter then."""
+    trainer = make_trainer()
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    first, second = window_parts(update.trajectories, 2)
+    guidance = GuidanceConfig(text_scale=1.0)
+    batches = [trainer.model.pack(part, guidance) for part in (first, second)]
+    assert len(batches[1].score_column) == 0 < len(batches[0].score_column)
+    for before, after in zip(first, second, strict=True):
+        assert [t.content_ids for t in before.sampled_texts] == [
+            s.token_ids for s in after.segments[len(after.segments) - 1 - len(before.sampled_texts) : -1]
+        ]
+        old, new = before.sampled_images[0].window, after.sampled_images[0].window
+        assert torch.equal(old.latents[-1], new.latents[0])
+        assert (old.num_steps, new.num_steps, new.start) == (2, 1, old.start + 2)
+
+
+def test_impossible_number_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="image_steps_per_forward must be at least 1, but is 0"):
+        make_trainer(image_steps_per_forward=0)

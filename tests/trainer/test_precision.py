@@ -1,0 +1,95 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What stays fp32 in a bf16 run, and memory that falls with `image_steps_per_forward`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.trainer import AlphaGRPOTrainer
+
+
+MakeTrainer = Callable[..., AlphaGRPOTrainer]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fp32_where_bf16_would_move_the_ratio(
+    make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel], lora: bool, autocast: bool
+) -> None:
+    """Weights in bf16, as BAGEL-7B is loaded: latents, log-probabilities, velocities and adapters are fp32."""
+    model = make_shapes_bagel()
+    vae = model.vae
+    model.to(torch.bfloat16)
+    vae.float()
+    trainer = make_trainer(model=model, lora=lora, bf16=autocast, image_beta=0.1, learning_rate=1e-2, max_steps=2)
+    trainer.train()
+    for update in trainer.recorder.updates:
+        assert update.log_probs.dtype == torch.float32
+        assert update.images.velocities.dtype == torch.float32
+        for reference in update.inputs["ref_velocities"]:
+            assert reference.dtype == torch.float32
+        for trajectory in update.trajectories:
+            window = trajectory.sampled_images[0].window
+            assert {t.dtype for t in (window.latents, window.timesteps, window.log_probs)} == {torch.float32}
+            # Not values of bf16 that were stored in fp32.
+            assert (window.latents != window.latents.bfloat16()).any()
+    parameters: dict[str, torch.nn.Parameter] = dict(trainer.model.named_parameters())
+    for name, parameter in parameters.items():
+        is_fp32 = "lora_" in name or ".vae." in f".{name}"
+        assert parameter.dtype == (torch.float32 if is_fp32 else torch.bfloat16), name
+        if lora and parameter.requires_grad:
+            state: dict[str, Any] = trainer.optimizer.state[parameter]
+            assert {state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
+    ratios = [entry["image/ratio_mean"] for entry in trainer.state.log_history if "image/ratio_mean" in entry]
+    assert ratios == [1.0, 1.0]
+
+
+def kept_for_backward(trainer: AlphaGRPOTrainer) -> list[int]:
+    """Bytes of activations that each packed forward with gradient keeps, from now on."""
+    sizes = []
+    score_part = trainer._score_part
+
+    def measuring(*args: Any) -> tuple:
+        storages = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = score_part(*args)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+        if torch.is_grad_enabled():
+            sizes.append(sum(size for pointer, size in storages.items() if pointer not in weights))
+        return result
+
+    trainer._score_part = measuring
+    return sizes
+
+
+def test_fewer_steps_a_forward_keep_less(make_trainer: MakeTrainer) -> None:
+    kept = {}
+    for steps in (None, 1):
+        trainer = make_trainer(image_steps_per_forward=steps, sde_window_size=4, sde_window_range=[0, 4], think=False)
+        sizes = kept_for_backward(trainer)
+        trainer.train()
+        assert len(sizes) == (1 if steps is None else 4)
+        kept[steps] = max(sizes)
+    # The context of a prompt is short beside four copies of an image.
+    assert kept[1] < 0.5 * kept[None]

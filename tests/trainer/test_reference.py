@@ -1,0 +1,129 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The reference model of a KL without an adapter: a frozen copy of the policy, wherever that came from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
+from alphagrpo_ext.trainer import AlphaGRPOTrainer
+from alphagrpo_ext.trainer.reference import frozen_copy, visiting
+
+
+MakeTrainer = Callable[..., AlphaGRPOTrainer]
+
+
+def history(trainer: AlphaGRPOTrainer, metric: str) -> list[float]:
+    return [entry[metric] for entry in trainer.state.log_history if metric in entry]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"beta": 0.1, "image_beta": 0.1}, id="text and image"),
+        pytest.param({"image_beta": 0.1}, id="image"),
+        pytest.param({"beta": 0.1}, id="text"),
+        pytest.param({"beta": 0.1, "image_beta": 0.1, "offload_ref_model": True}, id="in host memory"),
+        pytest.param({"image_beta": 0.1, "offload_ref_model": True, "image_steps_per_forward": 2}, id="in parts"),
+    ],
+)
+def test_kl_of_a_model_that_came_from_no_folder(make_trainer: MakeTrainer, settings: dict[str, Any]) -> None:
+    trainer = make_trainer(max_steps=2, **settings)
+    assert not trainer.model.config._name_or_path
+    initial = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert (trainer.beta, trainer.args.beta) == (settings.get("beta", 0.0),) * 2
+    for metric, coefficient in (("kl", "beta"), ("image/kl", "image_beta")):
+        values = history(trainer, metric)
+        if coefficient not in settings:
+            assert not values
+            continue
+        first, second = values
+        assert first < 1e-6 < second
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model).state_dict()
+    assert all(torch.equal(reference[name], value) for name, value in initial.items())
+    assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+
+
+def test_no_kl_needs_no_reference(make_trainer: MakeTrainer) -> None:
+    assert make_trainer().ref_model is None
+    assert make_trainer(lora=True, beta=0.1, image_beta=0.1).ref_model is None
+
+
+def test_adapter_that_was_there_is_its_own_reference(
+    make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel]
+) -> None:
+    """A trained adapter is compared with a copy of itself, not with the base model."""
+    model = get_peft_model(make_shapes_bagel(), LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGET_MODULES))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.02)
+    trainer = make_trainer(model=model, beta=0.1, image_beta=0.1, max_steps=2)
+    trainer.train()
+    first, second = history(trainer, "image/kl")
+    assert first < 1e-6 < second
+
+
+def test_synchronized_reference_follows_the_policy(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        beta=0.1, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0, max_steps=1
+    )
+    trainer.train()
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+    pairs = zip(trainer.model.parameters(), reference.parameters(), strict=True)
+    assert all(torch.equal(policy, copied) for policy, copied in pairs)
+
+
+def test_copy_of_a_policy_that_was_trained_before_is_a_copy(
+    make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel]
+) -> None:
+    """TRL wraps the forward of a policy, which must not lead the copy's forward back to the policy."""
+    model = make_shapes_bagel()
+    trainer = make_trainer(model=model)
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    batch = model.pack(update.trajectories, trainer.args.guidance)
+    reference = frozen_copy(trainer.model)
+    with torch.no_grad():
+        expected = reference(**batch.inputs).velocities
+        trainer.model.llm2vae.weight.zero_()
+        actual = reference(**batch.inputs).velocities
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+class Traveller(torch.nn.Linear):
+    """Notes where it is sent. No accelerator is at hand, and the other devices of a CPU build hold no data."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.places: list[str] = []
+
+    def to(self, device: torch.device) -> "Traveller":
+        self.places.append(device.type)
+        return self
+
+
+def test_visitor_goes_home() -> None:
+    model = Traveller()
+    with pytest.raises(RuntimeError, match="out of memory"), visiting(model, torch.device("cuda")):
+        assert model.places == ["cuda"]
+        raise RuntimeError("out of memory")
+    assert model.places == ["cuda", "cpu"]
