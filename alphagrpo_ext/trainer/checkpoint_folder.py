@@ -148,6 +148,11 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return max(complete)[2] if complete else None
 
 
+def asks_to_resume(resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether an argument, which a command line gives as text, asks to go on with a run."""
+    return str(resume_from_checkpoint or "").lower() not in ("", "false", "none")
+
+
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
     """
     The checkpoint that a run goes on from.
@@ -165,12 +170,12 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     Raises:
         `DamagedCheckpointError`: If the path that is named is no complete checkpoint.
     """
-    text = str(resume_from_checkpoint or "")
-    if text.lower() in ("", "false", "none"):
+    if not asks_to_resume(resume_from_checkpoint):
         return None
-    if text.lower() not in ("true", "last"):
-        read_manifest(Path(text))
-        return Path(text)
+    if str(resume_from_checkpoint).lower() not in ("true", "last"):
+        checkpoint = Path(resume_from_checkpoint)
+        read_manifest(checkpoint)
+        return checkpoint
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is None:
         logger.warning("%s holds no complete checkpoint: the run starts from the beginning", output_dir)

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
+from datasets import IterableDataset
 from safetensors.torch import load_model, save_model
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -129,6 +131,9 @@ class ExactResumeMixin:
         self._checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if self._checkpoint is not None:
             self._check_resumable(self._checkpoint)
+        else:
+            # An evaluation before training, which a restarted run may have kept, must not matter to it.
+            set_seed(self.args.seed, device_specific=True)
         self._started_at, self._seconds_before = time.time(), 0.0
         eval_on_start = self.args.eval_on_start
         # It was made before the first step, and is in the history.
@@ -155,9 +160,18 @@ class ExactResumeMixin:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
-        if self._train_sampler is not None:
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, *args, **kwargs
+        )
+        if isinstance(self.train_dataset, IterableDataset) and self.state.epoch:
+            # Transformers takes a stream for endless, but one that has ended began anew.
+            epochs_trained = int(self.state.epoch)
+            steps_in_epoch = num_update_steps_per_epoch * self.args.gradient_accumulation_steps
+            steps_trained = round((self.state.epoch - epochs_trained) * steps_in_epoch)
+        elif self._train_sampler is not None:
             for _ in range(epochs_trained):
                 # TRL's sampler draws the order of an epoch when it is asked for the first prompt of it.
                 next(iter(self._train_sampler), None)
