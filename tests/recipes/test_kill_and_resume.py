@@ -32,23 +32,27 @@ from run_comparison import without_timings
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
-    *("--max_steps", "8", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"),
+    *("--max_steps", "6", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"),
     # Rollouts serve two steps, and two steps make a log: most checkpoints are in the middle of one or the other.
     *("--num_iterations", "2", "--logging_steps", "3", "--gradient_accumulation_steps", "2"),
-    *("--per_device_train_batch_size", "8", "--num_generations", "4", "--num_train_prompts", "12"),
+    *("--per_device_train_batch_size", "4", "--num_generations", "4", "--num_train_prompts", "12"),
     *("--num_eval_prompts", "14", "--eval_seeds", "1", "--bf16", "false", "--resume_from_checkpoint", "last"),
 )
 NUM_KILLS = 5
 
 
-def start(recipe: str, output_dir: Path, *, script: str = "") -> subprocess.Popen:
-    """A recipe in a process of its own, its output in a file; with `script`, run by that."""
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes")
+
+
+def start(recipe: str, output_dir: Path, num_processes: int = 1, script: Path | None = None) -> subprocess.Popen:
+    """A recipe in processes of its own, their output in a file; with `script`, run by that."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    before = ["-c", script] if script else []
-    command = [sys.executable, *before, str(ROOT / "recipes" / f"{recipe}.py"), *SETTINGS, "--output_dir", output_dir]
+    launch = (*LAUNCH, num_processes) if num_processes > 1 else ()
+    run = (script,) if script else ()
+    command = [*launch, *run, ROOT / "recipes" / f"{recipe}.py", *SETTINGS, "--output_dir", output_dir]
     with (output_dir / "output.txt").open("a") as output:
         return subprocess.Popen(
-            list(map(str, command)),
+            [sys.executable, *map(str, command)],
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -96,33 +100,38 @@ class Whole:
             without_timings([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()])
             for path in (self.folder, folder)
         ]
-        assert [entry["step"] for entry in entries[0]] == [3, 6, 8]
+        assert [entry["step"] for entry in entries[0]] == [3, 6, 6]
         assert entries[1] == entries[0]
         assert (folder / "summary.json").read_text() == (self.folder / "summary.json").read_text()
 
 
 @pytest.fixture(scope="module")
-def whole_runs() -> dict[str, Whole]:
+def whole_runs() -> dict[tuple[str, int], Whole]:
     return {}
 
 
 @pytest.fixture
-def whole(recipe: str, whole_runs: dict[str, Whole], tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    if recipe not in whole_runs:
+def whole(
+    recipe: str,
+    num_processes: int,
+    whole_runs: dict[tuple[str, int], Whole],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Whole:
+    if (recipe, num_processes) not in whole_runs:
         folder = tmp_path_factory.mktemp(recipe)
         started = time.monotonic()
-        process = start(recipe, folder)
+        process = start(recipe, folder, num_processes)
         wait_until_training(process, folder)
         began = time.monotonic()
         finish(process, folder)
-        whole_runs[recipe] = Whole(folder, began - started, time.monotonic() - began)
-    return whole_runs[recipe]
+        whole_runs[recipe, num_processes] = Whole(folder, began - started, time.monotonic() - began)
+    return whole_runs[recipe, num_processes]
 
 
 @pytest.mark.slow
 @pytest.mark.invariant
-@pytest.mark.parametrize("recipe", ["reasoning_t2i", "self_reflection"])
-def test_killed_at_random_moments(recipe: str, whole: Whole, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "num_processes"), [("reasoning_t2i", 1), ("self_reflection", 1)])
+def test_killed_at_random_moments(recipe: str, num_processes: int, whole: Whole, tmp_path: Path) -> None:
     rng = random.Random(recipe)
     attempts = num_kills = 0
     folder = tmp_path / "run-0"
@@ -173,20 +182,26 @@ if MOMENT == "writing":
 else:
     os.replace = die_instead
 sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "moment"), [("reasoning_t2i", "writing"), ("reasoning_t2i", "moving")])
-def test_killed_while_saving(recipe: str, moment: str, whole: Whole, tmp_path: Path) -> None:
-    killed = start(recipe, tmp_path, script=KILL_WHILE_SAVING.replace("MOMENT", repr(moment)))
-    assert killed.wait(timeout=600) == -9, (tmp_path / "output.txt").read_text()[-3000:]
+@pytest.mark.invariant
+@pytest.mark.parametrize(
+    ("recipe", "num_processes", "moment"),
+    [("reasoning_t2i", 1, "writing"), ("reasoning_t2i", 1, "moving"), ("reasoning_t2i", 2, "writing")],
+)
+def test_killed_while_saving(recipe: str, num_processes: int, moment: str, whole: Whole, tmp_path: Path) -> None:
+    script = tmp_path / "kill_while_saving.py"
+    script.write_text(KILL_WHILE_SAVING.replace("MOMENT", repr(moment)))
+    killed = start(recipe, tmp_path, num_processes, script)
+    # With several processes the launcher notices, ends the others and exits itself.
+    assert killed.wait(timeout=600) == (-9 if num_processes == 1 else 1), (tmp_path / "output.txt").read_text()[-3000:]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert (tmp_path / "incomplete" / "checkpoint-3").is_dir()
     evaluated_at = (tmp_path / "before_training").stat().st_mtime_ns
-    finish(start(recipe, tmp_path), tmp_path)
+    finish(start(recipe, tmp_path, num_processes), tmp_path)
     whole.assert_equals(tmp_path)
     output = (tmp_path / "output.txt").read_text()
     assert "incomplete/checkpoint-3 was not completed" in output
