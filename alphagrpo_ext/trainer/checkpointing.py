@@ -103,6 +103,8 @@ class ExactResumeMixin:
     windows and sampled text depend on seed and position alone.
 
     A checkpoint is written in the folder `incomplete` of `output_dir` and moved to its place when all of it is there.
+
+    Not restored: the table of `log_completions` until the next rollout, and what reward functions keep for themselves.
     """
 
     _is_saving = False
@@ -228,7 +230,7 @@ class ExactResumeMixin:
             self._is_saving = False
         if not self.args.save_only_model:
             self._save_progress(staged)
-        if self.state.best_model_checkpoint == str(staged):
+        if self.state.best_model_checkpoint and Path(self.state.best_model_checkpoint) == staged:
             self.state.best_model_checkpoint = str(final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
