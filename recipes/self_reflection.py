@@ -21,6 +21,13 @@ Without arguments it trains the packaged `bagel-shapes` in a few minutes on a la
 accelerate launch recipes/self_reflection.py
 ```
 
+A run that was stopped goes on as if it had not been, with the same command and two arguments; so it may have them from
+the beginning:
+
+```bash
+accelerate launch recipes/self_reflection.py --save_strategy steps --save_steps 10 --resume_from_checkpoint last
+```
+
 Every argument of `AlphaGRPOConfig` and `ModelConfig` works on the command line or in a file; what stands on the command
 line wins. Format rewards count for the text alone:
 
@@ -33,6 +40,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,8 +53,10 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
+from alphagrpo_ext.trainer.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from reward_models.arguments import PromptArguments
 from reward_models.evaluation import Evaluation, RefinementScore, evaluate, refinement_table
+from reward_models.evaluation_files import evaluate_once, settings_digest
 from reward_models.format import FORMATS
 from reward_models.prompts import load_prompts
 
@@ -117,6 +127,9 @@ def save_picture(refinement: Refinement, path: Path) -> None:
 
 def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
+    resuming = asks_to_resume(training_args.resume_from_checkpoint)
+    # A checkpoint that cannot be resumed is found before anything is loaded.
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, output_dir)
     train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
     if script_args.train_tasks:
         if "task" in train_dataset.column_names:
@@ -162,14 +175,26 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
         refined = evaluate(refiner, description=f"{description}: refining", initial=initial, **settings)
         return Refinement(initial, refined)
 
-    before = run_evaluation("before training")
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    def evaluations_before() -> list[Evaluation]:
+        refinement = run_evaluation("before training")
+        return [refinement.initial, refinement.refined]
+
+    before = None
+    if script_args.eval_seeds:
+        settings = settings_digest(
+            *(model_args.model_name_or_path, model_args.dtype, script_args, eval_rows),
+            *(training_args.eval_rollout(), training_args.task, training_args.think),
+        )
+        before = Refinement(*evaluate_once(output_dir / "before_training", settings, resuming, evaluations_before))
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = run_evaluation("after training")
     trainer.save_model(output_dir)
     if before is None or not PartialState().is_main_process:
         return
     summary = {"before": before.summary(), "after": after.summary()}
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    temporary = output_dir / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(temporary, output_dir / "summary.json")
     save_picture(after, output_dir / "refined.png")
     table = refinement_table({"before": (before.initial, before.refined), "after": (after.initial, after.refined)})
     print(f"\n{table}\n\nModel, summary.json, metrics.jsonl and refined.png: {output_dir}")

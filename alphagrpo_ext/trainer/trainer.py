@@ -43,6 +43,7 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.trainer.checkpointing import ExactResumeMixin
 from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
@@ -56,7 +57,7 @@ from alphagrpo_ext.trajectory import TextSegment, Trajectory
 check_trl_version(trl.__version__)
 
 
-class AlphaGRPOTrainer(GRPOTrainer):
+class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
     """
     Trainer of AR-diffusion unified multimodal models with GRPO, as in AlphaGRPO
     (https://huggingface.co/papers/2605.12495).

@@ -1,0 +1,123 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Keeps evaluations in a folder, so that a run that is resumed need not repeat the one before training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+
+from reward_models.evaluation import EvaluatedSample, Evaluation
+
+
+logger = logging.getLogger(__name__)
+
+INDEX_NAME = "evaluations.json"
+
+
+def settings_digest(*settings: Any) -> str:
+    """What an evaluation depended on, as a short text: equal for settings with equal `repr`."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+
+def save_evaluations(folder: Path, digest: str, evaluations: Sequence[Evaluation]) -> None:
+    """
+    Write evaluations with their images. The folder appears when it is complete; an older one is replaced.
+
+    Args:
+        folder (`Path`): The folder.
+        digest (`str`): Of the settings; see [`settings_digest`].
+        evaluations (`Sequence[Evaluation]`): What to keep.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    entries = []
+    for place, evaluation in enumerate(evaluations):
+        rows = []
+        for sample in evaluation.samples:
+            name = f"{place}-{sample.seed}-{sample.index}.png"
+            sample.image.save(temporary / name)
+            rows.append(
+                {f.name: getattr(sample, f.name) for f in fields(sample) if f.name != "image"} | {"file": name}
+            )
+        entries.append({"round": evaluation.round, "samples": rows})
+    index = {"digest": digest, "evaluations": entries}
+    (temporary / INDEX_NAME).write_text(json.dumps(index) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def load_evaluations(folder: Path, digest: str) -> list[Evaluation] | None:
+    """
+    Read them back.
+
+    Args:
+        folder (`Path`): The folder.
+        digest (`str`): Of the settings that they must have been made with.
+
+    Returns:
+        `list[Evaluation]`: `None` if there are none, or they were made with other settings.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        return None
+    index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    if index["digest"] != digest:
+        logger.warning("the evaluation in %s was made with other settings and is made anew", folder)
+        return None
+    evaluations = []
+    for entry in index["evaluations"]:
+        samples = []
+        for row in entry["samples"]:
+            with Image.open(folder / row.pop("file")) as image:
+                samples.append(EvaluatedSample(**row, image=image.convert(image.mode)))
+        evaluations.append(Evaluation(samples, entry["round"]))
+    return evaluations
+
+
+def evaluate_once(
+    folder: Path, digest: str, reuse: bool, evaluate: Callable[[], Sequence[Evaluation]]
+) -> list[Evaluation]:
+    """
+    Evaluations from a folder, or made and kept there. Under several processes the main one reads and writes.
+
+    Args:
+        folder (`Path`): The folder.
+        digest (`str`): Of the settings; see [`settings_digest`].
+        reuse (`bool`): Whether what is there may be taken: whether the run goes on with an earlier one.
+        evaluate (`Callable[[], Sequence[Evaluation]]`): Makes the evaluations.
+    """
+    state = PartialState()
+    kept = [load_evaluations(folder, digest) if reuse and state.is_main_process else None]
+    if state.num_processes > 1:
+        # All evaluate, or none.
+        broadcast_object_list(kept)
+    if kept[0] is not None:
+        return kept[0]
+    evaluations = list(evaluate())
+    if state.is_main_process:
+        save_evaluations(folder, digest, evaluations)
+    return evaluations

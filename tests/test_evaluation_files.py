@@ -1,0 +1,75 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from reward_models.evaluation import EvaluatedSample, Evaluation
+from reward_models.evaluation_files import evaluate_once, load_evaluations, save_evaluations, settings_digest
+
+
+def evaluation(reward: float | None, round: int = 0) -> Evaluation:
+    image = Image.effect_noise((7, 5), 60).convert("RGB")
+    samples = [
+        EvaluatedSample(index, seed, "count", "two circles", "a plan", image, reward, reward and reward > 0.5)
+        for seed in range(2)
+        for index in range(2)
+    ]
+    return Evaluation(samples, round)
+
+
+def test_evaluations_are_read_as_they_were_written(tmp_path: Path) -> None:
+    written = [evaluation(0.1 + 0.2), evaluation(None, round=1)]
+    save_evaluations(tmp_path / "kept", "digest", written)
+    read = load_evaluations(tmp_path / "kept", "digest")
+    for actual, expected in zip(read, written, strict=True):
+        assert actual.summary() == expected.summary()
+        assert actual.round == expected.round
+        for sample, original in zip(actual.samples, expected.samples, strict=True):
+            assert sample.image.tobytes() == original.image.tobytes()
+            parts = [{k: v for k, v in vars(s).items() if k != "image"} for s in (sample, original)]
+            assert parts[0] == parts[1]
+
+
+def test_kept_evaluation_is_taken_only_by_a_run_that_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = []
+
+    def run(reuse: bool, digest: str) -> float:
+        def evaluate() -> list[Evaluation]:
+            made.append(len(made) + 1)
+            return [evaluation(made[-1] / 10)]
+
+        (result,) = evaluate_once(tmp_path / "kept", digest, reuse, evaluate)
+        return result.total.reward
+
+    one, other = settings_digest("model", [1]), settings_digest("model", [2])
+    assert run(True, one) == pytest.approx(0.1)
+    assert run(True, one) == pytest.approx(0.1)
+    assert run(False, one) == pytest.approx(0.2)
+    assert run(True, one) == pytest.approx(0.2)
+    assert run(True, other) == pytest.approx(0.3)
+    assert "made with other settings" in caplog.text
+    assert made == [1, 2, 3]
+
+
+def test_unfinished_folder_is_not_taken(tmp_path: Path) -> None:
+    # As a kill while writing leaves it.
+    (tmp_path / "kept.tmp").mkdir()
+    (tmp_path / "kept.tmp" / "0-0-0.png").write_bytes(b"half")
+    assert load_evaluations(tmp_path / "kept", "digest") is None
+    save_evaluations(tmp_path / "kept", "digest", [evaluation(0.5)])
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert len(list((tmp_path / "kept").glob("*.png"))) == 4
