@@ -21,7 +21,8 @@ import random
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -34,10 +35,10 @@ from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import TASKS, Task
@@ -45,6 +46,7 @@ from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
 from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
+from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
@@ -159,6 +161,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             rollout_func=self._rollout,
         )
+        check_sharding(Sharding.of(self.accelerator), args.ds3_gather_for_generation, len(self._tasks))
+        use_uniform_precision(self.accelerator)
 
     @staticmethod
     def _validated_tasks(
@@ -172,6 +176,15 @@ class AlphaGRPOTrainer(GRPOTrainer):
         for dataset in datasets:
             validate_rows(dataset, tasks, args.task, processor, model, args.max_completion_length)
         return tasks
+
+    @contextmanager
+    def gathered_policy(self) -> Iterator[UnifiedModel]:
+        """
+        The policy, unwrapped and with whole parameters, to generate with, e.g. for an evaluation. All processes enter
+        and leave together; see [`~alphagrpo_ext.trainer.sharding.gathered_policy`].
+        """
+        with gathered_policy(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
+            yield policy
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: sample a trajectory for every row of this process."""
@@ -187,13 +200,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             seed, step = f"eval-{self.args.seed}", 0
         offset = self.accelerator.process_index * len(self._rows)
         generators = [sample_generator(seed, step, offset + i) for i in range(len(self._rows))]
-        with (
-            torch.no_grad(),
-            unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-            ) as model,
-            self.accelerator.autocast(),
-        ):
+        with torch.no_grad(), self.gathered_policy() as model, self.accelerator.autocast():
             generate = RolloutGenerator(model, self.processing_class, self._tasks)
             rows = self._with_initial_images(generate, config, seed, step, offset)
             self._trajectories = []

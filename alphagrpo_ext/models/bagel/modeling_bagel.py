@@ -351,6 +351,8 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id
         )
         self.post_init()
+        # To which that has added the autoencoder's, some of which are in no autoencoder of ours: FSDP would look for them.
+        self._no_split_modules = set(type(self)._no_split_modules)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
