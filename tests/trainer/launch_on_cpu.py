@@ -36,10 +36,19 @@ def allow_fsdp_on_cpu() -> None:
     PartialState._prepare_backend = prepare_backend
 
 
+def do_not_compile_deepspeed() -> None:
+    """DeepSpeed would first compile collectives in shared memory, which needs a C++ compiler and a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        do_not_compile_deepspeed()
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(script).parent)

@@ -137,6 +137,9 @@ def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
         processing_class=processor,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGET_MODULES) if lora else None,
     )
+    if deepspeed := trainer.accelerator.state.deepspeed_plugin:
+        # Parameters this small would not be given back after the first step.
+        deepspeed.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     trainer.train(resume_from_checkpoint=resume)
     outcome.num_processes = trainer.accelerator.num_processes
     outcome.distributed_type = trainer.accelerator.distributed_type.value

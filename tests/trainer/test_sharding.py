@@ -1,0 +1,125 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.models.denoising import DenoisingConfig
+from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def sharded_bagel(make_shapes_bagel: Callable[[], BagelModel]) -> Iterator[BagelModel]:
+    """A policy sharded by FSDP2 as accelerate does it, in a world of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    model = make_shapes_bagel()
+    for module in reversed(list(model.modules())[1:]):
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    yield model
+    torch.distributed.destroy_process_group()
+
+
+def sharded_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+
+
+def test_layers_that_are_sharded_apart_are_in_the_model(make_shapes_bagel: Callable[[], BagelModel]) -> None:
+    model = make_shapes_bagel()
+    assert model._no_split_modules == {"BagelDecoderLayer", "SiglipEncoderLayer"}
+    assert model._no_split_modules <= {type(module).__name__ for module in model.modules()}
+
+
+@torch.no_grad()
+def test_gathered_policy_generates_and_is_sharded_again(
+    sharded_bagel: BagelModel, make_shapes_bagel: Callable[[], BagelModel]
+) -> None:
+    names = sharded_names(sharded_bagel)
+    assert names == {name for name, _ in sharded_bagel.named_parameters()}
+    modules = [module for module in sharded_bagel.modules() if isinstance(module, FSDPModule)]
+    layer = sharded_bagel.language_model.model.layers[0]
+    config = DenoisingConfig(num_timesteps=3, guidance=GuidanceConfig(text_scale=1.0))
+    noise = torch.randn(1, 4, sharded_bagel.latent_channels, generator=torch.Generator().manual_seed(0))
+
+    def paint(model: BagelModel) -> torch.Tensor:
+        cache = model.prefill([[]], capacity=model.image_slots((2, 2)))
+        latents, _ = model.sample_image(cache, noise, (2, 2), config)
+        return model.decode_latents(latents, (2, 2))
+
+    for _ in range(2):
+        with gathered_policy(sharded_bagel, Accelerator(cpu=True)) as policy:
+            image = paint(policy)
+            # A layer that has run keeps its parameters.
+            assert not sharded_names(policy)
+        assert sharded_names(sharded_bagel) == names
+    assert torch.equal(image, paint(make_shapes_bagel()))
+    # Forwards of training free a layer's parameters again, and leave the root's, as before.
+    resharding = {module: module._get_fsdp_state()._fsdp_param_group._reshard_after_forward for module in modules}
+    assert resharding.pop(sharded_bagel) is False
+    assert layer in resharding and all(resharding.values())
+
+
+@torch.no_grad()
+def test_gathered_policy_is_sharded_again_after_an_error(sharded_bagel: BagelModel) -> None:
+    names = sharded_names(sharded_bagel)
+    with pytest.raises(RuntimeError, match="out of paint"), gathered_policy(sharded_bagel, Accelerator(cpu=True)):
+        raise RuntimeError("out of paint")
+    assert sharded_names(sharded_bagel) == names
+
+
+@pytest.mark.parametrize(
+    "sharding, gather, num_tasks, message",
+    [
+        (Sharding(zero_stage=0, fsdp_version=1), True, 1, "fsdp_version: 2"),
+        (Sharding(zero_stage=3, fsdp_version=None), False, 1, "ds3_gather_for_generation"),
+        (Sharding(zero_stage=3, fsdp_version=None), True, 2, "2 tasks"),
+        (Sharding(zero_stage=0, fsdp_version=2), True, 2, "2 tasks"),
+    ],
+)
+def test_what_could_not_end_is_refused(sharding: Sharding, gather: bool, num_tasks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_sharding(sharding, gather, num_tasks)
+
+
+@pytest.mark.parametrize(
+    "sharding, num_tasks",
+    [
+        (Sharding(zero_stage=0, fsdp_version=None), 2),
+        (Sharding(zero_stage=2, fsdp_version=None), 2),
+        (Sharding(zero_stage=3, fsdp_version=None), 1),
+        (Sharding(zero_stage=0, fsdp_version=2), 1),
+    ],
+)
+def test_what_can_end_is_not_refused(sharding: Sharding, num_tasks: int) -> None:
+    check_sharding(sharding, True, num_tasks)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_accelerate_knows_every_setting(config: Path) -> None:
+    settings = load_config_from_file(str(config))
+    assert (settings.num_processes, settings.mixed_precision) == (8, "bf16")
