@@ -54,15 +54,14 @@ class Sharding:
         return self.zero_stage == 3 or self.fsdp_version is not None
 
 
-def check_sharding(sharding: Sharding, gather_for_generation: bool, num_tasks: int) -> None:
+def check_sharding(sharding: Sharding, gather_for_generation: bool) -> None:
     """
     Args:
         sharding ([`Sharding`]): Of the policy.
         gather_for_generation (`bool`): TRL's `ds3_gather_for_generation`.
-        num_tasks (`int`): Tasks that may meet in one batch.
 
     Raises:
-        `ValueError`: If a rollout or an update could not end under this sharding, with what to set instead.
+        `ValueError`: If a rollout could not end under this sharding, with what to set instead.
     """
     if sharding.fsdp_version == 1:
         raise ValueError(
@@ -73,12 +72,6 @@ def check_sharding(sharding: Sharding, gather_for_generation: bool, num_tasks: i
         raise ValueError(
             "ds3_gather_for_generation=False would gather parameters once a token, and processes whose texts differ in "
             "length would wait for each other forever: leave it at True, or use recipes/accelerate_configs/zero2.yaml"
-        )
-    if sharding.shards_parameters and num_tasks > 1:
-        raise ValueError(
-            f"{num_tasks} tasks in one run need unsharded parameters: a process whose batch holds no image to look at "
-            f"would not gather the vision tower that another one waits for. Use recipes/accelerate_configs/ddp.yaml or "
-            f"zero2.yaml, or train on one task"
         )
 
 

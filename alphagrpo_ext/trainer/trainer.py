@@ -161,7 +161,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             rollout_func=self._rollout,
         )
-        check_sharding(Sharding.of(self.accelerator), args.ds3_gather_for_generation, len(self._tasks))
+        self._sharding = Sharding.of(self.accelerator)
+        check_sharding(self._sharding, args.ds3_gather_for_generation)
         use_uniform_precision(self.accelerator)
 
     @staticmethod
@@ -457,8 +458,12 @@ class AlphaGRPOTrainer(GRPOTrainer):
         """
         unwrapped = self.accelerator.unwrap_model(model)
         batch = unwrapped.pack(trajectories, self.args.guidance)
+        inputs = batch.inputs
+        if self._sharding.shards_parameters and len(self._tasks) > 1:
+            # Another process may have an image to look at where this one has none.
+            inputs = unwrapped.with_all_parts(inputs)
         device = self.accelerator.device
-        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         with self.accelerator.autocast():
             output = model(**inputs, temperature=self.temperature)
         length = max(sum(len(text.token_ids) for text in t.sampled_texts) for t in trajectories)

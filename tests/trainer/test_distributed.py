@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import functools
 import json
 import os
 import subprocess
@@ -96,31 +97,33 @@ def train(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     return train
 
 
+TASKS = {
+    "t2i": {"task": "reasoning_t2i"},
+    "reflection": {"task": "self_reflection"},
+    # In some steps one process has an image to look at and the other has none.
+    "mixed": {"tasks": ["self_reflection", "reasoning_t2i"]},
+}
+
+
 @pytest.fixture(scope="module")
 def trained_alone(train: Callable[..., Run]) -> Callable[[str], Run]:
-    """Three steps of one process on a task."""
-    runs: dict[str, Run] = {}
-
-    def trained_alone(task: str) -> Run:
-        if task not in runs:
-            runs[task] = train(None, task=task, max_steps=3)
-        return runs[task]
-
-    return trained_alone
+    """Three steps of one process on the tasks of that name."""
+    return functools.cache(lambda tasks: train(None, max_steps=3, **TASKS[tasks]))
 
 
 @pytest.mark.slow
 @pytest.mark.invariant
 @pytest.mark.parametrize(
-    "backend, task, gradient_checkpointing",
+    "backend, tasks, gradient_checkpointing",
     [
-        ("ddp", "reasoning_t2i", False),
-        ("ddp", "self_reflection", False),
-        ("zero2", "reasoning_t2i", False),
-        ("zero3", "reasoning_t2i", True),
-        ("zero3", "self_reflection", False),
-        ("fsdp2", "reasoning_t2i", True),
-        ("fsdp2", "self_reflection", False),
+        ("ddp", "t2i", False),
+        ("ddp", "reflection", False),
+        ("zero2", "t2i", False),
+        ("zero3", "t2i", True),
+        ("zero3", "mixed", False),
+        ("fsdp2", "t2i", True),
+        ("fsdp2", "reflection", False),
+        ("fsdp2", "mixed", False),
     ],
 )
 def test_two_processes_train_as_one(
@@ -128,18 +131,21 @@ def test_two_processes_train_as_one(
     train: Callable[..., Run],
     trained_alone: Callable[[str], Run],
     backend: str,
-    task: str,
+    tasks: str,
     gradient_checkpointing: bool,
 ) -> None:
-    one = trained_alone(task)
-    two = train(backend, task=task, max_steps=3, gradient_checkpointing=gradient_checkpointing)
+    one = trained_alone(tasks)
+    two = train(backend, max_steps=3, gradient_checkpointing=gradient_checkpointing, **TASKS[tasks])
     assert (one.outcome["num_processes"], two.outcome["num_processes"]) == (1, 2)
     assert two.outcome["distributed_type"] == DISTRIBUTED_TYPES[backend]
 
     assert len(two.outcome["rollouts"]) == len(one.outcome["rollouts"]) == 3 * 8
-    for (reward, start, text), expected in zip(two.outcome["rollouts"], one.outcome["rollouts"], strict=True):
-        assert (start, text) == (expected[1], expected[2])
-        assert reward == pytest.approx(expected[0], abs=1e-3)
+    for (task, reward, *actions), expected in zip(two.outcome["rollouts"], one.outcome["rollouts"], strict=True):
+        assert [task, *actions] == [expected[0], *expected[2:]]
+        assert reward == pytest.approx(expected[1], abs=1e-3)
+    if tasks == "mixed":
+        names = [name for name, *_ in two.outcome["rollouts"]]
+        assert any(names[i] != names[i + 4] for i in range(0, len(names), 8))
 
     (whole,) = one.outcome["num_parameters"]
     shares = [held / whole for held in two.outcome["num_parameters"]]

@@ -93,30 +93,29 @@ def test_gathered_policy_is_sharded_again_after_an_error(sharded_bagel: BagelMod
 
 
 @pytest.mark.parametrize(
-    "sharding, gather, num_tasks, message",
+    "sharding, gather, message",
     [
-        (Sharding(zero_stage=0, fsdp_version=1), True, 1, "fsdp_version: 2"),
-        (Sharding(zero_stage=3, fsdp_version=None), False, 1, "ds3_gather_for_generation"),
-        (Sharding(zero_stage=3, fsdp_version=None), True, 2, "2 tasks"),
-        (Sharding(zero_stage=0, fsdp_version=2), True, 2, "2 tasks"),
+        (Sharding(zero_stage=0, fsdp_version=1), True, "fsdp_version: 2"),
+        (Sharding(zero_stage=3, fsdp_version=None), False, "ds3_gather_for_generation"),
     ],
 )
-def test_what_could_not_end_is_refused(sharding: Sharding, gather: bool, num_tasks: int, message: str) -> None:
+def test_rollout_that_could_not_end_is_refused(sharding: Sharding, gather: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_sharding(sharding, gather, num_tasks)
+        check_sharding(sharding, gather)
 
 
 @pytest.mark.parametrize(
-    "sharding, num_tasks",
+    "sharding, shards, gather",
     [
-        (Sharding(zero_stage=0, fsdp_version=None), 2),
-        (Sharding(zero_stage=2, fsdp_version=None), 2),
-        (Sharding(zero_stage=3, fsdp_version=None), 1),
-        (Sharding(zero_stage=0, fsdp_version=2), 1),
+        (Sharding(zero_stage=0, fsdp_version=None), False, False),
+        (Sharding(zero_stage=2, fsdp_version=None), False, False),
+        (Sharding(zero_stage=3, fsdp_version=None), True, True),
+        (Sharding(zero_stage=0, fsdp_version=2), True, True),
     ],
 )
-def test_what_can_end_is_not_refused(sharding: Sharding, num_tasks: int) -> None:
-    check_sharding(sharding, True, num_tasks)
+def test_sharding_that_works_is_not_refused(sharding: Sharding, shards: bool, gather: bool) -> None:
+    assert sharding.shards_parameters == shards
+    check_sharding(sharding, gather)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)

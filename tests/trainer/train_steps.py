@@ -14,6 +14,7 @@
 
 """Trains a few steps, alone or as one of several processes, and saves what came out."""
 
+import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -64,7 +65,7 @@ class Outcome:
     What all processes of a run saw.
 
     Args:
-        rollouts (`list`): Reward, start of the window and text of every sample, in order of steps and ranks.
+        rollouts (`list`): Task, reward, start of the window and text of every sample, in order of steps and ranks.
         num_processes (`int`): Size of the run.
         distributed_type (`str`): What accelerate made of it.
         num_parameters (`list[int]`): Elements of parameters that each process holds between two steps.
@@ -109,23 +110,27 @@ def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
     Args:
         model_path (`str`): Checkpoint to start from.
         output_path (`str`): Folder for `model`, what was trained, and `outcome.json`.
-        settings (`dict`): Of [`AlphaGRPOConfig`], beside those above; `lora` trains an adapter, and `resume` names a
-            checkpoint to go on from.
+        settings (`dict`): Of [`AlphaGRPOConfig`], beside those above; `lora` trains an adapter, `resume` names a checkpoint
+            to go on from, and `tasks` those that the prompts are dealt out to, in turn.
     """
     outcome = Outcome()
     lora, resume = settings.pop("lora", False), settings.pop("resume", None)
+    tasks = settings.pop("tasks", None)
 
-    def brightness(images: list, trajectory: list, **kwargs: Any) -> list[float]:
+    def brightness(images: list, trajectory: list, task: list[str], **kwargs: Any) -> list[float]:
         rewards = [float(np.asarray(image).mean()) / 255 for image in images]
         if trajectory[0] is None:
             # An image that is to be refined: no action.
             return rewards
         starts = [t.sampled_images[0].window.start for t in trajectory]
         texts = [t.sampled_texts[0].token_ids for t in trajectory]
-        local = list(zip(rewards, starts, texts, strict=True))
+        local = list(zip(task, rewards, starts, texts, strict=True))
         outcome.rollouts.extend(gather_object(local))
         return rewards
 
+    dataset = build_dataset("train", 8, seed=0)
+    if tasks:
+        dataset = dataset.add_column("task", list(itertools.islice(itertools.cycle(tasks), len(dataset))))
     args = AlphaGRPOConfig(output_dir=f"{output_path}/run", **(SETTINGS | settings))
     model, processor = load_model(model_path)
     trainer = ObservedTrainer(
@@ -133,7 +138,7 @@ def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
         model=model,
         reward_funcs=brightness,
         args=args,
-        train_dataset=build_dataset("train", 8, seed=0),
+        train_dataset=dataset,
         processing_class=processor,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGET_MODULES) if lora else None,
     )

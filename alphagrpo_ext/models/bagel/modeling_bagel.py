@@ -447,6 +447,20 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
         return pack_trajectories(trajectories, guidance, self.config)
 
+    def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "vit_patches" in inputs:
+            return inputs
+        vision = self.config.vision_config
+        place = torch.zeros(1, 1, dtype=torch.long)
+        return {
+            **inputs,
+            # One patch that is padding: the vision tower runs, and nobody sees what comes of it.
+            "vit_patches": torch.zeros(1, 1, vision.num_channels * vision.patch_size**2),
+            "vit_position_ids": place,
+            "vit_mask": torch.zeros(1, 1, dtype=torch.bool),
+            "vit_index": place,
+        }
+
     def forward(
         self,
         input_ids: torch.Tensor,
