@@ -71,6 +71,8 @@ class Outcome:
         num_parameters (`list[int]`): Elements of parameters that each process holds between two steps.
         num_wrapped (`int`): Modules that gather their parameters on their own.
         gathers (`list[int]`): Collective gathers of every rollout of rank 0.
+        sampled_log_probs, scored_log_probs (`list[float]`):
+            Mean log-probability of the transitions of every step, as the rollout and as the packed forward saw it.
     """
 
     rollouts: list[Any] = field(default_factory=list)
@@ -79,6 +81,8 @@ class Outcome:
     num_parameters: list[int] = field(default_factory=list)
     num_wrapped: int = 0
     gathers: list[int] = field(default_factory=list)
+    sampled_log_probs: list[float] = field(default_factory=list)
+    scored_log_probs: list[float] = field(default_factory=list)
 
 
 def held_elements(parameter: torch.Tensor) -> int:
@@ -89,7 +93,7 @@ def held_elements(parameter: torch.Tensor) -> int:
 
 
 class ObservedTrainer(AlphaGRPOTrainer):
-    """Counts what a rollout gathers."""
+    """Notes what a rollout gathers, and what the packed forward makes of its images."""
 
     def __init__(self, outcome: Outcome, **kwargs: Any) -> None:
         self.outcome = outcome
@@ -103,6 +107,11 @@ class ObservedTrainer(AlphaGRPOTrainer):
         assert self.outcome.num_parameters == [sum(held_elements(parameter) for parameter in parameters)]
         self.outcome.gathers.append(sum(e.count for e in profiler.key_averages() if e.key in GATHERS))
         return output
+
+    def _image_loss(self, *args: Any) -> torch.Tensor:
+        loss = super()._image_loss(*args)
+        self.outcome.scored_log_probs.append(self._metrics["train"]["image/log_prob"][-1])
+        return loss
 
 
 def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
@@ -126,6 +135,8 @@ def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
         texts = [t.sampled_texts[0].token_ids for t in trajectory]
         local = list(zip(task, rewards, starts, texts, strict=True))
         outcome.rollouts.extend(gather_object(local))
+        log_probs = [t.sampled_images[0].window.log_probs.mean().item() for t in trajectory]
+        outcome.sampled_log_probs.append(float(np.mean(gather_object(log_probs))))
         return rewards
 
     dataset = build_dataset("train", 8, seed=0)
