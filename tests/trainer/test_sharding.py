@@ -14,18 +14,20 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.denoising import DenoisingConfig
-from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy
+from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "accelerate_configs").glob("*.yaml"))
@@ -116,6 +118,17 @@ def test_rollout_that_could_not_end_is_refused(sharding: Sharding, gather: bool,
 def test_sharding_that_works_is_not_refused(sharding: Sharding, shards: bool, gather: bool) -> None:
     assert sharding.shards_parameters == shards
     check_sharding(sharding, gather)
+
+
+def test_fsdp_leaves_inputs_in_fp32_and_sums_gradients_in_fp32() -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.cast_forward_inputs
+    use_uniform_precision(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not policy.cast_forward_inputs
+    use_uniform_precision(Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
