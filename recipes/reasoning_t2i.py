@@ -107,17 +107,17 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     def run_evaluation(description: str) -> Evaluation | None:
         if not script_args.eval_seeds:
             return None
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        generator = RolloutGenerator(policy, processor, TASKS.get(training_args.task)(think=training_args.think))
-        return evaluate(
-            generator,
-            eval_rows,
-            training_args.eval_rollout(),
-            reward,
-            seeds=range(script_args.eval_seeds),
-            batch_size=script_args.eval_batch_size,
-            description=description,
-        )
+        task = TASKS.get(training_args.task)(think=training_args.think)
+        with trainer.gathered_policy() as policy:
+            return evaluate(
+                RolloutGenerator(policy, processor, task),
+                eval_rows,
+                training_args.eval_rollout(),
+                reward,
+                seeds=range(script_args.eval_seeds),
+                batch_size=script_args.eval_batch_size,
+                description=description,
+            )
 
     before = None
     if script_args.eval_seeds:

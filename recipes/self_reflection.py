@@ -161,7 +161,6 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
     def run_evaluation(description: str) -> Refinement | None:
         if not script_args.eval_seeds:
             return None
-        policy = trainer.accelerator.unwrap_model(trainer.model)
         settings = {
             "rows": eval_rows,
             "config": training_args.eval_rollout(),
@@ -169,10 +168,11 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
             "seeds": range(script_args.eval_seeds),
             "batch_size": script_args.eval_batch_size,
         }
-        painter = RolloutGenerator(policy, processor, TASKS.get("reasoning_t2i")(think=False))
-        initial = evaluate(painter, description=f"{description}: painting", **settings)
-        refiner = RolloutGenerator(policy, processor, training_args.make_task(training_args.task))
-        refined = evaluate(refiner, description=f"{description}: refining", initial=initial, **settings)
+        with trainer.gathered_policy() as policy:
+            painter = RolloutGenerator(policy, processor, TASKS.get("reasoning_t2i")(think=False))
+            initial = evaluate(painter, description=f"{description}: painting", **settings)
+            refiner = RolloutGenerator(policy, processor, training_args.make_task(training_args.task))
+            refined = evaluate(refiner, description=f"{description}: refining", initial=initial, **settings)
         return Refinement(initial, refined)
 
     def evaluations_before() -> list[Evaluation]:

@@ -148,6 +148,13 @@ class UnifiedModel(ABC):
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
         """Tensors for one forward over whole trajectories, in every guidance branch that `guidance` needs."""
 
+    def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Inputs of `forward` that make it run every part of the model and change none of its outputs. Processes that share
+        out the parameters among themselves wait for each other at every part.
+        """
+        return inputs
+
     @abstractmethod
     def forward(self, **inputs: torch.Tensor) -> PackedOutput:
         """Log-probabilities and entropies of sampled tokens and velocities of noised latents, in one call."""

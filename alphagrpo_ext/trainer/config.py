@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -262,8 +263,10 @@ class AlphaGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        # Without it, processes that are launched together on a machine without accelerators do not find each other.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        # Without it, processes that are launched together on a machine without accelerators do not find each other. Who
+        # names the device to accelerate has seen to that, and DeepSpeed takes a CPU only without it.
+        named_device = "ACCELERATE_TORCH_DEVICE" in os.environ
+        self.use_cpu = self.use_cpu or not (torch.accelerator.is_available() or named_device)
         super().__post_init__()
         if self.use_vllm or self.use_transformers_continuous_batching:
             raise ValueError(

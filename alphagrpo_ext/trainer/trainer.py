@@ -21,8 +21,8 @@ import random
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +35,11 @@ from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import TASKS, Task
@@ -50,6 +50,7 @@ from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positiv
 from alphagrpo_ext.trainer.learning_rates import set_generation_learning_rate
 from alphagrpo_ext.trainer.reference import frozen_copy, prepare_reference, visiting
 from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
+from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
 from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
@@ -179,6 +180,9 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             self.ref_model = prepare_reference(reference, self.accelerator, args.offload_ref_model)
             if sync_ref_model:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        self._sharding = Sharding.of(self.accelerator)
+        check_sharding(self._sharding, args.ds3_gather_for_generation)
+        use_uniform_precision(self.accelerator)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -203,6 +207,15 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             validate_rows(dataset, tasks, args.task, processor, model, args.max_completion_length)
         return tasks
 
+    @contextmanager
+    def gathered_policy(self) -> Iterator[UnifiedModel]:
+        """
+        The policy, unwrapped and with whole parameters, to generate with, e.g. for an evaluation. All processes enter
+        and leave together; see [`~alphagrpo_ext.trainer.sharding.gathered_policy`].
+        """
+        with gathered_policy(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
+            yield policy
+
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: sample a trajectory for every row of this process."""
         start = time.perf_counter()
@@ -217,13 +230,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             seed, step = f"eval-{self.args.seed}", 0
         offset = self.accelerator.process_index * len(self._rows)
         generators = [sample_generator(seed, step, offset + i) for i in range(len(self._rows))]
-        with (
-            torch.no_grad(),
-            unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-            ) as model,
-            self.accelerator.autocast(),
-        ):
+        with torch.no_grad(), self.gathered_policy() as model, self.accelerator.autocast():
             generate = RolloutGenerator(model, self.processing_class, self._tasks)
             rows = self._with_initial_images(generate, config, seed, step, offset)
             self._trajectories = []
@@ -496,8 +503,12 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor, ImageScores | None]:
         unwrapped = self.accelerator.unwrap_model(model)
         batch = unwrapped.pack(trajectories, self.args.guidance)
+        inputs = batch.inputs
+        if self._sharding.shards_parameters and len(self._tasks) > 1:
+            # Another process may have an image to look at where this one has none.
+            inputs = unwrapped.with_all_parts(inputs)
         device = self.accelerator.device
-        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         with self.accelerator.autocast():
             output = model(**inputs, temperature=self.temperature)
         length = max(sum(len(text.token_ids) for text in t.sampled_texts) for t in trajectories)

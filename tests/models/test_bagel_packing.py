@@ -170,6 +170,24 @@ class TestOnPolicy:
         torch.testing.assert_close(output.log_probs, torch.tensor(expected), rtol=0, atol=1e-4)
 
 
+def test_blank_image_runs_the_vision_tower_and_changes_nothing(tiny_bagel, rollout):
+    trajectories = rollout(tiny_bagel, "think", CONFIG)
+    inputs = tiny_bagel.pack(trajectories, CONFIG.guidance).inputs
+    assert "vit_patches" not in inputs
+    ran = []
+    handle = tiny_bagel.vit_model.vision_model.register_forward_hook(lambda *_: ran.append(True))
+    with torch.no_grad():
+        expected = tiny_bagel(**inputs)
+        assert not ran
+        actual = tiny_bagel(**tiny_bagel.with_all_parts(inputs))
+    handle.remove()
+    assert ran
+    assert torch.equal(actual.log_probs, expected.log_probs)
+    assert torch.equal(actual.velocities, expected.velocities)
+    inputs = tiny_bagel.pack(rollout(tiny_bagel, "edit", CONFIG), CONFIG.guidance).inputs
+    assert tiny_bagel.with_all_parts(inputs) is inputs
+
+
 @pytest.mark.invariant
 def test_neighbours_change_nothing(tiny_bagel, rollout):
     """A sample packed alone and the same sample padded to longer neighbours."""

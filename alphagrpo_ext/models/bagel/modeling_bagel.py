@@ -383,6 +383,8 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id
         )
         self.post_init()
+        # To which that has added the autoencoder's, some of which are in no autoencoder of ours: FSDP would look for them.
+        self._no_split_modules = set(type(self)._no_split_modules)
 
     def _tell_parts_attention(self) -> None:
         # The parts are plain modules, so nothing else tells them.
@@ -503,6 +505,20 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
 
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
         return pack_trajectories(trajectories, guidance, self.config)
+
+    def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "vit_patches" in inputs:
+            return inputs
+        vision = self.config.vision_config
+        place = torch.zeros(1, 1, dtype=torch.long)
+        return {
+            **inputs,
+            # One patch that is padding: the vision tower runs, and nobody sees what comes of it.
+            "vit_patches": torch.zeros(1, 1, vision.num_channels * vision.patch_size**2),
+            "vit_position_ids": place,
+            "vit_mask": torch.zeros(1, 1, dtype=torch.bool),
+            "vit_index": place,
+        }
 
     def forward(
         self,
