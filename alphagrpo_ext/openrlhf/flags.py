@@ -198,7 +198,8 @@ def _check_num_values(flag: Flag, values: Sequence[str]) -> None:
 
 def _unknown(name: str) -> str:
     # The right name in the wrong place comes first.
-    placed = [known for known in FLAGS if known.rpartition(".")[2] == name.rpartition(".")[2]]
+    useful = [known for known, flag in FLAGS.items() if flag.treatment is not Treatment.REFUSED]
+    placed = [known for known in useful if known.rpartition(".")[2] == name.rpartition(".")[2]]
     close = difflib.get_close_matches(name, placed, n=1) or placed or difflib.get_close_matches(name, FLAGS, n=1)
     hint = f"did you mean --{close[0]}?" if close else "--help lists those that it has"
     return f"OpenRLHF has no flag --{name}: {hint}"

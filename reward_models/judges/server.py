@@ -37,7 +37,8 @@ PROMPT, TAG = "an image", SEMANTIC_TAGS[0]
 class ServerJudge(Judge):
     """
     Has the judge of a reward server answer. Images travel as PNG, which loses nothing; one image is one request, with all its
-    questions. The server's key comes from the environment variable `ALPHAGRPO_SERVER_KEY`.
+    questions. If one of them has no answer, the server scores none of the image, and it has no reward here either. The server's
+    key comes from the environment variable `ALPHAGRPO_SERVER_KEY`.
 
     Args:
         base_url (`str`):
