@@ -59,9 +59,11 @@ import argparse
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -81,6 +83,14 @@ from alphagrpo_ext.openrlhf.flags import describe_flags, translate_flags
 RECIPES = Path(__file__).parent
 ATTEMPTS_FILE = "attempts.jsonl"
 LAST = "last"
+RAY_ENVIRONMENT = {
+    # Ray would send usage statistics.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Imports alone can take a minute on a busy machine.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    # Workers without a GPU of their own must not see those of others.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+}
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
@@ -297,6 +307,10 @@ def train_worker(config: Mapping[str, Any]) -> None:
     import ray.train
 
     job = Job(**config)
+    if not Path(job.run_dir).is_dir():
+        raise FileNotFoundError(
+            f"{job.run_dir} is not there on this node: output_dir must be on storage that all nodes share"
+        )
     os.environ.update(job.environment)
     # On a cluster with a copy of the working directory for each node, the worker is in its copy as it is.
     if Path(job.directory).is_dir():
@@ -309,10 +323,21 @@ def train_worker(config: Mapping[str, Any]) -> None:
             file.write(json.dumps({"time": time.time(), "resumed_from": checkpoint}) + "\n")
     arguments = [*with_config(recipe, job.arguments), "--output_dir", job.output_dir]
     parsed = make_parser(argument_types(recipe)).parse_args_and_config(arguments, fail_with_unknown_args=True)
-    for part in parsed:
-        if isinstance(part, TrainingArguments):
-            part.resume_from_checkpoint = checkpoint
+    (training_args,) = [part for part in parsed if isinstance(part, TrainingArguments)]
+    num_workers = ray.train.get_context().get_world_size()
+    if training_args.world_size != num_workers:
+        raise RuntimeError(
+            f"accelerate sees {training_args.world_size} of {num_workers} workers, so that each would train alone; without GPUs "
+            "--use_cpu true lets them find each other"
+        )
+    training_args.resume_from_checkpoint = checkpoint
     recipe.main(*parsed)
+
+
+def quiet_cleaner() -> None:
+    """In every process of Ray: the part that looks after orphans asks the dashboard, and complains every second without."""
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)
 
 
 def start_ray(args: RayArguments) -> None:
@@ -322,8 +347,9 @@ def start_ray(args: RayArguments) -> None:
     Raises:
         `RuntimeError`: If this machine has not what the workers need.
     """
-    # Before the import, which reads it. Ray sends usage statistics otherwise.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Before the import, which reads them.
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     needed = {name: amount * args.num_workers for name, amount in args.resources_per_worker.items()}
@@ -331,9 +357,16 @@ def start_ray(args: RayArguments) -> None:
     if address:
         ray.init(address=address)
     else:
-        # Logical CPUs, so that a small machine can try out many workers.
-        num_cpus = max(os.cpu_count() or 1, needed["CPU"])
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=args.include_dashboard)
+        with warnings.catch_warnings():
+            # About the default of what is set above.
+            warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
+            ray.init(
+                address="local",
+                # Logical CPUs, so that a small machine can try out many workers.
+                num_cpus=max(os.cpu_count() or 1, needed["CPU"]),
+                include_dashboard=args.include_dashboard,
+                runtime_env=None if args.include_dashboard else {"worker_process_setup_hook": quiet_cleaner},
+            )
     available = ray.cluster_resources()
     missing = {name: amount for name, amount in needed.items() if available.get(name, 0) < amount}
     if missing and not address:
