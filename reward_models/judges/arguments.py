@@ -28,12 +28,12 @@ class JudgeArguments:
 
     Args:
         judge (`str`, *optional*, defaults to `"shapes"`):
-            Who answers the questions: `"openai"`, `"transformers"`, `"policy"`, `"shapes"`, or a judge that another package
-            registers.
+            Who answers the questions: `"openai"`, `"server"`, `"transformers"`, `"policy"`, `"shapes"`, or a judge that
+            another package registers.
         judge_model (`str`, *optional*):
             Model of the judge: its name at the endpoint, or the name or folder of a local one.
         judge_base_url (`str`, *optional*):
-            OpenAI-compatible endpoint of the judge `"openai"`.
+            OpenAI-compatible endpoint of the judge `"openai"`, or the reward server of the judge `"server"`.
         judge_max_concurrency (`int`, *optional*, defaults to `64`):
             Questions that are with the endpoint at once.
         judge_timeout (`float`, *optional*, defaults to `60.0`):
@@ -53,7 +53,7 @@ class JudgeArguments:
     judge: str = field(
         default="shapes",
         metadata={
-            "help": "Who answers the questions: 'openai', 'transformers', 'policy', 'shapes' or a registered one."
+            "help": "Who answers the questions: 'openai', 'server', 'transformers', 'policy', 'shapes' or a registered one."
         },
     )
     judge_model: str | None = field(
@@ -62,7 +62,10 @@ class JudgeArguments:
     )
     judge_base_url: str | None = field(
         default=None,
-        metadata={"help": "OpenAI-compatible endpoint of the judge 'openai', e.g. http://localhost:8000/v1."},
+        metadata={
+            "help": "Endpoint of the judge 'openai', e.g. http://localhost:8000/v1, or of the judge 'server', e.g. "
+            "http://localhost:8001."
+        },
     )
     judge_max_concurrency: int = field(
         default=64, metadata={"help": "Questions that are with the judge's endpoint at once."}

@@ -32,6 +32,7 @@ JUDGES = Registry(
     {
         "openai": "reward_models.judges.openai:OpenAIJudge",
         "policy": "reward_models.judges.policy:PolicyJudge",
+        "server": "reward_models.judges.server:ServerJudge",
         "shapes": "reward_models.judges.shapes:ShapesJudge",
         "transformers": "reward_models.judges.transformers:TransformersJudge",
     },

@@ -1,0 +1,241 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alphagrpo_ext.openrlhf.flag_table import FlagError
+
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "ray_train.py"
+DEADLINE = 900.0
+
+# A few seconds of work, in which two workers share every group.
+TINY = (
+    *("--eval_seeds", "0", "--num_train_prompts", "16", "--max_completion_length", "8", "--num_timesteps", "6"),
+    *("--sde_window_size", "2", "--sde_window_range", "0", "4", "--bf16", "false", "--logging_steps", "1"),
+    *("--max_grad_norm", "0", "--num_eval_prompts", "4", "--disable_tqdm", "true"),
+    # The step of plain gradient descent is the gradient; Adam's is its sign, which turns rounding into whole steps.
+    *("--optim", "sgd"),
+)
+NATIVE = ("--per_device_train_batch_size", "4", "--num_generations", "4", "--learning_rate", "1e-1")
+DOTTED = (
+    *("--rollout.batch_size", "2", "--rollout.n_samples_per_prompt", "4", "--train.batch_size", "8"),
+    *("--train.micro_batch_size", "4", "--actor.adam.lr", "1e-1"),
+)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray starts workers with a niceness of 15, which on a busy machine is minutes for an import.
+        "RAY_worker_niceness": "0",
+    }
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ray_train", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ray_train() -> ModuleType:
+    return load()
+
+
+@contextmanager
+def start(log: Path, *arguments: str) -> Iterator[subprocess.Popen]:
+    """The recipe in a process of its own, which is gone at the end with all that it started."""
+    command = [sys.executable, str(RECIPE), "--num_workers", "2", *TINY, *arguments]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment(), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+    started: list[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+        process.wait()
+        for child in started:
+            if child.is_running():
+                child.kill()
+
+
+def wait(process: subprocess.Popen, log: Path) -> str:
+    process.wait(timeout=DEADLINE)
+    output = log.read_text()
+    assert process.returncode == 0, output[-20000:]
+    return output
+
+
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_arguments_are_checked_before_ray_starts(ray_train: ModuleType) -> None:
+    recipe = ray_train.load_recipe(ray_train.find_recipe("self_reflection"))
+    settings = ray_train.read_settings(recipe, ["--learning_rate", "1e-5", "--formats", "think"])
+    assert settings.learning_rate == 1e-5
+    # Of the recipe's own configuration.
+    assert settings.task == "self_reflection"
+    with pytest.raises(FlagError, match="unknown argument --learnin_rate: did you mean --learning_rate?"):
+        ray_train.read_settings(recipe, ["--learnin_rate", "1e-5"])
+    with pytest.raises(FlagError, match="did you mean --num_workers?"):
+        ray_train.read_settings(recipe, ["--num_worker", "2"])
+
+
+def test_unknown_names_in_a_configuration_are_found(ray_train: ModuleType, tmp_path: Path) -> None:
+    recipe = ray_train.load_recipe(ray_train.find_recipe("reasoning_t2i"))
+    config = tmp_path / "config.yaml"
+    config.write_text("learning_rat: 1.0e-5\n")
+    with pytest.raises(FlagError, match="--learning_rat"):
+        ray_train.read_settings(recipe, ["--config", str(config)])
+
+
+def test_recipes_are_found_by_name_and_by_path(ray_train: ModuleType, tmp_path: Path) -> None:
+    path = ROOT / "recipes" / "reasoning_t2i.py"
+    assert ray_train.find_recipe("reasoning_t2i") == path
+    assert ray_train.find_recipe(str(path)) == path
+    with pytest.raises(ValueError, match="did you mean 'reasoning_t2i'.*reasoning_t2i, self_reflection"):
+        ray_train.find_recipe("reasoning_t2")
+    other = tmp_path / "other.py"
+    other.write_text("def main(args: dict) -> None:\n    pass\n")
+    with pytest.raises(ValueError, match="does not train"):
+        ray_train.load_recipe(other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_workers": 0}, "num_workers must be at least 1"),
+        ({"max_failures": -1}, "max_failures must be at least 0"),
+        ({"environment": ["WANDB_PROJECT"]}, "NAME=VALUE"),
+        ({"environment": ["WANDB_API_KEY=0123"]}, "must not hold WANDB_API_KEY"),
+    ],
+)
+def test_ray_arguments_are_validated(ray_train: ModuleType, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        ray_train.RayArguments(**settings)
+    assert "0123" not in str(error.value)
+
+
+def test_a_restart_never_takes_the_checkpoint_of_another_run(ray_train: ModuleType, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "checkpoint-3"
+    other.mkdir(parents=True)
+    output = tmp_path / "run"
+    assert ray_train.check_output_dir(output, None) is None
+    assert ray_train.check_output_dir(output, "last") is None
+    assert ray_train.check_output_dir(output, str(other)) == str(other)
+    last = output / "checkpoint-20"
+    (output / "checkpoint-5").mkdir(parents=True)
+    last.mkdir()
+    assert ray_train.check_output_dir(output, "last") == str(last)
+    assert ray_train.check_output_dir(output, str(last)) == str(last)
+    with pytest.raises(ValueError, match="checkpoint-20 of an earlier run.*--resume_from_checkpoint last"):
+        ray_train.check_output_dir(output, None)
+    with pytest.raises(ValueError, match="checkpoint-20, from which a restart would go on"):
+        ray_train.check_output_dir(output, str(output / "checkpoint-5"))
+    with pytest.raises(FileNotFoundError, match="no-such"):
+        ray_train.check_output_dir(output, str(tmp_path / "no-such"))
+
+
+def test_attempts_are_told_in_a_sentence(ray_train: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "attempts.jsonl"
+    starts = [None, None, "/run/checkpoint-2"]
+    path.write_text("".join(json.dumps({"resumed_from": start}) + "\n" for start in starts))
+    sentence = ray_train.describe_attempts(path, Path("/run"))
+    assert sentence == "Finished after 2 restarts, from the start, checkpoint-2: /run"
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_two_launched_processes(tmp_path: Path) -> None:
+    arguments = ("--max_steps", "2", "--save_strategy", "no")
+    log = tmp_path / "log"
+    with start(log, *DOTTED, *arguments, "--ckpt.output_dir", str(tmp_path / "ray")) as process:
+        assert "Finished without a restart" in wait(process, log)
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    command = [sys.executable, *launch, str(ROOT / "recipes" / "reasoning_t2i.py"), *TINY, *NATIVE, *arguments]
+    command += ["--output_dir", str(tmp_path / "launched")]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=DEADLINE)
+    assert result.returncode == 0, result.stderr
+
+    by_ray, launched = (load_file(tmp_path / name / "model.safetensors") for name in ("ray", "launched"))
+    start_weights = load_file(ROOT / "alphagrpo_ext" / "shapes" / "checkpoint" / "model.safetensors")
+    assert by_ray.keys() == launched.keys()
+    for name, weight in launched.items():
+        torch.testing.assert_close(by_ray[name], weight, rtol=0, atol=1e-5, msg=name)
+    moved = [name for name in launched if not launched[name].float().equal(start_weights[name].float())]
+    assert len(moved) > 50
+    # What they did on the way is the same, too, and both processes took part: eight rollouts a step.
+    for name in ("ray", "launched"):
+        entries = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in entries if "reward" in entry] == [1, 2]
+    assert not list((tmp_path / "ray").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_killed_worker(tmp_path: Path) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    with start(
+        log, *DOTTED, "--max_steps", "8", "--ckpt.save_steps", "1", "--ckpt.output_dir", str(output)
+    ) as process:
+        deadline = time.monotonic() + DEADLINE
+        while not (output / "checkpoint-2" / "trainer_state.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-20000:]
+            time.sleep(0.1)
+        victim = workers_of(process)[-1]
+        victim.send_signal(signal.SIGKILL)
+        text = wait(process, log)
+    assert "Finished after 1 restart, from checkpoint-" in text
+    (attempts,) = output.glob("ray_*/attempts.jsonl")
+    first, second = [json.loads(line) for line in attempts.read_text().splitlines()]
+    assert first["resumed_from"] is None
+    step = int(second["resumed_from"].rpartition("-")[2])
+    assert 2 <= step < 8
+    state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["global_step"] == 8
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert steps.count(8) >= 1 and steps.count(step) == 1
+    assert not any(weight.isnan().any() for weight in load_file(output / "model.safetensors").values())
