@@ -27,8 +27,9 @@ And back, for code that reads the release; an adapter's folder in place of a mod
 python recipes/convert_checkpoint.py --model_name_or_path runs/bagel --layout released --output_dir runs/released
 ```
 
-Weights keep their values and types unless `--dtype` is given, which leaves the autoencoder in fp32. The output is written
-beside `--output_dir` and renamed when it is complete: a conversion that fails or is stopped leaves no folder that loads.
+Weights keep their values and types unless `--dtype` is given. The autoencoder is always fp32, and on the way back so are
+position tables that were stored in bf16, which changes no value. The output is written beside `--output_dir` and renamed
+when it is complete: a conversion that fails or is stopped leaves no folder that loads.
 """
 
 from __future__ import annotations
