@@ -112,7 +112,7 @@ def main(args: EvaluationArguments) -> None:
     if args.task == EDITING:
         rows = editing_rows(args.num_eval_prompts, seed=0)
     else:
-        rows = load_prompts(args.eval_file, "evaluation", args.num_eval_prompts).to_list()
+        rows = list(load_prompts(args.eval_file, "evaluation", args.num_eval_prompts))
     results = {name: evaluate_model(name, rows, args) for name in args.models}
     first_name, first = next(iter(results.items()))
     for name, rounds in results.items():

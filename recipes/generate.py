@@ -119,7 +119,7 @@ def load_rows(args: GenerationArguments) -> list[dict[str, Any]]:
     """Rows to paint, with questions unless prompts stand on the command line."""
     if args.prompts:
         return [{"prompt": prompt} for prompt in args.prompts]
-    return load_prompts(args.prompt_file, "evaluation", args.num_prompts).to_list()
+    return list(load_prompts(args.prompt_file, "evaluation", args.num_prompts))
 
 
 def save(refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: Path, num_rounds: int) -> None:

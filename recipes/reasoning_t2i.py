@@ -84,7 +84,8 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     # A checkpoint that cannot be resumed is found before anything is loaded.
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, output_dir)
     train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
-    eval_rows = load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts).to_list()
+    # A list of rows decodes images, where `to_list` would not.
+    eval_rows = list(load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts))
     model, processor = load_model(
         model_args.model_name_or_path,
         dtype=model_args.dtype,

@@ -138,7 +138,8 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
             )
         tasks = itertools.islice(itertools.cycle(script_args.train_tasks), len(train_dataset))
         train_dataset = train_dataset.add_column("task", list(tasks))
-    eval_rows = load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts).to_list()
+    # A list of rows decodes images, where `to_list` would not.
+    eval_rows = list(load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts))
     model, processor = load_model(
         model_args.model_name_or_path,
         dtype=model_args.dtype,

@@ -112,6 +112,7 @@ def make_checkpoint(golden, tmp_path) -> Iterator:
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
 def test_peak_of_loading_in_bf16(make_checkpoint, golden, stored: torch.dtype) -> None:

@@ -95,6 +95,7 @@ def test_estimate_of_the_tiny_model(settings: MemorySettings) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 @pytest.mark.parametrize(
     "settings",
     [

@@ -141,6 +141,7 @@ def whole(
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 @pytest.mark.invariant
 @pytest.mark.parametrize(("recipe", "num_processes"), [("reasoning_t2i", 1), ("self_reflection", 1)])
 def test_killed_at_random_moments(recipe: str, num_processes: int, whole: Whole, tmp_path: Path) -> None:
@@ -199,6 +200,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 @pytest.mark.invariant
 @pytest.mark.parametrize(
     ("recipe", "num_processes", "moment"),

@@ -190,6 +190,7 @@ def test_attempts_are_told_in_a_sentence(ray_train: ModuleType, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 def test_two_workers_train_as_two_launched_processes(tmp_path: Path) -> None:
     arguments = ("--max_steps", "2", "--save_strategy", "no")
     log = tmp_path / "log"
@@ -216,6 +217,7 @@ def test_two_workers_train_as_two_launched_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 def test_a_run_outlives_a_killed_worker(tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
     with start(

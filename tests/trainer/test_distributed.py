@@ -118,12 +118,12 @@ def trained_alone(train: Callable[..., Run]) -> Callable[[str], Run]:
     [
         ("ddp", "t2i", False),
         ("ddp", "reflection", False),
-        ("zero2", "t2i", False),
-        ("zero3", "t2i", True),
-        ("zero3", "mixed", False),
-        ("fsdp2", "t2i", True),
-        ("fsdp2", "reflection", False),
-        ("fsdp2", "mixed", False),
+        pytest.param("zero2", "t2i", False, marks=pytest.mark.low_priority),
+        pytest.param("zero3", "t2i", True, marks=pytest.mark.low_priority),
+        pytest.param("zero3", "mixed", False, marks=pytest.mark.low_priority),
+        pytest.param("fsdp2", "t2i", True, marks=pytest.mark.low_priority),
+        pytest.param("fsdp2", "reflection", False, marks=pytest.mark.low_priority),
+        pytest.param("fsdp2", "mixed", False, marks=pytest.mark.low_priority),
     ],
 )
 def test_two_processes_train_as_one(
@@ -164,6 +164,7 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 def test_rollout_gathers_parameters_once(train: Callable[..., Run], backend: str) -> None:
     short = train(backend, max_steps=2, max_completion_length=2, num_timesteps=4, sde_window_range=[0, 3])
@@ -176,6 +177,7 @@ def test_rollout_gathers_parameters_once(train: Callable[..., Run], backend: str
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 @pytest.mark.parametrize(
     "backend, lora", [("ddp", False), ("zero2", True), ("zero3", False), ("fsdp2", False), ("fsdp2", True)]
 )
@@ -192,6 +194,7 @@ def test_checkpoint_of_several_processes_resumes(train: Callable[..., Run], back
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 def test_recipe_evaluates_a_sharded_policy_as_a_whole_one(tmp_path: Path) -> None:
     def summary(backend: str | None, batch_size: int, *arguments: str) -> dict[str, Any]:
         output = tmp_path / (backend or "one")
