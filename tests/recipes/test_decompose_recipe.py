@@ -200,7 +200,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_a_file_that_can_be_gone_on_with(tmp_path: Path) -> None:
     def slow_answer(request: ChatRequest) -> Any:
-        time.sleep(0.01)
+        time.sleep(0.2)
         return failing_on("5")(request)
 
     names = [f"cat {number}" for number in range(60)]
