@@ -351,6 +351,7 @@ def test_batch_sizes_are_exact_or_refused(group: int, workers: int, prompts: int
 
 
 def test_deepspeed_configuration_is_read_by_transformers() -> None:
+    pytest.importorskip("deepspeed")
     (value,) = translated(
         "--ds.zero_stage 3 --ds.zpg 8 --ds.adam_offload --ds.overlap_comm --ds.grad_accum_dtype fp32"
     )["deepspeed"]
