@@ -82,6 +82,7 @@ def measure(config: BagelConfig, settings: MemorySettings) -> int:
     return int(result.stdout.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -39,6 +39,9 @@ from run_comparison import without_timings
 from trainer.conftest import brightness
 
 
+# CI runs one of each kind.
+LOW_PRIORITY = (pytest.mark.slow, pytest.mark.low_priority)
+
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
 
 
@@ -69,13 +72,16 @@ def make(make_trainer: MakeTrainer, tmp_path: Path) -> MakeTrainer:
     [
         pytest.param({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, id="accumulation"),
         pytest.param({"num_iterations": 2, "steps_per_generation": 2}, id="buffered"),
-        pytest.param({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, id="two rollouts a step"),
-        pytest.param({"logging_steps": 3, "num_iterations": 3}, id="between logs"),
-        pytest.param({"lora": True, "image_beta": 0.1, "max_grad_norm": 0.5}, id="LoRA"),
-        pytest.param({"bf16": True}, id="bf16 autocast"),
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 1}, id="two rollouts a step", marks=LOW_PRIORITY
+        ),
+        pytest.param({"logging_steps": 3, "num_iterations": 3}, id="between logs", marks=LOW_PRIORITY),
+        pytest.param({"lora": True, "image_beta": 0.1, "max_grad_norm": 0.5}, id="LoRA", marks=LOW_PRIORITY),
+        pytest.param({"bf16": True}, id="bf16 autocast", marks=LOW_PRIORITY),
         pytest.param(
             {"task": "self_reflection", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
             id="self-reflection, accumulation",
+            marks=LOW_PRIORITY,
         ),
         pytest.param(
             {"task": "self_reflection", "num_iterations": 2, "steps_per_generation": 2}, id="self-reflection, buffered"
@@ -97,9 +103,14 @@ def test_resumed_run_equals_one_that_was_not_stopped(make: MakeTrainer, settings
     ("settings", "streaming"),
     [
         pytest.param({}, False, id="whole steps"),
-        pytest.param({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, False, id="short last step"),
-        pytest.param({"shuffle_dataset": False}, False, id="in order"),
-        pytest.param({}, True, id="stream"),
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+            False,
+            id="short last step",
+            marks=LOW_PRIORITY,
+        ),
+        pytest.param({"shuffle_dataset": False}, False, id="in order", marks=LOW_PRIORITY),
+        pytest.param({}, True, id="stream", marks=LOW_PRIORITY),
     ],
 )
 def test_prompts_go_on_in_their_order(make: MakeTrainer, settings: dict[str, Any], streaming: bool) -> None:
@@ -139,6 +150,8 @@ def test_finished_run_has_nothing_left_to_do(make: MakeTrainer) -> None:
     assert without_timings(again.state.log_history) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.low_priority
 def test_longer_run_goes_on(make: MakeTrainer) -> None:
     """More steps than were planned: the rollouts that were left over are trained on first."""
     settings = {"num_iterations": 2, "steps_per_generation": 2, "lr_scheduler_type": "constant"}
@@ -151,6 +164,8 @@ def test_longer_run_goes_on(make: MakeTrainer) -> None:
         assert torch.equal(weights(longer)[name], value), name
 
 
+@pytest.mark.slow
+@pytest.mark.low_priority
 def test_evaluation_at_the_start_is_not_repeated(make: MakeTrainer) -> None:
     settings = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1}
     whole = make("whole", **settings)
@@ -181,6 +196,8 @@ def test_metrics_file_has_each_line_once(make: MakeTrainer) -> None:
     assert without_timings(run("run")) == without_timings(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.low_priority
 def test_reference_model_that_follows_the_policy_is_restored(
     make: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel], shapes_processor: BagelProcessor, tmp_path: Path
 ) -> None:
@@ -227,12 +244,16 @@ def test_failure_while_saving_leaves_the_previous_checkpoint(
     assert last_checkpoint(folder) == folder / "checkpoint-3"
 
 
+@pytest.mark.slow
+@pytest.mark.low_priority
 def test_only_as_many_checkpoints_are_kept_as_asked_for(make: MakeTrainer) -> None:
     trainer = make("run", save_total_limit=1, max_steps=2)
     trainer.train()
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
+@pytest.mark.low_priority
 def test_best_checkpoint_is_found_at_its_place(make: MakeTrainer) -> None:
     trainer = make(
         "run",
