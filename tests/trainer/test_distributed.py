@@ -160,7 +160,9 @@ def test_two_processes_train_as_one(
     assert len(moved) > 50
     for name in moved:
         error = (together[name] - alone[name]).norm() / (alone[name] - before[name]).norm()
-        assert error < 1e-3, f"{name}: {error}"
+        # Rounding in the first step moves single pixels of the next rollouts, which rewards see. A share of the gradient that
+        # is lost or counted twice is an error of a third and more.
+        assert error < 5e-3, f"{name}: {error}"
 
 
 @pytest.mark.slow
