@@ -220,6 +220,7 @@ def hub(golden, tmp_path) -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 def test_download_takes_the_needed_files_alone_and_serves_later_loads(hub, tmp_path) -> None:
     address, asked = hub
 

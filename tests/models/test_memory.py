@@ -83,6 +83,7 @@ def measure(config: BagelConfig, settings: MemorySettings) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 @pytest.mark.parametrize(
     "settings",
     [
