@@ -158,11 +158,11 @@ def test_two_processes_train_as_one(
     assert set(together) == set(alone) == set(before)
     moved = [name for name, weight in before.items() if (alone[name] != weight).any()]
     assert len(moved) > 50
+    # Images that rounding has moved by a grey level are context in self-reflection, and rewards see them.
+    tolerance = 5e-3 if tasks == "reflection" else 1e-3
     for name in moved:
         error = (together[name] - alone[name]).norm() / (alone[name] - before[name]).norm()
-        # Rounding in the first step moves single pixels of the next rollouts, which rewards see. A share of the gradient that
-        # is lost or counted twice is an error of a third and more.
-        assert error < 5e-3, f"{name}: {error}"
+        assert error < tolerance, f"{name}: {error}"
 
 
 @pytest.mark.slow
