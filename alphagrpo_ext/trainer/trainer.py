@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 import textwrap
 import time
@@ -245,7 +246,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         images = [trajectory.final_image for trajectory in part]
         for reward_func in self.reward_funcs:
             start = getattr(reward_func, "start", None)
-            if asyncio.iscoroutinefunction(start):
+            if inspect.iscoroutinefunction(start):
                 rows_of_part = [self._reward_row(row) for row in rows[: len(part)]]
                 asyncio.run_coroutine_threadsafe(start(images, rows_of_part), self.async_loop)
 
