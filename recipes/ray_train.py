@@ -72,17 +72,16 @@ from typing import Any, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from alphagrpo_ext.extras import require_extra
 from alphagrpo_ext.openrlhf.flag_table import FLAGS, FlagError
 from alphagrpo_ext.openrlhf.flags import describe_flags, translate_flags
+from alphagrpo_ext.trainer.checkpoint_folder import asks_for_last, asks_to_resume, last_checkpoint, read_manifest
 
 
 RECIPES = Path(__file__).parent
 ATTEMPTS_FILE = "attempts.jsonl"
-LAST = "last"
 RAY_ENVIRONMENT = {
     # Ray would send usage statistics.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -273,28 +272,30 @@ def check_output_dir(output_dir: Path, resume_from: str | None) -> str | None:
 
     Args:
         output_dir (`Path`): Of the run.
-        resume_from (`str`, *optional*): `"last"` for the last checkpoint there, if there is one, or a path.
+        resume_from (`str`, *optional*): `"last"` for the last complete checkpoint there, if there is one, or a path.
 
     Raises:
         `ValueError`: If the output directory has a checkpoint that the run is not to go on from; a restart would take it.
-        `FileNotFoundError`: If the checkpoint is not there.
+        `DamagedCheckpointError`: If the checkpoint that is named is not complete, or not there.
     """
-    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if resume_from in (None, LAST):
-        if last is not None and resume_from is None:
+    last = last_checkpoint(output_dir)
+    if not asks_to_resume(resume_from):
+        if last is not None:
             raise ValueError(
-                f"{output_dir} holds {Path(last).name} of an earlier run: go on from it with --resume_from_checkpoint {LAST} "
+                f"{output_dir} holds {last.name} of an earlier run: go on from it with --resume_from_checkpoint last "
                 "(--ckpt.load_enable), or name another --output_dir"
             )
-        return last
-    if not Path(resume_from).is_dir():
-        raise FileNotFoundError(f"there is no checkpoint {resume_from}")
-    if last is not None and Path(last).resolve() != Path(resume_from).resolve():
+        return None
+    if asks_for_last(resume_from):
+        return last and str(last)
+    checkpoint = Path(resume_from).resolve()
+    read_manifest(checkpoint)
+    if last is not None and last.resolve() != checkpoint:
         raise ValueError(
-            f"{output_dir} holds {Path(last).name}, from which a restart would go on: name another --output_dir to go on from "
-            f"{resume_from}"
+            f"{output_dir} holds {last.name}, from which a restart would go on: name another --output_dir to go on from "
+            f"{checkpoint}"
         )
-    return str(Path(resume_from).resolve())
+    return str(checkpoint)
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
@@ -316,8 +317,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
     if Path(job.directory).is_dir():
         os.chdir(job.directory)
     recipe = load_recipe(Path(job.recipe))
-    last = get_last_checkpoint(job.output_dir) if Path(job.output_dir).is_dir() else None
-    checkpoint = last or job.resume_from
+    last = last_checkpoint(job.output_dir)
+    checkpoint = str(last) if last is not None else job.resume_from
     if ray.train.get_context().get_world_rank() == 0:
         with (Path(job.run_dir) / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), "resumed_from": checkpoint}) + "\n")

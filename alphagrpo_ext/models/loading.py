@@ -30,7 +30,12 @@ from transformers.processing_utils import ProcessorMixin
 
 import alphagrpo_ext.models.bagel  # noqa: F401  (registers with the Auto classes)
 from alphagrpo_ext.models.adapters import adapter_base, is_adapter, load_adapter
-from alphagrpo_ext.models.bagel.checkpoint import DOWNLOADED_FILES, is_released_layout, load_released
+from alphagrpo_ext.models.bagel.checkpoint import (
+    DOWNLOADED_FILES,
+    is_released_layout,
+    load_released,
+    load_released_processor,
+)
 from alphagrpo_ext.models.unified import MODELS, UnifiedModel
 from alphagrpo_ext.models.weight_files import read_shapes, summarize
 
@@ -152,4 +157,23 @@ def load_model(
     ]
     if problems:
         raise ValueError(f"the weights in {path} do not fit its configuration: {summarize(problems)}")
-    return model, AutoProcessor.from_pretrained(path, revision=revision)
+    return model, load_processor(path, revision)
+
+
+def load_processor(model_name_or_path: str | Path, revision: str | None = None) -> ProcessorMixin:
+    """
+    The processor of a model alone.
+
+    Args:
+        model_name_or_path (`str` or `Path`): As [`load_model`].
+        revision (`str`, *optional*): Branch, tag or commit of a repository on the Hub.
+
+    Raises:
+        `FileNotFoundError`: If there is no such model, or it lacks a file; the message names it.
+    """
+    path = resolve_model_path(model_name_or_path, revision)
+    if is_adapter(path):
+        return load_processor(adapter_base(path))
+    if is_released_layout(path):
+        return load_released_processor(Path(path))
+    return AutoProcessor.from_pretrained(path, revision=revision)

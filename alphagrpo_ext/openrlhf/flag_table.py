@@ -191,7 +191,7 @@ def _attention(values: Sequence[str]) -> dict[str, Sequence[str]]:
     if "flash" in values[0]:
         raise FlagError(
             f"--ds.attn_implementation {values[0]}: flash attention knows causal and full masks alone, and an image in the "
-            "middle of text needs another: leave it out, or take sdpa or eager"
+            "middle of text needs another: take flex_attention (GPUs), sdpa or eager"
         )
     return {"attn_implementation": values}
 
@@ -374,11 +374,7 @@ FLAGS: Mapping[str, Flag] = {
         _refused("actor.aux_loss_coef", 1, "there is no router whose load to balance", _same_number(0)),
         _refused("reward.model_name_or_path", 1, _NO_REWARD_MODEL),
         _refused("critic.model_name_or_path", 1, _NO_CRITIC),
-        _refused(
-            "ref.offload",
-            0,
-            "with an adapter the reference is the policy with its adapter off, which takes no memory; use --ds.lora.rank",
-        ),
+        _switch("ref.offload", "with an adapter the reference takes no memory", offload_ref_model="true"),
         _ignored("reward.offload", 0, _JUDGE_RESOURCES),
         _refused("use_ms", 0, "models come from a folder or from the Hugging Face Hub: fetch them first"),
         _refused(

@@ -153,6 +153,11 @@ def asks_to_resume(resume_from_checkpoint: str | bool | None) -> bool:
     return str(resume_from_checkpoint or "").lower() not in ("", "false", "none")
 
 
+def asks_for_last(resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether an argument asks to go on from the last checkpoint, and names none."""
+    return str(resume_from_checkpoint).lower() in ("true", "last")
+
+
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
     """
     The checkpoint that a run goes on from.
@@ -172,7 +177,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     """
     if not asks_to_resume(resume_from_checkpoint):
         return None
-    if str(resume_from_checkpoint).lower() not in ("true", "last"):
+    if not asks_for_last(resume_from_checkpoint):
         checkpoint = Path(resume_from_checkpoint)
         read_manifest(checkpoint)
         return checkpoint

@@ -29,11 +29,13 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from datasets import IterableDataset
+from peft import PeftModel
 from safetensors.torch import load_model, save_model
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from alphagrpo_ext.models.saving import check_free_space
 from alphagrpo_ext.trainer.checkpoint_folder import (
     INCOMPLETE_NAME,
     publish,
@@ -102,7 +104,8 @@ class ExactResumeMixin:
     trained on, and losses and metrics since the last log; the order of prompts goes on in the epoch where it was. Noise,
     windows and sampled text depend on seed and position alone.
 
-    A checkpoint is written in the folder `incomplete` of `output_dir` and moved to its place when all of it is there.
+    A checkpoint is written in the folder `incomplete` of `output_dir` and moved to its place when all of it is there. Where
+    the disk has no room for it, the run stops before it writes anything.
 
     Not restored: the table of `log_completions` until the next rollout, and what reward functions keep for themselves.
     """
@@ -220,6 +223,7 @@ class ExactResumeMixin:
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged = run_dir / INCOMPLETE_NAME / final.name
+        check_free_space(run_dir, self._checkpoint_bytes())
         if self.args.should_save:
             shutil.rmtree(staged.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -248,6 +252,17 @@ class ExactResumeMixin:
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _checkpoint_bytes(self) -> int:
+        """What a checkpoint takes at least: saved weights, and two moments in fp32 of those that are trained."""
+        num_bytes = 0
+        for parameter in self.model.parameters():
+            # A shard of DeepSpeed has no elements of its own.
+            elements = getattr(parameter, "ds_numel", parameter.numel())
+            is_saved = parameter.requires_grad or not isinstance(self.model, PeftModel)
+            num_bytes += is_saved * elements * parameter.element_size()
+            num_bytes += (parameter.requires_grad and not self.args.save_only_model) * 2 * 4 * elements
+        return num_bytes
 
     def _save_progress(self, folder: Path) -> None:
         progress = Progress(

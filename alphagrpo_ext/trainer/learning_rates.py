@@ -19,6 +19,26 @@ from __future__ import annotations
 import torch
 
 from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+
+
+def check_optimizer_is_made_here(args: AlphaGRPOConfig, optimizer: torch.optim.Optimizer | None) -> None:
+    """
+    Check that `generation_learning_rate` can have an effect.
+
+    Raises:
+        `ValueError`: If the optimizer is another's, who knows no experts: passed to the trainer, or DeepSpeed's own.
+    """
+    if args.generation_learning_rate is None:
+        return
+    setting = f"generation_learning_rate={args.generation_learning_rate} has no effect on an optimizer that"
+    if optimizer is not None:
+        raise ValueError(
+            f"{setting} is passed: give that one parameter groups, and leave generation_learning_rate out"
+        )
+    plugin = args.deepspeed_plugin
+    if plugin is not None and "optimizer" in plugin.deepspeed_config:
+        raise ValueError(f"{setting} DeepSpeed makes: remove 'optimizer' from its configuration")
 
 
 def set_generation_learning_rate(

@@ -33,13 +33,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
-from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.loading import load_model, load_processor
 from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
@@ -48,7 +48,7 @@ from alphagrpo_ext.trainer.checkpointing import ExactResumeMixin
 from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
-from alphagrpo_ext.trainer.learning_rates import set_generation_learning_rate
+from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.reference import frozen_copy, prepare_reference, visiting
 from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
 from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
@@ -129,7 +129,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             args.model_init_kwargs = None
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(policy.config._name_or_path)
+            processing_class = load_processor(policy.config._name_or_path)
         args.eval_rollout().grid(policy)
         for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
             if validate := getattr(reward_func, "validate_dataset", None):
@@ -140,11 +140,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
                 validate(args.image_height, args.image_width)
         if args.freeze_vision_tower:
             policy.freeze_vision_tower()
-        if args.generation_learning_rate is not None and optimizers[0] is not None:
-            raise ValueError(
-                f"generation_learning_rate={args.generation_learning_rate} has no effect on an optimizer that is passed: "
-                f"give that one parameter groups, and leave generation_learning_rate out"
-            )
+        check_optimizer_is_made_here(args, optimizers[0])
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         reference = None if has_adapter or not (args.beta or args.image_beta) else frozen_copy(policy)
         self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)

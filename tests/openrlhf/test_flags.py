@@ -201,6 +201,7 @@ def test_arguments_of_the_table_exist() -> None:
         ("--reward.remote_url judge:8001/proxy/score/", "--judge server --judge_base_url http://judge:8001/proxy"),
         ("--actor.num_nodes 2 --actor.num_gpus_per_node 4", "--num_workers 8 --use_gpu true"),
         ("--actor.num_nodes 2", "--num_workers 16 --use_gpu true"),
+        ("--ref.offload", "--offload_ref_model true"),
         # What asks for nothing but what happens anyway is not refused.
         ("--ds.ring_attn_size 1 --data.input_key prompt --reward.clip_range -10 10 --actor.optim adam", ""),
         # Arguments of recipes stand beside flags, in any spelling, and keep their order.
@@ -244,7 +245,7 @@ def test_translates(command: str, expected: str) -> None:
         ("--ds.adam_offload", "--ds.zero_stage"),
         ("--ds.zpg 8 --ds.zero_stage 2", "--ds.zero_stage 3"),
         ("--ds.param_dtype fp16", "take bf16"),
-        ("--ds.attn_implementation flash_attention_2", "sdpa or eager"),
+        ("--ds.attn_implementation flash_attention_2", "take flex_attention (GPUs), sdpa or eager"),
         ("--ds.lora.target_modules all-linear", "vision tower"),
         ("--ds.ring_attn_size 2", "not split over workers"),
         ("--reward.clip_range 0 0.5", "[0, 1]"),

@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from alphagrpo_ext.openrlhf.flag_table import FlagError
+from alphagrpo_ext.trainer.checkpoint_folder import DamagedCheckpointError, write_manifest
 
 
 ROOT = Path(__file__).parents[2]
@@ -162,23 +163,28 @@ def test_ray_arguments_are_validated(ray_train: ModuleType, settings: dict, mess
 
 
 def test_a_restart_never_takes_the_checkpoint_of_another_run(ray_train: ModuleType, tmp_path: Path) -> None:
-    other = tmp_path / "other" / "checkpoint-3"
-    other.mkdir(parents=True)
-    output = tmp_path / "run"
+    def checkpoint(folder: Path, step: int) -> Path:
+        path = folder / f"checkpoint-{step}"
+        path.mkdir(parents=True)
+        write_manifest(path, step, num_processes=1)
+        return path
+
+    other, output = checkpoint(tmp_path / "other", 3), tmp_path / "run"
     assert ray_train.check_output_dir(output, None) is None
     assert ray_train.check_output_dir(output, "last") is None
     assert ray_train.check_output_dir(output, str(other)) == str(other)
-    last = output / "checkpoint-20"
-    (output / "checkpoint-5").mkdir(parents=True)
-    last.mkdir()
-    assert ray_train.check_output_dir(output, "last") == str(last)
-    assert ray_train.check_output_dir(output, str(last)) == str(last)
+    earlier, last = checkpoint(output, 5), checkpoint(output, 20)
+    # One that a failure left unfinished is none.
+    (output / "checkpoint-25").mkdir()
+    for resume_from in ("last", "true", str(last)):
+        assert ray_train.check_output_dir(output, resume_from) == str(last)
     with pytest.raises(ValueError, match="checkpoint-20 of an earlier run.*--resume_from_checkpoint last"):
         ray_train.check_output_dir(output, None)
     with pytest.raises(ValueError, match="checkpoint-20, from which a restart would go on"):
-        ray_train.check_output_dir(output, str(output / "checkpoint-5"))
-    with pytest.raises(FileNotFoundError, match="no-such"):
-        ray_train.check_output_dir(output, str(tmp_path / "no-such"))
+        ray_train.check_output_dir(output, str(earlier))
+    for path in (tmp_path / "no-such", output / "checkpoint-25"):
+        with pytest.raises(DamagedCheckpointError, match=path.name):
+            ray_train.check_output_dir(output, str(path))
 
 
 def test_attempts_are_told_in_a_sentence(ray_train: ModuleType, tmp_path: Path) -> None:

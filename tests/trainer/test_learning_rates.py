@@ -15,6 +15,7 @@
 """Presets of adapters, and a learning rate for each expert."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from peft import LoraConfig, get_peft_model
 
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.unified import LORA_TARGETS
-from alphagrpo_ext.trainer import AlphaGRPOTrainer
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -130,3 +132,15 @@ def test_vision_tower_and_autoencoder_are_frozen_by_default(make_trainer: MakeTr
     frozen = {name.split(".")[0] for name, p in trainer.model.named_parameters() if not p.requires_grad}
     assert frozen == {"vae", "vit_model", "connector"}
     assert not any(p.requires_grad for n, p in trainer.model.named_parameters() if n.split(".")[0] in frozen)
+
+
+def test_rate_for_an_optimizer_of_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    # What a configuration sets for the whole process is gone after the test.
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-4}}
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "generation_learning_rate": 1e-4}
+    zero2 = {"zero_optimization": {"stage": 2}}
+    check_optimizer_is_made_here(AlphaGRPOConfig(**settings, deepspeed=zero2), None)
+    with pytest.raises(ValueError, match="on an optimizer that DeepSpeed makes: remove 'optimizer' from its config"):
+        check_optimizer_is_made_here(AlphaGRPOConfig(**settings, deepspeed=zero2 | {"optimizer": optimizer}), None)

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.trainer import AlphaGRPOTrainer
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 
 
 @pytest.fixture
@@ -57,3 +58,16 @@ def test_adapter_of_a_released_base_trains_and_loads(trainer: AlphaGRPOTrainer, 
             assert torch.equal(parameter, before[name]), name
     # The weights are mapped from this file.
     assert (golden.checkpoint / "ema.safetensors").read_bytes() == digest
+
+
+def test_processor_of_a_released_base_is_found(golden, tmp_path: Path) -> None:
+    model, processor = load_model(str(golden.checkpoint))
+    settings = {"image_height": 32, "image_width": 32, "bf16": False, "use_cpu": True, "report_to": "none"}
+    trainer = AlphaGRPOTrainer(
+        model=model,
+        reward_funcs=lambda prompts, **kwargs: [0.0] * len(prompts),
+        args=AlphaGRPOConfig(str(tmp_path), **settings),
+        train_dataset=Dataset.from_list([{"prompt": "a red circle"}] * 14),
+    )
+    assert type(trainer.processing_class) is type(processor)
+    assert trainer.processing_class.generation_system_prompt == processor.generation_system_prompt

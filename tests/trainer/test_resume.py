@@ -14,6 +14,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,28 @@ def test_failure_while_saving_leaves_the_previous_checkpoint(
     assert_same_run(resumed, whole)
     assert not (folder / "incomplete").exists()
     assert last_checkpoint(folder) == folder / "checkpoint-3"
+
+
+def test_a_disk_without_room_stops_the_run_before_a_checkpoint_is_begun(
+    make: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make("run", max_steps=2)
+    num_weights = sum(parameter.numel() for parameter in trainer.model.parameters())
+    num_trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    needed = 4 * num_weights + 8 * num_trained
+    disk_usage = shutil.disk_usage
+
+    def nearly_full(path: Any) -> Any:
+        # A disk that has room for the first checkpoint alone cannot be had here.
+        is_first = not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+        return disk_usage(path)._replace(free=needed if is_first else needed - 1)
+
+    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    with pytest.raises(OSError, match=r"run needs 0\.\d\d GB, but its disk has 0\.\d\d GB free: make room"):
+        trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["checkpoint-1"]
+    assert sum(read_manifest(folder / "checkpoint-1").files.values()) >= needed
 
 
 @pytest.mark.slow

@@ -246,7 +246,7 @@ def load_released(folder: str | Path, dtype: torch.dtype | None = torch.float32)
     model.vae.requires_grad_(False)
     # PEFT writes the one, TRL reads the other.
     model.name_or_path = model.config._name_or_path = str(folder)
-    return model.eval(), _load_processor(folder)
+    return model.eval(), load_released_processor(folder)
 
 
 def _read_state(
@@ -264,7 +264,7 @@ def _read_state(
     return state
 
 
-def _load_processor(folder: Path) -> BagelProcessor:
+def load_released_processor(folder: Path) -> BagelProcessor:
     # The release has no such file; `save_released` adds it, so that prompts and sizes are kept.
     if (folder / PROCESSOR_CONFIG).exists():
         return BagelProcessor.from_pretrained(folder)
