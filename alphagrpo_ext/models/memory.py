@@ -78,7 +78,8 @@ class MemorySettings:
         with_reference (`bool`, *optional*, defaults to `False`):
             Whether a copy of all weights stays for a KL; an adapter needs none.
         num_shards (`int`, *optional*, defaults to `1`):
-            Processes that weights, gradients and optimizer states are spread over, as by FSDP2 and ZeRO-3.
+            Processes that weights, gradients and optimizer states are spread over, as by FSDP2 and ZeRO-3. Under `autocast`
+            these keep trained weights, their gradients and moments in fp32, whatever `dtype` is.
     """
 
     lora_rank: int | None = 32
@@ -303,14 +304,17 @@ def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> Memor
             loss.backward()
         peak = tracker.peak
         layers = [_num_bytes(layer.parameters()) for layer in model.sharded_layers()]
-    weights, shards = _num_bytes(parameters), settings.num_shards
-    root = weights - sum(layers)
+    computed, shards = _num_bytes(parameters), settings.num_shards
+    root = computed - sum(layers)
+    in_training = _num_bytes(trained)
+    if shards > 1 and settings.autocast:
+        in_training = 4 * sum(parameter.numel() for parameter in trained)
     return MemoryEstimate(
-        weights=weights // shards,
+        weights=(computed - _num_bytes(trained) + in_training) // shards,
         # The embeddings and the head stay for all of the forward; of the layers, one is used while the next one comes.
         gathered=(root + 2 * max(layers)) * (shards - 1) // shards,
         reference=_num_bytes(model.parameters()) // shards if settings.with_reference else 0,
-        gradients=_num_bytes(trained) // shards,
-        optimizer=2 * _num_bytes(trained) // shards,
+        gradients=in_training // shards,
+        optimizer=2 * in_training // shards,
         activations=peak,
     )

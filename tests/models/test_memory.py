@@ -131,6 +131,12 @@ def test_counts() -> None:
     assert half.optimizer == full.optimizer // 2
     assert half.activations == full.activations
     assert 0 < half.gathered < half.weights
+    # Masters in fp32 of what is computed in bf16.
+    masters = estimate_memory(config, replace(FULL, num_shards=2, dtype="bfloat16", autocast=True))
+    assert (masters.gradients, masters.optimizer) == (half.gradients, half.optimizer)
+    assert masters.weights == pytest.approx(half.weights, rel=0.1)
+    # The autoencoder stays fp32.
+    assert masters.gathered < 0.65 * half.gathered
     generation = estimate_memory(config, replace(TINY, lora_targets="generation"))
     assert generation.gradients == lora.gradients // 2
 
