@@ -12,99 +12,29 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A chat endpoint that speaks OpenAI's protocol (vLLM, SGLang, OpenAI itself), asked patiently."""
+"""A chat endpoint that speaks OpenAI's protocol."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
 
-from alphagrpo_ext.extras import require_extra
+from reward_models.endpoint import InvalidAnswerError, OpenAIEndpoint
 
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from openai.types.chat import ChatCompletion
-    from tenacity import RetryCallState
 
 
 T = TypeVar("T")
 
-RETRIED_STATUS_CODES = (408, 409, 429)
-"""Beside those from 500 on."""
-INITIAL_BACKOFF, MAX_BACKOFF = 0.5, 4.0
-"""Seconds; the server may ask for more."""
-MAX_RETRY_AFTER = 60.0
 
-
-class InvalidAnswerError(ValueError):
-    """The endpoint answered, but not with what was asked for; another try may."""
-
-
-class ChatEndpoint:
+class ChatEndpoint(OpenAIEndpoint):
     """
-    A model behind an OpenAI-compatible endpoint, by the official asynchronous client.
-
-    A request is tried again after timeouts, refused and broken connections, the status codes 408, 409, 429 and from 500
-    on, and answers that are not what was asked for, with exponential back-off and jitter, or after the time that the
-    server names. Any other error of the 4xx kind is the request's own fault and is raised at once.
-
-    It may be used from several event loops: each gets a connection pool of its own.
-
-    Args:
-        base_url (`str`, *optional*):
-            Where the endpoint is, e.g. `"http://localhost:8000/v1"`. `None` takes the environment variable
-            `OPENAI_BASE_URL`, or OpenAI itself.
-        model (`str`, *optional*):
-            Name of the model. `None` takes the only one that the endpoint serves.
-        api_key (`str`, *optional*):
-            Key of the endpoint. `None` takes the environment variable `OPENAI_API_KEY`; servers of one's own often need
-            none.
-        max_concurrency (`int`, *optional*, defaults to `64`):
-            Requests at once.
-        timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds for one try, from connecting to the last byte.
-        max_retries (`int`, *optional*, defaults to `8`):
-            Further tries of a request.
-
-    Raises:
-        `ValueError`: If an argument is out of range.
+    A model behind an OpenAI-compatible chat endpoint. Arguments and errors are those of [`OpenAIEndpoint`]; without `model`,
+    the only one that the endpoint serves is taken.
     """
-
-    def __init__(
-        self,
-        base_url: str | None = None,
-        model: str | None = None,
-        api_key: str | None = None,
-        max_concurrency: int = 64,
-        timeout: float = 60.0,
-        max_retries: int = 8,
-    ) -> None:
-        require_extra("openai", "judge")
-        require_extra("tenacity", "judge")
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, but is {max_concurrency}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive, but is {timeout}")
-        if max_retries < 0:
-            raise ValueError(f"max_retries must not be negative, but is {max_retries}")
-        self.base_url = base_url
-        self.model = model
-        self._api_key = api_key
-        self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, asyncio.Semaphore]] = (
-            WeakKeyDictionary()
-        )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(base_url={self.base_url!r}, model={self.model!r})"
 
     async def create(self, read: Callable[[ChatCompletion], T], **request: Any) -> T:
         """
@@ -122,21 +52,14 @@ class ChatEndpoint:
         """
         from openai.types.chat import ChatCompletion
 
-        async def attempt() -> T:
+        async def attempt(client: AsyncOpenAI) -> T:
             completion = await client.chat.completions.create(model=await self._model_name(client), **request)
             # A body that does not call itself JSON comes back as a plain string.
             if not isinstance(completion, ChatCompletion) or not completion.choices:
                 raise InvalidAnswerError(f"expected a chat completion, got {str(completion)[:200]!r}")
             return read(completion)
 
-        client, slots = self._connection()
-        return await self._persistently(attempt, slots)
-
-    async def aclose(self) -> None:
-        """Close the connections of the running event loop."""
-        connection = self._connections.pop(asyncio.get_running_loop(), None)
-        if connection is not None:
-            await connection[0].close()
+        return await self.request(attempt)
 
     async def _model_name(self, client: AsyncOpenAI) -> str:
         if self.model is None:
@@ -147,55 +70,3 @@ class ChatEndpoint:
                 )
             self.model = names[0]
         return self.model
-
-    def _connection(self) -> tuple[AsyncOpenAI, asyncio.Semaphore]:
-        from openai import AsyncOpenAI
-
-        loop = asyncio.get_running_loop()
-        if loop not in self._connections:
-            client = AsyncOpenAI(
-                base_url=self.base_url,
-                # The client insists on a key.
-                api_key=self._api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY",
-                timeout=self.timeout,
-                # Its own retries know neither a deadline for a whole try nor answers that cannot be read.
-                max_retries=0,
-            )
-            self._connections[loop] = (client, asyncio.Semaphore(self.max_concurrency))
-        return self._connections[loop]
-
-    async def _persistently(self, attempt: Callable[[], Any], slots: asyncio.Semaphore) -> Any:
-        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(is_transient),
-            wait=_seconds_to_wait,
-            stop=stop_after_attempt(self.max_retries + 1),
-            reraise=True,
-        )
-        async for trial in retrying:
-            with trial:
-                # A request that waits for its next try holds no slot.
-                async with slots, asyncio.timeout(self.timeout):
-                    result = await attempt()
-        return result
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether another try may succeed."""
-    from openai import APIConnectionError, APIResponseValidationError, APIStatusError
-
-    if isinstance(error, APIStatusError):
-        return error.status_code in RETRIED_STATUS_CODES or error.status_code >= 500
-    faults = (TimeoutError, APIConnectionError, APIResponseValidationError, InvalidAnswerError, json.JSONDecodeError)
-    return isinstance(error, faults)
-
-
-def _seconds_to_wait(state: RetryCallState) -> float:
-    response = getattr(state.outcome.exception(), "response", None)
-    try:
-        asked_for = float(response.headers["retry-after"])
-    except (AttributeError, KeyError, ValueError):
-        asked_for = 0.0
-    backoff = min(INITIAL_BACKOFF * 2 ** (state.attempt_number - 1), MAX_BACKOFF) + random.uniform(0, INITIAL_BACKOFF)
-    return max(backoff, min(asked_for, MAX_RETRY_AFTER))

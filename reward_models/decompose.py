@@ -28,7 +28,7 @@ from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.shapes import CATEGORIES, SPLITS, PromptSpec, prompts_of, specs_of, vocabulary
 from alphagrpo_ext.shapes import quality_questions as shapes_quality_questions
 from alphagrpo_ext.shapes import semantic_questions as shapes_semantic_questions
-from reward_models.chat import ChatEndpoint, InvalidAnswerError
+from reward_models.chat import ChatEndpoint
 from reward_models.decomposition_requests import (
     CRITERIA,
     FACTS_SCHEMA,
@@ -38,6 +38,7 @@ from reward_models.decomposition_requests import (
     quality_request,
     verification_request,
 )
+from reward_models.endpoint import InvalidAnswerError
 from reward_models.questions import QUALITY_TAGS, SEMANTIC_TAGS, PromptRecord, Question, from_row
 from reward_models.structured_output import StructuredChat
 

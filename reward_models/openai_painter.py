@@ -17,13 +17,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from alphagrpo_ext.extras import require_extra
+from reward_models.endpoint import InvalidAnswerError, OpenAIEndpoint
 from reward_models.image_decoding import EncodedImage, ImageLimits
 from reward_models.painters import (
     DEFAULT_PAINTER_MODEL,
@@ -34,10 +32,6 @@ from reward_models.painters import (
     PaintRequest,
     UnpaintableError,
 )
-
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
 
 
 @PAINTERS.register("openai")
@@ -87,26 +81,13 @@ class OpenAIPainter(Painter):
         max_retries: int = 2,
         limits: ImageLimits | None = None,
     ) -> None:
-        require_extra("openai", "judge")
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, but is {max_concurrency}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive, but is {timeout}")
-        if max_retries < 0:
-            raise ValueError(f"max_retries must not be negative, but is {max_retries}")
         for name, side in (("height", height), ("width", width)):
             if side < 1:
                 raise ValueError(f"{name} must be at least 1, but is {side}")
-        self.base_url = base_url
-        self.model = model
-        self._api_key = api_key
+        self.endpoint = OpenAIEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
         self.height = height
         self.width = width
-        self.timeout = timeout
-        self.max_retries = max_retries
         self.limits = limits or ImageLimits()
-        self._slots = asyncio.Semaphore(max_concurrency)
-        self._client: AsyncOpenAI | None = None
 
     @classmethod
     def from_arguments(cls, args: PainterArguments) -> OpenAIPainter:
@@ -132,48 +113,38 @@ class OpenAIPainter(Painter):
                 task.cancel()
 
     async def aclose(self) -> None:
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
+        await self.endpoint.aclose()
 
     async def _paint_one(self, request: PaintRequest, index: int) -> Image.Image:
-        from openai import BadRequestError, OpenAIError, UnprocessableEntityError, omit
+        from openai import AsyncOpenAI, BadRequestError, OpenAIError, UnprocessableEntityError, omit
 
-        async with self._slots:
-            try:
-                response = await self._connection().images.generate(
-                    model=self.model or omit,
-                    prompt=endpoint_prompt(request),
-                    n=1,
-                    size=f"{self.width}x{self.height}",
-                    response_format="b64_json",
-                )
-            except (BadRequestError, UnprocessableEntityError) as error:
-                raise UnpaintableError(f"request {index}: the images endpoint refused it: {error}") from error
-            except OpenAIError as error:
-                raise PaintError(f"request {index}: {type(error).__name__}: {error}") from error
-        data = getattr(response, "data", None)
-        if not data or not data[0].b64_json:
-            raise PaintError(
-                f"request {index}: the images endpoint sent no b64_json; it has to support that response_format"
+        async def attempt(client: AsyncOpenAI) -> str:
+            response = await client.images.generate(
+                model=self.endpoint.model or omit,
+                prompt=endpoint_prompt(request),
+                n=1,
+                size=f"{self.width}x{self.height}",
+                response_format="b64_json",
             )
+            data = getattr(response, "data", None)
+            if not data or not data[0].b64_json:
+                raise InvalidAnswerError(
+                    "the images endpoint sent no b64_json; it has to support that response_format"
+                )
+            return data[0].b64_json
+
         try:
-            return await asyncio.to_thread(_decode, data[0].b64_json, self.limits)
+            encoded = await self.endpoint.request(attempt)
+        except (BadRequestError, UnprocessableEntityError) as error:
+            raise UnpaintableError(f"request {index}: the images endpoint refused it: {error}") from error
+        except InvalidAnswerError as error:
+            raise PaintError(f"request {index}: {error}") from error
+        except (OpenAIError, TimeoutError) as error:
+            raise PaintError(f"request {index}: {type(error).__name__}: {error}") from error
+        try:
+            return await asyncio.to_thread(_decode, encoded, self.limits)
         except ValueError as error:
             raise PaintError(f"request {index}: from the images endpoint: {error}") from error
-
-    def _connection(self) -> AsyncOpenAI:
-        from openai import AsyncOpenAI
-
-        if self._client is None:
-            self._client = AsyncOpenAI(
-                base_url=self.base_url,
-                # The client insists on a key.
-                api_key=self._api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY",
-                timeout=self.timeout,
-                max_retries=self.max_retries,
-            )
-        return self._client
 
 
 def endpoint_prompt(request: PaintRequest) -> str:

@@ -22,7 +22,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from reward_models.chat import ChatEndpoint, InvalidAnswerError
+from reward_models.chat import ChatEndpoint
+from reward_models.endpoint import InvalidAnswerError
 
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from reward_models.chat import ChatEndpoint, InvalidAnswerError
+from reward_models.chat import ChatEndpoint
+from reward_models.endpoint import InvalidAnswerError
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
 from reward_models.judges.yes_no import QUESTION_PROMPT, read_answer, yes_probability

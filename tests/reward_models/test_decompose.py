@@ -24,7 +24,6 @@ from openai import APIStatusError
 
 from alphagrpo_ext.shapes import CATEGORIES, prompt_rows
 from chat_stub import INVENTED, ChatRequest, chat_stub, completion, good_answer
-from reward_models.chat import InvalidAnswerError
 from reward_models.decompose import (
     DECOMPOSERS,
     MAX_QUALITY_QUESTIONS,
@@ -46,6 +45,7 @@ from reward_models.decomposition_requests import (
     quality_request,
     verification_request,
 )
+from reward_models.endpoint import InvalidAnswerError
 from reward_models.format import STRUCTURE, ReflectionStructure
 from reward_models.judges.openai_text import OpenAITextJudge
 from reward_models.questions import QUALITY_TAGS, SEMANTIC_TAGS, PromptRecord, Question, from_row
