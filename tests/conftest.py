@@ -24,6 +24,11 @@ from alphagrpo_ext.shapes.model import build_config, build_processor
 from golden_io import Golden
 
 
+def pytest_configure() -> None:
+    # Threads that wait for each other on busy cores cost more than they bring. Processes that tests start inherit it.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     """The recorded tensors in the folder `ALPHAGRPO_GOLDEN_DIR`, by default those beside the tests."""
