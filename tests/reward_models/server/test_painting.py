@@ -1,0 +1,91 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`POST /generate`: images of prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from reward_models.painters import PaintError, PaintRequest, UnpaintableError
+from reward_models.server import ServerArguments
+from server_samples import SAMPLE, SAMPLES, FailingPainter, encode, metric, refusal, running
+
+
+def test_generate_paints_with_the_policy(shapes: httpx.Client) -> None:
+    requests = [
+        PaintRequest(SAMPLE.record["prompt"], SAMPLE.plan, seed=3),
+        PaintRequest(SAMPLE.record["prompt"], seed=3),
+        PaintRequest(SAMPLE.record["prompt"], SAMPLE.plan, SAMPLE.wrong, seed=2**63 - 1),
+    ]
+    items = [vars(request) | {"image": request.image and encode(request.image)} for request in requests]
+    responses = [shapes.post("/generate", json={"items": items}) for _ in range(2)]
+    assert responses[0].status_code == 200
+    assert responses[0].json() == responses[1].json()
+    painter = ServerArguments(painter="policy").make_painter()
+
+    async def paint() -> list[Image.Image]:
+        images = await painter.paint(requests)
+        await painter.aclose()
+        return images
+
+    files = [base64.b64decode(image, validate=True) for image in responses[0].json()["images"]]
+    for file, expected in zip(files, asyncio.run(paint()), strict=True):
+        image = Image.open(io.BytesIO(file))
+        assert image.format == "PNG"
+        assert (np.asarray(image) == np.asarray(expected)).all()
+
+
+def test_painted_plans_are_what_the_judge_wants_to_see(shapes: httpx.Client) -> None:
+    items = [{"prompt": s.record["prompt"], "thought": s.plan, "seed": 0} for s in SAMPLES]
+    images = shapes.post("/generate", json={"items": items}).json()["images"]
+    scored = [{**sample.record, "image": image} for sample, image in zip(SAMPLES, images, strict=True)]
+    shifted = [
+        {**sample.record, "image": image} for sample, image in zip(SAMPLES, images[1:] + images[:1], strict=True)
+    ]
+    right, wrong = (shapes.post("/score", json={"items": i}).json()["scores"] for i in (scored, shifted))
+    assert np.mean([s["reward"] for s in right]) > np.mean([s["reward"] for s in wrong]) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UnpaintableError("request 0: too long"), 422, "request 0: too long"),
+        (PaintError("request 0: out of paint"), 503, "out of paint"),
+        (ZeroDivisionError("oops"), 503, "ZeroDivisionError: oops"),
+    ],
+)
+def test_a_painter_that_fails_is_reported(error: Exception, status: int, message: str) -> None:
+    with running(None, FailingPainter(error), judge="shapes") as client:
+        for path, body in (("/generate", {"items": [{"prompt": "x"}]}), ("/get_reward", SAMPLE.reward_body())):
+            assert message in refusal(client.post(path, json=body), status)
+        assert metric(client, "alphagrpo_images_failed_total") == (2 if status == 503 else 0)
+
+
+def test_thought_that_is_too_long_for_the_policy_is_refused(shapes: httpx.Client) -> None:
+    response = shapes.post("/generate", json={"items": [{"prompt": "x", "thought": "red " * 600}]})
+    assert "request 0" in refusal(response, 422)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/get_reward"])
+def test_without_a_painter_the_answer_says_how_to_get_one(plain: httpx.Client, path: str) -> None:
+    body = {"items": [{"prompt": "x"}]} if path == "/generate" else SAMPLE.reward_body()
+    assert "--painter policy" in refusal(plain.post(path, json=body), 501)
