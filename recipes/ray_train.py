@@ -328,8 +328,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
     num_workers = ray.train.get_context().get_world_size()
     if training_args.world_size != num_workers:
         raise RuntimeError(
-            f"accelerate sees {training_args.world_size} of {num_workers} workers, so that each would train alone; without GPUs "
-            "--use_cpu true lets them find each other"
+            f"accelerate sees {training_args.world_size} of {num_workers} workers, so that each would train alone: is a variable "
+            "of accelerate (ACCELERATE_...) set on this node?"
         )
     training_args.resume_from_checkpoint = checkpoint
     recipe.main(*parsed)
@@ -395,6 +395,9 @@ def run(args: RayArguments, arguments: Sequence[str]) -> None:
     path = find_recipe(args.recipe).resolve()
     recipe = load_recipe(path)
     settings = read_settings(recipe, arguments)
+    if not args.use_gpu and not settings.use_cpu:
+        # Else the workers do not find each other.
+        arguments = [*arguments, "--use_cpu", "true"]
     output_dir = Path(settings.output_dir).resolve()
     resume_from = check_output_dir(output_dir, settings.resume_from_checkpoint)
     run_dir = output_dir / time.strftime("ray_%Y%m%d_%H%M%S")
