@@ -396,7 +396,7 @@ def run(args: RayArguments, arguments: Sequence[str]) -> None:
     recipe = load_recipe(path)
     settings = read_settings(recipe, arguments)
     if not args.use_gpu and not settings.use_cpu:
-        # Else the workers do not find each other.
+        # Ray names its device to accelerate, which then lets workers find each other on GPUs alone.
         arguments = [*arguments, "--use_cpu", "true"]
     output_dir = Path(settings.output_dir).resolve()
     resume_from = check_output_dir(output_dir, settings.resume_from_checkpoint)
