@@ -71,7 +71,7 @@ class JudgeArguments:
         default=64, metadata={"help": "Questions that are with the judge's endpoint at once."}
     )
     judge_timeout: float = field(default=60.0, metadata={"help": "Seconds for one try of a question."})
-    judge_max_retries: int = field(default=6, metadata={"help": "Further tries of a question."})
+    judge_max_retries: int = field(default=8, metadata={"help": "Further tries of a question."})
     judge_binary: bool = field(
         default=False, metadata={"help": "Take yes or no as they are, for endpoints without log-probabilities."}
     )

@@ -47,7 +47,7 @@ class ServerJudge(Judge):
             Requests that are with the server at once; it takes `max_queue` of them, of all processes together.
         timeout (`float`, *optional*, defaults to `60.0`):
             Seconds for one try of a request.
-        max_retries (`int`, *optional*, defaults to `6`):
+        max_retries (`int`, *optional*, defaults to `8`):
             Further tries of a request.
 
     Raises:
@@ -55,7 +55,7 @@ class ServerJudge(Judge):
         `ImportError`: If `httpx` is not installed.
     """
 
-    def __init__(self, base_url: str, max_concurrency: int = 64, timeout: float = 60.0, max_retries: int = 6) -> None:
+    def __init__(self, base_url: str, max_concurrency: int = 64, timeout: float = 60.0, max_retries: int = 8) -> None:
         config = PluginConfig(
             server_url=base_url.rstrip("/"),
             server_key=os.environ.get(variable("server_key"), "").strip() or None,
