@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
@@ -124,6 +125,8 @@ class UnifiedModel(ABC):
     """Largest number of latent tokens along one side of an image."""
     max_positions: int
     """Largest number of positions in a sequence."""
+    work: WorkCounter | None = None
+    """Where the model counts what it computes, if anybody wants to know."""
     lora_targets: ClassVar[Mapping[str, str]] = {}
     """For each of [`LORA_TARGETS`], PEFT's `target_modules`: a regular expression that matches whole names."""
 

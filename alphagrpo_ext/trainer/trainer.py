@@ -41,6 +41,7 @@ from trl.trainer.utils import use_adapter
 
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import TASKS, Task
@@ -146,6 +147,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
                 f"give that one parameter groups, and leave generation_learning_rate out"
             )
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        self._work, self._counted = WorkCounter(), [policy]
         reference = None if has_adapter or not (args.beta or args.image_beta) else frozen_copy(policy)
         self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)
         self._tasks = self._validated_tasks(args, (train_dataset, eval_dataset), processing_class, policy)
@@ -179,6 +181,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         if reference is not None:
             self.beta = beta
             self.ref_model = prepare_reference(reference, self.accelerator, args.offload_ref_model)
+            self._counted.append(reference)
             if sync_ref_model:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self._sharding = Sharding.of(self.accelerator)
@@ -613,7 +616,8 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         start = time.perf_counter()
         # An evaluation since the last step also rolled out, and is not counted.
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        output = super().training_step(model, inputs, num_items_in_batch)
+        with self._work.of(*self._counted):
+            output = super().training_step(model, inputs, num_items_in_batch)
         elapsed = time.perf_counter() - start
         spent = {**self._seconds, "update": elapsed - sum(self._seconds.values())}
         for name, seconds in spent.items():
@@ -622,4 +626,13 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             for name, seconds in self._accumulated_seconds.items():
                 self._metrics["train"][f"timing/{name}"].append(seconds)
             self._accumulated_seconds.clear()
+            self._log_work()
         return output
+
+    def _log_work(self) -> None:
+        """Work of all processes since the last optimizer step."""
+        metrics = self._work.metrics()
+        self._work.clear()
+        totals = self.accelerator.reduce(torch.tensor(list(metrics.values()), device=self.accelerator.device))
+        for name, total in zip(metrics, totals.tolist(), strict=True):
+            self._metrics["train"][name].append(total)

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -69,6 +70,18 @@ class BagelCache:
             prefix_values=[t[:num_prefixes] for t in self.prefix_values],
             keys=[t[:num_rows] for t in self.keys],
             values=[t[:num_rows] for t in self.values],
+        )
+
+    def select_prefixes(self, index: Sequence[int]) -> BagelCache:
+        """A cache without slots yet, with a group for every prefix that `index` names, once or several times."""
+        group_size, index = self.group_size, torch.tensor(index, device=self.prefix_mask.device)
+        return replace(
+            self,
+            prefix_mask=self.prefix_mask[index],
+            mask=self.mask.new_zeros(len(index) * group_size, self.mask.shape[1]),
+            positions=self.positions[::group_size][index].repeat_interleave(group_size),
+            prefix_keys=[t[index] for t in self.prefix_keys],
+            prefix_values=[t[index] for t in self.prefix_values],
         )
 
     def visibility(self, block_mask: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,13 @@ from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
 from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_OF, BagelConfig
 from alphagrpo_ext.models.bagel.flex_bagel import block_mask_attention, visibility_block_mask
 from alphagrpo_ext.models.bagel.generation_bagel import BagelGenerationMixin
-from alphagrpo_ext.models.bagel.packing_bagel import pack_trajectories, patchify, unpatchify, visibility_mask
+from alphagrpo_ext.models.bagel.packing_bagel import (
+    PADDING_BLOCK,
+    pack_trajectories,
+    patchify,
+    unpatchify,
+    visibility_mask,
+)
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.models.unified import MODELS, PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.trajectory import Trajectory
@@ -543,6 +549,9 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
                 Places of noised latents in the flattened latents.
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
         """
+        if self.work is not None:
+            kind = "training" if torch.is_grad_enabled() else "scoring"
+            self.work.count(kind, int((blocks != PADDING_BLOCK).sum()), blocks.numel())
         und, gen = self.embed_rows({"input_ids": input_ids, **images})
         is_flex = self.config.text_config._attn_implementation == "flex_attention"
         mask = (visibility_block_mask if is_flex else visibility_mask)(positions, blocks, noised)

@@ -132,6 +132,11 @@ class BagelRow:
         self.vit_pixels: list[torch.Tensor] = []
         self.vit_starts: list[int] = []
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of both experts."""
+        return sum(self.und.lengths) + sum(self.gen.lengths)
+
     def _image_delimiters(self, num_inner: int, noised: bool) -> None:
         """Start, `num_inner` places of the understanding expert, and end of an image block."""
         self.input_ids += [self.config.image_start_token_id, *[0] * num_inner, self.config.image_end_token_id]
