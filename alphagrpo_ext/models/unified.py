@@ -32,6 +32,9 @@ from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 BRANCHES = ("full", "text_dropped", "image_dropped")
 """Guidance branches: the whole context; the context without the last text; the context without images."""
 
+CONTEXT_GRADIENTS = ("exact", "detached")
+"""Whether the loss of an image has a gradient through the context that the image is painted from."""
+
 LORA_TARGETS = ("both", "generation", "understanding")
 """Which expert an adapter is put on."""
 
@@ -159,8 +162,11 @@ class UnifiedModel(ABC):
         return inputs
 
     @abstractmethod
-    def forward(self, **inputs: torch.Tensor) -> PackedOutput:
-        """Log-probabilities and entropies of sampled tokens and velocities of noised latents, in one call."""
+    def forward(self, context_gradient: str = "exact", **inputs: torch.Tensor) -> PackedOutput:
+        """
+        Log-probabilities and entropies of sampled tokens and velocities of noised latents, in one call. Where
+        `context_gradient` is `"detached"`, velocities have the same values and no gradient through their context.
+        """
 
     @abstractmethod
     def prefill(self, contexts: Sequence[Sequence[Segment]], group_size: int, capacity: int) -> Any:

@@ -514,7 +514,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         device = self.accelerator.device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         with self.accelerator.autocast():
-            output = model(**inputs, temperature=self.temperature)
+            output = model(**inputs, temperature=self.temperature, context_gradient=self.args.context_gradient)
         length = max(sum(len(text.token_ids) for text in t.sampled_texts) for t in trajectories)
         index = (batch.score_trajectory.to(device), batch.score_column.to(device))
         blank = output.log_probs.new_zeros(len(trajectories), length)

@@ -56,6 +56,11 @@ class BagelCache:
     def group_size(self) -> int:
         return self.num_rows // len(self.prefix_mask)
 
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep the keys and values of the prefix that the layer after the last one computed."""
+        self.prefix_keys.append(keys)
+        self.prefix_values.append(values)
+
     def head(self, num_rows: int) -> BagelCache:
         """The first `num_rows` samples, as views; they must be whole groups."""
         num_prefixes, rest = divmod(num_rows, self.group_size)
