@@ -72,6 +72,12 @@ class DenoisingConfig:
                 f"{self.num_timesteps - 1} steps of num_timesteps={self.num_timesteps}"
             )
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Guidance branches that at least one step needs, `"full"` first; a context is prefilled for no other."""
+        times = flow_timesteps(self.num_timesteps, self.timestep_shift)[:-1]
+        return max((self.guidance.at(t).branches for t in times), key=len)
+
 
 @torch.no_grad()
 def denoise(
@@ -114,6 +120,8 @@ def denoise(
         velocities = model.predict_velocity(
             cache.head(num_branches * num_samples), latents.repeat(num_branches, 1, 1), grid, t
         )
+        if model.work is not None:
+            model.work.count_denoising(guidance.branches, num_samples, model.image_slots(grid))
         velocity = guidance.guide(*velocities.float().chunk(num_branches))
         if step not in window:
             latents = ode_step(latents, velocity, t, t_next)

@@ -70,7 +70,7 @@ class MemorySettings:
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
             Whether the backward computes each layer anew.
         attn_implementation (`str`, *optional*, defaults to `"flex_attention"`):
-            `"sdpa"` and `"eager"` store a mask of all pairs of tokens, and `"eager"` their scores as well.
+            `"sdpa"` and `"eager"` store masks of pairs of tokens, and `"eager"` their scores as well.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Of the weights. Adapters are fp32.
         autocast (`bool`, *optional*, defaults to `True`):
@@ -265,8 +265,11 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _mask_sizes(inputs: dict[str, torch.Tensor], dtypes: Iterable[torch.dtype]) -> list[int]:
-    rows, length = inputs["positions"].shape
-    return [rows * length * length * dtype.itemsize for dtype in (torch.bool, *dtypes)]
+    rows, num_copies, num_latents = inputs["copy_mask"].shape
+    of_copies = num_copies * (num_latents + 2)
+    context = inputs["positions"].shape[1] - of_copies
+    pairs = (rows * context * context, rows * of_copies * context)
+    return [num_pairs * dtype.itemsize for num_pairs in pairs for dtype in (torch.bool, *dtypes)]
 
 
 def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> MemoryEstimate:

@@ -24,12 +24,16 @@ from typing import Any, ClassVar
 import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
 
 BRANCHES = ("full", "text_dropped", "image_dropped")
 """Guidance branches: the whole context; the context without the last text; the context without images."""
+
+CONTEXT_GRADIENTS = ("exact", "detached")
+"""Whether the loss of an image has a gradient through the context that the image is painted from."""
 
 LORA_TARGETS = ("both", "generation", "understanding")
 """Which expert an adapter is put on."""
@@ -124,6 +128,8 @@ class UnifiedModel(ABC):
     """Largest number of latent tokens along one side of an image."""
     max_positions: int
     """Largest number of positions in a sequence."""
+    work: WorkCounter | None = None
+    """Where the model counts what it computes, if anybody wants to know."""
     lora_targets: ClassVar[Mapping[str, str]] = {}
     """For each of [`LORA_TARGETS`], PEFT's `target_modules`: a regular expression that matches whole names."""
 
@@ -156,8 +162,11 @@ class UnifiedModel(ABC):
         return inputs
 
     @abstractmethod
-    def forward(self, **inputs: torch.Tensor) -> PackedOutput:
-        """Log-probabilities and entropies of sampled tokens and velocities of noised latents, in one call."""
+    def forward(self, context_gradient: str = "exact", **inputs: torch.Tensor) -> PackedOutput:
+        """
+        Log-probabilities and entropies of sampled tokens and velocities of noised latents, in one call. Where
+        `context_gradient` is `"detached"`, velocities have the same values and no gradient through their context.
+        """
 
     @abstractmethod
     def prefill(self, contexts: Sequence[Sequence[Segment]], group_size: int, capacity: int) -> Any:

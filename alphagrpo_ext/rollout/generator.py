@@ -216,7 +216,7 @@ class RolloutGenerator:
         """What each sample writes, if it thinks, and paints, given its group's context."""
         model = self.model
         grid = config.grid(model)
-        branches = config.denoising.guidance.branches
+        branches = config.denoising.branches
         cache = model.prefill(
             [context.branch(name) for name in branches for context in contexts],
             group_size=group_size,

@@ -25,7 +25,7 @@ from trl import GRPOConfig
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import draw_window
 from alphagrpo_ext.models.denoising import DenoisingConfig
-from alphagrpo_ext.models.unified import LORA_TARGETS
+from alphagrpo_ext.models.unified import CONTEXT_GRADIENTS, LORA_TARGETS
 from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
@@ -128,6 +128,10 @@ class AlphaGRPOConfig(GRPOConfig):
         image_steps_per_forward (`int`, *optional*):
             Most trained steps of an image in one packed forward. `None` takes all of them at once. A smaller number needs
             less memory and more time, as every forward reads the context anew; the gradient is the same.
+        context_gradient (`str`, *optional*, defaults to `"exact"`):
+            Whether the loss of images has a gradient through prompt and thought (`"exact"`) or takes the context for given
+            (`"detached"`), as codes that train one step a forward do. Losses are equal, and text keeps its own gradient;
+            detached is faster, as contexts without sampled text need no backward.
         offload_ref_model (`bool`, *optional*, defaults to `False`):
             Whether the reference model, which a KL without an adapter needs, lives in the host's memory. It visits the
             accelerator while it scores a rollout.
@@ -257,6 +261,12 @@ class AlphaGRPOConfig(GRPOConfig):
     image_steps_per_forward: int | None = field(
         default=None, metadata={"help": "Most trained steps of an image in one packed forward; all by default."}
     )
+    context_gradient: str = field(
+        default="exact",
+        metadata={
+            "help": "Whether the loss of images has a gradient through the context ('exact') or not ('detached', faster)."
+        },
+    )
     offload_ref_model: bool = field(
         default=False,
         metadata={"help": "Whether the reference model of training without an adapter lives in the host's memory."},
@@ -278,7 +288,11 @@ class AlphaGRPOConfig(GRPOConfig):
                 f"max_completion_length, the longest thought, must be positive, but is {self.max_completion_length}"
             )
         self.make_task(self.task)
-        for name, choices in (("stage1_selection", SELECTIONS), ("rectification", RECTIFICATIONS)):
+        for name, choices in (
+            ("stage1_selection", SELECTIONS),
+            ("rectification", RECTIFICATIONS),
+            ("context_gradient", CONTEXT_GRADIENTS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
         if self.num_initial_images < 1:

@@ -41,6 +41,7 @@ from trl.trainer.utils import use_adapter
 
 from alphagrpo_ext.models.loading import load_model, load_processor
 from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import TASKS, Task
@@ -142,6 +143,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             policy.freeze_vision_tower()
         check_optimizer_is_made_here(args, optimizers[0])
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        self._work, self._counted = WorkCounter(), [policy]
         reference = None if has_adapter or not (args.beta or args.image_beta) else frozen_copy(policy)
         self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)
         self._tasks = self._validated_tasks(args, (train_dataset, eval_dataset), processing_class, policy)
@@ -175,6 +177,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         if reference is not None:
             self.beta = beta
             self.ref_model = prepare_reference(reference, self.accelerator, args.offload_ref_model)
+            self._counted.append(reference)
             if sync_ref_model:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self._sharding = Sharding.of(self.accelerator)
@@ -507,7 +510,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         device = self.accelerator.device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         with self.accelerator.autocast():
-            output = model(**inputs, temperature=self.temperature)
+            output = model(**inputs, temperature=self.temperature, context_gradient=self.args.context_gradient)
         length = max(sum(len(text.token_ids) for text in t.sampled_texts) for t in trajectories)
         index = (batch.score_trajectory.to(device), batch.score_column.to(device))
         blank = output.log_probs.new_zeros(len(trajectories), length)
@@ -609,7 +612,8 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         start = time.perf_counter()
         # An evaluation since the last step also rolled out, and is not counted.
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        output = super().training_step(model, inputs, num_items_in_batch)
+        with self._work.of(*self._counted):
+            output = super().training_step(model, inputs, num_items_in_batch)
         elapsed = time.perf_counter() - start
         spent = {**self._seconds, "update": elapsed - sum(self._seconds.values())}
         for name, seconds in spent.items():
@@ -618,4 +622,13 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             for name, seconds in self._accumulated_seconds.items():
                 self._metrics["train"][f"timing/{name}"].append(seconds)
             self._accumulated_seconds.clear()
+            self._log_work()
         return output
+
+    def _log_work(self) -> None:
+        """Work of all processes since the last optimizer step."""
+        metrics = self._work.metrics()
+        self._work.clear()
+        totals = self.accelerator.reduce(torch.tensor(list(metrics.values()), device=self.accelerator.device))
+        for name, total in zip(metrics, totals.tolist(), strict=True):
+            self._metrics["train"][name].append(total)

@@ -282,6 +282,8 @@ def test_window_starts_from_the_deterministic_path(model: BagelModel, sample: Ca
     predict_velocity = model.predict_velocity
 
     class Recorder:
+        work = None
+
         def predict_velocity(self, cache, latents, *args):
             states.append(latents[:1])
             return predict_velocity(cache, latents, *args)

@@ -400,3 +400,15 @@ def test_impossible_image_size_is_found_before_training(make_trainer: MakeTraine
         make_trainer(image_width=26)
     with pytest.raises(ValueError, match="48 x 24 pixels"):
         make_trainer(image_height=48)
+
+
+def test_detached_context_has_the_same_loss_and_another_gradient(make_trainer: MakeTrainer) -> None:
+    norms, losses = [], []
+    for context_gradient in ("exact", "detached"):
+        trainer = make_trainer(context_gradient=context_gradient, image_beta=0.1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+        assert trainer.state.log_history[0]["image/ratio_mean"] == 1.0
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert norms[0] != pytest.approx(norms[1], rel=1e-3)

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,6 +56,11 @@ class BagelCache:
     def group_size(self) -> int:
         return self.num_rows // len(self.prefix_mask)
 
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep the keys and values of the prefix that the layer after the last one computed."""
+        self.prefix_keys.append(keys)
+        self.prefix_values.append(values)
+
     def head(self, num_rows: int) -> BagelCache:
         """The first `num_rows` samples, as views; they must be whole groups."""
         num_prefixes, rest = divmod(num_rows, self.group_size)
@@ -69,6 +75,18 @@ class BagelCache:
             prefix_values=[t[:num_prefixes] for t in self.prefix_values],
             keys=[t[:num_rows] for t in self.keys],
             values=[t[:num_rows] for t in self.values],
+        )
+
+    def select_prefixes(self, index: Sequence[int]) -> BagelCache:
+        """A cache without slots yet, with a group for every prefix that `index` names, once or several times."""
+        group_size, index = self.group_size, torch.tensor(index, device=self.prefix_mask.device)
+        return replace(
+            self,
+            prefix_mask=self.prefix_mask[index],
+            mask=self.mask.new_zeros(len(index) * group_size, self.mask.shape[1]),
+            positions=self.positions[::group_size][index].repeat_interleave(group_size),
+            prefix_keys=[t[index] for t in self.prefix_keys],
+            prefix_values=[t[index] for t in self.prefix_values],
         )
 
     def visibility(self, block_mask: torch.Tensor) -> torch.Tensor:

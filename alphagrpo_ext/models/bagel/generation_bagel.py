@@ -97,32 +97,43 @@ class BagelGenerationMixin:
         Returns:
             [`BagelCache`] with `len(contexts) * group_size` rows.
         """
-        rows = []
-        for context in contexts:
-            row = BagelRow(self.config)
+        # Groups of different size come here as several of equal size, with the very same context.
+        unique = {id(context): context for context in contexts}
+        rows = {}
+        for key, context in unique.items():
+            rows[key] = BagelRow(self.config)
             for segment in context:
-                row.add_segment(segment)
-            rows.append(row)
-        cache, _ = self.prefill_rows(rows, group_size, capacity)
+                rows[key].add_segment(segment)
+        order = list(rows)
+        index = [order.index(id(context)) for context in contexts]
+        cache, _ = self.prefill_rows(list(rows.values()), group_size, capacity, index)
+        if self.work is not None:
+            self.work.count(
+                "prefill", sum(row.num_tokens for row in rows.values()), len(rows) * cache.prefix_mask.shape[1]
+            )
         return cache
 
     @torch.no_grad()
     def prefill_rows(
-        self, rows: Sequence[BagelRow], group_size: int = 1, capacity: int = 0
+        self, rows: Sequence[BagelRow], group_size: int = 1, capacity: int = 0, index: Sequence[int] | None = None
     ) -> tuple[BagelCache, torch.Tensor]:
-        """[`prefill`] for rows already laid out; also returns the understanding tokens' hidden states."""
+        """
+        [`prefill`] for rows already laid out; also returns the understanding tokens' hidden states. `index` names the row
+        of each group where several have the same.
+        """
         inputs = self._to_device(collate_rows(rows, self.config))
         blocks = inputs["blocks"]
         positions = torch.tensor([row.position for row in rows], device=blocks.device)
-        num_rows = len(rows) * group_size
         cache = BagelCache(
             prefix_mask=blocks != PADDING_BLOCK,
-            mask=torch.zeros(num_rows, capacity, dtype=torch.bool, device=blocks.device),
+            mask=torch.zeros(len(rows) * group_size, capacity, dtype=torch.bool, device=blocks.device),
             positions=positions.repeat_interleave(group_size),
         )
         und, _ = self._run(inputs, cache, prefill=True)
+        if index is not None and list(index) != list(range(len(rows))):
+            cache = cache.select_prefixes(index)
         for keys, values in zip(cache.prefix_keys, cache.prefix_values, strict=True):
-            shape = (num_rows, keys.shape[1], capacity, keys.shape[3])
+            shape = (cache.num_rows, keys.shape[1], capacity, keys.shape[3])
             cache.keys.append(keys.new_zeros(shape))
             cache.values.append(values.new_zeros(shape))
         return cache, und
@@ -191,6 +202,7 @@ class BagelGenerationMixin:
         sampling = reading.clone()
         sampled, log_probs, counted, all_logits = [], [], [], []
         for step in range(max_new_tokens + 2):
+            num_steps = step + 1
             last = not bool(sampling.any())
             logits = self._feed(rows, tokens, reading)
             reading = sampling
@@ -210,6 +222,10 @@ class BagelGenerationMixin:
         cache.length = rows.length
         cache.positions[:batch] = rows.positions
         text = self._collect_text(torch.stack(sampled, 1), torch.stack(log_probs, 1), torch.stack(counted, 1), eos)
+        if self.work is not None:
+            num_delimiters = sum(1 if ended else 2 for ended in text.ended)
+            num_tokens = num_delimiters + sum(len(ids) for ids in text.token_ids)
+            self.work.count("decode", num_tokens, num_steps * batch, num_steps)
         return (text, torch.stack(all_logits, dim=1)) if return_logits else text
 
     def _feed(self, cache: BagelCache, tokens: torch.Tensor, reading: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,9 +47,22 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
 from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_OF, BagelConfig
+from alphagrpo_ext.models.bagel.copies_bagel import (
+    NUM_DELIMITERS,
+    ContextStates,
+    PackedLayout,
+    additive_mask,
+    copy_attention,
+)
 from alphagrpo_ext.models.bagel.flex_bagel import block_mask_attention, visibility_block_mask
 from alphagrpo_ext.models.bagel.generation_bagel import BagelGenerationMixin
-from alphagrpo_ext.models.bagel.packing_bagel import pack_trajectories, patchify, unpatchify, visibility_mask
+from alphagrpo_ext.models.bagel.packing_bagel import (
+    PADDING_BLOCK,
+    pack_trajectories,
+    patchify,
+    unpatchify,
+    visibility_mask,
+)
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.models.unified import MODELS, PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.trajectory import Trajectory
@@ -71,11 +85,6 @@ def sincos_position_table(side: int, hidden_size: int) -> torch.Tensor:
     rows = axis[:, None].expand(side, side, -1)
     columns = axis[None].expand(side, side, -1)
     return torch.cat([columns, rows], dim=-1).reshape(side * side, -1).float()
-
-
-def additive_mask(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """0 where `mask` is true, else the lowest number of `dtype`."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 class BagelAttention(nn.Module):
@@ -114,18 +123,19 @@ class BagelAttention(nn.Module):
         und: torch.Tensor,
         gen: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | BlockMask,
-        cache: BagelCache | None = None,
+        mask: torch.Tensor | BlockMask | PackedLayout,
+        cache: BagelCache | ContextStates | None = None,
         prefill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(mask, PackedLayout):
+            return self._attend_packed(und, gen, position_embeddings, mask)
         states = self._project(und, "")
         if gen is not None:
             states = tuple(torch.cat(pair, dim=1) for pair in zip(states, self._project(gen, "_moe_gen"), strict=True))
         query, key, value = (state.transpose(1, 2) for state in states)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if prefill:
-            cache.prefix_keys.append(key)
-            cache.prefix_values.append(value)
+            cache.store(self.layer_idx, key, value)
         if cache is None or prefill:
             attention = self._attention_function(mask)
             output, _ = attention(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
@@ -136,6 +146,37 @@ class BagelAttention(nn.Module):
         if gen is None:
             return self.o_proj(output), None
         return self.o_proj(output[:, :num_und]), self.o_proj_moe_gen(output[:, num_und:])
+
+    def _attend_packed(
+        self,
+        und: torch.Tensor,
+        gen: torch.Tensor,
+        position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        layout: PackedLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contexts among themselves, and copies over contexts and themselves; see [`PackedLayout`]."""
+        states = zip(self._project(und, ""), self._project(gen, "_moe_gen"), strict=True)
+        # Of query, key and value: the context's part, and that of the copies.
+        parts = zip(*(layout.split(*pair) for pair in states), strict=True)
+        (query, key, value), copies = (
+            # Rotated before heads and tokens change places, so that a copy's tokens stay together in memory.
+            [x.transpose(1, 2) for x in (*apply_rotary_pos_emb(q, k, *embeddings, unsqueeze_dim=2), v)]
+            for (q, k, v), embeddings in zip(parts, position_embeddings, strict=True)
+        )
+        output = None
+        if layout.states is None:
+            attention = self._attention_function(layout.context_mask)
+            output, _ = attention(
+                self, query, key, value, layout.context_mask[:, None], dropout=0.0, scaling=self.scaling
+            )
+            output = output.flatten(2)
+        else:
+            key, value = layout.states.keys[self.layer_idx], layout.states.values[self.layer_idx]
+        attend = copy_attention(self.config._attn_implementation)
+        copy_query, copy_key, copy_value = copies
+        copy_output = attend(copy_query, key, value, copy_key, copy_value, layout, self.scaling)
+        und, gen = layout.merge(output, copy_output.transpose(1, 2).flatten(2), und.shape[1])
+        return self.o_proj(und), self.o_proj_moe_gen(gen)
 
     def _attention_function(self, mask: torch.Tensor | BlockMask) -> Callable:
         if isinstance(mask, BlockMask):
@@ -193,33 +234,38 @@ class BagelDecoder(nn.Module):
         und: torch.Tensor,
         gen: torch.Tensor | None,
         positions: torch.Tensor,
-        mask: torch.Tensor | BlockMask,
-        cache: BagelCache | None = None,
+        mask: torch.Tensor | BlockMask | PackedLayout,
+        cache: BagelCache | ContextStates | None = None,
         prefill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             und (`torch.Tensor` of shape `(batch, und_tokens, hidden)`): Embeddings for the understanding expert.
             gen (`torch.Tensor` of shape `(batch, gen_tokens, hidden)`, *optional*): For the generation expert.
-            positions (`torch.Tensor` of shape `(batch, und_tokens + gen_tokens)`): Rotary positions.
-            mask (`torch.Tensor` of shape `(batch, queries, keys)` or `BlockMask`): Visibility, bool.
-            cache ([`BagelCache`], *optional*): Context that comes before these tokens.
+            positions (`torch.Tensor` of shape `(batch, und_tokens + gen_tokens)`): Rotary positions; a layout has its own.
+            mask (`torch.Tensor` of shape `(batch, queries, keys)`, `BlockMask` or [`PackedLayout`]): Visibility, bool.
+            cache ([`BagelCache`] or [`ContextStates`], *optional*): Context that comes before these tokens.
             prefill (`bool`, *optional*, defaults to `False`): Whether these tokens become the cache's prefix.
 
         Returns:
             The normed hidden states of both experts' tokens.
         """
-        if not isinstance(mask, BlockMask):
-            mask = mask[:, None]
-        if (cache is not None and not prefill) or self.config._attn_implementation == "eager":
-            mask = additive_mask(mask)
-        elif self.config._attn_implementation == "sdpa":
-            # SDPA would make the same numbers of a bool mask in every layer, and keep each for the backward.
-            kind = und.device.type
-            mask = additive_mask(
-                mask, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else und.dtype
+        # SDPA would make the same numbers of a bool mask in every layer, and keep each for the backward.
+        kind, implementation = und.device.type, self.config._attn_implementation
+        computes_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else und.dtype
+        if isinstance(mask, PackedLayout):
+            mask = mask.additive(torch.float32 if implementation == "eager" else computes_in)
+            position_embeddings = tuple(
+                self.rotary_emb(und, p.flatten(1)) for p in (mask.context_positions, mask.copy_positions)
             )
-        position_embeddings = self.rotary_emb(und, positions)
+        else:
+            if not isinstance(mask, BlockMask):
+                mask = mask[:, None]
+            if (cache is not None and not prefill) or implementation == "eager":
+                mask = additive_mask(mask)
+            elif implementation == "sdpa":
+                mask = additive_mask(mask, computes_in)
+            position_embeddings = self.rotary_emb(und, positions)
         for layer in self.layers:
             und, gen = layer(
                 und, gen, position_embeddings=position_embeddings, mask=mask, cache=cache, prefill=prefill
@@ -528,8 +574,11 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         noised: torch.Tensor,
         score_index: torch.Tensor,
         score_targets: torch.Tensor,
+        branches: torch.Tensor | None = None,
         velocity_index: torch.Tensor | None = None,
+        copy_mask: torch.Tensor | None = None,
         temperature: float = 1.0,
+        context_gradient: str = "exact",
         **images: torch.Tensor,
     ) -> PackedOutput:
         """
@@ -539,14 +588,32 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             score_index (`torch.Tensor` of shape `(scores,)`):
                 Places in the flattened `input_ids` whose next token was sampled.
             score_targets (`torch.Tensor` of shape `(scores,)`): The sampled tokens.
+            branches (`torch.Tensor` of shape `(batch,)`, *optional*):
+                Guidance branch of every row; sampled texts are in rows of branch 0, which come first.
             velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*):
                 Places of noised latents in the flattened latents.
+            copy_mask (`torch.Tensor` of shape `(batch, copies, tokens)`, *optional*):
+                Which of the last latents are noised copies, false on padding.
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
+            context_gradient (`str`, *optional*, defaults to `"exact"`):
+                Whether noised copies have a gradient through their context, or see it `"detached"`.
         """
+        if self.work is not None:
+            kind = "training" if torch.is_grad_enabled() else "scoring"
+            self.work.count(kind, int((blocks != PADDING_BLOCK).sum()), blocks.numel())
         und, gen = self.embed_rows({"input_ids": input_ids, **images})
-        is_flex = self.config.text_config._attn_implementation == "flex_attention"
-        mask = (visibility_block_mask if is_flex else visibility_mask)(positions, blocks, noised)
-        und, gen = self.language_model.model(und, gen, positions, mask)
+        if context_gradient == "detached" and copy_mask is not None:
+            layout = PackedLayout.of(positions, blocks, und.shape[1], copy_mask)
+            und, gen = self._run_detached(
+                und, gen, layout, len(und) if branches is None else int((branches == 0).sum()), len(score_index) > 0
+            )
+        elif copy_mask is not None and self.config.text_config._attn_implementation != "flex_attention":
+            layout = PackedLayout.of(positions, blocks, und.shape[1], copy_mask)
+            und, gen = self.language_model.model(und, gen, positions, layout)
+        else:
+            is_flex = self.config.text_config._attn_implementation == "flex_attention"
+            mask = (visibility_block_mask if is_flex else visibility_mask)(positions, blocks, noised)
+            und, gen = self.language_model.model(und, gen, positions, mask)
         head, scored = self.language_model.lm_head, und.flatten(0, 1)[score_index]
         if isinstance(head, BaseTunerLayer):
             # An adapter around the head can only make logits.
@@ -560,4 +627,39 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             log_probs=log_probs,
             entropies=entropies,
             velocities=velocities,
+        )
+
+    def _run_detached(
+        self, und: torch.Tensor, gen: torch.Tensor, layout: PackedLayout, num_full: int, has_scores: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Contexts first, and then copies over their keys and values. Of the contexts, only those with sampled texts, the
+        first `num_full` rows, have a gradient, which is that of the texts.
+        """
+        decoder, num_copies = self.language_model.model, layout.num_copies
+        num_und = und.shape[1] - NUM_DELIMITERS * num_copies
+        num_gen = gen.shape[1] - (layout.copy_tokens - NUM_DELIMITERS) * num_copies
+        outputs, states = [], []
+        for rows, has_gradient in ((slice(0, num_full), has_scores), (slice(num_full, None), False)):
+            context_und, context_gen = und[rows, :num_und], gen[rows, :num_gen]
+            if not len(context_und):
+                continue
+            states.append(ContextStates())
+            with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):
+                output, _ = decoder(
+                    context_und,
+                    context_gen if num_gen else None,
+                    layout.context_positions[rows],
+                    layout.context_mask[rows],
+                    states[-1],
+                    prefill=True,
+                )
+            outputs.append(output)
+        joined = ContextStates.joined(states) if len(states) > 1 else states[0]
+        copies = replace(layout, context_positions=layout.context_positions[:, :0], states=joined)
+        copy_und, copy_gen = decoder(und[:, num_und:], gen[:, num_gen:], layout.context_positions, copies)
+        context_gen = copy_gen.new_zeros(len(gen), num_gen, copy_gen.shape[2])
+        return (
+            torch.cat([torch.cat(outputs), copy_und], dim=1),
+            torch.cat([context_gen, copy_gen], dim=1),
         )

@@ -132,6 +132,11 @@ class BagelRow:
         self.vit_pixels: list[torch.Tensor] = []
         self.vit_starts: list[int] = []
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of both experts."""
+        return sum(self.und.lengths) + sum(self.gen.lengths)
+
     def _image_delimiters(self, num_inner: int, noised: bool) -> None:
         """Start, `num_inner` places of the understanding expert, and end of an image block."""
         self.input_ids += [self.config.image_start_token_id, *[0] * num_inner, self.config.image_end_token_id]
@@ -249,6 +254,91 @@ def _collate_pixels(rows: Sequence[BagelRow], width: int, config: BagelConfig) -
     }
 
 
+@dataclass(frozen=True)
+class NoisedCopy:
+    """
+    An image on its way, behind the context of a row, which it sees up to its own place.
+
+    Args:
+        latents (`torch.Tensor` of shape `(tokens, channels)`): The noised image.
+        grid (`tuple[int, int]`): Its rows and columns.
+        timestep (`float`): Its time.
+        position, block (`int`): Rotary position, and number among the row's blocks.
+    """
+
+    latents: torch.Tensor
+    grid: tuple[int, int]
+    timestep: float
+    position: int
+    block: int
+
+
+def append_copies(
+    inputs: dict[str, torch.Tensor], copies: Sequence[Sequence[NoisedCopy]], config: BagelConfig
+) -> dict[str, torch.Tensor]:
+    """
+    Put copies behind the contexts that [`collate_rows`] has padded: for both experts the contexts of all rows have one
+    length, and then come copies, of one length too, so that slices tell them apart.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`): Of [`collate_rows`], for rows without noised blocks.
+        copies (`Sequence[Sequence[NoisedCopy]]`): Of each row.
+        config ([`BagelConfig`]): Delimiters and sizes.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The same with copies, and `copy_mask` `(rows, copies, latents)`, false on padding.
+    """
+    rows, width = len(copies), inputs["input_ids"].shape[1]
+    num_copies = max(len(of_row) for of_row in copies)
+    num_latents = max(len(copy.latents) for of_row in copies for copy in of_row)
+    shape = (rows, num_copies, num_latents)
+    latents = torch.zeros(*shape, config.latent_channels)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    timesteps = torch.zeros(shape[:2])
+    positions = torch.zeros(shape[:2], dtype=torch.long)
+    blocks = torch.full(shape[:2], PADDING_BLOCK)
+    for i, of_row in enumerate(copies):
+        for j, copy in enumerate(of_row):
+            length = len(copy.latents)
+            latents[i, j, :length] = copy.latents
+            position_ids[i, j, :length] = grid_position_ids(*copy.grid, config.max_latent_size)
+            mask[i, j, :length] = True
+            timesteps[i, j], positions[i, j], blocks[i, j] = copy.timestep, copy.position, copy.block
+    delimiters = torch.tensor([config.image_start_token_id, config.image_end_token_id]).repeat(num_copies)
+
+    def widened(name: str, of_copy: torch.Tensor, of_token: torch.Tensor) -> torch.Tensor:
+        """Understanding tokens, delimiters, latents, noised latents."""
+        given = inputs[name]
+        parts = [given[:, :width], of_copy.repeat_interleave(2, dim=1), given[:, width:], of_token.flatten(1)]
+        return torch.cat(parts, dim=1)
+
+    blank = {
+        "latents": torch.zeros(rows, 0, config.latent_channels),
+        "latent_position_ids": torch.zeros(rows, 0, dtype=torch.long),
+        "timesteps": torch.zeros(rows, 0),
+        "timestep_index": torch.zeros(rows, 0, dtype=torch.long),
+    }
+    given = {**blank, **inputs}
+    timestep_index = given["timesteps"].shape[1] + torch.arange(num_copies)[:, None].expand(shape)
+    result = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], delimiters.expand(rows, -1)], dim=1),
+        "positions": widened("positions", positions, positions[:, :, None].expand(shape)),
+        "blocks": widened("blocks", blocks, torch.where(mask, blocks[:, :, None], PADDING_BLOCK)),
+        "noised": widened("noised", blocks != PADDING_BLOCK, mask),
+        "latents": torch.cat([given["latents"], latents.flatten(1, 2)], dim=1),
+        "latent_position_ids": torch.cat([given["latent_position_ids"], position_ids.flatten(1)], dim=1),
+        "timesteps": torch.cat([given["timesteps"], timesteps], dim=1),
+        "timestep_index": torch.cat([given["timestep_index"], timestep_index.flatten(1)], dim=1),
+        "copy_mask": mask,
+    }
+    if "vit_index" in inputs:
+        index = inputs["vit_index"]
+        result["vit_index"] = index + index // width * 2 * num_copies
+    return result
+
+
 def pack_trajectories(
     trajectories: Sequence[Trajectory], guidance: GuidanceConfig, config: BagelConfig
 ) -> PackedBatch:
@@ -266,6 +356,8 @@ def pack_trajectories(
     """
     rows: list[BagelRow] = []
     branch_rows: list[BagelRow] = []
+    branch_of_row: list[int] = []
+    noised: dict[int, list[NoisedCopy]] = {}
     scores: list[tuple[int, int, int, int, int]] = []  # row, place, target id, trajectory, column
     copies: list[tuple[bool, int, int, int, int, int, int]] = []
     image_trajectory: list[int] = []
@@ -276,8 +368,11 @@ def pack_trajectories(
             time = float(window.timesteps[step])
             if BRANCHES[branch] not in guidance.at(time).branches:
                 continue
-            start = row.add_latents(window.latents[step], image.grid, time, noised=True)
-            copies.append((on_branch_row, row_index, start, len(image.latents), len(image_trajectory), step, branch))
+            of_row = noised.setdefault(id(row), [])
+            place = len(of_row)
+            of_row.append(NoisedCopy(window.latents[step], image.grid, time, row.position, row.num_blocks))
+            row.num_blocks += 1
+            copies.append((on_branch_row, row_index, place, len(image.latents), len(image_trajectory), step, branch))
 
     for index, trajectory in enumerate(trajectories):
         row = BagelRow(config)
@@ -301,20 +396,25 @@ def pack_trajectories(
                         branch_row.add_segment(context)
                     add_copies(branch_row, True, len(branch_rows), segment, branch)
                     branch_rows.append(branch_row)
+                    branch_of_row.append(branch)
                 image_trajectory.append(index)
             if i + 1 < len(trajectory.segments):
                 row.add_segment(segment)
         rows.append(row)
 
     inputs = collate_rows([*rows, *branch_rows], config)
+    inputs["branches"] = torch.tensor([0] * len(rows) + branch_of_row)
+    if copies:
+        inputs = append_copies(inputs, [noised.get(id(row), []) for row in (*rows, *branch_rows)], config)
     width = inputs["input_ids"].shape[1]
     score_rows = torch.tensor(scores, dtype=torch.long).reshape(-1, 5)
     inputs["score_index"] = score_rows[:, 0] * width + score_rows[:, 1]
     inputs["score_targets"] = score_rows[:, 2]
     layout = None
     if copies:
-        gen_width = inputs["latents"].shape[1]
-        starts = torch.tensor([(len(rows) * c[0] + c[1]) * gen_width + c[2] for c in copies])
+        gen_width, (_, num_copies, num_latents) = inputs["latents"].shape[1], inputs["copy_mask"].shape
+        first = gen_width - num_copies * num_latents
+        starts = torch.tensor([(len(rows) * c[0] + c[1]) * gen_width + first + c[2] * num_latents for c in copies])
         lengths = torch.tensor([c[3] for c in copies])
         offsets = torch.arange(int(lengths.max()))
         mask = offsets < lengths[:, None]
