@@ -19,7 +19,8 @@ a tensor of shape `(..., tokens, channels)`.
 """
 
 from .guidance import RENORM_TYPES, GuidanceConfig, guidance_branches, guide, in_interval
-from .timesteps import draw_window, flow_timesteps
+from .solvers import ODE_SOLVERS, Evaluation, ODESolver
+from .timesteps import DenoisingPath, denoising_path, draw_window, flow_timesteps
 from .transitions import (
     TRANSITIONS,
     TransitionOutput,
@@ -33,10 +34,15 @@ from .transitions import (
 
 
 __all__ = [
+    "ODE_SOLVERS",
     "RENORM_TYPES",
     "TRANSITIONS",
+    "DenoisingPath",
+    "Evaluation",
     "GuidanceConfig",
+    "ODESolver",
     "TransitionOutput",
+    "denoising_path",
     "draw_window",
     "flow_cps",
     "flow_sde",

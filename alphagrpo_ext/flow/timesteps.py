@@ -15,6 +15,8 @@
 """Schedules of the denoising path, and the window of it that is trained."""
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -50,6 +52,108 @@ def flow_timesteps(num_timesteps: int, shift: float = 1.0, device: torch.device 
     return timesteps.to(device)
 
 
+def share_steps(num_steps: int, lengths: Sequence[int]) -> list[int]:
+    """
+    Share out solver steps to the deterministic stretches of a path, in proportion to their lengths, and at least one to
+    each that is not empty.
+
+    Args:
+        num_steps (`int`):
+            Steps in total.
+        lengths (`Sequence[int]`):
+            Steps of the schedule in the stretch before the stochastic window and in that after it. Without a window, the
+            second is empty.
+
+    Returns:
+        `list[int]`: Solver steps of the two, with the sum `num_steps`.
+
+    Raises:
+        `ValueError`: If there are fewer steps than stretches, or steps and no stretch.
+    """
+    before, after = lengths
+    least = (before > 0) + (after > 0)
+    if num_steps < max(least, 1):
+        raise ValueError(f"{num_steps} steps are too few for the {least} stretches outside the window, one for each")
+    if not least:
+        raise ValueError(f"{num_steps} steps outside the window have no place: the window is the whole path")
+    if least == 1:
+        return [num_steps, 0] if before else [0, num_steps]
+    of_before = min(max(round(num_steps * before / (before + after)), 1), num_steps - 1)
+    return [of_before, num_steps - of_before]
+
+
+def stretch_timesteps(first: torch.Tensor, last: torch.Tensor, num_steps: int, shift: float = 1.0) -> torch.Tensor:
+    """
+    Times of a stretch of a path, spread as [`flow_timesteps`] spreads those of a whole one: evenly before the shift.
+
+    Args:
+        first, last (`torch.Tensor` of shape `()`):
+            Its ends, `1 >= first > last >= 0`.
+        num_steps (`int`):
+            Number of steps, at least 1.
+        shift (`float`, *optional*, defaults to `1.0`):
+            Positive shift s of the whole path.
+
+    Returns:
+        `torch.Tensor` of shape `(num_steps + 1,)`: fp32, strictly falling, with exactly the given ends.
+    """
+    unshifted = [t / (shift - (shift - 1) * t) for t in (first.item(), last.item())]
+    timesteps = torch.linspace(*unshifted, num_steps + 1, dtype=torch.float32, device=first.device)
+    timesteps = shift * timesteps / (1 + (shift - 1) * timesteps)
+    # The window and the image begin where rounding would not quite lead.
+    timesteps[0], timesteps[-1] = first, last
+    return timesteps
+
+
+@dataclass(frozen=True)
+class DenoisingPath:
+    """
+    The states that a sample passes through.
+
+    Args:
+        timesteps (`torch.Tensor` of shape `(states,)`):
+            Their times, fp32, falling from 1 to 0.
+        window (`range`):
+            Indices of the stochastic steps; step `k` leads from `timesteps[k]` to `timesteps[k + 1]`. Empty for a
+            deterministic path.
+    """
+
+    timesteps: torch.Tensor
+    window: range
+
+
+def denoising_path(
+    schedule: torch.Tensor, window: range = range(0), ode_steps: int | None = None, shift: float = 1.0
+) -> DenoisingPath:
+    """
+    The path along a schedule, with fewer or more steps outside the stochastic window. The window's own times stay those of the
+    schedule.
+
+    Args:
+        schedule (`torch.Tensor` of shape `(num_timesteps,)`):
+            From [`flow_timesteps`].
+        window (`range`, *optional*):
+            Steps of the schedule that are stochastic.
+        ode_steps (`int`, *optional*):
+            Steps outside the window, shared out by [`share_steps`]. `None` takes those of the schedule.
+        shift (`float`, *optional*, defaults to `1.0`):
+            Shift of the schedule.
+
+    Raises:
+        `ValueError`: If `ode_steps` are too few.
+    """
+    if ode_steps is None:
+        return DenoisingPath(schedule, window)
+    start, stop = (window.start, window.stop) if window else (len(schedule) - 1,) * 2
+    before, after = share_steps(ode_steps, (start, len(schedule) - 1 - stop))
+    parts = [schedule[start : stop + 1]]
+    if before:
+        parts.insert(0, stretch_timesteps(schedule[0], schedule[start], before, shift)[:-1])
+    if after:
+        parts.append(stretch_timesteps(schedule[stop], schedule[-1], after, shift)[1:])
+    return DenoisingPath(torch.cat(parts), range(before, before + len(window)))
+
+
 def draw_window(window_size: int, window_range: tuple[int, int], num_steps: int, seed: int, step: int) -> range:
     """
     Draw the consecutive denoising steps that are stochastic and trained; the others are deterministic.
@@ -75,6 +179,14 @@ def draw_window(window_size: int, window_range: tuple[int, int], num_steps: int,
     Raises:
         `ValueError`: If no window of that size fits.
     """
+    starts = window_starts(window_size, window_range, num_steps)
+    # A string seed is hashed with SHA-512: the same in every process, and unrelated for neighbouring steps.
+    start = random.Random(f"{seed}-{step}").randint(starts[0], starts[-1])
+    return range(start, start + window_size)
+
+
+def window_starts(window_size: int, window_range: tuple[int, int], num_steps: int) -> range:
+    """All first steps that [`draw_window`] can draw; it takes and raises the same."""
     low, high = window_range
     if window_size < 1:
         raise ValueError(f"window_size must be at least 1, but is {window_size}")
@@ -86,6 +198,4 @@ def draw_window(window_size: int, window_range: tuple[int, int], num_steps: int,
         raise ValueError(
             f"window_size {window_size} within window_range {window_range} does not fit into num_steps {num_steps}"
         )
-    # A string seed is hashed with SHA-512: the same in every process, and unrelated for neighbouring steps.
-    start = random.Random(f"{seed}-{step}").randint(low, min(high, num_steps) - window_size)
-    return range(start, start + window_size)
+    return range(low, min(high, num_steps) - window_size + 1)

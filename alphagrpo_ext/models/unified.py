@@ -180,7 +180,10 @@ class UnifiedModel(ABC):
     def predict_velocity(
         self, cache: Any, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
     ) -> torch.Tensor:
-        """Velocity of `latents` `(rows, tokens, channels)` given each row's cache, which is read and not changed."""
+        """
+        Velocity of `latents` `(rows, tokens, channels)` given each row's cache, which is read and not changed. The cache may
+        have fewer rows: each then serves the same number of consecutive latents.
+        """
 
     @abstractmethod
     def answer_logits(self, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:

@@ -20,7 +20,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -51,6 +51,9 @@ class RolloutConfig:
             Schedule, guidance and stochastic window of images.
         batch_size (`int`, *optional*):
             Samples that are generated at once, rounded to whole groups. `None` takes all.
+        branches_per_thought (`int`, *optional*, defaults to `1`):
+            Consecutive samples of a group that share, in their first turn, the thought, the initial noise and the path up to
+            the stochastic window, the noise of which then tells them apart. They have those of the first among them.
     """
 
     height: int
@@ -61,6 +64,22 @@ class RolloutConfig:
     top_p: float = 1.0
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     batch_size: int | None = None
+    branches_per_thought: int = 1
+
+    def __post_init__(self) -> None:
+        if self.branches_per_thought < 1:
+            raise ValueError(f"branches_per_thought must be at least 1, but is {self.branches_per_thought}")
+        if self.branches_per_thought > 1 and not (
+            self.denoising.window_start is not None and self.denoising.window_size
+        ):
+            raise ValueError(
+                f"branches_per_thought={self.branches_per_thought} needs a stochastic window: without one, images that share "
+                f"thought and initial noise are the same"
+            )
+
+    def deterministic(self) -> RolloutConfig:
+        """The same without a stochastic window, and so without branches."""
+        return replace(self, denoising=self.denoising.without_window(), branches_per_thought=1)
 
     def grid(self, model: UnifiedModel) -> tuple[int, int]:
         """
@@ -122,7 +141,7 @@ class RolloutGenerator:
     Samples trajectories.
 
     A context is prefilled once a group and shared by it; guidance branches run as one batch; a thought that was
-    sampled stays in the cache and is not read a second time.
+    sampled stays in the cache and is not read a second time, whether one image follows it or several.
 
     Args:
         model ([`UnifiedModel`]): The policy, unwrapped.
@@ -179,6 +198,11 @@ class RolloutGenerator:
     ) -> list[Trajectory]:
         # Groups of one size share a prefix by a plain reshape, so unequal runs are cut into equal parts.
         group_size = math.gcd(*(len(run) for run in runs))
+        if group_size % config.branches_per_thought:
+            raise ValueError(
+                f"branches_per_thought={config.branches_per_thought} does not divide the samples of every prompt, of which "
+                f"there are {', '.join(str(len(run)) for run in runs)}"
+            )
         contexts: list[TaskContexts] = []
         for run in runs:
             context = self.task_of(rows[run.start]).contexts(rows[run.start], self.processor, self.model)
@@ -203,6 +227,7 @@ class RolloutGenerator:
                 next_contexts.append(contexts[place // group_size].after_turn(new, request))
             # From now on every sample has a history of its own.
             acting, contexts, group_size = next_acting, next_contexts, 1
+            config = replace(config, branches_per_thought=1)
         return [Trajectory(segments[i]) for i in members]
 
     def _turn(
@@ -214,23 +239,24 @@ class RolloutGenerator:
         config: RolloutConfig,
     ) -> list[list[TextSegment | ImageSegment]]:
         """What each sample writes, if it thinks, and paints, given its group's context."""
-        model = self.model
+        model, forks = self.model, config.branches_per_thought
         grid = config.grid(model)
         branches = config.denoising.branches
         cache = model.prefill(
             [context.branch(name) for name in branches for context in contexts],
-            group_size=group_size,
+            group_size=group_size // forks,
             capacity=(config.max_new_tokens + 2 if think else 0) + model.image_slots(grid),
         )
         texts: list[TextSegment] = []
         if think:
             uniforms = torch.stack([torch.rand(config.max_new_tokens, generator=g) for g in generators])
             sampled = model.sample_text(
-                cache, uniforms, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+                cache, uniforms[::forks], temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
             )
             texts = [
-                TextSegment(ids, sampled=True, ended=ended, log_probs=log_probs)
+                TextSegment(list(ids), sampled=True, ended=ended, log_probs=list(log_probs))
                 for ids, ended, log_probs in zip(sampled.token_ids, sampled.ended, sampled.log_probs, strict=True)
+                for _ in range(forks)
             ]
         images = self._paint(cache, grid, generators, config)
         for i, image in enumerate(images):
@@ -247,7 +273,8 @@ class RolloutGenerator:
         noise = torch.stack([torch.randn(1 + window_size, num_tokens, channels, generator=g) for g in generators]).to(
             model.device
         )
-        latents, windows = denoise(model, cache, noise[:, 0], grid, denoising, noise[:, 1:])
+        initial_noise = noise[:: config.branches_per_thought, 0]
+        latents, windows = denoise(model, cache, initial_noise, grid, denoising, noise[:, 1:])
         pixels = model.decode_latents(latents, grid)
         return [
             ImageSegment(latents[i].cpu(), grid, image=tensor_to_image(pixels[i]), sampled=True, window=windows[i])

@@ -23,7 +23,7 @@ import torch
 from trl import GRPOConfig
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.flow.timesteps import draw_window
+from alphagrpo_ext.flow.timesteps import draw_window, window_starts
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.unified import CONTEXT_GRADIENTS, LORA_TARGETS
 from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveConfig
@@ -58,7 +58,7 @@ class AlphaGRPOConfig(GRPOConfig):
         image_height, image_width (`int`, *optional*, defaults to `512`):
             Size of painted images, in pixels.
         num_timesteps (`int`, *optional*, defaults to `16`):
-            Points of the denoising schedule: the network is evaluated `num_timesteps - 1` times.
+            Points of the denoising schedule: without `ode_steps`, the network is evaluated `num_timesteps - 1` times.
         timestep_shift (`float`, *optional*, defaults to `3.0`):
             Shift of the schedule towards noise.
         sde_type (`str`, *optional*, defaults to `"flow_sde"`):
@@ -77,6 +77,22 @@ class AlphaGRPOConfig(GRPOConfig):
             Renormalisation: `"global"`, `"channel"` or `"text_channel"`.
         cfg_renorm_min (`float`, *optional*, defaults to `0.0`):
             Least factor of the renormalisation.
+        ode_solver (`str`, *optional*, defaults to `"euler"`):
+            Solver of the steps outside the window, one evaluation of the network each: `"euler"`, or of second order
+            `"ab2"` (Adams-Bashforth) or `"dpmpp_2m"` (DPM-Solver++). It starts anew after the window and where guidance is
+            switched on or off.
+        ode_steps (`int`, *optional*):
+            Steps outside the window in total. The window's own steps stay those of the schedule, so an image takes
+            `sde_window_size + ode_steps` evaluations wherever the window lies. What is before the window and what is after
+            it share them in proportion to their steps of the schedule and need at least one each. `None` takes the steps of
+            the schedule. Initial images of self-reflection, which have no window, take as many steps as the others.
+        branches_per_thought (`int`, *optional*, defaults to `1`):
+            Images painted after each thought of a group, which then has `num_generations / branches_per_thought` thoughts.
+            Images of one thought share its decoding, its cache, their initial noise and all evaluations up to the first of
+            the window, the noise of which tells them apart. Each trajectory keeps the advantage of its own image, so a
+            thought is reinforced by the mean advantage of its images: a less noisy credit for fewer thoughts. With a
+            single thought a group, that mean is 0 and text learns nothing. Where a task has several rounds, it applies to
+            the first.
         rollout_batch_size (`int`, *optional*):
             Samples that a process generates at once. `None` generates its whole share at once.
 
@@ -103,6 +119,9 @@ class AlphaGRPOConfig(GRPOConfig):
 
         eval_num_timesteps (`int`, *optional*, defaults to `50`):
             `num_timesteps` in evaluation, where all steps are deterministic.
+        eval_ode_solver (`str`, *optional*, defaults to `"euler"`), eval_ode_steps (`int`, *optional*):
+            `ode_solver` and `ode_steps` in evaluation, where the whole path is outside a window: `eval_ode_steps` evaluations
+            of the network, whatever `eval_num_timesteps` is.
         eval_cfg_text_scale, eval_cfg_img_scale (`float`, *optional*), eval_cfg_interval (`list[float]`, *optional*):
             Guidance in evaluation; `None` takes the training value.
         eval_temperature, eval_top_p (`float`, *optional*, defaults to `0.3` and `1.0`):
@@ -180,7 +199,9 @@ class AlphaGRPOConfig(GRPOConfig):
     image_width: int = field(default=512, metadata={"help": "Width of painted images, in pixels."})
     num_timesteps: int = field(
         default=16,
-        metadata={"help": "Points of the denoising schedule: the network is evaluated num_timesteps - 1 times."},
+        metadata={
+            "help": "Points of the denoising schedule: without ode_steps, the network is evaluated num_timesteps - 1 times."
+        },
     )
     timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the schedule towards noise."})
     sde_type: str = field(
@@ -202,6 +223,23 @@ class AlphaGRPOConfig(GRPOConfig):
         default="global", metadata={"help": "Renormalisation of guidance: 'global', 'channel' or 'text_channel'."}
     )
     cfg_renorm_min: float = field(default=0.0, metadata={"help": "Least factor of the renormalisation; 1 is off."})
+    ode_solver: str = field(
+        default="euler", metadata={"help": "Solver of the steps outside the window: 'euler', 'ab2' or 'dpmpp_2m'."}
+    )
+    ode_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps outside the window, shared between what is before and after it; those of the schedule by "
+            "default."
+        },
+    )
+    branches_per_thought: int = field(
+        default=1,
+        metadata={
+            "help": "Images painted after each thought, with the same initial noise: they share all evaluations up to the "
+            "window."
+        },
+    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Samples that a process generates at once; all by default."}
     )
@@ -231,6 +269,10 @@ class AlphaGRPOConfig(GRPOConfig):
 
     eval_num_timesteps: int = field(
         default=50, metadata={"help": "num_timesteps in evaluation, where all steps are deterministic."}
+    )
+    eval_ode_solver: str = field(default="euler", metadata={"help": "ode_solver in evaluation."})
+    eval_ode_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the whole path in evaluation; eval_num_timesteps - 1 by default."}
     )
     eval_cfg_text_scale: float | None = field(
         default=None, metadata={"help": "cfg_text_scale in evaluation; the training value by default."}
@@ -315,13 +357,26 @@ class AlphaGRPOConfig(GRPOConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         try:
-            self.train_rollout(step=0)
+            window_range, num_steps = tuple(self.sde_window_range), self.num_timesteps - 1
+            for start in window_starts(self.sde_window_size, window_range, num_steps):
+                self._train_rollout(start)
         except ValueError as error:
             raise ValueError(
                 f"{error} (sde_window_size={self.sde_window_size}, sde_window_range={self.sde_window_range}, "
                 f"num_timesteps={self.num_timesteps})"
             ) from error
         self.eval_rollout()
+        self._check_branches()
+
+    def _check_branches(self) -> None:
+        """Images of one thought are painted by one process, in one rollout."""
+        samples = self.per_device_train_batch_size * self.steps_per_generation
+        for name, count in (
+            ("num_generations", self.num_generations),
+            ("per_device_train_batch_size x steps_per_generation, the samples of a process,", samples),
+        ):
+            if count % self.branches_per_thought:
+                raise ValueError(f"branches_per_thought={self.branches_per_thought} must divide {name} {count}")
 
     def make_task(self, name: str) -> Task:
         """A registered task, as this configuration sets it up."""
@@ -360,14 +415,19 @@ class AlphaGRPOConfig(GRPOConfig):
         window = draw_window(
             self.sde_window_size, tuple(self.sde_window_range), self.num_timesteps - 1, self.seed, step
         )
+        return self._train_rollout(window.start)
+
+    def _train_rollout(self, window_start: int) -> RolloutConfig:
         denoising = DenoisingConfig(
             num_timesteps=self.num_timesteps,
             timestep_shift=self.timestep_shift,
             guidance=self.guidance,
             sde_type=self.sde_type,
             noise_level=self.noise_level,
-            window_start=window.start,
-            window_size=len(window),
+            window_start=window_start,
+            window_size=self.sde_window_size,
+            ode_solver=self.ode_solver,
+            ode_steps=self.ode_steps,
         )
         return RolloutConfig(
             height=self.image_height,
@@ -378,6 +438,7 @@ class AlphaGRPOConfig(GRPOConfig):
             top_p=self.top_p,
             denoising=denoising,
             batch_size=self.rollout_batch_size,
+            branches_per_thought=self.branches_per_thought,
         )
 
     def eval_rollout(self) -> RolloutConfig:
@@ -394,7 +455,11 @@ class AlphaGRPOConfig(GRPOConfig):
             renorm_min=self.cfg_renorm_min,
         )
         denoising = DenoisingConfig(
-            num_timesteps=self.eval_num_timesteps, timestep_shift=self.timestep_shift, guidance=guidance
+            num_timesteps=self.eval_num_timesteps,
+            timestep_shift=self.timestep_shift,
+            guidance=guidance,
+            ode_solver=self.eval_ode_solver,
+            ode_steps=self.eval_ode_steps,
         )
         return RolloutConfig(
             height=self.image_height,

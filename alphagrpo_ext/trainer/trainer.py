@@ -267,7 +267,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         missing = [i for i in sorted(firsts.values()) if rows[i].get("image") is None]
         count = self.args.num_initial_images
         guidance = replace(config.denoising.guidance, image_scale=1.0)
-        deterministic = replace(config.denoising, guidance=guidance, window_start=None, window_size=0)
+        deterministic = config.deterministic()
         paint = RolloutGenerator(generate.model, generate.processor, TASKS.get("reasoning_t2i")(think=False))
         painted = paint(
             [rows[i] for i in missing for _ in range(count)],
@@ -276,7 +276,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
                 for i in missing
                 for j in range(count)
             ],
-            replace(config, denoising=deterministic),
+            replace(deterministic, denoising=replace(deterministic.denoising, guidance=guidance)),
         )
         images = [trajectory.final_image for trajectory in painted]
         candidates = [(i, image) for i, image in zip((i for i in missing for _ in range(count)), images, strict=True)]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Keys and values of contexts: a prefix that a whole group shares, and slots of every sample's own."""
+"""Keys and values of contexts: a prefix that a whole group shares, and slots that one thought's images may share."""
 
 from __future__ import annotations
 
@@ -129,36 +129,18 @@ class BagelCache:
         Returns:
             `torch.Tensor` of shape `(rows, heads, n, head_dim)`.
         """
-        rows, heads, num_tokens, head_dim = query.shape
-        kv_heads, end = key.shape[1], self.length + num_tokens
+        end = self.length + key.shape[2]
         own_keys, own_values = self.keys[layer], self.values[layer]
         own_keys[:, :, self.length : end] = key
         own_values[:, :, self.length : end] = value
-        prefixes, group, repeats = len(self.prefix_mask), self.group_size, heads // kv_heads
-        prefix_keys, prefix_values = self.prefix_keys[layer], self.prefix_values[layer]
-        prefix_slots = prefix_keys.shape[2]
-
-        def to_prefix(x: torch.Tensor) -> torch.Tensor:
-            x = x.reshape(prefixes, group, kv_heads, repeats * num_tokens, x.shape[-1]).transpose(1, 2)
-            return x.reshape(prefixes, kv_heads, group * repeats * num_tokens, x.shape[-1])
-
-        def from_prefix(x: torch.Tensor) -> torch.Tensor:
-            x = x.reshape(prefixes, kv_heads, group, repeats * num_tokens, x.shape[-1]).transpose(1, 2)
-            return x.reshape(rows, heads, num_tokens, x.shape[-1])
-
-        query = query * scaling
-        own_query = query.reshape(rows, kv_heads, repeats * num_tokens, head_dim)
-        own_scores = own_query @ own_keys[:, :, :end].transpose(-1, -2)
-        scores = own_scores.reshape(rows, heads, num_tokens, end)
-        if prefix_slots:
-            prefix_scores = to_prefix(own_query) @ prefix_keys.transpose(-1, -2)
-            scores = torch.cat([from_prefix(prefix_scores), scores], dim=-1)
-        weights = torch.softmax(scores.float() + bias, dim=-1).to(value.dtype)
-        own_weights = weights[..., prefix_slots:].reshape(rows, kv_heads, repeats * num_tokens, end)
-        output = (own_weights @ own_values[:, :, :end]).reshape(rows, heads, num_tokens, head_dim)
-        if prefix_slots:
-            output = output + from_prefix(to_prefix(weights[..., :prefix_slots]) @ prefix_values)
-        return output
+        return attend_in_parts(
+            query * scaling,
+            [
+                (self.prefix_keys[layer], self.prefix_values[layer]),
+                (own_keys[:, :, :end], own_values[:, :, :end]),
+            ],
+            bias,
+        )
 
     def commit(self, num_tokens: int, valid: torch.Tensor, positions: torch.Tensor) -> None:
         """
@@ -172,3 +154,90 @@ class BagelCache:
         self.mask[:, self.length : self.length + num_tokens] = valid
         self.length += num_tokens
         self.positions = positions
+
+
+@dataclass(frozen=True)
+class ForkedCache:
+    """
+    A cache each row of which is read, in place, by several samples: their images fork after one thought. Denoising them
+    leaves nothing behind.
+
+    Args:
+        cache ([`BagelCache`]): What they share.
+        forks (`int`): Samples a row, one after the other.
+    """
+
+    cache: BagelCache
+    forks: int
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Rotary position of the next token, `(samples,)`."""
+        return self.cache.positions.repeat_interleave(self.forks)
+
+    def visibility(self, block_mask: torch.Tensor) -> torch.Tensor:
+        """As [`BagelCache.visibility`], for every sample; `block_mask` is the same for all, `(1, n, n)`."""
+        return self.cache.visibility(block_mask).repeat_interleave(self.forks, dim=0)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As [`BagelCache.attend`]; a sample's keys and values are used, and not written."""
+        cache = self.cache
+        return attend_in_parts(
+            query * scaling,
+            [
+                (cache.prefix_keys[layer], cache.prefix_values[layer]),
+                (cache.keys[layer][:, :, : cache.length], cache.values[layer][:, :, : cache.length]),
+                (key, value),
+            ],
+            bias,
+        )
+
+
+def attend_in_parts(
+    query: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], bias: torch.Tensor
+) -> torch.Tensor:
+    """
+    Attention over keys and values in several tensors, some of which several consecutive rows share: these are read in
+    place, by a reshape of the queries.
+
+    Args:
+        query (`torch.Tensor` of shape `(rows, heads, n, head_dim)`): Rotated and scaled queries.
+        parts (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
+            Keys and values, each `(sharers, kv_heads, slots, head_dim)`, with `sharers` a divisor of `rows`.
+        bias (`torch.Tensor` of shape `(rows, 1, n, slots of all parts)`): 0 where visible, else -inf.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, heads, n, head_dim)`.
+    """
+    rows, heads, num_tokens, head_dim = query.shape
+    kv_heads = parts[0][0].shape[1]
+    repeats = heads // kv_heads
+    query = query.reshape(rows, kv_heads, repeats * num_tokens, head_dim)
+
+    def to_shared(x: torch.Tensor, shared: int) -> torch.Tensor:
+        x = x.reshape(shared, rows // shared, kv_heads, repeats * num_tokens, x.shape[-1]).transpose(1, 2)
+        return x.reshape(shared, kv_heads, (rows // shared) * repeats * num_tokens, x.shape[-1])
+
+    def from_shared(x: torch.Tensor, shared: int) -> torch.Tensor:
+        x = x.reshape(shared, kv_heads, rows // shared, repeats * num_tokens, x.shape[-1]).transpose(1, 2)
+        return x.reshape(rows, heads, num_tokens, x.shape[-1])
+
+    parts = [(keys, values) for keys, values in parts if keys.shape[2]]
+    scores = torch.cat(
+        [from_shared(to_shared(query, len(keys)) @ keys.transpose(-1, -2), len(keys)) for keys, _ in parts], dim=-1
+    )
+    weights = torch.softmax(scores.float() + bias, dim=-1).to(parts[0][1].dtype)
+    weights = weights.split([keys.shape[2] for keys, _ in parts], dim=-1)
+    first, *others = (
+        from_shared(to_shared(of_part, len(values)) @ values, len(values))
+        for of_part, (_, values) in zip(weights, parts, strict=True)
+    )
+    return sum(others, first)

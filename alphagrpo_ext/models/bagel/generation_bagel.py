@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
+from alphagrpo_ext.models.bagel.cache_bagel import BagelCache, ForkedCache
 from alphagrpo_ext.models.bagel.packing_bagel import (
     PADDING_BLOCK,
     BagelRow,
@@ -255,7 +255,8 @@ class BagelGenerationMixin:
 
         Args:
             cache ([`BagelCache`]): Read in place; only its spare slots are written.
-            latents (`torch.Tensor` of shape `(rows, tokens, channels)`): One noised image a row.
+            latents (`torch.Tensor` of shape `(rows, tokens, channels)`):
+                One noised image a row of the cache, or the same number of them, one after the other, for each.
             grid (`tuple[int, int]`): Rows and columns of tokens.
             timestep (`torch.Tensor`): Time in [0, 1], one for all rows.
 
@@ -263,6 +264,10 @@ class BagelGenerationMixin:
             `torch.Tensor` of shape `(rows, tokens, channels)`.
         """
         num_rows, num_tokens, _ = latents.shape
+        forks, rest = divmod(num_rows, cache.num_rows)
+        if rest:
+            raise ValueError(f"{num_rows} images cannot share {cache.num_rows} rows of a cache evenly")
+        cache = cache if forks == 1 else ForkedCache(cache, forks)
         device = latents.device
         ids = torch.tensor([self.config.image_start_token_id, self.config.image_end_token_id], device=device)
         und = self.language_model.model.embed_tokens(ids).expand(num_rows, 2, -1)

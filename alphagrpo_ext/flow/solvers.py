@@ -1,0 +1,141 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Solvers of the deterministic part of a denoising path. Each evaluates the network once a step.
+
+A solver of second order looks back at one earlier evaluation of the same smooth stretch of the path, and so reaches the
+accuracy of many Euler steps with few. Diffusers' multistep schedulers hold the same formula for a whole path from noise to
+image; a path here is cut into stretches, around the stochastic window and where guidance is switched on or off, and
+each has its own points. `tests/flow/test_solvers.py` compares the two.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from alphagrpo_ext.flow.transitions import ode_step
+from alphagrpo_ext.registry import Registry
+
+
+ODE_SOLVERS: Registry = Registry("ODE solver", "alphagrpo_ext.ode_solvers")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    What the network said about one state.
+
+    Args:
+        t (`torch.Tensor` of shape `()`):
+            Time in (0, 1].
+        latents (`torch.Tensor` of shape `(..., tokens, channels)`):
+            State at that time, fp32.
+        velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
+            Predicted `v = eps - x_0`, guided, fp32.
+    """
+
+    t: torch.Tensor
+    latents: torch.Tensor
+    velocity: torch.Tensor
+
+    @property
+    def image(self) -> torch.Tensor:
+        """The predicted image `x_0 = x - t v`."""
+        return self.latents - self.t * self.velocity
+
+
+class ODESolver(ABC):
+    """A rule for one deterministic step. Register one with `@ODE_SOLVERS.register("name")`."""
+
+    order: ClassVar[int]
+    """Order of convergence, and the most evaluations that a step looks at."""
+
+    @staticmethod
+    @abstractmethod
+    def step(evaluations: Sequence[Evaluation], t_next: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            evaluations (`Sequence[Evaluation]`):
+                The last ones, 1 to `order` of them, the newest at the end.
+            t_next (`torch.Tensor` of shape `()`):
+                Time to go to, in [0, t) for the newest one's `t`.
+
+        Returns:
+            `torch.Tensor` of shape `(..., tokens, channels)`: The state at `t_next`, fp32.
+        """
+
+
+@ODE_SOLVERS.register("euler")
+class Euler(ODESolver):
+    """Euler's step `x + v dt`, of first order."""
+
+    order = 1
+
+    @staticmethod
+    def step(evaluations: Sequence[Evaluation], t_next: torch.Tensor) -> torch.Tensor:
+        now = evaluations[-1]
+        return ode_step(now.latents, now.velocity, now.t, t_next)
+
+
+@ODE_SOLVERS.register("ab2")
+class AdamsBashforth2(ODESolver):
+    """
+    Adams-Bashforth of second order with steps of any length: the exact integral of the line through the last two
+    velocities (Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, section III.5),
+
+    `x' = x + (v + dt' / (2 dt) (v - v_before)) dt'`.
+
+    Unlike [`DPMSolverPP2M`], it is of second order in the second step from pure noise and in the step to the image too.
+    """
+
+    order = 2
+
+    @staticmethod
+    def step(evaluations: Sequence[Evaluation], t_next: torch.Tensor) -> torch.Tensor:
+        if len(evaluations) == 1:
+            return Euler.step(evaluations, t_next)
+        before, now = evaluations
+        ratio = (t_next - now.t) / (now.t - before.t)
+        return ode_step(now.latents, now.velocity + ratio / 2 * (now.velocity - before.velocity), now.t, t_next)
+
+
+@ODE_SOLVERS.register("dpmpp_2m")
+class DPMSolverPP2M(ODESolver):
+    """
+    DPM-Solver++(2M) (https://huggingface.co/papers/2211.01095, algorithm 2) with `alpha = 1 - t` and `sigma = t`: the
+    predicted image is extrapolated along `lambda = log(alpha / sigma)`. With h and h' the last and the coming step of
+    lambda,
+
+    `x' = t' / t x + (1 - t' / t) (x_0 + h' / (2 h) (x_0 - x_0_before))`.
+
+    Lambda is infinite at both ends of the path, so the first two steps from `t = 1` and the step to `t = 0` are Euler's, as
+    in Diffusers' `DPMSolverMultistepScheduler`.
+    """
+
+    order = 2
+
+    @staticmethod
+    def step(evaluations: Sequence[Evaluation], t_next: torch.Tensor) -> torch.Tensor:
+        if len(evaluations) == 1 or evaluations[0].t >= 1 or t_next <= 0:
+            return Euler.step(evaluations[-1:], t_next)
+        before, now = evaluations
+        ratio = (torch.logit(now.t) - torch.logit(t_next)) / (torch.logit(before.t) - torch.logit(now.t))
+        image = now.image + ratio / 2 * (now.image - before.image)
+        return t_next / now.t * now.latents + (1 - t_next / now.t) * image
