@@ -49,6 +49,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from alphagrpo_ext.contact_sheet import contact_sheet
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
@@ -57,6 +58,7 @@ from reward_models.arguments import PromptArguments
 from reward_models.evaluation import Evaluation, comparison_table, evaluate
 from reward_models.evaluation_files import evaluate_once, settings_digest
 from reward_models.prompts import load_prompts
+from reward_models.report import compare
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"
@@ -102,7 +104,10 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
         train_dataset=train_dataset,
         processing_class=processor,
         peft_config=get_peft_config(model_args),
-        callbacks=[JsonLinesCallback(output_dir / "metrics.jsonl")],
+        callbacks=[
+            JsonLinesCallback(output_dir / "metrics.jsonl"),
+            *script_args.make_holdout_callbacks(script_args.aggregation, (model, processor)),
+        ],
     )
 
     def run_evaluation(description: str) -> Evaluation | None:
@@ -138,9 +143,12 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     temporary = output_dir / "summary.json.tmp"
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
     os.replace(temporary, output_dir / "summary.json")
+    if training_args.report:
+        ReportStore(output_dir).save_comparison(compare(before, after, max_image_size=training_args.report_image_size))
+        write_report(output_dir)
     save_picture(before, after, output_dir / "before_after.png")
     print(
-        f"\n{comparison_table(before, after)}\n\nModel, summary.json, metrics.jsonl and before_after.png: {output_dir}"
+        f"\n{comparison_table(before, after)}\n\nModel, report.html, summary.json, metrics.jsonl and before_after.png: {output_dir}"
     )
 
 

@@ -50,6 +50,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from alphagrpo_ext.contact_sheet import contact_sheet
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
@@ -59,6 +60,7 @@ from reward_models.evaluation import Evaluation, RefinementScore, evaluate, refi
 from reward_models.evaluation_files import evaluate_once, settings_digest
 from reward_models.format import FORMATS
 from reward_models.prompts import load_prompts
+from reward_models.report import compare
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "self_reflection_shapes.yaml"
@@ -156,7 +158,10 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
         train_dataset=train_dataset,
         processing_class=processor,
         peft_config=get_peft_config(model_args),
-        callbacks=[JsonLinesCallback(output_dir / "metrics.jsonl")],
+        callbacks=[
+            JsonLinesCallback(output_dir / "metrics.jsonl"),
+            *script_args.make_holdout_callbacks(script_args.aggregation, (model, processor)),
+        ],
     )
 
     def run_evaluation(description: str) -> Refinement | None:
@@ -196,9 +201,14 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
     temporary = output_dir / "summary.json.tmp"
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
     os.replace(temporary, output_dir / "summary.json")
+    if training_args.report:
+        ReportStore(output_dir).save_comparison(
+            compare(before.refined, after.refined, max_image_size=training_args.report_image_size)
+        )
+        write_report(output_dir)
     save_picture(after, output_dir / "refined.png")
     table = refinement_table({"before": (before.initial, before.refined), "after": (after.initial, after.refined)})
-    print(f"\n{table}\n\nModel, summary.json, metrics.jsonl and refined.png: {output_dir}")
+    print(f"\n{table}\n\nModel, report.html, summary.json, metrics.jsonl and refined.png: {output_dir}")
 
 
 if __name__ == "__main__":

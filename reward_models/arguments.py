@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reward_models.dvreward import DVReward
+from reward_models.holdout_arguments import HoldoutArguments
 from reward_models.judges import JUDGES
 from reward_models.judges.arguments import JudgeArguments
 
@@ -58,9 +59,9 @@ class RewardArguments(JudgeArguments):
 
 
 @dataclass
-class PromptArguments(RewardArguments):
+class PromptArguments(HoldoutArguments, RewardArguments):
     """
-    Which prompts a recipe trains and evaluates on; and who judges, see [`RewardArguments`].
+    Which prompts a recipe trains and evaluates on; and who judges, see [`RewardArguments`] and [`HoldoutArguments`].
 
     Args:
         train_file, eval_file (`str`, *optional*):
@@ -84,3 +85,7 @@ class PromptArguments(RewardArguments):
     num_eval_prompts: int = field(default=504, metadata={"help": "Evaluation prompts drawn from the shapes world."})
     eval_seeds: int = field(default=2, metadata={"help": "Noise seeds of an evaluation; 0 skips the evaluations."})
     eval_batch_size: int = field(default=128, metadata={"help": "Samples that an evaluation paints at once."})
+
+    def __post_init__(self) -> None:
+        RewardArguments.__post_init__(self)
+        HoldoutArguments.__post_init__(self)

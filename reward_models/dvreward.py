@@ -26,6 +26,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alphagrpo_ext.report.answers import COLUMN_SUFFIX, format_answers
+from alphagrpo_ext.report.records import Answer
+
 from .aggregation import AGGREGATIONS, aggregate, strict_pass
 from .judges import JUDGES, Judge
 from .questions import PromptRecord, from_row, validate_dataset
@@ -156,7 +159,8 @@ class DVReward:
             semantic_questions, quality_questions (`Sequence`):
                 Questions of each completion, as in [`from_row`].
             log_extra, log_metric (`Callable`, *optional*):
-                TRL's loggers. Metrics, under the function's name: the means over scored images `semantic` and `quality`,
+                TRL's loggers. Columns, under the function's name: the means `semantic` and `quality` of a sample, and its
+                `answers`, see [`format_answers`]. Metrics, under the function's name: the means over scored images `semantic` and `quality`,
                 the share `strict_pass` of scored images, and for each tag the share of answered questions whose answer is
                 yes, e.g. `semantic/Count`. About the judge, under `judge`: see [`judge_metrics`].
 
@@ -187,6 +191,10 @@ class DVReward:
         if log_extra is not None:
             log_extra(f"{self.__name__}/semantic", [_mean(score.semantic) for score in scores])
             log_extra(f"{self.__name__}/quality", [_mean(score.quality) for score in scores])
+            answers = [
+                format_answers(answers_of(score, record)) for score, record in zip(scores, records, strict=True)
+            ]
+            log_extra(f"{self.__name__}{COLUMN_SUFFIX}", answers)
         return [score.reward for score in scores]
 
     def validate_dataset(self, dataset: Iterable[Mapping[str, Any]]) -> None:
@@ -368,6 +376,18 @@ def batch_metrics(scores: Sequence[Score], records: Sequence[PromptRecord]) -> d
                 if answer is not None:
                     values[f"{side}/{question.tag}"].append(answer >= PASS_THRESHOLD)
     return {metric: fmean(entries) for metric, entries in values.items()}
+
+
+def answers_of(score: Score, record: PromptRecord) -> list[Answer]:
+    """The answers that an image got, with the questions of its record."""
+    return [
+        Answer(question.question, question.tag, kind, p_yes)
+        for kind, answers, questions in (
+            ("semantic", score.semantic, record.valid_semantic_questions),
+            ("quality", score.quality, record.valid_quality_questions),
+        )
+        for p_yes, question in zip(answers, questions, strict=True)
+    ]
 
 
 def judge_metrics(scores: Sequence[Score]) -> dict[str, float]:

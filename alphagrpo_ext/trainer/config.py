@@ -127,6 +127,18 @@ class AlphaGRPOConfig(GRPOConfig):
         eval_temperature, eval_top_p (`float`, *optional*, defaults to `0.3` and `1.0`):
             Sampling of thoughts in evaluation.
 
+        > Parameters that control the report
+
+        report (`bool`, *optional*, defaults to `False`):
+            Whether to keep a page `report.html` in `output_dir` up to date: curves, and trajectories with their images and
+            answers. What it is made from is in `output_dir/report`. The configurations of the recipes turn it on.
+        report_steps (`int`, *optional*, defaults to `10`):
+            Steps between rollouts that the page shows, and the fewest between two writes of it.
+        report_num_trajectories (`int`, *optional*, defaults to `240`):
+            Most trajectories on the page: the newest, up to half of them, the first, and the most telling in between.
+        report_image_size (`int`, *optional*, defaults to `256`):
+            Longest side of an image on the page, in pixels; larger ones are scaled down.
+
         > Parameters that control training
 
         image_objective (`str`, *optional*, defaults to `"flow_grpo"`):
@@ -286,6 +298,15 @@ class AlphaGRPOConfig(GRPOConfig):
     eval_temperature: float = field(default=0.3, metadata={"help": "Temperature of thoughts in evaluation."})
     eval_top_p: float = field(default=1.0, metadata={"help": "Nucleus of thoughts in evaluation."})
 
+    report: bool = field(
+        default=False, metadata={"help": "Whether to keep a page report.html in output_dir up to date."}
+    )
+    report_steps: int = field(default=10, metadata={"help": "Steps between rollouts that the report shows."})
+    report_num_trajectories: int = field(default=240, metadata={"help": "Most trajectories in the report."})
+    report_image_size: int = field(
+        default=256, metadata={"help": "Longest side of an image in the report, in pixels."}
+    )
+
     image_objective: str = field(default="flow_grpo", metadata={"help": "Objective of images; a registered one."})
     text_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of text."})
     image_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of images."})
@@ -345,6 +366,9 @@ class AlphaGRPOConfig(GRPOConfig):
             raise ValueError(f"image_steps_per_forward must be at least 1, but is {self.image_steps_per_forward}")
         if self.generation_learning_rate is not None and self.generation_learning_rate < 0:
             raise ValueError(f"generation_learning_rate must not be negative, but is {self.generation_learning_rate}")
+        for name in ("report_steps", "report_num_trajectories", "report_image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
         OBJECTIVES.get(self.image_objective)
         for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval"):
             bounds = getattr(self, name)

@@ -34,6 +34,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -50,9 +51,13 @@ from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
+from alphagrpo_ext.trainer.logged_images import completion_images
 from alphagrpo_ext.trainer.reference import frozen_copy, prepare_reference, visiting
+from alphagrpo_ext.trainer.report_callback import ReportCallback
+from alphagrpo_ext.trainer.rollout_event import RolloutEventMixin
 from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
 from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
+from alphagrpo_ext.trainer.tensorboard import TensorBoardCompletionsCallback
 from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
@@ -60,7 +65,7 @@ from alphagrpo_ext.trajectory import TextSegment, Trajectory
 check_trl_version(trl.__version__)
 
 
-class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
+class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
     """
     Trainer of AR-diffusion unified multimodal models with GRPO, as in AlphaGRPO
     (https://huggingface.co/papers/2605.12495).
@@ -152,7 +157,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         self._scored_images: list[ImageScores | None] = []
         self._rows: Sequence[dict[str, Any]] = []
         self._initial_rewards: list[float] = []
-        self._rewards = torch.empty(0)
+        self._judged_rewards = self._rewards = torch.empty(0)
         self._seconds = {"rollout": 0.0, "reward": 0.0}
         self._accumulated_seconds: defaultdict[str, float] = defaultdict(float)
         # TRL would load a reference model from a folder, which the policy need not have come from.
@@ -180,6 +185,11 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             self._counted.append(reference)
             if sync_ref_model:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        if args.report:
+            self.add_callback(ReportCallback())
+        for callback in list(self.callback_handler.callbacks):
+            if self.log_completions and isinstance(callback, TensorBoardCallback):
+                self.add_callback(TensorBoardCompletionsCallback(callback, self._logs))
         self._sharding = Sharding.of(self.accelerator)
         check_sharding(self._sharding, args.ds3_gather_for_generation)
         use_uniform_precision(self.accelerator)
@@ -368,6 +378,9 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         self._scored_images = []
         output = super()._generate_and_score_completions([self._reward_row(row) for row in self._rows])
         output["image_advantages"] = self._image_advantages(output["advantages"])
+        if self.log_completions and self.log_multimodal:
+            self._logs["images"].extend(gather_object(completion_images(self._trajectories)))
+        self._announce_rollout(output["image_advantages"])
         scored, self._scored_images = self._scored_images, []
         output["trajectories"] = self._trajectories
         # TRL has scored with the old policy first and with the reference last, where it needs them.
@@ -435,7 +448,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         is_image = self._image_functions()
         weights = self.reward_weights.to(rewards.device)[is_image]
-        final = weighted_sum(rewards[:, is_image], weights)
+        final = self._judged_rewards = weighted_sum(rewards[:, is_image], weights)
         if len(self._tasks) > 1:
             tasks = gather_object([row["task"] for row in self._rows])
             for name in dict.fromkeys(tasks):

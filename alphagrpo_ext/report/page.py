@@ -1,0 +1,180 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The page itself: one HTML file that needs nothing else, no network and no server.
+
+Its data is JSON in elements that the browser does not run, and each image stands in one of its own behind everything else, so
+that the page is drawn before they are read. A policy in the page's head allows its own script and style alone, by their
+digests, and no connection, whatever a prompt says.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from alphagrpo_ext.report.charts import charts
+from alphagrpo_ext.report.records import Comparison, TrajectoryGroup, Turn
+from alphagrpo_ext.report.store import ReportStore, choose_groups, replace_text, without_nan
+
+
+PAGE_NAME = "report.html"
+MAX_BYTES = 18_000_000
+
+
+class _Images:
+    """Images of a page, each once, by their place."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+        self._places: dict[str, int] = {}
+
+    def place(self, url: str | None) -> int | None:
+        if url is None:
+            return None
+        if url not in self._places:
+            self._places[url] = len(self.urls)
+            self.urls.append(url)
+        return self._places[url]
+
+    def turn(self, turn: Turn) -> dict[str, Any]:
+        return {"text": turn.text, "image": self.place(turn.image)}
+
+
+def write_report(output_dir: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Path:
+    """
+    Write `report.html` in the folder of a run, during the run or after it, from what is in its folder `report`.
+
+    Args:
+        output_dir (`str` or `PathLike`): Folder of the run.
+        max_bytes (`int`, *optional*, defaults to `18_000_000`):
+            Most bytes of the page. Beyond it, groups of trajectories are left out; see [`choose_groups`].
+
+    Returns:
+        `Path`: The page.
+
+    Raises:
+        `FileNotFoundError`: If there is nothing to report.
+    """
+    store = ReportStore(output_dir)
+    if not store.folder.is_dir():
+        raise FileNotFoundError(f"{store.folder} does not exist: train with report=True to have something to report")
+    logs, groups, comparison = store.logs(), store.groups(), store.comparison()
+    path = Path(output_dir) / PAGE_NAME
+    title = Path(output_dir).resolve().name
+    page = render(title, logs, groups, comparison)
+    count = sum(len(group.trajectories) for group in groups)
+    while len(page.encode()) > max_bytes and len(groups) > 1:
+        count = count * 4 // 5
+        groups = choose_groups(groups, count)
+        page = render(title, logs, groups, comparison)
+    replace_text(path, page)
+    return path
+
+
+def render(
+    title: str,
+    logs: Sequence[dict[str, Any]],
+    groups: Sequence[TrajectoryGroup],
+    comparison: Comparison | None = None,
+) -> str:
+    """
+    Args:
+        title (`str`): Name of the run.
+        logs (`Sequence[dict[str, Any]]`): The trainer's `log_history`.
+        groups (`Sequence[TrajectoryGroup]`): Trajectories for the gallery.
+        comparison ([`Comparison`], *optional*): An evaluation before and after training.
+
+    Returns:
+        `str`: The page.
+    """
+    images = _Images()
+    data = {
+        "title": title,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": max((entry.get("step", 0) for entry in logs), default=0),
+        "charts": [asdict(chart) for chart in charts(logs)],
+        "groups": [_group(group, images) for group in groups],
+        "comparison": None if comparison is None else _comparison(comparison, images),
+    }
+    style, script = _resource("page.css"), _resource("page.js")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        f"base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "policy": policy,
+        "style": style,
+        "data": json_island(data),
+        "script": script,
+        "images": "\n".join(
+            f'<script type="text/plain" id="image-{place}">{url}</script>' for place, url in enumerate(images.urls)
+        ),
+    }
+    # One pass, so that a mark inside a prompt is not taken for a place of the page.
+    return re.sub(r"<!-- (\w+) -->", lambda mark: parts[mark[1]], _resource("page.html"))
+
+
+def json_island(data: Any) -> str:
+    """
+    JSON that may stand inside a `<script>` element: no text in it can end the element or begin another, since `<`, `>` and
+    `&` are written as escapes, and so are the two line separators that JavaScript knows and JSON does not.
+    """
+    text = json.dumps(without_nan(data), allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _group(group: TrajectoryGroup, images: _Images) -> dict[str, Any]:
+    return {
+        **{name: getattr(group, name) for name in ("step", "index", "task", "prompt", "earlier_step")},
+        "earlier_reward": group.earlier_reward,
+        "trajectories": [
+            {
+                **asdict(trajectory),
+                "turns": [images.turn(turn) for turn in trajectory.turns],
+                "given_image": images.place(trajectory.given_image),
+            }
+            for trajectory in group.trajectories
+        ],
+    }
+
+
+def _comparison(comparison: Comparison, images: _Images) -> dict[str, Any]:
+    return {
+        "table": asdict(comparison.table),
+        "pairs": [
+            {**asdict(pair), "before": images.turn(pair.before), "after": images.turn(pair.after)}
+            for pair in comparison.pairs
+        ],
+    }
+
+
+def _resource(name: str) -> str:
+    return files("alphagrpo_ext.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}"

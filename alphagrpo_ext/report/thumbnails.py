@@ -1,0 +1,49 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Images small enough to travel inside a page."""
+
+from __future__ import annotations
+
+import base64
+from io import BytesIO
+
+from PIL import Image
+
+
+# Up to this side an image is kept as it is, without loss: every pixel of it will be seen.
+LOSSLESS_SIZE = 64
+QUALITY = 80
+
+
+def data_url(image: Image.Image, max_size: int = 256) -> str:
+    """
+    Args:
+        image (`PIL.Image.Image`): An image of any size and mode.
+        max_size (`int`, *optional*, defaults to `256`): Longest side in pixels; a larger image is scaled down.
+
+    Returns:
+        `str`: A `data:` URL, of PNG for images of at most 64 pixels and of WebP for others.
+    """
+    image = image.convert("RGB")
+    if max(image.size) > max_size:
+        image.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    if max(image.size) <= LOSSLESS_SIZE:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.save(buffer, "WEBP", quality=QUALITY)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

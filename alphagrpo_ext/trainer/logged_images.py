@@ -1,0 +1,31 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Images for TRL's table of completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from alphagrpo_ext.trajectory import ImageSegment, Trajectory
+
+
+def completion_images(trajectories: Sequence[Trajectory]) -> list[list[Image.Image]]:
+    """The images of each trajectory, in order: those that the policy was given, and those that it painted."""
+    return [
+        [segment.image for segment in trajectory.segments if isinstance(segment, ImageSegment) and segment.image]
+        for trajectory in trajectories
+    ]

@@ -1,0 +1,99 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""TRL's table of completions for TensorBoard, which TRL itself gives to trackio and wandb alone."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
+
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+
+
+NUM_SAMPLES = 8
+
+
+class TensorBoardCompletionsCallback(TrainerCallback):
+    """
+    Writes with every log the first samples of TRL's table of completions: images under `completions/0/image` and so on, and
+    the other columns as a table under `completions`.
+
+    Args:
+        writer ([`~transformers.integrations.TensorBoardCallback`]): Callback whose file is written to.
+        table (`Mapping[str, Any]`): The trainer's `_logs`, which TRL makes its table from.
+        num_samples (`int`, *optional*, defaults to `8`): Samples that are written.
+    """
+
+    def __init__(self, writer: TensorBoardCallback, table: Mapping[str, Any], num_samples: int = NUM_SAMPLES) -> None:
+        self._writer = writer
+        self._table = table
+        self._num_samples = num_samples
+
+    def on_log(self, args: AlphaGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        writer = self._writer.tb_writer
+        if not state.is_world_process_zero or writer is None or not self._table["prompt"]:
+            return
+        columns = {
+            "prompt": self._table["prompt"],
+            "completion": self._table["completion"],
+            **self._table["rewards"],
+            **self._table["extra"],
+            "advantage": self._table["advantages"],
+        }
+        shown = {name: list(values)[: self._num_samples] for name, values in columns.items()}
+        writer.add_text("completions", markdown_table(shown), state.global_step)
+        for place, images in enumerate(list(self._table["images"])[: self._num_samples]):
+            if images:
+                pixels = np.asarray(side_by_side(images))
+                writer.add_image(f"completions/{place}/image", pixels, state.global_step, dataformats="HWC")
+        writer.flush()
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of one sample in a row, in their order, with their tops aligned."""
+    sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        sheet.paste(image.convert("RGB"), (left, 0))
+        left += image.width
+    return sheet
+
+
+def markdown_table(columns: Mapping[str, Sequence[Any]]) -> str:
+    """
+    A table in Markdown; what has a meaning there is escaped.
+
+    Args:
+        columns (`Mapping[str, Sequence[Any]]`): Cells by title; all columns are equally long.
+    """
+    lines = [_row(list(columns)), "| " + " | ".join("---" for _ in columns) + " |"]
+    return "\n".join([*lines, *(_row(row) for row in zip(*columns.values(), strict=True))])
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"[\\`*_\[\]|]", r"\\\g<0>", html.escape(text, quote=False))
+    return "<br>".join(text.split("\n"))
