@@ -42,8 +42,6 @@ work.
 from __future__ import annotations
 
 import functools
-import hashlib
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -54,7 +52,7 @@ from accelerate import PartialState
 from transformers.processing_utils import ProcessorMixin
 from trl import TrlParser
 
-from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint
+from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
@@ -201,12 +199,6 @@ def load_rows(args: EvaluationArguments) -> Sequence[dict[str, Any]]:
     return PromptRows(dataset)
 
 
-def folder_name(model: str) -> str:
-    """A name for a model's folder; no two models have the same."""
-    name = re.sub(r"[^\w.-]+", "-", model).strip("-.")
-    return name if name == model else f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
-
-
 def evaluate_model(
     name: str, rows: Sequence[dict[str, Any]], rows_digest: str, args: EvaluationArguments
 ) -> list[NamedEvaluation]:
@@ -232,7 +224,7 @@ def evaluate_model(
     results: dict[str, NamedEvaluation] = {}
     for stage in stages_of(args):
         initial = results[stage.source.mode].evaluation if stage.source else None
-        folder = Path(args.output_dir) / "images" / folder_name(name) / stage.mode.replace(" ", "_")
+        folder = Path(args.output_dir) / "images" / model_label(name) / stage.mode.replace(" ", "_")
         with EvaluationStore(folder, settings_digest(settings, stage.lineage)) as store:
             evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
             if evaluation is None:
@@ -252,6 +244,11 @@ def evaluate_model(
     return list(results.values())
 
 
+def settings_of(args: EvaluationArguments) -> dict[str, Any]:
+    """What stands in `evaluation.json` about how it was made."""
+    return {name: value for name, value in asdict(args).items() if name != "output_dir"}
+
+
 def main(args: EvaluationArguments) -> None:
     rows = load_rows(args)
     rows_digest = settings_digest(rows)
@@ -263,7 +260,7 @@ def main(args: EvaluationArguments) -> None:
     if not PartialState().is_main_process:
         return
     records = [from_row(row, where=f"row {index}") for index, row in enumerate(rows)]
-    print(f"\n{save_reports(Path(args.output_dir), results, records, asdict(args))}")
+    print(f"\n{save_reports(Path(args.output_dir), results, records, settings_of(args))}")
     for name in dict.fromkeys(args.models):
         rounds = {
             entry.mode: (entry.initial, entry.evaluation) for entry in results if entry.model == name and entry.initial

@@ -66,14 +66,14 @@ class EvaluatedSample:
 
     @classmethod
     def of(
-        cls, row: Mapping[str, Any], index: int, seed: int, text: str, image: Image.Image, score: Score
+        cls, row: Mapping[str, Any], index: int, seed: int, text: str, image: Image.Image | None, score: Score
     ) -> EvaluatedSample:
         """
         Args:
             row (`Mapping[str, Any]`): The row, with `prompt` and optionally `category`.
             index, seed (`int`): Its place, and the noise seed.
             text (`str`): The thought.
-            image (`PIL.Image.Image`): What was painted.
+            image (`PIL.Image.Image`, *optional*): What was painted, if it is kept in memory.
             score ([`Score`]): How it was judged.
         """
         return cls(

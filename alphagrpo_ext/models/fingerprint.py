@@ -13,10 +13,12 @@
 # limitations under the License.
 
 
-"""Whether a name still stands for the same weights."""
+"""What tells one checkpoint from another: by its files, and as a name for a folder."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 
 from alphagrpo_ext.models.adapters import adapter_base, is_adapter
@@ -42,3 +44,11 @@ def checkpoint_fingerprint(model_name_or_path: str | Path) -> tuple[str, ...]:
     stats = [(file.name, file.stat()) for file in files]
     entries = tuple(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
     return (*entries, *checkpoint_fingerprint(adapter_base(path))) if is_adapter(path) else entries
+
+
+def model_label(model_name_or_path: str) -> str:
+    """A name for a model's folder, e.g. `"bagel-shapes"`; no two models have the same."""
+    label = re.sub(r"[^\w.-]+", "-", model_name_or_path).strip("-.")
+    if label == model_name_or_path:
+        return label
+    return f"{label}-{hashlib.sha256(model_name_or_path.encode()).hexdigest()[:8]}"
