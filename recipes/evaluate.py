@@ -12,125 +12,269 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+
 """
-Score checkpoints on prompts with questions: as painters, with rounds of reflection on what they painted, and as editors.
+Score checkpoints and adapters on prompts with questions: as painters without and with a thought, with rounds of reflection on
+what they painted, and as editors.
 
 ```bash
+python recipes/evaluate.py --models bagel-shapes runs/reasoning_t2i_shapes --modes direct thought
 python recipes/evaluate.py --models bagel-shapes runs/reasoning_t2i_shapes --num_rounds 3
 python recipes/evaluate.py --models bagel-shapes runs/self_reflection_shapes --task image_editing
 ```
 
-All checkpoints see the same prompts and the same noise, so their scores are paired.
+With prompts and a judge of your own; every option stands in `--help`:
+
+```bash
+python recipes/evaluate.py --models ByteDance-Seed/BAGEL-7B-MoT runs/adapter --dtype bfloat16 --eval_file questions.jsonl \\
+    --image_size 512 --num_timesteps 50 --timestep_shift 3 --cfg_text_scale 4 --batch_size 8 \\
+    --judge openai --judge_base_url http://localhost:8000/v1 --judge_model NAME
+```
+
+All checkpoints see the same prompts and the same noise, so their scores are paired; the first one is the baseline of the
+others. Intervals hold 95% of 10,000 draws of the prompts.
+
+Every scored batch is kept in the output folder. An evaluation that was stopped or killed goes on where it was when it is
+started again, and one more model, mode or round only adds what is new. With `accelerate launch`, several processes share the
+work.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass, field
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-import torch
+from accelerate import PartialState
+from transformers.processing_utils import ProcessorMixin
 from trl import TrlParser
 
-from alphagrpo_ext.flow import GuidanceConfig
-from alphagrpo_ext.models.denoising import DenoisingConfig
+from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
+from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.rollout import TASKS, RolloutGenerator
+from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.shapes.editing import editing_rows
 from reward_models.arguments import RewardArguments
-from reward_models.evaluation import Evaluation, RefinementScore, comparison_table, evaluate, refinement_table
+from reward_models.evaluation import evaluate, refinement_table, share_of_work
+from reward_models.evaluation_files import settings_digest
+from reward_models.evaluation_report import NamedEvaluation, save_reports
+from reward_models.evaluation_store import EvaluationStore
+from reward_models.json_lines_file import FileInUseError
+from reward_models.prompt_rows import PromptRows
 from reward_models.prompts import load_prompts
+from reward_models.questions import from_row
 
 
 PAINTING, EDITING = "reasoning_t2i", "image_editing"
+DIRECT, THOUGHT, REFINE = "direct", "thought", "refine"
+# What cannot change an answer.
+NO_SETTINGS = ("judge_max_concurrency", "judge_timeout", "judge_max_retries", "judge_max_failed_frac")
 
 
 @dataclass
-class EvaluationArguments(RewardArguments):
-    """Arguments of the evaluation. The defaults suit the packaged model."""
+class EvaluationArguments(RewardArguments, SamplingArguments):
+    """
+    What is evaluated, and on what; for the rest see [`RewardArguments`] and [`SamplingArguments`].
 
-    models: list[str] = field(default_factory=lambda: ["bagel-shapes"], metadata={"help": "Names or folders."})
-    task: str = field(default=PAINTING, metadata={"help": "'reasoning_t2i', or 'image_editing' in the shapes world."})
-    eval_file: str | None = field(default=None, metadata={"help": "Prompts with questions, as JSON lines."})
+    Args:
+        models (`list[str]`, *optional*, defaults to `["bagel-shapes"]`):
+            Checkpoints and adapters: names, folders, or ids on the Hub.
+        task (`str`, *optional*, defaults to `"reasoning_t2i"`):
+            `"reasoning_t2i"`, or `"image_editing"`.
+        eval_file (`str`, *optional*):
+            Prompts with questions, and for editing with images: see [`~reward_models.prompts.load_prompts`]. `None` takes
+            those of the shapes world.
+        num_eval_prompts (`int`, *optional*, defaults to `504`):
+            Prompts drawn from the shapes world.
+        eval_seeds (`int`, *optional*, defaults to `2`):
+            Noise seeds that every prompt is painted with.
+        modes (`list[str]`, *optional*):
+            How images are made: `"direct"`, `"thought"` (after a thought), and `"refine"` (after a thought and
+            `num_rounds` rounds of reflection, each of which is scored). `None` takes `"thought"`, and `"refine"` too if
+            there are rounds.
+        num_rounds (`int`, *optional*, defaults to `0`):
+            Rounds of reflection on what was painted.
+        image_size (`int`, *optional*, defaults to `24`):
+            Side of images, in pixels.
+        batch_size (`int`, *optional*, defaults to `128`):
+            Samples at once.
+        output_dir (`str`, *optional*, defaults to `"runs/evaluate"`):
+            Where scores and images go.
+    """
+
+    models: list[str] = field(
+        default_factory=lambda: ["bagel-shapes"], metadata={"help": "Checkpoints and adapters: names or folders."}
+    )
+    task: str = field(default=PAINTING, metadata={"help": "'reasoning_t2i' or 'image_editing'."})
+    eval_file: str | None = field(
+        default=None,
+        metadata={"help": "Prompts with questions, and images to edit: JSON lines, a folder, or a dataset."},
+    )
     num_eval_prompts: int = field(default=504, metadata={"help": "Prompts drawn from the shapes world."})
     eval_seeds: int = field(default=2, metadata={"help": "Noise seeds every prompt is painted with."})
+    modes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "How images are made: 'direct', 'thought', 'refine'. Default: the last two, if there are rounds."
+        },
+    )
     num_rounds: int = field(default=0, metadata={"help": "Rounds of reflection on what was painted."})
-    think: bool = field(default=True, metadata={"help": "Whether the first image follows a thought."})
     image_size: int = field(default=24, metadata={"help": "Side of images, in pixels."})
-    num_timesteps: int = field(default=11, metadata={"help": "Points of the denoising schedule."})
-    timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
-    cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
-    cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Longest text, in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Temperature of texts."})
     batch_size: int = field(default=128, metadata={"help": "Samples at once."})
-    output_dir: str = field(default="runs/evaluate", metadata={"help": "Where scores.json goes."})
+    output_dir: str = field(default="runs/evaluate", metadata={"help": "Where scores and images go."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RewardArguments.__post_init__(self)
+        SamplingArguments.__post_init__(self)
         if self.task not in (PAINTING, EDITING):
             raise ValueError(f"task must be '{PAINTING}' or '{EDITING}', but is '{self.task}'")
-        if self.task == EDITING and self.eval_file:
-            raise ValueError("eval_file has no images, which task 'image_editing' needs")
-        if self.eval_seeds < 1:
-            raise ValueError(f"eval_seeds must be at least 1, but is {self.eval_seeds}")
+        for name in ("eval_seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.num_rounds < 0:
+            raise ValueError(f"num_rounds must not be negative, but is {self.num_rounds}")
+        if self.modes is None:
+            self.modes = [THOUGHT, REFINE] if self.num_rounds else [THOUGHT]
+        unknown = [mode for mode in self.modes if mode not in (DIRECT, THOUGHT, REFINE)]
+        if unknown or not self.modes:
+            raise ValueError(f"modes must be of '{DIRECT}', '{THOUGHT}' and '{REFINE}', but are {self.modes}")
+        if (REFINE in self.modes) != (self.num_rounds > 0):
+            raise ValueError(
+                f"mode '{REFINE}' and num_rounds go together, but modes are {self.modes} and num_rounds is {self.num_rounds}"
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One way in which all prompts are painted once.
+
+    Args:
+        mode (`str`): Its name in files and tables.
+        task (`str`): Name in `TASKS`.
+        think (`bool`): Whether the policy writes before it paints.
+        source ([`Stage`], *optional*): The stage whose images the policy is given.
+    """
+
+    mode: str
+    task: str
+    think: bool
+    source: Stage | None = None
 
     @property
-    def rollout(self) -> RolloutConfig:
-        return RolloutConfig(
-            self.image_size,
-            self.image_size,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            denoising=DenoisingConfig(
-                self.num_timesteps, self.timestep_shift, GuidanceConfig(self.cfg_text_scale, self.cfg_img_scale)
-            ),
-        )
+    def lineage(self) -> list[Stage]:
+        """The stages that led to this one, which is the last."""
+        return [*(self.source.lineage if self.source else []), self]
 
 
-def evaluate_model(name: str, rows: list[dict], args: EvaluationArguments) -> list[Evaluation]:
-    """The first image and one evaluation a round."""
-    model, processor = load_model(name)
-    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
-    settings = {
-        "rows": rows,
-        "config": args.rollout,
-        "reward": args.make_reward((model, processor)),
-        "seeds": range(args.eval_seeds),
-        "batch_size": args.batch_size,
-    }
-    painter = RolloutGenerator(model, processor, TASKS.get(args.task)(think=args.think))
-    rounds = [evaluate(painter, description=name, **settings)]
-    refiner = RolloutGenerator(model, processor, TASKS.get("self_reflection")(think=True))
-    for turn in range(args.num_rounds):
-        rounds.append(evaluate(refiner, description=f"{name}, round {turn + 1}", initial=rounds[-1], **settings))
-    return rounds
+def stages_of(args: EvaluationArguments) -> list[Stage]:
+    """All stages, each after the one whose images it refines."""
+    stages = [Stage(DIRECT, args.task, think=False)] if DIRECT in args.modes else []
+    if THOUGHT in args.modes or REFINE in args.modes:
+        stages.append(Stage(THOUGHT, args.task, think=True))
+    for turn in range(1, args.num_rounds + 1):
+        stages.append(Stage(f"round {turn}", "self_reflection", think=True, source=stages[-1]))
+    return stages
+
+
+def load_rows(args: EvaluationArguments) -> Sequence[dict[str, Any]]:
+    """
+    Rows to evaluate on.
+
+    Raises:
+        `ValueError`: If there are no images to edit.
+    """
+    if args.eval_file is None and args.task == EDITING:
+        return editing_rows(args.num_eval_prompts, seed=0)
+    dataset = load_prompts(args.eval_file, "evaluation", args.num_eval_prompts)
+    if args.task == EDITING:
+        if "image" not in dataset.column_names:
+            raise ValueError(f"{args.eval_file} has no images, which task '{EDITING}' needs: give rows an 'image'")
+    elif "image" in dataset.column_names:
+        dataset = dataset.remove_columns("image")
+    return PromptRows(dataset)
+
+
+def evaluate_model(
+    name: str, rows: Sequence[dict[str, Any]], rows_digest: str, args: EvaluationArguments
+) -> list[NamedEvaluation]:
+    """One evaluation a stage. The model is loaded only if something is left to paint."""
+
+    @functools.cache
+    def policy() -> tuple[UnifiedModel, ProcessorMixin]:
+        model, processor = load_model(name, dtype=args.dtype)
+        return model.to(PartialState().device).eval(), processor
+
+    config = args.rollout(args.image_size, args.image_size)
+    judging = [getattr(args, f.name) for f in fields(RewardArguments) if f.name not in NO_SETTINGS]
+    settings = [
+        checkpoint_fingerprint(name),
+        args.dtype,
+        rows_digest,
+        config,
+        judging,
+        args.eval_seeds,
+        args.batch_size,
+    ]
+    seeds = range(args.eval_seeds)
+    results: dict[str, NamedEvaluation] = {}
+    for stage in stages_of(args):
+        initial = results[stage.source.mode].evaluation if stage.source else None
+        folder = Path(args.output_dir) / "images" / model_label(name) / stage.mode.replace(" ", "_")
+        with EvaluationStore(folder, settings_digest(settings, stage.lineage)) as store:
+            evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
+            if evaluation is None:
+                evaluation = evaluate(
+                    RolloutGenerator(*policy(), TASKS.get(stage.task)(think=stage.think)),
+                    rows,
+                    config,
+                    args.make_reward(policy()),
+                    seeds,
+                    args.batch_size,
+                    description=f"{name}, {stage.mode}",
+                    initial=initial,
+                    store=store,
+                )
+        first = results[stage.lineage[0].mode].evaluation if stage.source else None
+        results[stage.mode] = NamedEvaluation(name, stage.mode, evaluation, first)
+    return list(results.values())
+
+
+def settings_of(args: EvaluationArguments) -> dict[str, Any]:
+    """What stands in `evaluation.json` about how it was made."""
+    return {name: value for name, value in asdict(args).items() if name != "output_dir"}
 
 
 def main(args: EvaluationArguments) -> None:
-    if args.task == EDITING:
-        rows = editing_rows(args.num_eval_prompts, seed=0)
-    else:
-        rows = list(load_prompts(args.eval_file, "evaluation", args.num_eval_prompts))
-    results = {name: evaluate_model(name, rows, args) for name in args.models}
-    first_name, first = next(iter(results.items()))
-    for name, rounds in results.items():
-        print(f"\n{first_name} -> {name}\n{comparison_table(first[0], rounds[0])}")
-        if args.num_rounds:
-            pairs = {f"round {turn + 1}": (rounds[0], rounds[turn + 1]) for turn in range(args.num_rounds)}
-            print(f"\n{name}, from its first image\n{refinement_table(pairs)}")
-    scores = {
-        name: [{**evaluation.summary(), **asdict(RefinementScore.of(rounds[0], evaluation))} for evaluation in rounds]
-        for name, rounds in results.items()
-    }
-    path = Path(args.output_dir) / "scores.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    rows = load_rows(args)
+    rows_digest = settings_digest(rows)
+    results = [
+        evaluation
+        for name in dict.fromkeys(args.models)
+        for evaluation in evaluate_model(name, rows, rows_digest, args)
+    ]
+    if not PartialState().is_main_process:
+        return
+    records = [from_row(row, where=f"row {index}") for index, row in enumerate(rows)]
+    print(f"\n{save_reports(Path(args.output_dir), results, records, settings_of(args))}")
+    for name in dict.fromkeys(args.models):
+        rounds = {
+            entry.mode: (entry.initial, entry.evaluation) for entry in results if entry.model == name and entry.initial
+        }
+        if rounds:
+            print(f"\n{name}, from its first image\n{refinement_table(rounds)}")
+    print(f"\nevaluation.json, summary.csv, samples.jsonl and images: {args.output_dir}")
 
 
 if __name__ == "__main__":
     (arguments,) = TrlParser((EvaluationArguments,)).parse_args_and_config()
-    main(arguments)
+    try:
+        main(arguments)
+    except FileInUseError as error:
+        sys.exit(str(error))
+    # Threads of the communication backend that outlive the interpreter may abort the process.
+    PartialState().destroy_process_group()

@@ -187,7 +187,7 @@ class DVReward:
                 log_metric(f"{self.__name__}/{metric}", value)
             for metric, value in judge_metrics(scores).items():
                 log_metric(f"judge/{metric}", value)
-        self._check_failures(scores)
+        self.check_failures(scores)
         if log_extra is not None:
             log_extra(f"{self.__name__}/semantic", [_mean(score.semantic) for score in scores])
             log_extra(f"{self.__name__}/quality", [_mean(score.quality) for score in scores])
@@ -284,7 +284,14 @@ class DVReward:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _check_failures(self, scores: Sequence[Score]) -> None:
+    def check_failures(self, scores: Sequence[Score]) -> None:
+        """
+        Args:
+            scores (`Sequence[Score]`): Scores of a batch.
+
+        Raises:
+            [`JudgeFailedError`]: If more than `max_failed_frac` of the images could not be scored.
+        """
         judged = [score for score in scores if score.asked_at is not None]
         num_failed = sum(score.reward is None for score in judged)
         if num_failed <= self.max_failed_frac * len(judged):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -27,8 +27,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, sample_generator
-from reward_models.dvreward import DVReward
+from reward_models.dvreward import DVReward, Score
+from reward_models.image_files import load_image
 from reward_models.questions import from_row
+
+
+if TYPE_CHECKING:
+    from reward_models.evaluation_store import EvaluationStore
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,12 @@ class EvaluatedSample:
         seed (`int`): Noise seed.
         category (`str`): Category of the prompt.
         prompt, text (`str`): The request, and the thought.
-        image (`PIL.Image.Image`): What was painted.
+        image (`PIL.Image.Image`, *optional*): What was painted, if it is kept in memory.
         reward (`float` or `None`): DVReward; `None` if the judge failed.
         strict_pass (`bool` or `None`): Whether every question got a yes.
+        semantic, quality (`tuple[float | None, ...]`, *optional*, defaults to `()`):
+            P(yes) of the row's valid questions, in their order; `None` where there is no answer.
+        image_file (`str`, *optional*): The image, if it is kept in a file.
     """
 
     index: int
@@ -49,9 +57,41 @@ class EvaluatedSample:
     category: str
     prompt: str
     text: str
-    image: Image.Image
+    image: Image.Image | None
     reward: float | None
     strict_pass: bool | None
+    semantic: tuple[float | None, ...] = ()
+    quality: tuple[float | None, ...] = ()
+    image_file: str | None = None
+
+    @classmethod
+    def of(
+        cls, row: Mapping[str, Any], index: int, seed: int, text: str, image: Image.Image | None, score: Score
+    ) -> EvaluatedSample:
+        """
+        Args:
+            row (`Mapping[str, Any]`): The row, with `prompt` and optionally `category`.
+            index, seed (`int`): Its place, and the noise seed.
+            text (`str`): The thought.
+            image (`PIL.Image.Image`, *optional*): What was painted, if it is kept in memory.
+            score ([`Score`]): How it was judged.
+        """
+        return cls(
+            index=index,
+            seed=seed,
+            category=row.get("category") or "all",
+            prompt=str(row["prompt"]),
+            text=text,
+            image=image,
+            reward=score.reward,
+            strict_pass=score.strict_pass,
+            semantic=score.semantic,
+            quality=score.quality,
+        )
+
+    def load_image(self) -> Image.Image:
+        """The image, from memory or from its file."""
+        return self.image if self.image is not None else load_image(self.image_file)
 
 
 @dataclass(frozen=True)
@@ -119,6 +159,7 @@ def evaluate(
     batch_size: int = 128,
     description: str = "evaluation",
     initial: Evaluation | None = None,
+    store: EvaluationStore | None = None,
 ) -> Evaluation:
     """
     Paint every prompt with every noise seed and score it. Two policies that are given the same rows and seeds start
@@ -136,43 +177,62 @@ def evaluate(
         description (`str`, *optional*, defaults to `"evaluation"`): Label of the progress bar.
         initial ([`Evaluation`], *optional*):
             An evaluation of the same rows and seeds, whose images the policy is given: those that it is to refine.
+        store ([`EvaluationStore`], *optional*):
+            Open; keeps every scored batch, and has those of an earlier run, which are taken as they are.
+
+    Raises:
+        [`~reward_models.dvreward.JudgeFailedError`]:
+            If there is a store, and the judge leaves more images of a batch without a score than it may. The batch is not
+            kept.
     """
     num_rounds = 0 if initial is None else initial.round + 1
-    given = {} if initial is None else {(sample.seed, sample.index): sample.image for sample in initial.samples}
-    state = PartialState()
-    # Strided, so that no process can get all the long prompts of a sorted list.
-    work = [(seed, index) for seed in seeds for index in range(len(rows))][state.process_index :: state.num_processes]
+    given = {} if initial is None else {(sample.seed, sample.index): sample for sample in initial.samples}
+    work = share_of_work(len(rows), seeds)
     samples: list[EvaluatedSample] = []
-    progress = tqdm(total=len(work), desc=description, disable=not state.is_main_process)
+    progress = tqdm(total=len(work), desc=description, disable=not PartialState().is_main_process)
     # One event loop for all batches: a judge keeps its connections from one to the next.
     with asyncio.Runner() as runner:
         for start in range(0, len(work), batch_size):
             part = work[start : start + batch_size]
-            batch = [{**rows[index], "image": given[seed, index]} if given else rows[index] for seed, index in part]
+            if store is not None and (kept := store.samples(start)) is not None:
+                samples += kept
+                progress.update(len(part))
+                continue
+            batch = [
+                {**rows[index], "image": given[seed, index].load_image()} if given else rows[index]
+                for seed, index in part
+            ]
             generators = [sample_generator(f"eval-{seed}", num_rounds, index) for seed, index in part]
             trajectories = generator(batch, generators, config)
             images = [trajectory.final_image for trajectory in trajectories]
             records = [from_row(row, where=f"row {index}") for row, (_, index) in zip(batch, part, strict=True)]
             scores = runner.run(reward.score(images, records))
+            if store is not None:
+                # What is kept is final, and a judge that is down for a while is no reason for that.
+                reward.check_failures(scores)
+            scored = []
             for (seed, index), row, trajectory, score in zip(part, batch, trajectories, scores, strict=True):
                 ids = [token_id for text in trajectory.sampled_texts for token_id in text.content_ids]
-                samples.append(
-                    EvaluatedSample(
-                        index=index,
-                        seed=seed,
-                        category=row.get("category") or "all",
-                        prompt=str(row["prompt"]),
-                        text=generator.processor.decode(ids),
-                        image=trajectory.final_image,
-                        reward=score.reward,
-                        strict_pass=score.strict_pass,
-                    )
-                )
+                text = generator.processor.decode(ids)
+                scored.append(EvaluatedSample.of(row, index, seed, text, trajectory.final_image, score))
+            samples += store.keep(start, scored) if store is not None else scored
             progress.update(len(part))
         runner.run(reward.aclose())
     progress.close()
-    gathered = gather_object(samples) if state.num_processes > 1 else samples
-    return Evaluation(sorted(gathered, key=lambda sample: (sample.seed, sample.index)), num_rounds)
+    return gather_samples(samples, num_rounds)
+
+
+def share_of_work(num_rows: int, seeds: Sequence[int]) -> list[tuple[int, int]]:
+    """What this process paints, as pairs of noise seed and row."""
+    state = PartialState()
+    # Strided, so that no process can get all the long prompts of a sorted list.
+    return [(seed, index) for seed in seeds for index in range(num_rows)][state.process_index :: state.num_processes]
+
+
+def gather_samples(samples: list[EvaluatedSample], round: int) -> Evaluation:
+    """The evaluation of the samples of all processes, in each of them."""
+    gathered = gather_object(samples) if PartialState().num_processes > 1 else samples
+    return Evaluation(sorted(gathered, key=lambda sample: (sample.seed, sample.index)), round)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
+from alphagrpo_ext.rollout.generator import image_key
 from reward_models.evaluation import EvaluatedSample, Evaluation
+from reward_models.image_files import load_image
 
 
 logger = logging.getLogger(__name__)
@@ -39,8 +41,35 @@ INDEX_NAME = "evaluations.json"
 
 
 def settings_digest(*settings: Any) -> str:
-    """What an evaluation depended on, as a short text: equal for settings with equal `repr`."""
-    return hashlib.sha256(repr(settings).encode()).hexdigest()
+    """
+    What an evaluation depended on, as a short text: equal in any process for settings with equal values. Images count by
+    their pixels.
+
+    Args:
+        settings (`Any`):
+            Dataclasses, mappings, sequences, images, and what has a `repr` that says all of it.
+
+    Raises:
+        `ValueError`: If a setting is known only by where it lies in memory.
+    """
+    return hashlib.sha256(repr(_comparable(settings)).encode()).hexdigest()
+
+
+def _comparable(value: Any) -> Any:
+    """A value whose `repr` is the same in any process."""
+    if isinstance(value, Image.Image):
+        return image_key(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__, [(f.name, _comparable(getattr(value, f.name))) for f in fields(value)]
+    if isinstance(value, Mapping):
+        return [(_comparable(key), _comparable(entry)) for key, entry in value.items()]
+    if isinstance(value, str | bytes | range):
+        return value
+    if isinstance(value, Sequence):
+        return [_comparable(entry) for entry in value]
+    if type(value).__repr__ is object.__repr__:
+        raise ValueError(f"{value!r} cannot be compared with that of another run: pass what it was made from")
+    return value
 
 
 def save_evaluations(folder: Path, digest: str, evaluations: Sequence[Evaluation]) -> None:
@@ -60,10 +89,9 @@ def save_evaluations(folder: Path, digest: str, evaluations: Sequence[Evaluation
         rows = []
         for sample in evaluation.samples:
             name = f"{place}-{sample.seed}-{sample.index}.png"
-            sample.image.save(temporary / name)
-            rows.append(
-                {f.name: getattr(sample, f.name) for f in fields(sample) if f.name != "image"} | {"file": name}
-            )
+            sample.load_image().save(temporary / name)
+            kept = [f.name for f in fields(sample) if f.name not in ("image", "image_file")]
+            rows.append({field: getattr(sample, field) for field in kept} | {"file": name})
         entries.append({"round": evaluation.round, "samples": rows})
     index = {"digest": digest, "evaluations": entries}
     (temporary / INDEX_NAME).write_text(json.dumps(index) + "\n", encoding="utf-8")
@@ -92,8 +120,9 @@ def load_evaluations(folder: Path, digest: str) -> list[Evaluation] | None:
     for entry in index["evaluations"]:
         samples = []
         for row in entry["samples"]:
-            with Image.open(folder / row.pop("file")) as image:
-                samples.append(EvaluatedSample(**row, image=image.convert(image.mode)))
+            answers = {side: tuple(row.pop(side, ())) for side in ("semantic", "quality")}
+            image = load_image(folder / row.pop("file"))
+            samples.append(EvaluatedSample(**row, **answers, image=image))
         evaluations.append(Evaluation(samples, entry["round"]))
     return evaluations
 

@@ -17,31 +17,19 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-from filelock import FileLock, Timeout
-
-from reward_models.questions import PromptRecord, from_row, read_json_lines
+from reward_models.json_lines_file import FileInUseError, JsonLinesFile
+from reward_models.questions import PromptRecord, from_row
 
 
-logger = logging.getLogger(__name__)
+RecordFileInUseError = FileInUseError
 
 
-class RecordFileInUseError(RuntimeError):
-    """Raised when another process writes to the file."""
-
-
-class RecordFile:
+class RecordFile(JsonLinesFile):
     """
-    A JSON-lines file of records (see [`~reward_models.questions.load_records`]) for one process at once, opened by `with`.
-
-    A record is in the file, whole, once [`~RecordFile.append`] returns. A process that is killed leaves at most one torn
-    line, the last one, which the next process removes. `<path>.lock` is held meanwhile; the operating system lets go of it
-    when a process dies.
+    A [`JsonLinesFile`] of records (see [`~reward_models.questions.load_records`]).
 
     Args:
         path (`str` or `PathLike`): The file. It and its folder are made if need be.
@@ -51,37 +39,13 @@ class RecordFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         self.prompts: set[str] = set()
-        self._lock = FileLock(f"{self.path}.lock", timeout=0)
 
-    def __enter__(self) -> RecordFile:
-        """
-        Raises:
-            [`RecordFileInUseError`]: If another process holds the file.
-            `ValueError`: If a line other than a torn last one is not a record. The message names it.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise RecordFileInUseError(f"another process writes to {self.path}: wait for it or stop it") from error
-        try:
-            # Unbuffered, so that a line is with the operating system when the write returns.
-            self._file = open(self.path, "ab", buffering=0)
-            self._mend_last_line()
-            records = (from_row(row, where) for where, row in read_json_lines(self.path))
-            self.prompts = {record.prompt for record in records if isinstance(record.prompt, str)}
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._lock.release()
+    def read_row(self, row: Any, where: str) -> None:
+        record = from_row(row, where)
+        if isinstance(record.prompt, str):
+            self.prompts.add(record.prompt)
 
     def append(self, record: PromptRecord) -> None:
         """
@@ -90,24 +54,5 @@ class RecordFile:
         Raises:
             `OSError`: If it cannot be written in whole, e.g. because the disk is full.
         """
-        line = f"{json.dumps(record.to_row(), ensure_ascii=False)}\n".encode()
-        written = self._file.write(line)
-        if written != len(line):
-            raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        self.append_row(record.to_row())
         self.prompts.add(record.prompt)
-
-    def _mend_last_line(self) -> None:
-        last = b""
-        with open(self.path, "rb") as file:
-            for line in file:
-                last = line
-        if not last or last.endswith(b"\n"):
-            return
-        try:
-            from_row(json.loads(last))
-        except ValueError:
-            logger.warning("%s: removed %d bytes of a last line that was not written in whole", self.path, len(last))
-            self._file.truncate(self.path.stat().st_size - len(last))
-        else:
-            # No part of a JSON object is one, so this line only lacks its end.
-            self._file.write(b"\n")

@@ -1,0 +1,86 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""The arguments of sampling, the same in every recipe that only paints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.models.denoising import DenoisingConfig
+from alphagrpo_ext.rollout.generator import RolloutConfig
+
+
+@dataclass
+class SamplingArguments:
+    """
+    How thoughts and images are sampled. The defaults suit the packaged model; for BAGEL set size, steps and guidance.
+
+    Args:
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Type of the weights, e.g. `"bfloat16"`.
+        num_timesteps (`int`, *optional*, defaults to `11`):
+            Points of the denoising schedule, one more than its steps.
+        timestep_shift (`float`, *optional*, defaults to `1.0`):
+            Shift of the schedule towards noise.
+        cfg_text_scale, cfg_img_scale (`float`, *optional*, defaults to `1.0`):
+            Guidance scales of text and image; at most 1 is off.
+        cfg_interval (`list[float]`, *optional*, defaults to `[0.4, 1.0]`):
+            Half-open interval of guided times.
+        cfg_renorm_type (`str`, *optional*, defaults to `"global"`):
+            `"global"`, `"channel"` or `"text_channel"`.
+        max_new_tokens (`int`, *optional*, defaults to `48`):
+            Longest text, in tokens.
+        temperature, top_p (`float`, *optional*, defaults to `0.0` and `1.0`):
+            Sampling of texts; a temperature of 0 takes the likeliest token.
+    """
+
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights, e.g. 'bfloat16'."})
+    num_timesteps: int = field(default=11, metadata={"help": "Points of the denoising schedule."})
+    timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
+    cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
+    cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
+    cfg_interval: list[float] = field(
+        default_factory=lambda: [0.4, 1.0], metadata={"help": "Half-open interval of guided times."}
+    )
+    cfg_renorm_type: str = field(default="global", metadata={"help": "'global', 'channel' or 'text_channel'."})
+    max_new_tokens: int = field(default=48, metadata={"help": "Longest text, in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of texts; 0 takes the likeliest token."})
+    top_p: float = field(default=1.0, metadata={"help": "Share of the likeliest tokens that texts are drawn from."})
+
+    def __post_init__(self) -> None:
+        if len(self.cfg_interval) != 2:
+            raise ValueError(f"cfg_interval takes two numbers, but is {self.cfg_interval}")
+
+    def rollout(self, height: int, width: int) -> RolloutConfig:
+        """
+        Args:
+            height, width (`int`): Size of images, in pixels.
+
+        Raises:
+            `ValueError`: If an argument is out of range.
+        """
+        guidance = GuidanceConfig(
+            self.cfg_text_scale, self.cfg_img_scale, tuple(self.cfg_interval), self.cfg_renorm_type
+        )
+        return RolloutConfig(
+            height,
+            width,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            denoising=DenoisingConfig(self.num_timesteps, self.timestep_shift, guidance),
+        )

@@ -1,0 +1,305 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Paint the prompts of a public benchmark into the folders that its own scorer reads, and score the images by questions.
+
+```bash
+python recipes/export_benchmark.py --benchmark geneval --prompts geneval/prompts/evaluation_metadata.jsonl \\
+    --model_name_or_path ByteDance-Seed/BAGEL-7B-MoT --dtype bfloat16 --height 1024 --width 1024 \\
+    --num_timesteps 50 --timestep_shift 3 --cfg_text_scale 4 --max_new_tokens 512 --output_dir runs/geneval
+```
+
+Benchmarks are `geneval`, `dpg_bench`, `tiif_bench`, `wise` and `gedit_bench`; `reward_models/benchmarks/` says what each reads
+and writes. `<output_dir>/images` is the folder for the benchmark's scorer.
+
+With a judge, images are also scored by yes/no questions: those of the benchmark's metadata, or those of a file that
+`recipes/decompose_prompts.py` made of its prompts:
+
+```bash
+python recipes/export_benchmark.py --benchmark wise --prompts WISE/data --questions wise_questions.jsonl \\
+    --judge openai --judge_base_url http://localhost:8000/v1 --judge_model NAME --output_dir runs/wise
+```
+
+An image that is there is not painted again: a run that was stopped or killed goes on where it was when it is started again.
+With `accelerate launch`, several processes share the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+from transformers.processing_utils import ProcessorMixin
+from trl import TrlParser
+
+from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
+from alphagrpo_ext.rollout.arguments import SamplingArguments
+from alphagrpo_ext.rollout.generator import sample_generator
+from reward_models.arguments import RewardArguments
+from reward_models.benchmarks import BENCHMARKS, Benchmark, BenchmarkPrompt
+from reward_models.dvreward import DVReward
+from reward_models.evaluation import EvaluatedSample, Evaluation
+from reward_models.evaluation_files import settings_digest
+from reward_models.evaluation_report import NamedEvaluation, save_reports
+from reward_models.questions import PromptRecord, load_records
+
+
+@dataclass
+class ExportArguments(RewardArguments, SamplingArguments):
+    """
+    Which benchmark is painted by whom; for the rest see [`RewardArguments`] and [`SamplingArguments`].
+
+    Args:
+        benchmark (`str`):
+            `"geneval"`, `"dpg_bench"`, `"tiif_bench"`, `"wise"`, `"gedit_bench"`, or one that another package registers.
+        prompts (`str`):
+            The benchmark's own prompts: a file, a folder or a dataset.
+        questions (`str`, *optional*):
+            Questions of its prompts, see [`~reward_models.questions.load_records`]; they go before the benchmark's own.
+        model_name_or_path (`str`, *optional*, defaults to `"bagel-shapes"`):
+            The policy: a checkpoint or an adapter.
+        model_label (`str`, *optional*):
+            How the benchmark's scorer is to call the model, where a folder bears its name. `None` makes one of
+            `model_name_or_path`.
+        num_images (`int`, *optional*):
+            Images a prompt. `None` takes as many as the benchmark's protocol asks for.
+        think (`bool`, *optional*, defaults to `True`):
+            Whether an image follows a thought.
+        num_rounds (`int`, *optional*, defaults to `0`):
+            Rounds of reflection after it; the last image is exported.
+        height, width (`int`, *optional*, defaults to `24`):
+            Size of images, in pixels.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Images at once, rounded to whole prompts.
+        seed (`int`, *optional*, defaults to `0`):
+            Of all noise.
+        judge (`str`, *optional*, defaults to `"none"`):
+            Who answers the questions, see [`~reward_models.judges.arguments.JudgeArguments`]; `"none"` for nobody.
+        output_dir (`str`, *optional*, defaults to `"runs/export_benchmark"`):
+            Where images and scores go.
+    """
+
+    benchmark: str = field(
+        default="geneval",
+        metadata={"help": "'geneval', 'dpg_bench', 'tiif_bench', 'wise', 'gedit_bench', or a registered one."},
+    )
+    prompts: str | None = field(
+        default=None, metadata={"help": "The benchmark's own prompts: file, folder or dataset."}
+    )
+    questions: str | None = field(default=None, metadata={"help": "Questions of its prompts, as JSON lines."})
+    model_name_or_path: str = field(default="bagel-shapes", metadata={"help": "The policy: a name or a folder."})
+    model_label: str | None = field(
+        default=None, metadata={"help": "How the benchmark's scorer is to call the model."}
+    )
+    num_images: int | None = field(default=None, metadata={"help": "Images a prompt. Default: the benchmark's own."})
+    think: bool = field(default=True, metadata={"help": "Whether an image follows a thought."})
+    num_rounds: int = field(default=0, metadata={"help": "Rounds of reflection; the last image is exported."})
+    height: int = field(default=24, metadata={"help": "Height of images, in pixels."})
+    width: int = field(default=24, metadata={"help": "Width of images, in pixels."})
+    batch_size: int = field(default=16, metadata={"help": "Images at once, rounded to whole prompts."})
+    seed: int = field(default=0, metadata={"help": "Of all noise."})
+    judge: str = field(default="none", metadata={"help": "Who answers questions about the images; 'none' for nobody."})
+    output_dir: str = field(default="runs/export_benchmark", metadata={"help": "Where images and scores go."})
+
+    def __post_init__(self) -> None:
+        RewardArguments.__post_init__(self)
+        SamplingArguments.__post_init__(self)
+        if not self.prompts:
+            raise ValueError(f"prompts is missing: where the prompts of '{self.benchmark}' are")
+        if self.questions and self.judge == "none":
+            raise ValueError("questions are answered by a judge: give one, e.g. --judge openai")
+        for name, least in (("num_images", 1), ("batch_size", 1), ("num_rounds", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, but is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    Images of a prompt that are still to be painted.
+
+    Args:
+        index (`int`): Place of the prompt.
+        prompt ([`BenchmarkPrompt`]): The prompt.
+        samples (`list[int]`): Which of its images.
+    """
+
+    index: int
+    prompt: BenchmarkPrompt
+    samples: list[int]
+
+
+def claim_folder(args: ExportArguments) -> None:
+    """
+    Note in the output folder how its images are made.
+
+    Raises:
+        `ValueError`: If it holds images that were made in another way.
+    """
+    fingerprint = checkpoint_fingerprint(args.model_name_or_path)
+    sampling = (args.rollout(args.height, args.width), args.dtype, args.think, args.num_rounds, args.seed)
+    digest = settings_digest(args.benchmark, args.prompts, args.num_images, args.model_label, fingerprint, sampling)
+    path = Path(args.output_dir) / "export.json"
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8"))["digest"] != digest:
+            raise ValueError(f"the images in {args.output_dir} were made with other settings: take another output_dir")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"digest": digest, "settings": asdict(args)}, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_policy(args: ExportArguments) -> tuple[UnifiedModel, ProcessorMixin]:
+    model, processor = load_model(args.model_name_or_path, dtype=args.dtype)
+    return model.to(PartialState().device).eval(), processor
+
+
+def batches(
+    benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], folder: Path, num_images: int, batch_size: int
+) -> Iterator[list[Job]]:
+    """What this process has to paint, about `batch_size` images at a time."""
+    state, batch = PartialState(), []
+    for index in range(state.process_index, len(prompts), state.num_processes):
+        prompt = prompts[index]
+        samples = benchmark.missing(folder, prompt, num_images)
+        if batch and sum(len(job.samples) for job in batch) + len(samples) > batch_size:
+            yield batch
+            batch = []
+        if samples:
+            batch.append(Job(index, prompt, samples))
+    if batch:
+        yield batch
+
+
+def paint(
+    painter: RolloutGenerator,
+    refiner: RolloutGenerator,
+    jobs: Sequence[Job],
+    config: RolloutConfig,
+    args: ExportArguments,
+) -> list[dict[int, Image.Image]]:
+    """The images of each job, by their number. An image's noise depends on seed, prompt and number alone."""
+    places = [(place, sample) for place, job in enumerate(jobs) for sample in job.samples]
+    sources = [job.prompt.image and job.prompt.image.decode() for job in jobs]
+    rows: list[dict[str, Any]] = [
+        {"prompt": jobs[place].prompt.prompt, "image": sources[place]} for place, _ in places
+    ]
+    for turn in range(args.num_rounds + 1):
+        generators = [
+            sample_generator(f"export-{args.seed}-{sample}", turn, jobs[place].index) for place, sample in places
+        ]
+        trajectories = (refiner if turn else painter)(rows, generators, config)
+        rows = [{**row, "image": t.final_image} for row, t in zip(rows, trajectories, strict=True)]
+    images: list[dict[int, Image.Image]] = [{} for _ in jobs]
+    for (place, sample), row in zip(places, rows, strict=True):
+        images[place][sample] = row["image"]
+    return images
+
+
+async def score(
+    benchmark: Benchmark,
+    asked: Sequence[tuple[BenchmarkPrompt, PromptRecord]],
+    reward: DVReward,
+    folder: Path,
+    num_images: int,
+) -> Evaluation:
+    """Ask the questions about images that are there, one prompt after the other."""
+    samples = []
+    try:
+        for index, (prompt, record) in enumerate(tqdm(asked, desc="scored")):
+            images = benchmark.load(folder, prompt, num_images)
+            scores = await reward.score(images, [record] * len(images))
+            reward.check_failures(scores)
+            row = {"prompt": prompt.prompt, "category": prompt.category}
+            for number, result in enumerate(scores):
+                sample = EvaluatedSample.of(row, index, number, "", None, result)
+                samples.append(replace(sample, image_file=str(folder / benchmark.image_path(prompt, number))))
+    finally:
+        await reward.aclose()
+    return Evaluation(sorted(samples, key=lambda sample: (sample.seed, sample.index)))
+
+
+def paint_missing(
+    benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], folder: Path, args: ExportArguments
+) -> None:
+    """Paint every image of this process' share that is not there. The model is loaded if there is one."""
+    state, num_images = PartialState(), args.num_images or benchmark.num_images
+    share = len(range(state.process_index, len(prompts), state.num_processes)) * num_images
+    remaining = batches(benchmark, prompts, folder, num_images, args.batch_size)
+    jobs = next(remaining, None)
+    if jobs is None:
+        return
+    model, processor = load_policy(args)
+    painter = RolloutGenerator(model, processor, TASKS.get(benchmark.task)(think=args.think))
+    refiner = RolloutGenerator(model, processor, TASKS.get("self_reflection")(think=True))
+    config = args.rollout(args.height, args.width)
+    with tqdm(total=share, desc="painted", disable=not state.is_main_process) as progress:
+        while jobs:
+            for job, images in zip(jobs, paint(painter, refiner, jobs, config, args), strict=True):
+                benchmark.save(folder, job.prompt, images)
+            # Those that were there before are passed over on the way.
+            progress.update((jobs[-1].index // state.num_processes + 1) * num_images - progress.n)
+            jobs = next(remaining, None)
+        progress.update(share - progress.n)
+
+
+def main(args: ExportArguments) -> None:
+    state = PartialState()
+    benchmark: Benchmark = BENCHMARKS.get(args.benchmark)(args.model_label or model_label(args.model_name_or_path))
+    prompts = benchmark.prompts(args.prompts)
+    questions = {str(record.prompt): record for record in load_records(args.questions)} if args.questions else {}
+    folder = Path(args.output_dir) / "images"
+    if state.is_main_process:
+        claim_folder(args)
+    state.wait_for_everyone()
+    paint_missing(benchmark, prompts, folder, args)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    print(f"{len(prompts)} prompts are painted: {folder}")
+    if args.judge == "none":
+        return
+    # Without the originals, which the judge does not see.
+    asked = [(replace(p, image=None), record) for p in prompts if (record := p.record(questions)) is not None]
+    if not asked:
+        print("No prompt has questions: make some with recipes/decompose_prompts.py and pass them as --questions.")
+        return
+    num_images = args.num_images or benchmark.num_images
+    policy = load_policy(args) if args.judge == "policy" else None
+    evaluation = asyncio.run(score(benchmark, asked, args.make_reward(policy), folder, num_images))
+    named = NamedEvaluation(args.model_label or args.model_name_or_path, args.benchmark, evaluation)
+    settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    table = save_reports(Path(args.output_dir), [named], [record for _, record in asked], settings)
+    print(f"\n{table}\n\n{len(asked)} of {len(prompts)} prompts have questions. Scores: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser((ExportArguments,)).parse_args_and_config()
+    main(arguments)
+    # Threads of the communication backend that outlive the interpreter may abort the process.
+    PartialState().destroy_process_group()

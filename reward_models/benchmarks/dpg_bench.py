@@ -1,0 +1,148 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""DPG-Bench: long, dense prompts, checked by a visual question answering model."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from reward_models.benchmarks.base import (
+    BENCHMARKS,
+    Benchmark,
+    BenchmarkPrompt,
+    checked_keys,
+    path_part,
+    source_files,
+    text_field,
+)
+from reward_models.image_files import load_image, save_image
+from reward_models.questions import Question
+
+
+CSV_NAME = "dpg_bench.csv"
+_BROAD_TAGS = {"entity": "Existence", "attribute": "Attribute", "relation": "Spatial", "global": "Style"}
+_DETAILED_TAGS = {"count": "Count", "text": "Text", "non-spatial": "Action"}
+
+
+@BENCHMARKS.register("dpg_bench")
+class DPGBench(Benchmark):
+    """
+    DPG-Bench (https://huggingface.co/papers/2403.05135).
+
+    Prompts are the folder `dpg_bench/prompts` of https://github.com/TencentQQGYLab/ELLA, a text file a prompt, or the file
+    `dpg_bench/dpg_bench.csv`, which has them in its column `text`. Questions are those of that file, with columns
+    `item_id`, `category_broad`, `category_detailed` and `question_natural_language`; with a folder it is looked for beside
+    it. That a question counts only if those in its column `dependency` got a yes has no counterpart in DVReward.
+
+    As its `compute_dpg_bench.py` reads them, the images of a prompt are tiles of one file `<folder>/<item_id>.png`: four in
+    two rows, first along the row. Its `--resolution` is the side of a tile and its `--pic-num` the number of images.
+    """
+
+    num_images = 4
+
+    def prompts(self, source: str) -> list[BenchmarkPrompt]:
+        path = Path(source)
+        if path.suffix == ".csv":
+            texts, questions = _read_csv(path)
+        else:
+            files = source_files(source, "*.txt")
+            texts = {file.stem: _read_text(file) for file in files}
+            table = files[0].parent.parent / CSV_NAME
+            questions = _read_csv(table)[1] if table.is_file() else {}
+        return checked_keys(
+            (
+                BenchmarkPrompt(path_part(key, f"{source}: item_id"), text, "all", tuple(questions.get(key, ())))
+                for key, text in texts.items()
+            ),
+            source,
+        )
+
+    def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
+        return f"{prompt.key}.png"
+
+    def missing(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[int]:
+        # All of them stand in one file.
+        return [] if (folder / self.image_path(prompt, 0)).exists() else list(range(num_images))
+
+    def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
+        save_image(tile([images[i] for i in sorted(images)]), folder / self.image_path(prompt, 0))
+
+    def load(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[Image.Image]:
+        return untile(load_image(folder / self.image_path(prompt, 0)), num_images)
+
+
+def tile(images: Sequence[Image.Image]) -> Image.Image:
+    """
+    Images of one size as tiles of one, two in a row; a single one as it is.
+
+    Raises:
+        `ValueError`: If there are more than four: the scorer reads no more.
+    """
+    if len(images) > 4:
+        raise ValueError(f"DPG-Bench takes at most 4 images a prompt, but num_images is {len(images)}")
+    width, height = images[0].size
+    columns, rows = _layout(len(images))
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for place, image in enumerate(images):
+        sheet.paste(image, (place % columns * width, place // columns * height))
+    return sheet
+
+
+def untile(sheet: Image.Image, num_images: int) -> list[Image.Image]:
+    """The images that [`tile`] put together."""
+    columns, rows = _layout(num_images)
+    width, height = sheet.width // columns, sheet.height // rows
+    corners = [(place % columns * width, place // columns * height) for place in range(num_images)]
+    return [sheet.crop((left, top, left + width, top + height)) for left, top in corners]
+
+
+def _layout(num_images: int) -> tuple[int, int]:
+    """Columns and rows."""
+    return min(num_images, 2), (num_images + 1) // 2
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid UTF-8 ({error})") from error
+    if not text:
+        raise ValueError(f"{path} has no prompt")
+    return text
+
+
+def _read_csv(path: Path) -> tuple[dict[str, str], dict[str, list[Question]]]:
+    """Prompts and questions by item."""
+    texts: dict[str, str] = {}
+    questions: dict[str, list[Question]] = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            where = f"{path}, item {row.get('item_id')!r}"
+            key = text_field(row, "item_id", where)
+            if row.get("text"):
+                texts.setdefault(key, row["text"].strip())
+            question = Question(text_field(row, "question_natural_language", where), _tag(row))
+            questions.setdefault(key, []).append(question)
+    return texts, questions
+
+
+def _tag(row: Mapping[str, str]) -> str:
+    broad, detailed = ((row.get(f"category_{name}") or "").strip().lower() for name in ("broad", "detailed"))
+    return _DETAILED_TAGS.get(detailed) or _BROAD_TAGS.get(broad, "Attribute")

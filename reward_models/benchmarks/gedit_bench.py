@@ -1,0 +1,108 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""GEdit-Bench: instructions to edit a photograph, in English and Chinese."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from reward_models.benchmarks.base import BENCHMARKS, Benchmark, BenchmarkPrompt, path_part, text_field
+from reward_models.image_decoding import ImageLimits
+from reward_models.image_files import save_image
+from reward_models.prompt_rows import encoded_image
+
+
+_TEXTS = ("task_type", "instruction_language", "key", "instruction")
+
+
+@BENCHMARKS.register("gedit_bench")
+class GEditBench(Benchmark):
+    """
+    GEdit-Bench (https://huggingface.co/papers/2504.17761).
+
+    Prompts are the dataset `stepfun-ai/GEdit-Bench` or a folder with its files, with the columns `task_type`, `key`,
+    `instruction`, `instruction_language` and `input_image_raw`. Images go where
+    https://github.com/stepfun-ai/Step1X-Edit puts them (`GEdit-Bench/generate_image_example.py`) and its scorer looks:
+    `<folder>/<model_label>/fullset/<task_type>/<instruction_language>/<key>.png`, and the original as `<key>_SRCIMG.png`. One
+    image a prompt. The metadata has no questions: decompose the instructions and pass the result.
+    """
+
+    task = "image_editing"
+
+    def prompts(self, source: str) -> Sequence[BenchmarkPrompt]:
+        try:
+            dataset = load_dataset(source, split="train")
+        except Exception as error:
+            raise ValueError(
+                f"{source} is neither a folder nor a dataset with a split 'train' that can be loaded: {error}"
+            ) from error
+        return _GEditPrompts(dataset, source)
+
+    def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
+        if sample:
+            raise ValueError(f"GEdit-Bench takes one image a prompt, but image {sample + 1} was asked for")
+        return f"{self.model_label}/fullset/{prompt.key}.png"
+
+    def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
+        save_image(prompt.image.decode(), folder / self.model_label / "fullset" / f"{prompt.key}_SRCIMG.png")
+        super().save(folder, prompt, images)
+
+
+class _GEditPrompts(Sequence[BenchmarkPrompt]):
+    """The prompts, each with its image when it is asked for: all of them may not fit into memory."""
+
+    def __init__(self, dataset: Dataset, source: str) -> None:
+        missing = [name for name in (*_TEXTS, "input_image_raw") if name not in dataset.column_names]
+        if missing:
+            raise ValueError(f"{source} has no column '{missing[0]}'; its columns are {dataset.column_names}")
+        columns = dataset.select_columns([*_TEXTS, "input_image_raw"])
+        self._dataset = columns.cast_column("input_image_raw", ImageFeature(decode=False))
+        self._source = source
+        keys: set[str] = set()
+        for index, row in enumerate(columns.select_columns(list(_TEXTS))):
+            key = self._key(row, index)
+            if key.casefold() in keys:
+                raise ValueError(f"{source}: two prompts have the key {key!r}")
+            keys.add(key.casefold())
+        if not keys:
+            raise ValueError(f"{source} has no prompts")
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> BenchmarkPrompt:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no prompt {index} of {len(self)}")
+        row = self._dataset[index]
+        try:
+            image = encoded_image(row["input_image_raw"] or {}, ImageLimits())
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{self._where(index)}: input_image_raw: {error!r}") from error
+        category = f"{row['task_type']}/{row['instruction_language']}"
+        return BenchmarkPrompt(self._key(row, index), row["instruction"].strip(), category, image=image)
+
+    def _key(self, row: Mapping[str, str], index: int) -> str:
+        where = self._where(index)
+        text_field(row, "instruction", where)
+        return "/".join(path_part(row[name], f"{where}: {name}") for name in _TEXTS[:3])
+
+    def _where(self, index: int) -> str:
+        return f"{self._source}, row {index}"

@@ -1,0 +1,120 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""TIIF-Bench: instructions of many dimensions, in a short and a long wording."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reward_models.benchmarks.base import (
+    BENCHMARKS,
+    Benchmark,
+    BenchmarkPrompt,
+    checked_keys,
+    path_part,
+    source_files,
+    text_field,
+)
+from reward_models.questions import Question, read_json_lines
+
+
+WORDINGS = ("short_description", "long_description")
+# By words in the name of a dimension, the first that fits: a spatial relation of actions is spatial.
+_TAGS = (
+    (r"negation", "Negative"),
+    (r"numeracy|count", "Count"),
+    (r"spatial|2d|3d", "Spatial"),
+    (r"text(?!ure)", "Text"),
+    (r"style", "Style"),
+    (r"action", "Action"),
+)
+
+
+@BENCHMARKS.register("tiif_bench")
+class TIIFBench(Benchmark):
+    """
+    TIIF-Bench (https://huggingface.co/papers/2506.02161).
+
+    Prompts are a folder of https://github.com/A113N-W3I/TIIF-Bench such as `data/testmini_prompts`, or one of its files: JSON
+    lines with `type`, `short_description` and `long_description`. Images go, as its README and its
+    `eval/inference_t2i_models.py` have it, to `<folder>/<type>/<model_label>/<wording>/<line>.png`, one image a wording;
+    lines are counted from 0 in each file.
+
+    Questions are those of the folder of the same name with `_eval_prompts` (`data/testmini_eval_prompts`), if it stands
+    beside: the line of the same `type` and number, with `yn_question_list` and `yn_answer_list`. A question that is to be
+    answered with no is not counted, since DVReward's are right with yes.
+    """
+
+    def prompts(self, source: str) -> list[BenchmarkPrompt]:
+        files = source_files(source, "*.jsonl")
+        questions = _read_questions(_questions_folder(files[0].parent))
+        prompts = []
+        for path in files:
+            for number, (where, row) in enumerate(read_json_lines(path)):
+                dimension = path_part(text_field(row, "type", where), f"{where}: type")
+                for wording in WORDINGS:
+                    prompts.append(
+                        BenchmarkPrompt(
+                            key=f"{dimension}/{wording}/{number}",
+                            prompt=text_field(row, wording, where),
+                            category=f"{dimension}/{wording.removesuffix('_description')}",
+                            questions=questions.get((dimension, number), ()),
+                        )
+                    )
+        return checked_keys(prompts, source)
+
+    def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
+        if sample:
+            raise ValueError(f"TIIF-Bench takes one image a prompt, but image {sample + 1} was asked for")
+        dimension, wording, number = prompt.key.split("/")
+        return f"{dimension}/{self.model_label}/{wording}/{number}.png"
+
+
+def _questions_folder(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name.removesuffix('_prompts')}_eval_prompts")
+
+
+def _read_questions(folder: Path) -> dict[tuple[str, int], tuple[Question, ...]]:
+    """By dimension and line."""
+    questions = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, (where, row) in enumerate(read_json_lines(path)):
+            dimension = text_field(row, "type", where)
+            asked, answers = (_texts(row, f"yn_{name}_list", where) for name in ("question", "answer"))
+            if len(asked) != len(answers):
+                raise ValueError(f"{where}: {len(asked)} questions but {len(answers)} answers")
+            questions[dimension, number] = tuple(
+                Question(question, _tag(dimension), is_valid=answer.lower() == "yes")
+                for question, answer in zip(asked, answers, strict=True)
+            )
+    return questions
+
+
+def _texts(row: dict[str, Any], name: str, where: str) -> Sequence[str]:
+    values = row.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        raise ValueError(f"{where}: '{name}' must be a list of texts, got {str(values)[:100]}")
+    return [value.strip() for value in values]
+
+
+def _tag(dimension: str) -> str:
+    for pattern, tag in _TAGS:
+        if re.search(pattern, dimension.lower()):
+            return tag
+    return "Attribute"

@@ -1,0 +1,76 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Rows of a dataset one at a time, their images decoded within limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image
+
+from reward_models.image_decoding import EncodedImage, ImageLimits
+
+
+class PromptRows(Sequence[dict[str, Any]]):
+    """
+    Rows of a dataset whose images are decoded when a row is asked for, and never before their headers were measured: they
+    may come from strangers, and all at once they may not fit into memory.
+
+    Args:
+        dataset (`datasets.Dataset`): With any columns; `image`, if it is there, is one of images.
+        limits ([`ImageLimits`], *optional*): The largest image that is decoded.
+    """
+
+    def __init__(self, dataset: Dataset, limits: ImageLimits | None = None) -> None:
+        self.limits = limits or ImageLimits()
+        has_images = isinstance(dataset.features.get("image"), Image)
+        self._dataset = dataset.cast_column("image", Image(decode=False)) if has_images else dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """
+        Raises:
+            `ValueError`: If the row's image is too large, damaged, or of a format that is not decoded.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no row {index} of {len(self)}")
+        row = self._dataset[index]
+        if row.get("image") is None:
+            return row
+        try:
+            return {**row, "image": encoded_image(row["image"], self.limits).decode()}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"row {index}: {error}") from error
+
+
+def encoded_image(image: Mapping[str, Any], limits: ImageLimits) -> EncodedImage:
+    """
+    An image as `datasets.Image(decode=False)` gives it.
+
+    Args:
+        image (`Mapping[str, Any]`): With `bytes`, or with the `path` of a file.
+        limits ([`ImageLimits`]): Of its size.
+
+    Raises:
+        `OSError`: If the file cannot be read.
+        `ValueError`: If the image is too large or of a format that is not decoded.
+    """
+    data = image.get("bytes")
+    return EncodedImage.from_bytes(data if data is not None else Path(image["path"]).read_bytes(), limits)
