@@ -389,7 +389,13 @@ class AlphaGRPOConfig(GRPOConfig):
                 f"{error} (sde_window_size={self.sde_window_size}, sde_window_range={self.sde_window_range}, "
                 f"num_timesteps={self.num_timesteps})"
             ) from error
-        self.eval_rollout()
+        try:
+            self.eval_rollout()
+        except ValueError as error:
+            raise ValueError(
+                f"in evaluation: {error} (eval_num_timesteps={self.eval_num_timesteps}, "
+                f"eval_ode_solver={self.eval_ode_solver}, eval_ode_steps={self.eval_ode_steps})"
+            ) from error
         self._check_branches()
 
     def _check_branches(self) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 import pytest
 import torch
 
-from alphagrpo_ext.flow import draw_window, flow_timesteps
+from alphagrpo_ext.flow import denoising_path, draw_window, flow_timesteps
 
 
 class TestFlowTimesteps:
@@ -99,3 +99,57 @@ class TestDrawWindow:
     def test_rejects_windows_that_do_not_fit(self, window_size, window_range, num_steps, message):
         with pytest.raises(ValueError, match=message):
             draw_window(window_size, window_range, num_steps, seed=0, step=0)
+
+
+class TestDenoisingPath:
+    def test_without_ode_steps_is_the_schedule(self):
+        schedule = flow_timesteps(11, 3.0)
+        path = denoising_path(schedule, range(2, 5), shift=3.0)
+        assert path.timesteps is schedule
+        assert path.window == range(2, 5)
+
+    @pytest.mark.parametrize("shift", [0.7, 1.0, 3.0])
+    @pytest.mark.parametrize("ode_steps", [2, 3, 5, 7, 12])
+    @pytest.mark.parametrize("start", range(8))
+    def test_window_keeps_its_times_and_the_number_of_steps_is_fixed(self, start, ode_steps, shift):
+        schedule = flow_timesteps(11, shift)
+        path = denoising_path(schedule, range(start, start + 3), ode_steps, shift)
+        window = path.window
+        assert len(window) == 3
+        assert torch.equal(path.timesteps[window.start : window.stop + 1], schedule[start : start + 4])
+        assert len(path.timesteps) - 1 == 3 + ode_steps
+        assert path.timesteps[0] == 1
+        assert path.timesteps[-1] == 0
+        assert (path.timesteps.diff() < 0).all()
+
+    def test_steps_are_shared_out_in_proportion(self):
+        def before(start, ode_steps):
+            return denoising_path(flow_timesteps(41), range(start, start + 4), ode_steps).window.start
+
+        # Of the 36 steps outside a window, so many are before it: none, 1, 9, 18, 35, all.
+        starts = [0, 1, 9, 18, 35, 36]
+        assert [before(start, 12) for start in starts] == [0, 1, 3, 6, 11, 12]
+        assert [before(start, 2) for start in starts] == [0, 1, 1, 1, 1, 2]
+        assert [before(start, 1) for start in (0, 36)] == [0, 1]
+
+    @pytest.mark.parametrize("shift", [1.0, 3.0])
+    def test_whole_path_is_a_schedule_of_its_own(self, shift):
+        path = denoising_path(flow_timesteps(50, shift), ode_steps=7, shift=shift)
+        assert len(path.window) == 0
+        torch.testing.assert_close(path.timesteps, flow_timesteps(8, shift))
+
+    def test_same_number_of_steps_is_the_same_path(self):
+        schedule = flow_timesteps(16, 3.0)
+        torch.testing.assert_close(denoising_path(schedule, range(4, 9), 10, 3.0).timesteps, schedule)
+
+    @pytest.mark.parametrize(
+        "window, ode_steps, message",
+        [
+            (range(0), 0, "0 steps are too few"),
+            (range(2, 5), 1, "1 steps are too few for the 2 stretches"),
+            (range(10), 3, "3 steps outside the window have no place"),
+        ],
+    )
+    def test_rejects_steps_without_a_place(self, window, ode_steps, message):
+        with pytest.raises(ValueError, match=message):
+            denoising_path(flow_timesteps(11), window, ode_steps)

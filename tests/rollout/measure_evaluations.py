@@ -1,0 +1,172 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Measures what fewer evaluations of the network cost on the packaged `bagel-shapes`: reward against images pushed through
+the network, of evaluations with several ODE solvers and of training rollouts with branches. All are paired by prompt and
+noise with the first of their table.
+
+```bash
+python tests/rollout/measure_evaluations.py 504
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import TrlParser
+
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
+from alphagrpo_ext.rollout.generator import sample_generator
+from alphagrpo_ext.trainer import AlphaGRPOConfig
+from reward_models.dvreward import DVReward, Score
+from reward_models.prompts import load_prompts
+from reward_models.questions import from_row
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "configs" / "reasoning_t2i_shapes.yaml"
+NUM_SEEDS = 2
+"""Noise seeds of an evaluation."""
+NUM_GROUPS = 120
+"""Of training rollouts."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    Args:
+        rewards, strict (`torch.Tensor` of shape `(samples,)`): Reward of every image, and whether all answers were yes.
+        images (`float`): Images pushed through the network, per sample.
+    """
+
+    rewards: torch.Tensor
+    strict: torch.Tensor
+    images: float
+
+    def line(self, name: str, base: Measurement, group_size: int = 1) -> str:
+        # Members of a group with branches are not independent, so the error is that of a mean of groups.
+        difference = (self.rewards - base.rewards).view(-1, group_size).mean(dim=1)
+        error = difference.std() / len(difference) ** 0.5
+        within = self.rewards.view(-1, group_size).std(dim=1, correction=0).mean() if group_size > 1 else float("nan")
+        return (
+            f"{name:<34}{self.images:>8.2f}{base.images / self.images:>7.2f}x{self.rewards.mean():>9.4f}"
+            f"{difference.mean():>+9.4f} +- {error:.4f}{self.strict.mean():>9.1%}{within:>9.3f}"
+        )
+
+
+def report(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+class Meter:
+    """
+    Paints and scores, and counts the images that go through the network.
+
+    Args:
+        generator ([`RolloutGenerator`]): The policy.
+    """
+
+    def __init__(self, generator: RolloutGenerator) -> None:
+        self.generator = generator
+        self.reward = DVReward("shapes")
+        self.images = 0
+        predict_velocity = generator.model.predict_velocity
+
+        def counting(cache: Any, latents: torch.Tensor, *args: Any) -> torch.Tensor:
+            self.images += len(latents)
+            return predict_velocity(cache, latents, *args)
+
+        generator.model.predict_velocity = counting
+
+    def measure(
+        self, batches: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Any], RolloutConfig]]
+    ) -> Measurement:
+        """Rows, the keys of their noise, and how to sample, a batch each."""
+        scores: list[Score] = []
+        self.images = 0
+        for rows, keys, config in batches:
+            trajectories = self.generator(rows, [sample_generator(*key) for key in keys], config)
+            records = [from_row(row, where="a prompt") for row in rows]
+            scores += asyncio.run(self.reward.score([t.final_image for t in trajectories], records))
+        return Measurement(
+            torch.tensor([score.reward for score in scores]),
+            torch.tensor([float(score.strict_pass) for score in scores]),
+            self.images / len(scores),
+        )
+
+
+def recipe_arguments(*arguments: str) -> AlphaGRPOConfig:
+    """The recipe's settings, and others that take precedence."""
+    parser = TrlParser((AlphaGRPOConfig,))
+    config = ["--config", str(RECIPE), *arguments]
+    return parser.parse_args_and_config(config, return_remaining_strings=True)[0]
+
+
+def measure_solvers(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
+    work = [(seed, index) for seed in range(NUM_SEEDS) for index in range(len(rows))]
+    base = None
+    for solver, steps in (
+        *(("euler", 10), ("euler", 5), ("ab2", 5), ("dpmpp_2m", 5), ("ab2", 4), ("ab2", 6)),
+        *(("euler", 20), ("euler", 30), ("ab2", 10), ("dpmpp_2m", 10)),
+    ):
+        config = recipe_arguments("--eval_ode_solver", solver, "--eval_ode_steps", str(steps)).eval_rollout()
+        parts = [work[start : start + 128] for start in range(0, len(work), 128)]
+        measurement = meter.measure(
+            [([rows[i] for _, i in part], [(f"eval-{seed}", 0, i) for seed, i in part], config) for part in parts]
+        )
+        base = base or measurement
+        report(measurement.line(f"{solver}, {steps} steps", base))
+
+
+def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
+    base = None
+    branches, solver = "--branches_per_thought", ("--ode_solver", "ab2", "--ode_steps", "3")
+    for settings in ((), (branches, "2"), (branches, "4"), solver, (*solver, branches, "2"), (*solver, branches, "4")):
+        args = recipe_arguments(*settings)
+        group_size = args.num_generations
+        prompts_a_batch = args.per_device_train_batch_size // group_size
+        batches = []
+        for step, start in enumerate(range(0, NUM_GROUPS, prompts_a_batch)):
+            of_batch = [row for row in rows[start : start + prompts_a_batch] for _ in range(group_size)]
+            keys = [(args.seed, step, i) for i in range(len(of_batch))]
+            batches.append((of_batch, keys, args.train_rollout(step)))
+        measurement = meter.measure(batches)
+        base = base or measurement
+        name = f"{args.ode_solver}, {args.ode_steps or 'all'} steps, {args.branches_per_thought} a thought"
+        report(measurement.line(name, base, group_size))
+
+
+def main(num_prompts: int) -> None:
+    model, processor = load_model("bagel-shapes", dtype="float32", attn_implementation="eager")
+    meter = Meter(RolloutGenerator(model.eval(), processor, TASKS.get("reasoning_t2i")(think=True)))
+    header = f"{'':<34}{'images':>8}{'fewer':>8}{'reward':>9}{'paired difference':>19}{'strict':>9}{'spread':>9}"
+    report(f"evaluation, {num_prompts} prompts x {NUM_SEEDS} seeds\n{header}")
+    measure_solvers(meter, list(load_prompts(None, "evaluation", num_prompts)))
+    report(f"training rollouts, {NUM_GROUPS} groups\n{header}")
+    measure_rollouts(meter, list(load_prompts(None, "train", NUM_GROUPS)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]))
