@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.tensorboard import markdown_table
+from alphagrpo_ext.trainer.completions import markdown_table
 from reward_models import DVReward
 
 
@@ -54,9 +55,21 @@ def test_tensorboard_gets_images_and_table(make_trainer: MakeTrainer, tmp_path: 
 def test_trackio_gets_images_and_table(
     make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trackio = pytest.importorskip("trackio")
-    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
-    train(make_trainer, report_to="trackio", project="test", trackio_space_id=None)
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for module in ("utils", "sqlite_storage"):
+        monkeypatch.setattr(f"trackio.{module}.TRACKIO_DIR", tmp_path / "trackio")
+    for module in ("utils", "run", "table", "media.media"):
+        monkeypatch.setattr(f"trackio.{module}.MEDIA_DIR", tmp_path / "trackio" / "media")
+    train(make_trainer, report_to="trackio", project="test", run_name="run", trackio_static_space_id=False)
+    logs = SQLiteStorage.get_logs("test", "run")
+    first, *_ = [entry["completions"]["_value"] for entry in logs if "completions" in entry]
+    assert len(first) == 4
+    for row in first:
+        assert row["dvreward"] is not None and "semantic" in row["dvreward/answers"]
+        paths = [image["file_path"] for image in row["image"]]
+        assert len(paths) == 2 and all((tmp_path / "trackio" / "media" / path).is_file() for path in paths)
 
 
 def test_wandb_gets_images_and_table(
@@ -74,8 +87,10 @@ def test_wandb_gets_images_and_table(
     assert {"prompt", "completion", "dvreward", "dvreward/answers", "advantage", "image"} <= set(table["columns"])
     assert len(table["data"]) == 4
     images = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/**/*.png"))
-    # Initial and refined image of four samples.
-    assert len(images) >= 5
+    # Those of four samples in each of two steps, the initial image beside the refined one.
+    assert len(images) >= 8
+    with Image.open(images[0]) as image:
+        assert image.size == (48, 24)
 
 
 @pytest.mark.parametrize(
