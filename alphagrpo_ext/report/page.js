@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const GROUPS_AT_ONCE = 8;
 const PAIRS_AT_ONCE = 12;
 const PASS = 0.5;
+const TOLERANCE = 0.01;
 const byId = (id) => document.getElementById(id);
 
 // Text goes into the page by textContent alone, so that markup in a prompt stays text.
@@ -33,6 +34,7 @@ function number(value, digits = 3) {
 
 const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const signed = (value, digits = 2) => (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(digits);
+const tone = (change) => (Math.abs(change) < TOLERANCE ? "even" : change > 0 ? "good" : "bad");
 const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
 const count = (n, noun, plural = `${noun}s`) => `${n} ${n === 1 ? noun : plural}`;
 
@@ -83,11 +85,11 @@ function forgetImages(container) {
 
 function compared(first, second, names, subject) {
   const frame = element("div", { class: "picture" });
-  const range = element("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": `Edge between ${names[0]} and ${names[1]} image: ${subject}` });
+  const range = element("input", { type: "range", min: 0, max: 100, value: 100, "aria-label": `Edge between ${names[0]} and ${names[1]} image: ${subject}` });
   const update = () => {
-    // The edge stands above the thumb: left of it is the first image.
+    // The edge stands above the thumb, which at either end shows the image that is named there.
     frame.style.setProperty("--split", `${range.value}%`);
-    range.setAttribute("aria-valuetext", `${range.value}% ${names[0]}, ${100 - range.value}% ${names[1]} image`);
+    range.setAttribute("aria-valuetext", `${range.value}% ${names[1]} image`);
   };
   frame.append(
     picture(first, `${names[0]} image: ${subject}`),
@@ -95,6 +97,10 @@ function compared(first, second, names, subject) {
     element("span", { class: "edge" })
   );
   range.addEventListener("input", update);
+  frame.addEventListener("click", () => {
+    range.value = range.value < 50 ? 100 : 0;
+    update();
+  });
   update();
   return [frame, element("div", { class: "slider" }, element("span", {}, names[0]), range, element("span", {}, names[1]))];
 }
@@ -115,9 +121,10 @@ function ticks(low, high, most) {
 function bounds(chart) {
   const values = chart.series.flatMap((series) => series.points.map((point) => point[1]));
   let low = Math.min(...values), high = Math.max(...values);
-  // What hardly moves is drawn flat, not as its rounding.
-  const least = Math.max(Math.abs(low), Math.abs(high)) * 1e-4 || 1;
-  if (high - low < least) [low, high] = [(low + high - least) / 2, (low + high + least) / 2];
+  // A level line gets an axis around it; what moves at all is drawn as it moves.
+  const size = Math.max(Math.abs(low), Math.abs(high)) || 1;
+  const least = high - low < size * 1e-6 ? size * 0.1 : high - low;
+  if (high - low < least) [low, high] = [low - least / 2, high + least / 2];
   const margin = (high - low) * 0.08;
   [low, high] = [low - margin, high + margin];
   if (chart.lower !== null) low = Math.max(low, chart.lower);
@@ -127,8 +134,10 @@ function bounds(chart) {
 
 function axisLabel(value, step) {
   if (Math.abs(value) < step * 1e-6) return "0";
-  if (Math.abs(value) >= 1e5 || step < 1e-4) return value.toExponential(step < Math.abs(value) / 20 ? 2 : 0);
-  return value.toFixed(Math.max(0, Math.min(6, -Math.floor(Math.log10(step) + 1e-9) + (String(step).includes("25") ? 1 : 0))));
+  if (Math.abs(value) >= 1e5) return value.toExponential(1);
+  if (step < 1e-6) return value.toExponential(Math.max(0, Math.min(3, Math.round(Math.log10(Math.abs(value) / step)))));
+  const decimals = -Math.floor(Math.log10(step) + 1e-9);
+  return value.toFixed(Math.max(0, Math.abs(step * 10 ** decimals - 2.5) < 1e-6 ? decimals + 1 : decimals));
 }
 
 function drawChart(chart) {
@@ -232,17 +241,17 @@ function drawNumbers() {
 
 /* Trajectories */
 
-const worseThanGiven = (trajectory) => trajectory.reward !== null && trajectory.given_reward !== null && trajectory.reward < trajectory.given_reward;
+const worseThanGiven = (trajectory) => trajectory.reward !== null && trajectory.given_reward !== null && trajectory.reward < trajectory.given_reward - TOLERANCE;
 const groupReward = (group) => mean(group.trajectories.map((t) => t.reward).filter((reward) => reward !== null));
-const worseThanEarlier = (group) => group.earlier_reward !== null && groupReward(group) !== null && groupReward(group) < group.earlier_reward;
+const worseThanEarlier = (group) => group.earlier_reward !== null && groupReward(group) !== null && groupReward(group) < group.earlier_reward - TOLERANCE;
 
 function questions(answers) {
   if (!answers.length) return [];
   const failed = answers.filter((answer) => answer.p_yes !== null && answer.p_yes < PASS);
   const passed = answers.filter((answer) => answer.p_yes !== null && answer.p_yes >= PASS).length;
   const list = element("ul", {}, ...answers.map((answer) => {
-    const tone = answer.p_yes === null ? "" : answer.p_yes < PASS ? "bad" : "good";
-    return element("li", {}, element("b", { class: tone }, fixed(answer.p_yes)),
+    const color = answer.p_yes === null ? "" : answer.p_yes < PASS ? "bad" : "good";
+    return element("li", {}, element("b", { class: color }, fixed(answer.p_yes)),
       element("span", {}, answer.question, " ", element("small", {}, `${answer.tag}, ${answer.kind}`)));
   }));
   const tags = [...new Set(failed.map((answer) => answer.tag))];
@@ -252,7 +261,11 @@ function questions(answers) {
   ];
 }
 
+// The label says already that this is a thought.
+const withoutTags = (text) => text.trim().replace(/^<think>([^]*)<\/think>$/, "$1").trim();
+
 function textBlock(label, text) {
+  text = withoutTags(text);
   return text ? element("p", { class: "text" }, element("span", {}, `${label} `), text) : null;
 }
 
@@ -379,7 +392,7 @@ function pairCard(pair) {
     ...compared(pair.before.image, pair.after.image, ["before", "after"], pair.prompt),
     element("p", { class: "facts" },
       element("span", {}, `reward ${fixed(pair.reward_before)} → `, element("b", {}, fixed(pair.reward_after))),
-      element("span", { class: `badge ${change >= 0 ? "good" : "bad"}` }, signed(change))),
+      element("span", { class: `badge ${tone(change)}` }, signed(change))),
     element("p", { class: "prompt" }, pair.prompt),
     textBlock("Before:", pair.before.text),
     textBlock("After:", pair.after.text));
@@ -400,7 +413,7 @@ function showPairs() {
   const category = byId("category").value, worse = byId("comparison-worse").checked;
   forgetImages(byId("pairs"));
   foundPairs = data.comparison.pairs
-    .filter((pair) => (category === "" || pair.category === category) && (!worse || change(pair) < 0))
+    .filter((pair) => (category === "" || pair.category === category) && (!worse || change(pair) < -TOLERANCE))
     .sort(orders[byId("comparison-order").value]);
   shownPairs = 0;
   byId("comparison-count").textContent = `${count(foundPairs.length, "pair")} of the same prompt and noise`;

@@ -20,6 +20,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+# As evaluations have it: a smaller difference of rewards is none.
+TOLERANCE = 0.01
+
+
 @dataclass(frozen=True)
 class Answer:
     """
@@ -77,8 +81,8 @@ class TrajectoryRecord:
 
     @property
     def got_worse(self) -> bool:
-        """Whether the last image is worth less than the one that it was to improve."""
-        return None not in (self.reward, self.given_reward) and self.reward < self.given_reward
+        """Whether the last image is worth less than the one that it was to improve, by more than 0.01."""
+        return None not in (self.reward, self.given_reward) and self.reward < self.given_reward - TOLERANCE
 
 
 @dataclass(frozen=True)

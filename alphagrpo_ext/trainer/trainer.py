@@ -34,7 +34,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -48,16 +47,15 @@ from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, sam
 from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.checkpointing import ExactResumeMixin
 from alphagrpo_ext.trainer.compatibility import check_trl_version
+from alphagrpo_ext.trainer.completions import completion_images, completions_callbacks
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
-from alphagrpo_ext.trainer.logged_images import completion_images
 from alphagrpo_ext.trainer.reference import frozen_copy, prepare_reference, visiting
 from alphagrpo_ext.trainer.report_callback import ReportCallback
 from alphagrpo_ext.trainer.rollout_event import RolloutEventMixin
 from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
 from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
-from alphagrpo_ext.trainer.tensorboard import TensorBoardCompletionsCallback
 from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
@@ -187,9 +185,9 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         if args.report:
             self.add_callback(ReportCallback())
-        for callback in list(self.callback_handler.callbacks):
-            if self.log_completions and isinstance(callback, TensorBoardCallback):
-                self.add_callback(TensorBoardCompletionsCallback(callback, self._logs))
+        if args.log_completions:
+            for callback in completions_callbacks(self.callback_handler.callbacks, self._logs):
+                self.add_callback(callback)
         self._sharding = Sharding.of(self.accelerator)
         check_sharding(self._sharding, args.ds3_gather_for_generation)
         use_uniform_precision(self.accelerator)

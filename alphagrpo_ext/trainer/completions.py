@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""TRL's table of completions for TensorBoard, which TRL itself gives to trackio and wandb alone."""
+"""
+TRL's table of completions, where TRL does not bring it: TensorBoard gets nothing of it, and of the images in a cell wandb
+keeps the word "Image" alone.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from alphagrpo_ext.rollout.task import prompt_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 
 
 NUM_SAMPLES = 8
@@ -66,6 +71,57 @@ class TensorBoardCompletionsCallback(TrainerCallback):
                 pixels = np.asarray(side_by_side(images))
                 writer.add_image(f"completions/{place}/image", pixels, state.global_step, dataformats="HWC")
         writer.flush()
+
+
+class WandbImagesCallback(TrainerCallback):
+    """
+    Logs with every log the images of the first samples of TRL's table of completions to the current run of wandb, as
+    `completion_images` with their prompts.
+
+    Args:
+        table (`Mapping[str, Any]`): The trainer's `_logs`, which TRL makes its table from.
+        num_samples (`int`, *optional*, defaults to `8`): Samples that are logged.
+    """
+
+    def __init__(self, table: Mapping[str, Any], num_samples: int = NUM_SAMPLES) -> None:
+        self._table = table
+        self._num_samples = num_samples
+
+    def on_log(self, args: AlphaGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        import wandb
+
+        if not state.is_world_process_zero or wandb.run is None or not self._table["images"]:
+            return
+        samples = list(zip(self._table["images"], self._table["prompt"], strict=False))[: self._num_samples]
+        images = [
+            wandb.Image(side_by_side(images), caption=prompt_text(prompt)) for images, prompt in samples if images
+        ]
+        wandb.log({"completion_images": images, "train/global_step": state.global_step})
+
+
+def completions_callbacks(callbacks: Sequence[TrainerCallback], table: Mapping[str, Any]) -> list[TrainerCallback]:
+    """
+    Those that the trackers among a trainer's callbacks need.
+
+    Args:
+        callbacks (`Sequence[TrainerCallback]`): The trainer's callbacks.
+        table (`Mapping[str, Any]`): The trainer's `_logs`.
+    """
+    result: list[TrainerCallback] = []
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            result.append(TensorBoardCompletionsCallback(callback, table))
+        elif isinstance(callback, WandbCallback):
+            result.append(WandbImagesCallback(table))
+    return result
+
+
+def completion_images(trajectories: Sequence[Trajectory]) -> list[list[Image.Image]]:
+    """The images of each trajectory, in order: those that the policy was given, and those that it painted."""
+    return [
+        [segment.image for segment in trajectory.segments if isinstance(segment, ImageSegment) and segment.image]
+        for trajectory in trajectories
+    ]
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:

@@ -1,0 +1,301 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The page in a real browser, from a file, without a network."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphagrpo_ext.report import Comparison, Pair, ReportStore, Table, TrajectoryGroup, Turn, write_report
+from alphagrpo_ext.report.thumbnails import data_url
+from report.conftest import photograph
+
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BROWSER is None or DRIVER is None,
+        reason="no chromium and chromedriver: apt-get install chromium chromium-driver",
+    ),
+]
+
+ATTACK = "</script><img src=x onerror=\"document.title='attacked'\"><b>bold</b>"
+NUM_LARGE = 500
+# Of the accessible name, as far as these elements go: https://www.w3.org/TR/accname-1.2/.
+UNNAMED_CONTROLS = """
+const name = (node) => (node.getAttribute("aria-label") || (node.labels && [...node.labels].map((l) => l.textContent).join(" "))
+  || node.textContent || "").trim();
+return [...document.querySelectorAll("a, button, input, select, summary, [role=slider], [role=region], [tabindex]")]
+  .filter((node) => !name(node)).map((node) => node.outerHTML);
+"""
+# WCAG 2.1, 1.4.3: 4.5 to 1 for text of this size. Of each text that is seen, with the nearest background that is painted.
+LOW_CONTRAST = """
+const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+const luminance = (color) => channels(color).slice(0, 3).map((value) => {
+  const share = value / 255;
+  return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+}).reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+const background = (node) => {
+  for (; node; node = node.parentElement) {
+    const color = getComputedStyle(node).backgroundColor, parts = channels(color);
+    if (parts.length < 4 || parts[3] === 1) return color;
+  }
+  return "rgb(255, 255, 255)";
+};
+const low = new Set();
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const node = walker.currentNode.parentElement;
+  if (!walker.currentNode.textContent.trim() || !node.checkVisibility() || ["SCRIPT", "STYLE"].includes(node.tagName)) continue;
+  const style = getComputedStyle(node);
+  const [dark, light] = [luminance(node instanceof SVGElement ? style.fill : style.color), luminance(background(node))].sort((a, b) => a - b);
+  const ratio = (light + 0.05) / (dark + 0.05);
+  if (ratio < 4.5) low.add(`${node.tagName}.${node.getAttribute("class")}: ${ratio.toFixed(2)}`);
+}
+return [...low];
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in (
+        *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_page_load_timeout(120)
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def logs() -> list[dict[str, float]]:
+    metrics = (
+        "reward",
+        "holdout/reward",
+        "dvreward/semantic/Count",
+        "image/ratio_mean",
+        "timing/rollout",
+        "loss",
+        "mine/x",
+    )
+    return [{"step": step, **dict.fromkeys(metrics, 0.5 + step / 100)} for step in range(1, 31)]
+
+
+@pytest.fixture
+def page(tmp_path: Path, make_group: Callable[..., TrajectoryGroup], logs: list[dict[str, float]]) -> Path:
+    """Twelve groups of four, of which the last member got worse and fails a question about a count."""
+    store = ReportStore(tmp_path)
+    store.restart(0)
+    groups = [make_group(step, prompt=f"prompt {step}", rewards=[0.9, 0.8, 0.7, 0.3]) for step in range(1, 11)]
+    groups.append(make_group(11, prompt=ATTACK, rewards=[0.9, 0.8, 0.7, 0.6]))
+    groups.append(make_group(12, prompt="prompt 12", rewards=[0.6, 0.6, 0.6, 0.6], earlier_step=3, earlier_reward=0.9))
+    store.add_groups(groups)
+    store.save_logs(logs)
+    images = [data_url(photograph(seed, 24)) for seed in range(4)]
+    store.save_comparison(
+        Comparison(
+            Table(["Category", "Reward"], [["shapes", "0.5"], ["all", "0.5"]]),
+            [
+                Pair(ATTACK, "shapes", Turn("", images[0]), Turn(ATTACK, images[1]), 0.2, 0.8),
+                Pair("a circle", "count", Turn("", images[2]), Turn("", images[3]), 0.8, 0.2),
+            ],
+        )
+    )
+    return write_report(tmp_path)
+
+
+def open_page(browser: Any, page: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get_log("browser")
+    browser.get(page.as_uri())
+
+
+def change(browser: Any, control: str, value: str | bool) -> str:
+    """Set a control as a user does; returns what the gallery then says that it shows."""
+    browser.execute_script(
+        """
+        const control = document.getElementById(arguments[0]);
+        if (control.type === "checkbox") control.checked = arguments[1]; else control.value = arguments[1];
+        control.dispatchEvent(new Event("input", { bubbles: true }));
+        """,
+        control,
+        value,
+    )
+    return browser.execute_script("return document.getElementById('count').textContent")
+
+
+def test_loads_from_a_file_without_an_error(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.querySelectorAll('.chart').length") == 4
+    assert browser.execute_script("return document.querySelectorAll('.group').length") == 8
+    # Nothing was fetched but the file.
+    fetched = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name.slice(0, 5))")
+    assert set(fetched) <= {"data:"}
+
+
+def test_images_come_when_they_are_seen(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    loaded = "return [...document.querySelectorAll('#groups img')].filter((image) => image.naturalWidth === 24).length"
+    assert browser.execute_script(loaded) < browser.execute_script(
+        "return document.querySelectorAll('#groups img').length"
+    )
+    browser.execute_script("document.querySelector('#groups img').scrollIntoView({ behavior: 'instant' })")
+    wait = WebDriverWait(browser, 60)
+    assert wait.until(lambda driver: driver.execute_script(loaded) >= 8)
+
+
+def test_filters(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    assert change(browser, "order", "oldest") == "48 trajectories in 12 groups"
+    # Ten last members that are below their initial image, and the group that is below an earlier step.
+    assert change(browser, "worse", True) == "14 trajectories in 11 groups"
+    assert change(browser, "worse", False) == "48 trajectories in 12 groups"
+    assert change(browser, "tag", "Count") == "48 trajectories in 12 groups"
+    assert change(browser, "answer", "no") == "12 trajectories in 12 groups"
+    assert change(browser, "tag", "Spatial") == "0 trajectories in 0 groups"
+    browser.execute_script("document.querySelector('#filters [type=reset]').click()")
+    wait = WebDriverWait(browser, 60)
+    count = "return document.getElementById('count').textContent"
+    assert wait.until(lambda driver: driver.execute_script(count) == "48 trajectories in 12 groups")
+    assert change(browser, "words", "DRAFT 2") == "12 trajectories in 12 groups"
+    assert change(browser, "step", "3") == "1 trajectory in 1 group"
+    change(browser, "step", "")
+    change(browser, "words", "")
+    browser.execute_script("document.getElementById('more').click()")
+    assert browser.execute_script("return document.querySelectorAll('.group').length") == 12
+    assert not browser.execute_script("return document.getElementById('more').checkVisibility()")
+
+
+def test_members_stand_by_advantage(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    text = browser.execute_script(
+        "return [...document.querySelectorAll('.group:first-child .facts')].map((facts) => facts.querySelector('b').textContent)"
+    )
+    assert text == ["+1.00", "+0.00", "−1.00", "−2.00"]
+
+
+def test_slider_changes_what_is_seen_by_keyboard_and_pointer(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    slider = browser.find_element("css selector", "#groups input[type=range]")
+    frame = browser.find_element("css selector", "#groups .picture")
+    browser.execute_script("arguments[0].scrollIntoView({ behavior: 'instant', block: 'center' })", frame)
+    loaded = "return [...arguments[0].querySelectorAll('img')].every((image) => image.naturalWidth)"
+    WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(loaded, frame))
+    refined = frame.screenshot_as_png
+    slider.send_keys(Keys.HOME)
+    initial = frame.screenshot_as_png
+    assert slider.get_attribute("aria-valuetext") == "0% refined image"
+    slider.send_keys(Keys.PAGE_UP, Keys.PAGE_UP, Keys.PAGE_UP)
+    between = frame.screenshot_as_png
+    assert len({refined, initial, between}) == 3
+    slider.send_keys(Keys.END)
+    assert slider.get_attribute("aria-valuetext") == "100% refined image"
+    frame.click()
+    assert slider.get_attribute("aria-valuetext") == "0% refined image"
+
+
+def test_curves_are_read_by_keyboard(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    chart = browser.find_element("css selector", ".chart svg")
+    assert chart.get_attribute("aria-label") == "Reward, by step"
+    assert chart.get_attribute("aria-valuetext") == "step 30: training 0.8, hold-out judge 0.8"
+    browser.execute_script("arguments[0].focus()", chart)
+    browser.switch_to.active_element.send_keys(Keys.HOME, Keys.ARROW_RIGHT)
+    assert chart.get_attribute("aria-valuetext") == "step 2: training 0.52, hold-out judge 0.52"
+
+
+def test_comparison_is_filtered(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    change(browser, "comparison-worse", True)
+    text = browser.execute_script("return document.getElementById('pairs').innerText")
+    assert "a circle" in text and "bold" not in text
+    assert browser.execute_script("return document.querySelectorAll('#scores tbody tr').length") == 2
+
+
+def test_markup_in_a_prompt_is_text(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    headings = browser.execute_script("return [...document.querySelectorAll('.group h3')].map((h) => h.textContent)")
+    assert ATTACK in headings
+    assert browser.title.endswith("training report")
+    assert (
+        browser.execute_script("return document.querySelectorAll('.group b b, .group h3 *, img[src=x]').length") == 0
+    )
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_has_a_name_and_contrast(browser: Any, page: Path, scheme: str) -> None:
+    open_page(browser, page, scheme=scheme)
+    browser.execute_script("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+    assert browser.execute_script(UNNAMED_CONTROLS) == []
+    assert browser.execute_script("return [...document.images].filter((image) => !image.alt.trim()).length") == 0
+    assert browser.execute_script("return document.documentElement.lang") == "en"
+    levels = browser.execute_script(
+        "return [...document.querySelectorAll('h1, h2, h3')].map((h) => Number(h.tagName[1]))"
+    )
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map((node) => node.id)")
+    assert len(ids) == len(set(ids))
+    assert browser.execute_script(LOW_CONTRAST) == []
+
+
+def test_narrow_screen_does_not_scroll_sideways(browser: Any, page: Path) -> None:
+    open_page(browser, page, width=400)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+
+
+def test_large_report_is_drawn_at_once(
+    browser: Any,
+    tmp_path: Path,
+    make_group: Callable[..., TrajectoryGroup],
+    logs: list[dict[str, float]],
+) -> None:
+    store = ReportStore(tmp_path)
+    store.restart(0)
+    size = 10
+    store.add_groups([make_group(step, size=size, image_size=192) for step in range(1, NUM_LARGE // size + 1)])
+    store.save_logs(logs)
+    page = write_report(tmp_path)
+    open_page(browser, page)
+    assert browser.execute_script("return document.getElementById('count').textContent").startswith(f"{NUM_LARGE} ")
+    (paint,) = browser.execute_script(
+        "return performance.getEntriesByName('first-contentful-paint').map((e) => e.startTime)"
+    )
+    megabytes = page.stat().st_size / 1e6
+    sys.stdout.write(f"{NUM_LARGE} trajectories: first paint after {paint / 1000:.3f} s, {megabytes:.1f} MB\n")
+    assert megabytes < 20
+    # A second on a machine of one's own; others share this one.
+    assert paint < 10_000
