@@ -144,21 +144,6 @@ def test_generate_writes_a_picture_a_step(tmp_path: Path) -> None:
     assert (tmp_path / "contact_sheet.png").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--num_rounds", "1"), ("--task", "image_editing")], ids=["refinement", "editing"]
-)
-def test_evaluate_scores_every_round(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    output = run(
-        *(ROOT / "recipes" / "evaluate.py", "--num_eval_prompts", "8", "--eval_seeds", "1"),
-        *("--models", "bagel-shapes", "bagel-shapes", "--output_dir", tmp_path, *arguments),
-    )
-    assert "strict pass" in output
-    (rounds,) = json.loads((tmp_path / "scores.json").read_text()).values()
-    assert len(rounds) == (2 if "--num_rounds" in arguments else 1)
-    assert rounds[0]["num_samples"] == 8
-    assert rounds[0]["unchanged"] == 1.0
-
-
 @pytest.mark.slow
 def test_reasoning_t2i_reads_prompts_from_files_and_trains_an_adapter(tmp_path: Path) -> None:
     rows = [

@@ -1,0 +1,212 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from alphagrpo_ext.models.adapters import save_adapter
+from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model
+from alphagrpo_ext.shapes.editing import editing_rows
+from recipe_modules import load_recipe, run_recipe
+
+
+ROOT = Path(__file__).parents[2]
+RECIPE = load_recipe("evaluate")
+
+
+def start(output_dir: Path, *arguments: str | Path, launch: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [*launch, ROOT / "recipes" / "evaluate.py", *arguments, "--output_dir", output_dir]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with output_dir.with_suffix(".txt").open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+        )
+
+
+def run_process(output_dir: Path, *arguments: str | Path, launch: tuple[str, ...] = ()) -> str:
+    process = start(output_dir, *arguments, launch=launch)
+    code = process.wait(timeout=600)
+    output = output_dir.with_suffix(".txt").read_text()
+    assert code == 0, output[-3000:]
+    return output
+
+
+def run(output_dir: Path, *options: str | Path) -> None:
+    run_recipe(RECIPE, RECIPE.EvaluationArguments, *options, "--output_dir", output_dir)
+
+
+def content(output_dir: Path) -> dict[str, Any]:
+    return json.loads((output_dir / "evaluation.json").read_text())
+
+
+def make_adapter(folder: Path) -> Path:
+    model, _ = load_model("bagel-shapes")
+    # What one process saves, another finds by this name.
+    model.name_or_path = "bagel-shapes"
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj_moe_gen"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = "bagel-shapes"
+    save_adapter(adapted, folder)
+    return folder
+
+
+def test_checkpoint_and_adapter_are_compared_in_all_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    arguments = ("--num_eval_prompts", "7", "--eval_seeds", "1", "--num_timesteps", "4")
+    run(
+        *(tmp_path / "out", "--models", "bagel-shapes", adapter, "bagel-shapes"),
+        *("--modes", "direct", "thought", "refine", "--num_rounds", "1", *arguments),
+    )
+    results = content(tmp_path / "out")
+    modes = ["direct", "thought", "round 1"]
+    assert [(e["model"], e["mode"]) for e in results["evaluations"]] == [
+        (model, mode) for model in ("bagel-shapes", str(adapter)) for mode in modes
+    ]
+    assert [comparison["mode"] for comparison in results["comparisons"]] == modes
+    for entry in results["evaluations"]:
+        assert entry["total"]["reward"]["num_samples"] == 7
+        assert len(entry["categories"]) == 7
+        assert (entry["refinement"] is not None) == (entry["mode"] == "round 1")
+    # With random weights it paints something else.
+    assert results["comparisons"][1]["differences"][0]["reward"]["difference"]["value"] != 0
+    assert f"bagel-shapes -> {adapter}, thought" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 3 * 7
+    assert all((tmp_path / "out" / line["image"]).is_file() for line in lines)
+    assert {line["mode"] for line in lines if line["thought"]} == {"thought", "round 1"}
+
+
+def test_images_of_a_file_are_edited(tmp_path: Path) -> None:
+    rows = editing_rows(3, seed=1)
+    for index, row in enumerate(rows):
+        row["image"].save(tmp_path / f"{index}.png")
+        row["image"] = f"{index}.png"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--task", "image_editing", "--eval_seeds", "1", "--num_timesteps", "3")
+    run(tmp_path / "file", *arguments, "--eval_file", prompts)
+    (entry,) = content(tmp_path / "file")["evaluations"]
+    assert [category["name"] for category in entry["categories"]] == [row["category"] for row in rows]
+    for row in rows:
+        del row["image"]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="has no images, which task 'image_editing' needs"):
+        run(tmp_path / "none", *arguments, "--eval_file", prompts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--modes", "refine"), "mode 'refine' and num_rounds go together"),
+        (("--modes", "direct", "--num_rounds", "1"), "mode 'refine' and num_rounds go together"),
+        (("--modes", "painted"), "modes must be of"),
+    ],
+)
+def test_modes_that_do_not_fit_are_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *arguments)
+
+
+SETTINGS = ("--num_rounds", "1", "--num_eval_prompts", "42", "--eval_seeds", "1", "--batch_size", "4")
+NUM_BATCHES = 11
+
+
+def num_lines(output_dir: Path) -> int:
+    """Scored batches, and a head a stage."""
+    return sum(path.read_bytes().count(b"\n") for path in output_dir.rglob("batches-*.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_evaluation_goes_on_and_equals_a_whole_one(tmp_path: Path) -> None:
+    run_process(tmp_path / "whole", *SETTINGS)
+    killed = tmp_path / "killed"
+    for least in (3, NUM_BATCHES, NUM_BATCHES + 6):
+        process = start(killed, *SETTINGS)
+        deadline = time.monotonic() + 300
+        while num_lines(killed) < least:
+            assert process.poll() is None and time.monotonic() < deadline, killed.with_suffix(".txt").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (killed / "evaluation.json").exists()
+    before = num_lines(killed)
+    assert before < 2 * (NUM_BATCHES + 1)
+    run_process(killed, *SETTINGS)
+    assert num_lines(killed) == 2 * (NUM_BATCHES + 1)
+    assert content(killed) == content(tmp_path / "whole")
+    for name in ("samples.jsonl", "summary.csv"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    images = sorted(path.relative_to(killed) for path in killed.rglob("*.png"))
+    assert len(images) == 2 * 42
+    assert all((killed / path).read_bytes() == (tmp_path / "whole" / path).read_bytes() for path in images)
+
+
+@pytest.mark.slow
+def test_more_models_and_rounds_add_what_is_new_and_changed_weights_begin_anew(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(PACKAGED_CHECKPOINTS["bagel-shapes"], checkpoint)
+    arguments = ("--num_eval_prompts", "7", "--eval_seeds", "1", "--num_timesteps", "3")
+    out = tmp_path / "out"
+    run_process(out, "--models", checkpoint, *arguments)
+    (first,) = out.rglob("thought/batches-0.jsonl")
+    written = first.stat().st_mtime_ns
+    run_process(out, "--models", checkpoint, "bagel-shapes", *arguments, "--num_rounds", "1")
+    assert first.stat().st_mtime_ns == written
+    entries = content(out)["evaluations"]
+    assert entries[0]["total"] == entries[2]["total"]
+    (checkpoint / "model.safetensors").touch()
+    output = run_process(out, "--models", checkpoint, *arguments)
+    assert "made with other settings and is made anew" in output
+    assert first.stat().st_mtime_ns != written
+    assert content(out)["evaluations"][0]["total"] == entries[0]["total"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    arguments = ("--num_eval_prompts", "14", "--eval_seeds", "1", "--batch_size", "4", "--num_rounds", "1")
+    run_process(tmp_path / "one", *arguments)
+    launch = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--main_process_port",
+        "0",
+        "--num_processes",
+        "2",
+        "--cpu",
+    )
+    run_process(tmp_path / "two", *arguments, launch=launch)
+    assert len(list((tmp_path / "two").rglob("thought/batches-*.jsonl"))) == 2
+    for one, two in zip(
+        content(tmp_path / "one")["evaluations"], content(tmp_path / "two")["evaluations"], strict=True
+    ):
+        assert two["total"]["reward"]["num_samples"] == 14
+        # Batches of other samples round otherwise.
+        assert two["total"]["reward"]["value"] == pytest.approx(one["total"]["reward"]["value"], abs=0.02)
+    again = run_process(tmp_path / "two", *arguments, launch=launch)
+    assert "Loading weights" not in again

@@ -1,0 +1,160 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from alphagrpo_ext.shapes.editing import editing_rows
+from recipe_modules import load_recipe, run_recipe
+
+
+RECIPE = load_recipe("export_benchmark")
+QUICK = ("--num_timesteps", "3", "--max_new_tokens", "12")
+ROWS = [
+    {
+        "tag": "single_object",
+        "include": [{"class": "circle", "count": 1}],
+        "prompt": "draw a circle on a white background",
+    },
+    {
+        "tag": "counting",
+        "include": [{"class": "cross", "count": 2}],
+        "exclude": [{"class": "cross", "count": 3}],
+        "prompt": "draw two crosses on a white background",
+    },
+]
+
+
+def run(*options: str | Path) -> None:
+    run_recipe(RECIPE, RECIPE.ExportArguments, *options)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def write_geneval(folder: Path) -> Path:
+    path = folder / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_geneval_is_painted_scored_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("--benchmark", "geneval", "--prompts", write_geneval(tmp_path), "--num_images", "2", *QUICK)
+    run(*arguments, "--judge", "shapes", "--batch_size", "2", "--output_dir", out)
+    images = [f"0000{i}/samples/0000{j}.png" for i in range(2) for j in range(2)]
+    assert files(out / "images") == sorted([*images, "00000/metadata.jsonl", "00001/metadata.jsonl"])
+    assert "2 of 2 prompts have questions" in capsys.readouterr().out
+    evaluation = json.loads((out / "evaluation.json").read_text())["evaluations"][0]
+    assert [category["name"] for category in evaluation["categories"]] == ["single_object", "counting"]
+    assert [tag["name"] for tag in evaluation["tags"]] == ["Existence", "Count"]
+    assert evaluation["total"]["reward"]["num_samples"] == 4
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines if line["prompt_index"] == 1] == [f"images/{name}" for name in images[2:]]
+
+    painted = {name: (out / "images" / name).read_bytes() for name in images}
+    times = {name: (out / "images" / name).stat().st_mtime_ns for name in images}
+    assert painted[images[0]] != painted[images[1]]
+    (out / "images" / images[1]).unlink()
+    run(*arguments, "--output_dir", out)
+    # The image that was missing alone, from the noise of its place.
+    assert {name: (out / "images" / name).stat().st_mtime_ns for name in images if name != images[1]} == {
+        name: value for name, value in times.items() if name != images[1]
+    }
+    with Image.open(out / "images" / images[1]) as image:
+        assert max(abs(a - b) for a, b in zip(image.tobytes(), load(painted[images[1]], tmp_path), strict=True)) <= 1
+    with pytest.raises(ValueError, match="were made with other settings: take another output_dir"):
+        run(*arguments, "--seed", "1", "--output_dir", out)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded though nothing is left to paint")
+
+    monkeypatch.setattr(RECIPE, "load_model", fail)
+    run(*arguments, "--judge", "shapes", "--output_dir", out)
+
+
+def load(data: bytes, folder: Path) -> bytes:
+    (folder / "before.png").write_bytes(data)
+    with Image.open(folder / "before.png") as image:
+        return image.tobytes()
+
+
+def test_dpg_bench_is_painted_in_tiles_and_scored_by_tile(tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "stock1.txt").write_text("draw a red circle on a white background")
+    columns = ("item_id", "text", "category_broad", "category_detailed", "question_natural_language")
+    with (tmp_path / "dpg_bench.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([columns, ("stock1", "", "entity", "whole", "Is there a circle?")])
+    out = tmp_path / "out"
+    arguments = ("--benchmark", "dpg_bench", "--prompts", tmp_path / "prompts", "--judge", "shapes", *QUICK)
+    run(*arguments, "--output_dir", out)
+    assert files(out / "images") == ["stock1.png"]
+    with Image.open(out / "images" / "stock1.png") as image:
+        assert image.size == (48, 48)
+    evaluation = json.loads((out / "evaluation.json").read_text())["evaluations"][0]
+    assert evaluation["total"]["reward"]["num_samples"] == 4
+
+
+def test_edits_are_written_beside_their_originals_and_refined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = editing_rows(2, seed=0)
+    columns = {
+        "task_type": [row["category"] for row in rows],
+        "key": ["k0", "k1"],
+        "instruction": [row["prompt"] for row in rows],
+        "instruction_language": ["en", "en"],
+        "input_image_raw": [row["image"] for row in rows],
+    }
+    features = Features({name: Value("string") for name in list(columns)[:4]} | {"input_image_raw": ImageFeature()})
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict(columns, features).to_parquet(tmp_path / "data" / "train.parquet")
+    questions = tmp_path / "questions.jsonl"
+    record = {name: rows[0][name] for name in ("prompt", "semantic_questions", "quality_questions")}
+    questions.write_text(json.dumps(record) + "\n")
+    out = tmp_path / "out"
+    run(
+        *("--benchmark", "gedit_bench", "--prompts", tmp_path / "data", "--questions", questions, "--judge", "shapes"),
+        *("--num_rounds", "1", "--model_label", "ours", "--output_dir", out, *QUICK),
+    )
+    assert files(out / "images") == [
+        f"ours/fullset/{row['category']}/en/k{i}{suffix}.png"
+        for i, row in sorted(enumerate(rows), key=lambda entry: entry[1]["category"])
+        for suffix in ("", "_SRCIMG")
+    ]
+    assert "1 of 2 prompts have questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "prompts is missing"),
+        (("--prompts", "p", "--questions", "q"), "questions are answered by a judge"),
+        (("--prompts", "p", "--num_images", "0"), "num_images must be at least 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(*arguments)
