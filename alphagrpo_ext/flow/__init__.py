@@ -18,6 +18,7 @@ Time `t` runs from 1 (noise) to 0 (image), `x_t = (1 - t) x_0 + t eps`, and a mo
 a tensor of shape `(..., tokens, channels)`.
 """
 
+from .forward_process import draw_times, noised_latents
 from .guidance import RENORM_TYPES, GuidanceConfig, guidance_branches, guide, in_interval
 from .timesteps import draw_window, flow_timesteps
 from .transitions import (
@@ -26,6 +27,7 @@ from .transitions import (
     flow_cps,
     flow_sde,
     gaussian_kl,
+    latent_mean,
     ode_step,
     transition,
     velocity_mse,
@@ -37,6 +39,7 @@ __all__ = [
     "TRANSITIONS",
     "GuidanceConfig",
     "TransitionOutput",
+    "draw_times",
     "draw_window",
     "flow_cps",
     "flow_sde",
@@ -45,6 +48,8 @@ __all__ = [
     "guidance_branches",
     "guide",
     "in_interval",
+    "latent_mean",
+    "noised_latents",
     "ode_step",
     "transition",
     "velocity_mse",

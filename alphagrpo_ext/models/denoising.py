@@ -51,6 +51,8 @@ class DenoisingConfig:
             First stochastic step. `None` paints deterministically.
         window_size (`int`, *optional*, defaults to `0`):
             Number of stochastic steps.
+        forward_times (`tuple[float, ...]`, *optional*):
+            Times of the noised copies that are made of a deterministically painted image, to be trained on.
     """
 
     num_timesteps: int = 50
@@ -60,6 +62,7 @@ class DenoisingConfig:
     noise_level: float = 0.7
     window_start: int | None = None
     window_size: int = 0
+    forward_times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 2:

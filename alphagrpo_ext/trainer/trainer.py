@@ -268,7 +268,9 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         missing = [i for i in sorted(firsts.values()) if rows[i].get("image") is None]
         count = self.args.num_initial_images
         guidance = replace(config.denoising.guidance, image_scale=1.0)
-        deterministic = replace(config.denoising, guidance=guidance, window_start=None, window_size=0)
+        deterministic = replace(
+            config.denoising, guidance=guidance, window_start=None, window_size=0, forward_times=()
+        )
         paint = RolloutGenerator(generate.model, generate.processor, TASKS.get("reasoning_t2i")(think=False))
         painted = paint(
             [rows[i] for i in missing for _ in range(count)],
@@ -503,7 +505,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         self, model: torch.nn.Module, trajectories: Sequence[Trajectory]
     ) -> tuple[torch.Tensor, torch.Tensor, ImageScores | None]:
         unwrapped = self.accelerator.unwrap_model(model)
-        batch = unwrapped.pack(trajectories, self.args.guidance)
+        batch = unwrapped.pack(trajectories, self.args.objective_guidance)
         inputs = batch.inputs
         if self._sharding.shards_parameters and len(self._tasks) > 1:
             # Another process may have an image to look at where this one has none.
@@ -516,7 +518,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         index = (batch.score_trajectory.to(device), batch.score_column.to(device))
         blank = output.log_probs.new_zeros(len(trajectories), length)
         log_probs, entropies = blank.index_put(index, output.log_probs), blank.index_put(index, output.entropies)
-        images = ImageScores.from_packed(trajectories, batch, output, self.args.guidance)
+        images = ImageScores.from_packed(trajectories, batch, output, self.args.objective_guidance)
         return log_probs, entropies, images
 
     def _get_per_token_logps_and_entropies(
