@@ -49,7 +49,13 @@ from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
 from alphagrpo_ext.trainer.learning_rates import set_generation_learning_rate
-from alphagrpo_ext.trainer.reference import frozen_copy, prepare_reference, visiting
+from alphagrpo_ext.trainer.reference import (
+    SyncRefAdapterCallback,
+    add_reference_adapter,
+    frozen_copy,
+    prepare_reference,
+    visiting,
+)
 from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
 from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
 from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
@@ -160,7 +166,9 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
         # TRL would load a reference model from a folder, which the policy need not have come from.
         beta, sync_ref_model = args.beta, args.sync_ref_model
         if reference is not None:
-            args.beta, args.sync_ref_model = 0.0, False
+            args.beta = 0.0
+        if reference is not None or (has_adapter and (args.beta or args.image_beta)):
+            args.sync_ref_model = False
         try:
             super().__init__(
                 model=model,
@@ -181,6 +189,9 @@ class AlphaGRPOTrainer(ExactResumeMixin, GRPOTrainer):
             self.ref_model = prepare_reference(reference, self.accelerator, args.offload_ref_model)
             if sync_ref_model:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        elif has_adapter and sync_ref_model:
+            add_reference_adapter(self.model, self.accelerator)
+            self.add_callback(SyncRefAdapterCallback(self.accelerator))
         self._sharding = Sharding.of(self.accelerator)
         check_sharding(self._sharding, args.ds3_gather_for_generation)
         use_uniform_precision(self.accelerator)
