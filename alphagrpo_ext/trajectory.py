@@ -61,7 +61,8 @@ class TextSegment:
 @dataclass
 class DenoisingWindow:
     """
-    The part of a denoising path that was sampled by a stochastic transition, and so is an action.
+    The part of a denoising path that was sampled by a stochastic transition, and so is an action. Or, for an objective that
+    trains on the forward process, K noised copies of the image, followed by the image at time 0.
 
     Args:
         latents (`torch.Tensor` of shape `(K + 1, tokens, channels)`):

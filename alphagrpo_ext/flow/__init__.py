@@ -18,6 +18,7 @@ Time `t` runs from 1 (noise) to 0 (image), `x_t = (1 - t) x_0 + t eps`, and a mo
 a tensor of shape `(..., tokens, channels)`.
 """
 
+from .forward_process import draw_times, noised_latents
 from .guidance import RENORM_TYPES, GuidanceConfig, guidance_branches, guide, in_interval
 from .solvers import ODE_SOLVERS, Evaluation, ODESolver
 from .timesteps import DenoisingPath, denoising_path, draw_window, flow_timesteps
@@ -27,6 +28,7 @@ from .transitions import (
     flow_cps,
     flow_sde,
     gaussian_kl,
+    latent_mean,
     ode_step,
     transition,
     velocity_mse,
@@ -43,6 +45,7 @@ __all__ = [
     "ODESolver",
     "TransitionOutput",
     "denoising_path",
+    "draw_times",
     "draw_window",
     "flow_cps",
     "flow_sde",
@@ -51,6 +54,8 @@ __all__ = [
     "guidance_branches",
     "guide",
     "in_interval",
+    "latent_mean",
+    "noised_latents",
     "ode_step",
     "transition",
     "velocity_mse",

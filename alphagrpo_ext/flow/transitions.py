@@ -35,7 +35,8 @@ class TransitionOutput:
         next_latents (`torch.Tensor` of shape `(..., tokens, channels)`):
             The state after the step, fp32 and detached: an action is data.
         log_prob (`torch.Tensor` of shape `(...)`):
-            Log-density of `next_latents`, averaged over the latent elements. In nats per element.
+            Log-density of `next_latents`, averaged over the latent elements. In nats per element; for `"flow_cps"` as its
+            authors define it, see [`negative_square`].
         mean (`torch.Tensor` of shape `(..., tokens, channels)`):
             Mean of the step's Gaussian.
         std (`torch.Tensor` of shape `(..., 1, 1)`):
@@ -135,6 +136,25 @@ TRANSITIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 }
 
 
+def log_density(mean_square: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Gaussian log-density per element, from the mean square of an action's distance to the mean."""
+    return -mean_square / (2 * std**2) - torch.log(std) - math.log(2 * math.pi) / 2
+
+
+def negative_square(mean_square: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """
+    Log-probability of Flow-CPS, `-||x' - mean||^2`, without the constants of the density. Leaving out `1 / (2 std^2)`,
+    which is large in late steps, weighs the steps of a path by `2 std^2`.
+    """
+    return -mean_square
+
+
+LOG_PROBS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "flow_sde": log_density,
+    "flow_cps": negative_square,
+}
+
+
 def transition(
     kind: str,
     latents: torch.Tensor,
@@ -200,10 +220,8 @@ def transition(
         next_latents = mean + std * noise
     # The action is data: without this, the gradient of a freshly sampled step would cancel.
     next_latents = next_latents.detach().float()
-    mean_square = _mean_square(next_latents - mean, mask)
     # The deviation is the same for all elements, so the mean over them only concerns the square.
-    std_per_state = std[..., 0, 0]
-    log_prob = -mean_square / (2 * std_per_state**2) - torch.log(std_per_state) - math.log(2 * math.pi) / 2
+    log_prob = LOG_PROBS[kind](_mean_square(next_latents - mean, mask), std[..., 0, 0])
     return TransitionOutput(next_latents, log_prob, mean, std)
 
 
@@ -259,8 +277,26 @@ def _time(t: float | torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_square(difference: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean of squares over channels and existing tokens."""
+    if mask is not None:
+        # Before the square, so that what stands in padding has no gradient, however large it is.
+        difference = difference.masked_fill(~mask[..., None], 0)
+    return latent_mean(difference.square(), mask)
+
+
+def latent_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Mean over channels and existing tokens.
+
+    Args:
+        values (`torch.Tensor` of shape `(..., tokens, channels)`):
+            What to average.
+        mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
+            Booleans, `True` for tokens that exist, broadcastable.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`
+    """
     if mask is None:
-        return difference.square().mean(dim=(-2, -1))
-    per_token = difference.masked_fill(~mask[..., None], 0).square().mean(dim=-1)
+        return values.mean(dim=(-2, -1))
+    per_token = values.masked_fill(~mask[..., None], 0).mean(dim=-1)
     return per_token.sum(dim=-1) / mask.sum(dim=-1)

@@ -59,6 +59,8 @@ class DenoisingConfig:
             Number of deterministic steps: those outside the window, shared out to the stretches before and after it in
             proportion to their steps of the schedule, at least one each. The network is evaluated once for each of them and
             for each of the window's. `None` takes the steps of the schedule.
+        forward_times (`tuple[float, ...]`, *optional*):
+            Times of the noised copies that are made of a deterministically painted image, to be trained on.
     """
 
     num_timesteps: int = 50
@@ -70,6 +72,7 @@ class DenoisingConfig:
     window_size: int = 0
     ode_solver: str = "euler"
     ode_steps: int | None = None
+    forward_times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 2:
@@ -95,9 +98,9 @@ class DenoisingConfig:
         return denoising_path(schedule, window, self.ode_steps, self.timestep_shift)
 
     def without_window(self) -> DenoisingConfig:
-        """A deterministic path with as many evaluations of the network."""
+        """A deterministic path with as many evaluations of the network, of an image that is not trained on."""
         steps = None if self.ode_steps is None else self.ode_steps + self.window_size
-        return replace(self, window_start=None, window_size=0, ode_steps=steps)
+        return replace(self, window_start=None, window_size=0, forward_times=(), ode_steps=steps)
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
@@ -29,7 +30,14 @@ from alphagrpo_ext.trajectory import Trajectory
 
 
 OBJECTIVES: Registry = Registry(
-    "image objective", "alphagrpo_ext.objectives", {"flow_grpo": "alphagrpo_ext.objectives.flow_grpo:FlowGRPO"}
+    "image objective",
+    "alphagrpo_ext.objectives",
+    {
+        "flow_grpo": "alphagrpo_ext.objectives.flow_grpo:FlowGRPO",
+        "grpo_guard": "alphagrpo_ext.objectives.grpo_guard:GRPOGuard",
+        "diffusion_nft": "alphagrpo_ext.objectives.diffusion_nft:DiffusionNFT",
+        "awm": "alphagrpo_ext.objectives.awm:AWM",
+    },
 )
 
 
@@ -44,6 +52,7 @@ class ImageScores:
         t, t_next (`torch.Tensor` of shape `(images, K)`): Their times.
         mask (`torch.Tensor` of shape `(images, 1, tokens)`): False on padding.
         trajectory (`torch.Tensor` of shape `(images,)`): Which trajectory of the batch each image belongs to.
+        clean_latents (`torch.Tensor` of shape `(images, 1, tokens, channels)`): What each path ended in.
     """
 
     velocities: torch.Tensor
@@ -53,6 +62,7 @@ class ImageScores:
     t_next: torch.Tensor
     mask: torch.Tensor
     trajectory: torch.Tensor
+    clean_latents: torch.Tensor
 
     @classmethod
     def from_packed(
@@ -74,7 +84,8 @@ class ImageScores:
             return None
         device = output.velocities.device
         layout = batch.velocities
-        windows = [image.window for t in trajectories for image in t.sampled_images if image.window is not None]
+        images = [image for t in trajectories for image in t.sampled_images if image.window is not None]
+        windows = [image.window for image in images]
         num_steps = {window.num_steps for window in windows}
         if len(num_steps) != 1:
             raise ValueError(f"all windows of a batch must have the same number of steps, but they have {num_steps}")
@@ -105,6 +116,7 @@ class ImageScores:
             t_next=times[:, 1:],
             mask=mask,
             trajectory=batch.image_trajectory.to(device),
+            clean_latents=stack([image.latents[None] for image in images]),
         )
 
 
@@ -120,6 +132,7 @@ class ObjectiveConfig:
         beta (`float`): Weight of the regulariser towards the reference model.
         kl_type (`str`): `"mean"` or `"velocity"`, what the regulariser compares.
         advantage_clip (`float`): Largest absolute advantage.
+        nft_beta (`float`): How much of the implicit policies of DiffusionNFT is the current one.
     """
 
     sde_type: str = "flow_sde"
@@ -128,6 +141,7 @@ class ObjectiveConfig:
     beta: float = 0.0
     kl_type: str = "mean"
     advantage_clip: float = 5.0
+    nft_beta: float = 1.0
 
 
 @dataclass
@@ -148,9 +162,16 @@ class ImageObjective(ABC):
     """
     What turns advantages into a loss on velocities. Register one with `@OBJECTIVES.register("name")`.
 
+    What an objective trains on is its class attribute `trains_on`: the `"transitions"` of a window of stochastic steps, with
+    guidance; or the `"forward_process"`, where images are painted deterministically and the K steps of the scores are
+    noised copies of the painted image, at times that all images share. Their velocities are those given all conditions,
+    without guidance, and neither `next_latents` nor `t_next` has a meaning.
+
     Args:
         config ([`ObjectiveConfig`]): Shared settings.
     """
+
+    trains_on: ClassVar[Literal["transitions", "forward_process"]] = "transitions"
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config

@@ -14,19 +14,16 @@
 
 """Flow-GRPO: a clipped policy gradient on stochastic denoising steps.
 
-Source: https://huggingface.co/papers/2505.05470, equations 5 and 6; the velocity regulariser is UniGRPO's
-(https://huggingface.co/papers/2603.23500).
+Source: https://huggingface.co/papers/2505.05470, equations 5 and 6.
 """
 
 from __future__ import annotations
 
 import torch
 
-from alphagrpo_ext.flow.transitions import gaussian_kl, transition, velocity_mse
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
-
-
-KL_TYPES = ("mean", "velocity")
+from alphagrpo_ext.objectives.clipping import clipped_surrogate
+from alphagrpo_ext.objectives.regularizers import REGULARIZERS, regularized, score_transitions
 
 
 @OBJECTIVES.register("flow_grpo")
@@ -40,8 +37,7 @@ class FlowGRPO(ImageObjective):
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)
-        if config.kl_type not in KL_TYPES:
-            raise ValueError(f"unknown image_kl_type {config.kl_type!r}, available: {', '.join(KL_TYPES)}")
+        REGULARIZERS.get(config.kl_type)
 
     def __call__(
         self,
@@ -51,45 +47,19 @@ class FlowGRPO(ImageObjective):
         ref_velocities: torch.Tensor | None = None,
     ) -> ObjectiveOutput:
         config = self.config
-        current = self._transition(scores, scores.velocities)
-        log_probs = current.log_prob
+        log_probs = score_transitions(scores, scores.velocities, config).log_prob
         if old_velocities is None:
             old_log_probs = log_probs.detach()
         else:
             with torch.no_grad():
-                old_log_probs = self._transition(scores, old_velocities).log_prob
+                old_log_probs = score_transitions(scores, old_velocities, config).log_prob
         ratio = torch.exp(log_probs - old_log_probs)
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)[:, None]
-        clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon)
-        loss = -torch.minimum(ratio * advantages, clipped * advantages)
-        is_clipped = ((ratio < 1 - config.epsilon) & (advantages < 0)) | (
-            (ratio > 1 + config.epsilon) & (advantages > 0)
-        )
+        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        loss, is_clipped = clipped_surrogate(ratio, advantages, config.epsilon)
         metrics = {
             "ratio_mean": ratio.detach().mean(),
             "clip_ratio": is_clipped.float().mean(),
             "log_prob": log_probs.detach().mean(),
             "velocity_std": scores.velocities.detach().std(),
         }
-        if config.beta and ref_velocities is not None:
-            if config.kl_type == "velocity":
-                divergence = velocity_mse(scores.velocities, ref_velocities, scores.mask)
-            else:
-                with torch.no_grad():
-                    reference = self._transition(scores, ref_velocities)
-                divergence = gaussian_kl(current.mean, reference.mean, current.std, scores.mask)
-            loss = loss + config.beta * divergence
-            metrics["kl"] = divergence.detach().mean()
-        return ObjectiveOutput(loss.mean(dim=1), metrics)
-
-    def _transition(self, scores: ImageScores, velocities: torch.Tensor):
-        return transition(
-            self.config.sde_type,
-            scores.latents,
-            velocities,
-            scores.t,
-            scores.t_next,
-            self.config.noise_level,
-            next_latents=scores.next_latents,
-            mask=scores.mask,
-        )
+        return regularized(loss, metrics, scores, ref_velocities, config)

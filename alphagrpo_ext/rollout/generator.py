@@ -31,6 +31,7 @@ from transformers.processing_utils import ProcessorMixin
 from alphagrpo_ext.models.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.models.pixels import tensor_to_image
 from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.rollout.noised_copies import forward_windows
 from alphagrpo_ext.rollout.task import Task, TaskContexts
 from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 
@@ -269,12 +270,14 @@ class RolloutGenerator:
     ) -> list[ImageSegment]:
         model, denoising = self.model, config.denoising
         num_tokens, channels = grid[0] * grid[1], model.latent_channels
-        window_size = denoising.window_size if denoising.window_start is not None else 0
+        window_size = len(denoising.forward_times) if denoising.window_start is None else denoising.window_size
         noise = torch.stack([torch.randn(1 + window_size, num_tokens, channels, generator=g) for g in generators]).to(
             model.device
         )
         initial_noise = noise[:: config.branches_per_thought, 0]
         latents, windows = denoise(model, cache, initial_noise, grid, denoising, noise[:, 1:])
+        if denoising.forward_times:
+            windows = forward_windows(latents, noise[:, 1:], denoising.forward_times)
         pixels = model.decode_latents(latents, grid)
         return [
             ImageSegment(latents[i].cpu(), grid, image=tensor_to_image(pixels[i]), sampled=True, window=windows[i])

@@ -17,11 +17,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from trl import GRPOConfig
 
+from alphagrpo_ext.flow.forward_process import draw_times
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import draw_window, window_starts
 from alphagrpo_ext.models.denoising import DenoisingConfig
@@ -150,9 +151,17 @@ class AlphaGRPOConfig(GRPOConfig):
         image_beta (`float`, *optional*, defaults to `0.0`):
             KL coefficient of the image. Text has `beta`.
         image_kl_type (`str`, *optional*, defaults to `"mean"`):
-            What that KL compares: `"mean"` of the transition, or `"velocity"`.
+            What that KL compares: `"mean"` of the transition, or `"velocity"`; a registered regulariser. With
+            `sync_ref_model` the reference model is an exponential moving average of the policy, with an adapter too.
         image_advantage_clip (`float`, *optional*, defaults to `5.0`):
             Largest absolute advantage of an image.
+        forward_time_interval (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
+            Interval, before the shift, that objectives of the forward process (`"diffusion_nft"`, `"awm"`) draw the times
+            of noised copies from. Their number is `sde_window_size`; `sde_window_range`, `sde_type` and `noise_level` have no
+            effect on these objectives, which paint deterministically. They train the velocity without guidance, whatever
+            guidance images are painted with.
+        nft_beta (`float`, *optional*, defaults to `1.0`):
+            How much of DiffusionNFT's implicit policies is the current policy; the rest is the one that sampled.
         generation_learning_rate (`float`, *optional*):
             Learning rate of what only the generation of images uses; `None` takes `learning_rate`. The scheduler scales
             both.
@@ -315,9 +324,17 @@ class AlphaGRPOConfig(GRPOConfig):
     )
     image_beta: float = field(default=0.0, metadata={"help": "KL coefficient of images; text has beta."})
     image_kl_type: str = field(
-        default="mean", metadata={"help": "What the KL of images compares: 'mean' of the transition or 'velocity'."}
+        default="mean",
+        metadata={"help": "What the KL of images compares: 'mean' of the transition or 'velocity'; a registered one."},
     )
     image_advantage_clip: float = field(default=5.0, metadata={"help": "Largest absolute advantage of an image."})
+    forward_time_interval: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Interval, before the shift, of the times that objectives of the forward process train."},
+    )
+    nft_beta: float = field(
+        default=1.0, metadata={"help": "How much of DiffusionNFT's implicit policies is the current policy."}
+    )
     generation_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the generation expert; learning_rate by default."}
     )
@@ -369,8 +386,13 @@ class AlphaGRPOConfig(GRPOConfig):
         for name in ("report_steps", "report_num_trajectories", "report_image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        OBJECTIVES.get(self.image_objective)
-        for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval"):
+        OBJECTIVES.get(self.image_objective)(self.objective)
+        if self.trains_forward_process and self.image_beta and self.image_kl_type == "mean":
+            raise ValueError(
+                f"image_kl_type='mean' compares the means of transitions, which image_objective={self.image_objective!r} "
+                f"does not sample: set image_kl_type='velocity', or image_beta=0"
+            )
+        for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval", "forward_time_interval"):
             bounds = getattr(self, name)
             if bounds is not None and len(bounds) != 2:
                 raise ValueError(f"{name} takes two numbers, but is {bounds}")
@@ -381,13 +403,15 @@ class AlphaGRPOConfig(GRPOConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         try:
-            window_range, num_steps = tuple(self.sde_window_range), self.num_timesteps - 1
-            for start in window_starts(self.sde_window_size, window_range, num_steps):
-                self._train_rollout(start)
+            self.train_rollout(0)
+            if not self.trains_forward_process:
+                window_range, num_steps = tuple(self.sde_window_range), self.num_timesteps - 1
+                for start in window_starts(self.sde_window_size, window_range, num_steps):
+                    self._train_rollout(window_start=start, window_size=self.sde_window_size)
         except ValueError as error:
             raise ValueError(
                 f"{error} (sde_window_size={self.sde_window_size}, sde_window_range={self.sde_window_range}, "
-                f"num_timesteps={self.num_timesteps})"
+                f"num_timesteps={self.num_timesteps}, forward_time_interval={self.forward_time_interval})"
             ) from error
         try:
             self.eval_rollout()
@@ -433,7 +457,18 @@ class AlphaGRPOConfig(GRPOConfig):
             beta=self.image_beta,
             kl_type=self.image_kl_type,
             advantage_clip=self.image_advantage_clip,
+            nft_beta=self.nft_beta,
         )
+
+    @property
+    def trains_forward_process(self) -> bool:
+        """Whether the image objective trains on noised copies of painted images, and not on transitions."""
+        return OBJECTIVES.get(self.image_objective).trains_on == "forward_process"
+
+    @property
+    def objective_guidance(self) -> GuidanceConfig:
+        """Guidance of the velocities that the image objective is given: that of rollouts, or none."""
+        return replace(self.guidance, text_scale=1.0) if self.trains_forward_process else self.guidance
 
     def train_rollout(self, step: int) -> RolloutConfig:
         """
@@ -442,22 +477,25 @@ class AlphaGRPOConfig(GRPOConfig):
         Args:
             step (`int`): Optimizer steps done so far.
         """
-        window = draw_window(
-            self.sde_window_size, tuple(self.sde_window_range), self.num_timesteps - 1, self.seed, step
-        )
-        return self._train_rollout(window.start)
+        if self.trains_forward_process:
+            interval = tuple(self.forward_time_interval)
+            times = draw_times(self.sde_window_size, interval, self.timestep_shift, self.seed, step)
+            return self._train_rollout(forward_times=tuple(times.tolist()))
+        window_range = tuple(self.sde_window_range)
+        window = draw_window(self.sde_window_size, window_range, self.num_timesteps - 1, self.seed, step)
+        return self._train_rollout(window_start=window.start, window_size=len(window))
 
-    def _train_rollout(self, window_start: int) -> RolloutConfig:
+    def _train_rollout(self, **trained_steps: Any) -> RolloutConfig:
+        """Settings of all training rollouts, with those of [`DenoisingConfig`] that say what is trained on."""
         denoising = DenoisingConfig(
             num_timesteps=self.num_timesteps,
             timestep_shift=self.timestep_shift,
             guidance=self.guidance,
             sde_type=self.sde_type,
             noise_level=self.noise_level,
-            window_start=window_start,
-            window_size=self.sde_window_size,
             ode_solver=self.ode_solver,
             ode_steps=self.ode_steps,
+            **trained_steps,
         )
         return RolloutConfig(
             height=self.image_height,

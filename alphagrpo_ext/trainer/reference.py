@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The reference model of a KL without an adapter: a frozen copy of the policy as it is before training."""
+"""The reference model of a KL: a frozen copy of the policy, or of its adapter, as it is before training or follows it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.models import prepare_deepspeed, prepare_fsdp
 
 from alphagrpo_ext.models.loading import load_model
+
+
+REFERENCE_ADAPTER = "ref"
+"""TRL's name of the adapter that a policy with an adapter is compared with."""
 
 
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
@@ -82,3 +87,72 @@ def visiting(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(home)
+
+
+def _adapter_pairs(policy: PeftModel) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    """Parameters of the reference adapter, each with that of the policy's active adapter in its place."""
+    active = f".{policy.active_adapter}."
+    named = dict(policy.named_parameters())
+    pairs = [
+        (named[name.replace(active, f".{REFERENCE_ADAPTER}.")], parameter)
+        for name, parameter in named.items()
+        if active in name
+    ]
+    if not pairs:
+        raise ValueError(f"the adapter {policy.active_adapter!r} has no parameters that a reference could follow")
+    return pairs
+
+
+def add_reference_adapter(policy: PeftModel, accelerator: Accelerator) -> None:
+    """
+    Give a policy with an adapter a second one of the same values, which is not trained. Where TRL has made one, that one
+    stays.
+
+    Args:
+        policy ([`~peft.PeftModel`]): Not yet wrapped.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+
+    Raises:
+        `ValueError`: Under DeepSpeed ZeRO-3, which leaves no process a parameter that could follow another.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "sync_ref_model=True cannot follow an adapter that DeepSpeed ZeRO-3 partitions: use "
+            "recipes/accelerate_configs/zero2.yaml or fsdp2.yaml, or set sync_ref_model=False"
+        )
+    if REFERENCE_ADAPTER in policy.peft_config:
+        return
+    policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[policy.active_adapter])
+    with torch.no_grad():
+        for reference, parameter in _adapter_pairs(policy):
+            reference.copy_(parameter)
+            reference.requires_grad_(False)
+
+
+class SyncRefAdapterCallback(TrainerCallback):
+    """
+    What TRL's `SyncRefModelCallback` does for a reference model, for the reference adapter: every `ref_model_sync_steps`
+    steps `ref = alpha * policy + (1 - alpha) * ref`, with `alpha = ref_model_mixup_alpha`
+    (https://huggingface.co/papers/2404.09656, equation 5). At every step it is an exponential moving average.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @torch.no_grad()
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **kwargs: object,
+    ) -> None:
+        if state.global_step % args.ref_model_sync_steps:
+            return
+        for reference, parameter in _adapter_pairs(self.accelerator.unwrap_model(model)):
+            reference.lerp_(parameter, args.ref_model_mixup_alpha)

@@ -51,7 +51,13 @@ from alphagrpo_ext.trainer.completions import completion_images, completions_cal
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
-from alphagrpo_ext.trainer.reference import frozen_copy, prepare_reference, visiting
+from alphagrpo_ext.trainer.reference import (
+    SyncRefAdapterCallback,
+    add_reference_adapter,
+    frozen_copy,
+    prepare_reference,
+    visiting,
+)
 from alphagrpo_ext.trainer.report_callback import ReportCallback
 from alphagrpo_ext.trainer.rollout_event import RolloutEventMixin
 from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
@@ -161,7 +167,9 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
         # TRL would load a reference model from a folder, which the policy need not have come from.
         beta, sync_ref_model = args.beta, args.sync_ref_model
         if reference is not None:
-            args.beta, args.sync_ref_model = 0.0, False
+            args.beta = 0.0
+        if reference is not None or (has_adapter and (args.beta or args.image_beta)):
+            args.sync_ref_model = False
         try:
             super().__init__(
                 model=model,
@@ -183,6 +191,9 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
             self._counted.append(reference)
             if sync_ref_model:
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        elif has_adapter and sync_ref_model:
+            add_reference_adapter(self.model, self.accelerator)
+            self.add_callback(SyncRefAdapterCallback(self.accelerator))
         if args.report:
             self.add_callback(ReportCallback())
         if args.log_completions:
@@ -513,7 +524,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
         self, model: torch.nn.Module, trajectories: Sequence[Trajectory]
     ) -> tuple[torch.Tensor, torch.Tensor, ImageScores | None]:
         unwrapped = self.accelerator.unwrap_model(model)
-        batch = unwrapped.pack(trajectories, self.args.guidance)
+        batch = unwrapped.pack(trajectories, self.args.objective_guidance)
         inputs = batch.inputs
         if self._sharding.shards_parameters and len(self._tasks) > 1:
             # Another process may have an image to look at where this one has none.
@@ -526,7 +537,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
         index = (batch.score_trajectory.to(device), batch.score_column.to(device))
         blank = output.log_probs.new_zeros(len(trajectories), length)
         log_probs, entropies = blank.index_put(index, output.log_probs), blank.index_put(index, output.entropies)
-        images = ImageScores.from_packed(trajectories, batch, output, self.args.guidance)
+        images = ImageScores.from_packed(trajectories, batch, output, self.args.objective_guidance)
         return log_probs, entropies, images
 
     def _get_per_token_logps_and_entropies(

@@ -58,11 +58,15 @@ class TestTransition:
         assert torch.equal(sampled.log_prob, scored.log_prob)
         assert torch.equal(sampled.next_latents, scored.next_latents)
 
-    def test_log_prob_is_the_mean_log_density(self, step, kind):
+    def test_gradient_of_the_log_prob_is_that_of_the_density_but_for_a_weight_a_step(self, step, kind):
         latents, velocity, noise, t, t_next = step
+        velocity.requires_grad_()
         output = transition(kind, latents, velocity, t, t_next, NOISE_LEVEL, noise=noise)
-        density = torch.distributions.Normal(output.mean, output.std)
-        torch.testing.assert_close(output.log_prob, density.log_prob(output.next_latents).mean(dim=(-2, -1)))
+        density = torch.distributions.Normal(output.mean, output.std).log_prob(output.next_latents)
+        (expected,) = torch.autograd.grad(density.mean(dim=(-2, -1)).sum(), velocity, retain_graph=True)
+        (actual,) = torch.autograd.grad(output.log_prob.sum(), velocity)
+        weight = 2 * output.std**2 if kind == "flow_cps" else torch.ones(())
+        torch.testing.assert_close(actual, weight.detach() * expected)
 
     def test_many_steps_equal_one_at_a_time(self, step, kind):
         latents, velocity, noise, t, t_next = step
@@ -145,6 +149,13 @@ def test_rejects_unknown_kind_and_lists_the_known(step):
         transition("flow_ode", latents, velocity, t, t_next, NOISE_LEVEL, noise=noise)
 
 
+def test_log_prob_of_flow_sde_is_the_mean_log_density(step):
+    latents, velocity, noise, t, t_next = step
+    output = transition("flow_sde", latents, velocity, t, t_next, NOISE_LEVEL, noise=noise)
+    density = torch.distributions.Normal(output.mean, output.std)
+    torch.testing.assert_close(output.log_prob, density.log_prob(output.next_latents).mean(dim=(-2, -1)))
+
+
 def test_flow_sde_follows_its_formula(step):
     latents, velocity, noise, t, t_next = (x.double() for x in step)
     output = transition("flow_sde", *(x.float() for x in (latents, velocity, t, t_next)), 0.7, noise=noise.float())
@@ -167,6 +178,12 @@ class TestFlowCPS:
         image, predicted_noise = latents - t * velocity, latents + (1 - t) * velocity
         weight = (output.mean - (1 - t_next) * image) / predicted_noise
         torch.testing.assert_close(weight**2 + output.std**2, (t_next**2).expand_as(weight), rtol=1e-3, atol=1e-4)
+
+    def test_log_prob_is_the_negative_mean_square(self, step):
+        latents, velocity, noise, t, t_next = step
+        output = transition("flow_cps", latents, velocity, t, t_next, NOISE_LEVEL, noise=noise)
+        expected = -(output.next_latents - output.mean).square().mean(dim=(-2, -1))
+        torch.testing.assert_close(output.log_prob, expected)
 
     def test_rejects_the_step_to_the_image(self, step):
         latents, velocity, noise, _, _ = step

@@ -82,6 +82,10 @@ def gradients(trainer: AlphaGRPOTrainer) -> dict[str, torch.Tensor]:
         pytest.param({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, id="accumulation"),
         pytest.param({"image_beta": 0.1, "beta": 0.1, "lora": True}, id="reference"),
         pytest.param({"think": False}, id="no text"),
+        pytest.param({"image_objective": "grpo_guard"}, id="GRPO-Guard"),
+        pytest.param(
+            {"image_objective": "diffusion_nft", "image_beta": 0.1, "image_kl_type": "velocity"}, id="DiffusionNFT"
+        ),
         pytest.param({"gradient_checkpointing": True}, id="gradient checkpointing"),
         pytest.param({"task": "self_reflection", "cfg_img_scale": 2.0, "num_reflection_rounds": 2}, id="two rounds"),
     ],

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
@@ -89,6 +90,56 @@ def test_synchronized_reference_follows_the_policy(make_trainer: MakeTrainer) ->
     reference = trainer.accelerator.unwrap_model(trainer.ref_model)
     pairs = zip(trainer.model.parameters(), reference.parameters(), strict=True)
     assert all(torch.equal(policy, copied) for policy, copied in pairs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"beta": 0.1, "image_beta": 0.1}, id="text and image"),
+        pytest.param({"image_beta": 0.1}, id="image", marks=pytest.mark.slow),
+    ],
+)
+def test_reference_adapter_is_a_moving_average(make_trainer: MakeTrainer, settings: dict[str, float]) -> None:
+    trainer = make_trainer(
+        lora=True, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.25, max_steps=2, **settings
+    )
+    states = []
+
+    class States(TrainerCallback):
+        def on_step_end(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+            states.append({name: p.detach().clone() for name, p in model.named_parameters() if "lora" in name})
+
+    trainer.add_callback(States())
+    initial = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".default." in name}
+    trainer.train()
+    assert initial and trainer.model.active_adapter == "default"
+    average = initial
+    for state in states:
+        assert any(not torch.equal(state[name], value) for name, value in initial.items())
+        average = {name: 0.75 * value + 0.25 * state[name] for name, value in average.items()}
+        for name, value in average.items():
+            torch.testing.assert_close(state[name.replace(".default.", ".ref.")], value, rtol=1e-5, atol=1e-7)
+    assert not any(p.requires_grad for name, p in trainer.model.named_parameters() if ".ref." in name)
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for name, p in trainer.model.named_parameters() if ".default." in name}
+    first, second = history(trainer, "image/kl")
+    assert first < 1e-6 < second
+
+
+@pytest.mark.slow
+def test_average_of_a_policy_is_nearer_than_its_beginning(make_trainer: MakeTrainer) -> None:
+    settings = {"lora": True, "image_beta": 0.1, "max_steps": 4, "think": False}
+    distances = {}
+    for follows in (False, True):
+        trainer = make_trainer(**settings, sync_ref_model=follows, ref_model_sync_steps=1)
+        trainer.train()
+        distances[follows] = history(trainer, "image/kl")[-1]
+    assert 0 < distances[True] < 0.5 * distances[False]
+
+
+def test_reference_that_follows_nothing_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="sync_ref_model=True.*beta=0.0"):
+        make_trainer(lora=True, sync_ref_model=True)
 
 
 def test_copy_of_a_policy_that_was_trained_before_is_a_copy(

@@ -80,6 +80,20 @@ def make(make_trainer: MakeTrainer, tmp_path: Path) -> MakeTrainer:
         pytest.param({"lora": True, "image_beta": 0.1, "max_grad_norm": 0.5}, id="LoRA", marks=LOW_PRIORITY),
         pytest.param({"bf16": True}, id="bf16 autocast", marks=LOW_PRIORITY),
         pytest.param(
+            {"image_objective": "diffusion_nft", "think": False, "num_iterations": 2, "steps_per_generation": 2},
+            id="noised copies, buffered",
+        ),
+        pytest.param(
+            {
+                "lora": True,
+                "image_beta": 0.1,
+                "sync_ref_model": True,
+                "ref_model_sync_steps": 1,
+                "ref_model_mixup_alpha": 0.5,
+            },
+            id="reference adapter that follows",
+        ),
+        pytest.param(
             {"task": "self_reflection", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
             id="self-reflection, accumulation",
             marks=LOW_PRIORITY,

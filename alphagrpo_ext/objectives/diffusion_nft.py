@@ -1,0 +1,79 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""DiffusionNFT: flow matching towards images of high reward and away from those of low reward.
+
+Source: https://huggingface.co/papers/2509.16117, theorem 3.2 (equation 5) and the adaptive weighting of its experiments.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from alphagrpo_ext.flow.transitions import latent_mean
+from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
+from alphagrpo_ext.objectives.regularizers import REGULARIZERS, regularized
+
+
+MIN_ERROR = 1e-5
+
+
+@OBJECTIVES.register("diffusion_nft")
+class DiffusionNFT(ImageObjective):
+    """
+    `r ||v+ - v||^2 + (1 - r) ||v- - v||^2` with `v+ = (1 - beta) v_old + beta v_theta` and
+    `v- = (1 + beta) v_old - beta v_theta`, for the velocity `v = eps - x_0` of a noised copy of the painted image.
+
+    `r = (1 + clip(A, -c, c) / c) / 2` is the optimality probability of an advantage A. As in the paper's experiments the
+    squares are those of the predicted images `x_t - t v`, each over its own mean absolute error without gradient, so that all
+    times weigh alike; and the loss is multiplied by `c / beta`, so that the size of its gradient depends on neither
+    where the policy is the one that sampled.
+    """
+
+    trains_on = "forward_process"
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        super().__init__(config)
+        REGULARIZERS.get(config.kl_type)
+        if config.nft_beta <= 0:
+            raise ValueError(f"nft_beta must be positive, but is {config.nft_beta}")
+
+    def __call__(
+        self,
+        scores: ImageScores,
+        advantages: torch.Tensor,
+        old_velocities: torch.Tensor | None = None,
+        ref_velocities: torch.Tensor | None = None,
+    ) -> ObjectiveOutput:
+        beta, clip = self.config.nft_beta, self.config.advantage_clip
+        velocities = scores.velocities
+        old = velocities.detach() if old_velocities is None else old_velocities
+        optimality = (1 + advantages.clamp(-clip, clip)[:, None] / clip) / 2
+        positive = self._image_loss(scores, (1 - beta) * old + beta * velocities)
+        negative = self._image_loss(scores, (1 + beta) * old - beta * velocities)
+        loss = (optimality * positive + (1 - optimality) * negative) * clip / beta
+        deviation = latent_mean((velocities.detach() - old).square(), scores.mask)
+        metrics = {
+            "optimality": optimality.mean(),
+            "old_deviation": deviation.mean(),
+            "velocity_std": velocities.detach().std(),
+        }
+        return regularized(loss, metrics, scores, ref_velocities, self.config)
+
+    @staticmethod
+    def _image_loss(scores: ImageScores, velocities: torch.Tensor) -> torch.Tensor:
+        """Self-normalised error `(images, K)` of the image that velocities predict."""
+        error = scores.latents - scores.t[..., None, None] * velocities - scores.clean_latents
+        size = latent_mean(error.detach().abs(), scores.mask).clamp(min=MIN_ERROR)
+        return latent_mean(error.square(), scores.mask) / size

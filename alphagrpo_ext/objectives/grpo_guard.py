@@ -1,0 +1,69 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""GRPO-Guard: Flow-GRPO with a ratio that has the same distribution at every step.
+
+Source: https://huggingface.co/papers/2510.22319: RatioNorm (equation 8) and the reweighting of gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from alphagrpo_ext.flow.transitions import latent_mean
+from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
+from alphagrpo_ext.objectives.clipping import clipped_surrogate
+from alphagrpo_ext.objectives.regularizers import REGULARIZERS, regularized, score_transitions
+
+
+@OBJECTIVES.register("grpo_guard")
+class GRPOGuard(ImageObjective):
+    """
+    Flow-GRPO's clipped surrogate of a normalised ratio, over the length of the step, `-dt`.
+
+    The log-ratio of two Gaussians of mean `mu` and `mu_old` is `d . eps / std - ||d||^2 / (2 std^2)`, with
+    `d = mu - mu_old` and the noise `eps = (x' - mu_old) / std` of the sampled step. Its second part is never positive, so
+    that ratios lie below 1 and positive advantages are hardly clipped; its scale differs between steps.
+    RatioNorm adds the second part back and multiplies by `std`, which leaves `d . eps`. Gradients of `mu` are
+    proportional to `dt`, which the division takes out.
+    """
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        super().__init__(config)
+        REGULARIZERS.get(config.kl_type)
+
+    def __call__(
+        self,
+        scores: ImageScores,
+        advantages: torch.Tensor,
+        old_velocities: torch.Tensor | None = None,
+        ref_velocities: torch.Tensor | None = None,
+    ) -> ObjectiveOutput:
+        config = self.config
+        current = score_transitions(scores, scores.velocities, config)
+        with torch.no_grad():
+            old_mean = current.mean.detach()
+            if old_velocities is not None:
+                old_mean = score_transitions(scores, old_velocities, config).mean
+            noise = (scores.next_latents - old_mean) / current.std
+        ratio = torch.exp(latent_mean((current.mean - old_mean) * noise, scores.mask))
+        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        loss, is_clipped = clipped_surrogate(ratio, advantages, config.epsilon)
+        metrics = {
+            "ratio_mean": ratio.detach().mean(),
+            "clip_ratio": is_clipped.float().mean(),
+            "log_prob": current.log_prob.detach().mean(),
+            "velocity_std": scores.velocities.detach().std(),
+        }
+        return regularized(loss / (scores.t - scores.t_next), metrics, scores, ref_velocities, config)
