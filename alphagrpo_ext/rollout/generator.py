@@ -274,6 +274,7 @@ class RolloutGenerator:
         noise = torch.stack([torch.randn(1 + window_size, num_tokens, channels, generator=g) for g in generators]).to(
             model.device
         )
+        # Branches draw initial noise that they do not use, so that their transitions have the same noise without sharing.
         initial_noise = noise[:: config.branches_per_thought, 0]
         latents, windows = denoise(model, cache, initial_noise, grid, denoising, noise[:, 1:])
         if denoising.forward_times:

@@ -91,10 +91,9 @@ class AlphaGRPOConfig(GRPOConfig):
         branches_per_thought (`int`, *optional*, defaults to `1`):
             Images painted after each thought of a group, which then has `num_generations / branches_per_thought` thoughts.
             Images of one thought share its decoding, its cache, their initial noise and all evaluations up to the first of
-            the window, the noise of which tells them apart. Each trajectory keeps the advantage of its own image, so a
-            thought is reinforced by the mean advantage of its images: a less noisy credit for fewer thoughts. With a
-            single thought a group, that mean is 0 and text learns nothing. Where a task has several rounds, it applies to
-            the first.
+            the window, the noise of which tells them apart. Each trajectory keeps the advantage of its own image, so the
+            gradient of a thought is that of the mean advantage of its images; with a single thought a group that mean is 0,
+            and text learns nothing. Where a task has several rounds, images share in the first round only.
         rollout_batch_size (`int`, *optional*):
             Samples that a process generates at once. `None` generates its whole share at once.
 

@@ -26,8 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alphagrpo_ext.flow import GuidanceConfig, ode_step
-from alphagrpo_ext.models import denoising
+from alphagrpo_ext.flow import GuidanceConfig, ode_step, solvers
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
 from alphagrpo_ext.models.bagel.checkpoint import load_released
@@ -380,7 +379,7 @@ def test_images(golden, model, monkeypatch, subtests):
         states.append((latents, velocity))
         return ode_step(latents, velocity, t, t_next)
 
-    monkeypatch.setattr(denoising, "ode_step", recording_ode_step)
+    monkeypatch.setattr(solvers, "ode_step", recording_ode_step)
     for name in (name for name in golden.cases if name.startswith("ode/")):
         if not name.endswith("taylorseer"):
             states.clear()

@@ -127,8 +127,8 @@ def measure_solvers(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
     work = [(seed, index) for seed in range(NUM_SEEDS) for index in range(len(rows))]
     base = None
     for solver, steps in (
-        *(("euler", 10), ("euler", 5), ("ab2", 5), ("dpmpp_2m", 5), ("ab2", 4), ("ab2", 6)),
-        *(("euler", 20), ("euler", 30), ("ab2", 10), ("dpmpp_2m", 10)),
+        *(("euler", 10), ("ab2", 5), ("dpmpp_2m", 5), ("euler", 5)),
+        *(("ab2", 10), ("euler", 20), ("ab2", 4), ("dpmpp_2m", 10), ("euler", 30)),
     ):
         config = recipe_arguments("--eval_ode_solver", solver, "--eval_ode_steps", str(steps)).eval_rollout()
         parts = [work[start : start + 128] for start in range(0, len(work), 128)]
@@ -151,7 +151,8 @@ def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
             of_batch = [row for row in rows[start : start + prompts_a_batch] for _ in range(group_size)]
             keys = [(args.seed, step, i) for i in range(len(of_batch))]
             batches.append((of_batch, keys, args.train_rollout(step)))
-        measurement = meter.measure(batches)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
+            measurement = meter.measure(batches)
         base = base or measurement
         name = f"{args.ode_solver}, {args.ode_steps or 'all'} steps, {args.branches_per_thought} a thought"
         report(measurement.line(name, base, group_size))
