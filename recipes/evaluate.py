@@ -228,11 +228,13 @@ def evaluate_model(
         with EvaluationStore(folder, settings_digest(settings, stage.lineage)) as store:
             evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
             if evaluation is None:
+                reward = args.make_reward(policy())
+                reward.validate_image_size(args.image_size, args.image_size)
                 evaluation = evaluate(
                     RolloutGenerator(*policy(), TASKS.get(stage.task)(think=stage.think)),
                     rows,
                     config,
-                    args.make_reward(policy()),
+                    reward,
                     seeds,
                     args.batch_size,
                     description=f"{name}, {stage.mode}",

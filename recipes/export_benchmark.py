@@ -42,8 +42,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,10 @@ from trl import TrlParser
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.unified import UnifiedModel
-from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
+from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.rollout.generator import sample_generator
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from reward_models.arguments import RewardArguments
 from reward_models.benchmarks import BENCHMARKS, Benchmark, BenchmarkPrompt
 from reward_models.dvreward import DVReward
@@ -91,8 +92,9 @@ class ExportArguments(RewardArguments, SamplingArguments):
             Whether an image follows a thought.
         num_rounds (`int`, *optional*, defaults to `0`):
             Rounds of reflection after it; the last image is exported.
-        height, width (`int`, *optional*, defaults to `24`):
-            Size of images, in pixels.
+        height, width (`int`, *optional*):
+            Size of images, in pixels. `None` takes that of the shapes world, and of an edited image the size to which the
+            model resizes the original.
         batch_size (`int`, *optional*, defaults to `16`):
             Images at once, rounded to whole prompts.
         seed (`int`, *optional*, defaults to `0`):
@@ -118,8 +120,13 @@ class ExportArguments(RewardArguments, SamplingArguments):
     num_images: int | None = field(default=None, metadata={"help": "Images a prompt. Default: the benchmark's own."})
     think: bool = field(default=True, metadata={"help": "Whether an image follows a thought."})
     num_rounds: int = field(default=0, metadata={"help": "Rounds of reflection; the last image is exported."})
-    height: int = field(default=24, metadata={"help": "Height of images, in pixels."})
-    width: int = field(default=24, metadata={"help": "Width of images, in pixels."})
+    height: int | None = field(
+        default=None,
+        metadata={"help": "Height of images, in pixels. Default: 24, or of an edited one the original's."},
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width of images, in pixels. Default: 24, or of an edited one the original's."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Images at once, rounded to whole prompts."})
     seed: int = field(default=0, metadata={"help": "Of all noise."})
     judge: str = field(default="none", metadata={"help": "Who answers questions about the images; 'none' for nobody."})
@@ -132,6 +139,8 @@ class ExportArguments(RewardArguments, SamplingArguments):
             raise ValueError(f"prompts is missing: where the prompts of '{self.benchmark}' are")
         if self.questions and self.judge == "none":
             raise ValueError("questions are answered by a judge: give one, e.g. --judge openai")
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"give height and width, or neither, but they are {self.height} and {self.width}")
         for name, least in (("num_images", 1), ("batch_size", 1), ("num_rounds", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, but is {getattr(self, name)}")
@@ -161,8 +170,9 @@ def claim_folder(args: ExportArguments) -> None:
         `ValueError`: If it holds images that were made in another way.
     """
     fingerprint = checkpoint_fingerprint(args.model_name_or_path)
-    sampling = (args.rollout(args.height, args.width), args.dtype, args.think, args.num_rounds, args.seed)
-    digest = settings_digest(args.benchmark, args.prompts, args.num_images, args.model_label, fingerprint, sampling)
+    sampling = [getattr(args, f.name) for f in fields(SamplingArguments)]
+    painting = (args.height, args.width, args.think, args.num_rounds, args.num_images, args.seed)
+    digest = settings_digest(args.benchmark, args.prompts, args.model_label, fingerprint, sampling, painting)
     path = Path(args.output_dir) / "export.json"
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8"))["digest"] != digest:
@@ -196,28 +206,38 @@ def batches(
         yield batch
 
 
+def image_size(row: Mapping[str, Any], processor: ProcessorMixin, args: ExportArguments) -> tuple[int, int]:
+    """Height and width of the image that is painted for a row."""
+    if args.height is not None:
+        return args.height, args.width
+    if row["image"] is None:
+        return IMAGE_SIZE, IMAGE_SIZE
+    return processor.resize_image(row["image"]).size[::-1]
+
+
 def paint(
-    painter: RolloutGenerator,
-    refiner: RolloutGenerator,
-    jobs: Sequence[Job],
-    config: RolloutConfig,
-    args: ExportArguments,
+    painter: RolloutGenerator, refiner: RolloutGenerator, jobs: Sequence[Job], args: ExportArguments
 ) -> list[dict[int, Image.Image]]:
     """The images of each job, by their number. An image's noise depends on seed, prompt and number alone."""
-    places = [(place, sample) for place, job in enumerate(jobs) for sample in job.samples]
     sources = [job.prompt.image and job.prompt.image.decode() for job in jobs]
-    rows: list[dict[str, Any]] = [
-        {"prompt": jobs[place].prompt.prompt, "image": sources[place]} for place, _ in places
-    ]
-    for turn in range(args.num_rounds + 1):
-        generators = [
-            sample_generator(f"export-{args.seed}-{sample}", turn, jobs[place].index) for place, sample in places
-        ]
-        trajectories = (refiner if turn else painter)(rows, generators, config)
-        rows = [{**row, "image": t.final_image} for row, t in zip(rows, trajectories, strict=True)]
+    places = [(place, number) for place, job in enumerate(jobs) for number in job.samples]
+    rows: list[dict[str, Any]] = [{"prompt": jobs[p].prompt.prompt, "image": sources[p]} for p, _ in places]
+    # Images of one size are painted together.
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(image_size(row, painter.processor, args), []).append(i)
+    for size, members in groups.items():
+        for turn in range(args.num_rounds + 1):
+            generators = [
+                sample_generator(f"export-{args.seed}-{number}", turn, jobs[place].index)
+                for place, number in (places[i] for i in members)
+            ]
+            trajectories = (refiner if turn else painter)([rows[i] for i in members], generators, args.rollout(*size))
+            for i, trajectory in zip(members, trajectories, strict=True):
+                rows[i] = {**rows[i], "image": trajectory.final_image}
     images: list[dict[int, Image.Image]] = [{} for _ in jobs]
-    for (place, sample), row in zip(places, rows, strict=True):
-        images[place][sample] = row["image"]
+    for (place, number), row in zip(places, rows, strict=True):
+        images[place][number] = row["image"]
     return images
 
 
@@ -257,10 +277,9 @@ def paint_missing(
     model, processor = load_policy(args)
     painter = RolloutGenerator(model, processor, TASKS.get(benchmark.task)(think=args.think))
     refiner = RolloutGenerator(model, processor, TASKS.get("self_reflection")(think=True))
-    config = args.rollout(args.height, args.width)
     with tqdm(total=share, desc="painted", disable=not state.is_main_process) as progress:
         while jobs:
-            for job, images in zip(jobs, paint(painter, refiner, jobs, config, args), strict=True):
+            for job, images in zip(jobs, paint(painter, refiner, jobs, args), strict=True):
                 benchmark.save(folder, job.prompt, images)
             # Those that were there before are passed over on the way.
             progress.update((jobs[-1].index // state.num_processes + 1) * num_images - progress.n)

@@ -70,7 +70,9 @@ def encoded_image(image: Mapping[str, Any], limits: ImageLimits) -> EncodedImage
 
     Raises:
         `OSError`: If the file cannot be read.
-        `ValueError`: If the image is too large or of a format that is not decoded.
+        `ValueError`: If there is neither, or the image is too large or of a format that is not decoded.
     """
-    data = image.get("bytes")
-    return EncodedImage.from_bytes(data if data is not None else Path(image["path"]).read_bytes(), limits)
+    data, path = image.get("bytes"), image.get("path")
+    if data is None and path is None:
+        raise ValueError("the image is missing")
+    return EncodedImage.from_bytes(data if data is not None else Path(path).read_bytes(), limits)

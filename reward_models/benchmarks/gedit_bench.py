@@ -94,8 +94,8 @@ class _GEditPrompts(Sequence[BenchmarkPrompt]):
         row = self._dataset[index]
         try:
             image = encoded_image(row["input_image_raw"] or {}, ImageLimits())
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{self._where(index)}: input_image_raw: {error!r}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self._where(index)}: input_image_raw: {error}") from error
         category = f"{row['task_type']}/{row['instruction_language']}"
         return BenchmarkPrompt(self._key(row, index), row["instruction"].strip(), category, image=image)
 

@@ -126,7 +126,8 @@ def test_edits_are_written_beside_their_originals_and_refined(
         "key": ["k0", "k1"],
         "instruction": [row["prompt"] for row in rows],
         "instruction_language": ["en", "en"],
-        "input_image_raw": [row["image"] for row in rows],
+        # One is twice as wide as it is high.
+        "input_image_raw": [rows[0]["image"], rows[1]["image"].resize((48, 24))],
     }
     features = Features({name: Value("string") for name in list(columns)[:4]} | {"input_image_raw": ImageFeature()})
     (tmp_path / "data").mkdir()
@@ -144,6 +145,11 @@ def test_edits_are_written_beside_their_originals_and_refined(
         for i, row in sorted(enumerate(rows), key=lambda entry: entry[1]["category"])
         for suffix in ("", "_SRCIMG")
     ]
+    sizes = [
+        Image.open(out / "images" / f"ours/fullset/{row['category']}/en/k{i}.png").size for i, row in enumerate(rows)
+    ]
+    assert sizes[0] == (24, 24)
+    assert sizes[1][0] > sizes[1][1]
     assert "1 of 2 prompts have questions" in capsys.readouterr().out
 
 
@@ -153,6 +159,7 @@ def test_edits_are_written_beside_their_originals_and_refined(
         ((), "prompts is missing"),
         (("--prompts", "p", "--questions", "q"), "questions are answered by a judge"),
         (("--prompts", "p", "--num_images", "0"), "num_images must be at least 1"),
+        (("--prompts", "p", "--height", "24"), "give height and width, or neither"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: tuple[str, ...], message: str) -> None:
