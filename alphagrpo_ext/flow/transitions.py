@@ -143,8 +143,9 @@ def log_density(mean_square: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
 
 def negative_square(mean_square: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """
-    Log-probability of Flow-CPS, `-||x' - mean||^2`, without the constants of the density. Leaving out `1 / (2 std^2)`,
-    which is large in late steps, weighs the steps of a path by `2 std^2`.
+    Log-probability of Flow-CPS in its authors' code (https://github.com/IamCreateAI/FlowCPS): `-||x' - mean||^2`, without
+    the constants of the density. As `1 / (2 std^2)` is left out, which grows towards the image, the gradient of each step
+    is that of the density times `2 std^2`.
     """
     return -mean_square
 

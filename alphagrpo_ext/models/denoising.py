@@ -79,6 +79,11 @@ class DenoisingConfig:
             raise ValueError(f"num_timesteps must be at least 2, but is {self.num_timesteps}")
         if self.sde_type not in TRANSITIONS:
             raise ValueError(f"unknown sde_type '{self.sde_type}', available: {', '.join(TRANSITIONS)}")
+        if self.window_start is not None and self.forward_times:
+            raise ValueError(
+                f"an image has either stochastic steps (window_start={self.window_start}) or noised copies "
+                f"(forward_times={self.forward_times}), not both"
+            )
         if self.window_start is not None and self.window_start + self.window_size > self.num_timesteps - 1:
             raise ValueError(
                 f"a window of {self.window_size} steps from step {self.window_start} does not fit the "

@@ -33,7 +33,7 @@ class AWM(ImageObjective):
     `-min(r A, clip(r, 1 - eps, 1 + eps) A)` with `r = exp(log p - log p_old)` and `log p = -w ||v_theta - (eps - x_0)||^2`
     for a noised copy of the painted image, one ratio a copy.
 
-    The likelihood is averaged over latent elements, as that of a transition is, and `w = 1`.
+    The likelihood is averaged over latent elements, as that of a transition is, and its weight of times is `w = 1`.
     """
 
     trains_on = "forward_process"

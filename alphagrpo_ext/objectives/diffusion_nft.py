@@ -14,7 +14,8 @@
 
 """DiffusionNFT: flow matching towards images of high reward and away from those of low reward.
 
-Source: https://huggingface.co/papers/2509.16117, theorem 3.2 (equation 5) and the adaptive weighting of its experiments.
+Source: https://huggingface.co/papers/2509.16117, the objective of its theorem on policy optimization, with the optimality
+probability and the adaptive weighting of its experiments.
 """
 
 from __future__ import annotations

@@ -16,19 +16,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from alphagrpo_ext.flow.transitions import gaussian_kl, transition, velocity_mse
+from alphagrpo_ext.flow.transitions import TransitionOutput, gaussian_kl, transition, velocity_mse
 from alphagrpo_ext.objectives.base import ImageScores, ObjectiveConfig, ObjectiveOutput
 from alphagrpo_ext.registry import Registry
 
 
 REGULARIZERS: Registry = Registry("image_kl_type", "alphagrpo_ext.regularizers")
-"""Names to functions `(scores, ref_velocities, config) -> divergence` of shape `(images, K)`, with gradient."""
-
-Regularizer = Callable[[ImageScores, torch.Tensor, ObjectiveConfig], torch.Tensor]
+"""Functions `(scores, ref_velocities, config) -> divergence` by name; divergences `(images, K)` have a gradient."""
 
 
 @REGULARIZERS.register("mean")
@@ -52,8 +48,8 @@ def velocity(scores: ImageScores, ref_velocities: torch.Tensor, config: Objectiv
     return velocity_mse(scores.velocities, ref_velocities, scores.mask)
 
 
-def score_transitions(scores: ImageScores, velocities: torch.Tensor, config: ObjectiveConfig):
-    """The [`~alphagrpo_ext.flow.TransitionOutput`] of the window's steps under given velocities."""
+def score_transitions(scores: ImageScores, velocities: torch.Tensor, config: ObjectiveConfig) -> TransitionOutput:
+    """The window's steps under given velocities of the shape of `scores.velocities`."""
     return transition(
         config.sde_type,
         scores.latents,

@@ -134,7 +134,7 @@ class SyncRefAdapterCallback(TrainerCallback):
     """
     What TRL's `SyncRefModelCallback` does for a reference model, for the reference adapter: every `ref_model_sync_steps`
     steps `ref = alpha * policy + (1 - alpha) * ref`, with `alpha = ref_model_mixup_alpha`
-    (https://huggingface.co/papers/2404.09656, equation 5). At every step it is an exponential moving average.
+    (TR-DPO, https://huggingface.co/papers/2404.09656). At every step it is an exponential moving average.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.

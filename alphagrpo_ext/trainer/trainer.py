@@ -168,6 +168,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
         beta, sync_ref_model = args.beta, args.sync_ref_model
         if reference is not None:
             args.beta = 0.0
+        # Nor does TRL let a reference follow an adapter.
         if reference is not None or (has_adapter and (args.beta or args.image_beta)):
             args.sync_ref_model = False
         try:

@@ -89,9 +89,19 @@ def test_an_image_becomes_more_likely_with_its_advantage(
     assert (advantages * gain).sum() > 0
 
 
-@pytest.mark.parametrize("settings", OBJECTIVE_SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *OBJECTIVE_SETTINGS,
+        pytest.param(
+            {"image_objective": "awm", "task": "self_reflection", "num_reflection_rounds": 2, "think": True},
+            id="awm, two images",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_first_update_is_on_policy_and_the_second_is_not(make_trainer: MakeTrainer, settings: dict[str, str]) -> None:
-    trainer = make_trainer(**settings, max_steps=2, num_iterations=2, cfg_text_scale=1.0, think=False)
+    trainer = make_trainer(**{"think": False, **settings}, max_steps=2, num_iterations=2, cfg_text_scale=1.0)
     trainer.train()
     name, neutral = ("old_deviation", 0.0) if settings["image_objective"] == "diffusion_nft" else ("ratio_mean", 1.0)
     first, second = (e[f"image/{name}"] for e in trainer.state.log_history if f"image/{name}" in e)

@@ -92,6 +92,7 @@ def make(make_trainer: MakeTrainer, tmp_path: Path) -> MakeTrainer:
                 "ref_model_mixup_alpha": 0.5,
             },
             id="reference adapter that follows",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             {"task": "self_reflection", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
