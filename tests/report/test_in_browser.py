@@ -286,7 +286,7 @@ def test_large_report_is_drawn_at_once(
     store = ReportStore(tmp_path)
     store.restart(0)
     size = 10
-    store.add_groups([make_group(step, size=size, image_size=192) for step in range(1, NUM_LARGE // size + 1)])
+    store.add_groups([make_group(step, size=size, image_size=256) for step in range(1, NUM_LARGE // size + 1)])
     store.save_logs(logs)
     page = write_report(tmp_path)
     open_page(browser, page)
