@@ -282,7 +282,7 @@ function trajectoryCard(group, trajectory) {
   if (given !== null) card.append(...compared(given, lastTurn.image, refines ? ["initial", "refined"] : ["given", "edited"], group.prompt));
   else if (trajectory.turns.length > 1) card.append(...compared(trajectory.turns[0].image, lastTurn.image, ["first", "last"], group.prompt));
   else card.append(element("div", { class: "picture" }, picture(lastTurn.image, `Image: ${group.prompt}`)));
-  const advantage = element("p", { class: "facts" },
+  const advantage = element("p", { class: "facts advantage" },
     element("span", {}, "advantage ", element("b", { class: trajectory.image_advantage >= 0 ? "good" : "bad" }, signed(trajectory.image_advantage))));
   if (Math.abs(trajectory.advantage - trajectory.image_advantage) > 1e-6) {
     advantage.append(element("span", { class: "muted" }, `text ${signed(trajectory.advantage)}`));
