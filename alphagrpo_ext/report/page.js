@@ -85,16 +85,18 @@ function forgetImages(container) {
 
 function compared(first, second, names, subject) {
   const frame = element("div", { class: "picture" });
+  const edge = element("span", { class: "edge" });
   const range = element("input", { type: "range", min: 0, max: 100, value: 100, "aria-label": `Edge between ${names[0]} and ${names[1]} image: ${subject}` });
   const update = () => {
     // The edge stands above the thumb, which at either end shows the image that is named there.
     frame.style.setProperty("--split", `${range.value}%`);
+    edge.hidden = range.value === "0" || range.value === "100";
     range.setAttribute("aria-valuetext", `${range.value}% ${names[1]} image`);
   };
   frame.append(
     picture(first, `${names[0]} image: ${subject}`),
     picture(second, `${names[1]} image: ${subject}`, "top"),
-    element("span", { class: "edge" })
+    edge
   );
   range.addEventListener("input", update);
   frame.addEventListener("click", () => {
@@ -140,13 +142,16 @@ function axisLabel(value, step) {
   return value.toFixed(Math.max(0, Math.abs(step * 10 ** decimals - 2.5) < 1e-6 ? decimals + 1 : decimals));
 }
 
+// All charts have the same steps from left to right.
+const [FIRST, LAST] = data.charts.flatMap((chart) => chart.series.flatMap((series) => series.points.map((point) => point[0])))
+  .reduce(([low, high], step) => [Math.min(low, step), Math.max(high, step)], [Infinity, -Infinity]);
+
 function drawChart(chart) {
   const steps = [...new Set(chart.series.flatMap((series) => series.points.map((point) => point[0])))].sort((a, b) => a - b);
   const [low, high] = bounds(chart);
-  const first = steps[0], last = steps[steps.length - 1];
-  const x = (step) => LEFT + (first === last ? 0.5 : (step - first) / (last - first)) * (WIDTH - LEFT - RIGHT);
+  const x = (step) => LEFT + (FIRST === LAST ? 0.5 : (step - FIRST) / (LAST - FIRST)) * (WIDTH - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - ((value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-  const svg = svgElement("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, tabindex: 0, role: "slider", "aria-valuemin": first, "aria-valuemax": last });
+  const svg = svgElement("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, tabindex: 0, role: "slider", "aria-valuemin": steps[0], "aria-valuemax": steps[steps.length - 1] });
   const yTicks = ticks(low, high, 4);
   const gap = yTicks.length > 1 ? yTicks[1] - yTicks[0] : high - low;
   for (const value of yTicks) {
@@ -154,7 +159,7 @@ function drawChart(chart) {
     svg.append(svgElement("text", { x: LEFT - 5, y: y(value) + 4, "text-anchor": "end" }, axisLabel(value, gap)));
   }
   svg.append(svgElement("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM }));
-  const xTicks = first === last ? [first] : ticks(first, last, 5).filter(Number.isInteger);
+  const xTicks = FIRST === LAST ? [FIRST] : ticks(FIRST, LAST, 5).filter(Number.isInteger);
   for (const value of xTicks) {
     svg.append(svgElement("text", { x: x(value), y: HEIGHT - BOTTOM + 15, "text-anchor": x(value) > WIDTH - 20 ? "end" : "middle" }, value));
   }
@@ -277,14 +282,15 @@ function trajectoryCard(group, trajectory) {
   if (given !== null) card.append(...compared(given, lastTurn.image, refines ? ["initial", "refined"] : ["given", "edited"], group.prompt));
   else if (trajectory.turns.length > 1) card.append(...compared(trajectory.turns[0].image, lastTurn.image, ["first", "last"], group.prompt));
   else card.append(element("div", { class: "picture" }, picture(lastTurn.image, `Image: ${group.prompt}`)));
-  const facts = element("p", { class: "facts" },
-    element("span", {}, "advantage ", element("b", { class: trajectory.image_advantage >= 0 ? "good" : "bad" }, signed(trajectory.image_advantage))),
-    element("span", {}, "reward ", element("b", {}, fixed(trajectory.reward))));
-  if (trajectory.given_reward !== null) facts.append(element("span", { class: "muted" }, `initial ${fixed(trajectory.given_reward)}`));
+  const advantage = element("p", { class: "facts advantage" },
+    element("span", {}, "advantage ", element("b", { class: trajectory.image_advantage >= 0 ? "good" : "bad" }, signed(trajectory.image_advantage))));
   if (Math.abs(trajectory.advantage - trajectory.image_advantage) > 1e-6) {
-    facts.append(element("span", { class: "muted" }, `of the text ${signed(trajectory.advantage)}`));
+    advantage.append(element("span", { class: "muted" }, `text ${signed(trajectory.advantage)}`));
   }
+  const before = trajectory.given_reward === null ? "reward " : `reward ${fixed(trajectory.given_reward)} → `;
+  const facts = element("p", { class: "facts" }, element("span", {}, before, element("b", {}, fixed(trajectory.reward))));
   if (worseThanGiven(trajectory)) facts.append(element("span", { class: "badge bad" }, "got worse"));
+  card.append(advantage);
   card.append(facts);
   const label = refines ? "Reflection:" : "Thought:";
   trajectory.turns.forEach((turn, i) => {
@@ -292,7 +298,7 @@ function trajectoryCard(group, trajectory) {
     if (block) card.append(block);
   });
   const names = Object.entries(trajectory.rewards);
-  if (names.length > 1) card.append(element("p", { class: "muted" }, names.map(([name, value]) => `${name} ${fixed(value)}`).join(" · ")));
+  if (names.length > 1) card.append(element("p", { class: "muted" }, "Trained on: ", names.map(([name, value]) => `${name} ${fixed(value)}`).join(" · ")));
   card.append(...questions(trajectory.answers).filter((part) => part !== null));
   return card;
 }
@@ -305,7 +311,11 @@ function groupSection({ group, trajectories }) {
     facts.append(` · in step ${group.earlier_step} it was ${fixed(group.earlier_reward)} `);
     if (worseThanEarlier(group)) facts.append(element("span", { class: "badge bad" }, "got worse"));
   }
-  return element("section", { class: "group" }, element("h3", {}, group.prompt), facts,
+  const head = element("div", { class: "head" }, element("div", {}, element("h3", {}, group.prompt), facts));
+  // The members of a group that refines have one image in common.
+  const given = group.trajectories[0].given_image;
+  if (given !== null) head.prepend(element("div", { class: "picture" }, picture(given, `Given image: ${group.prompt}`)));
+  return element("section", { class: "group" }, head,
     element("div", { class: "cards" }, ...trajectories.map((trajectory) => trajectoryCard(group, trajectory))));
 }
 

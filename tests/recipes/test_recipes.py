@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from trl import TrlParser
 
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.report import ReportStore
 
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,8 @@ def test_reasoning_t2i_runs_from_prompts_to_report(tmp_path: Path) -> None:
     assert any("image/ratio_mean" in entry for entry in entries)
     with Image.open(tmp_path / "before_after.png") as picture:
         assert min(picture.size) > 100
+    assert len(ReportStore(tmp_path).comparison().pairs) == 14
+    assert "Held-out prompts, before and after training" in (tmp_path / "report.html").read_text()
     model, processor = load_model(tmp_path)
     assert processor.generation_system_prompt
     assert not any(parameter.isnan().any() for parameter in model.parameters())

@@ -32,7 +32,7 @@ def photograph(seed: int, size: int = 256) -> Image.Image:
     coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(
         (size, size), Image.Resampling.BICUBIC
     )
-    return Image.fromarray((np.asarray(coarse) + rng.normal(0, 6, (size, size, 3))).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((np.asarray(coarse) + rng.normal(0, 14, (size, size, 3))).clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ def test_filters(browser: Any, page: Path) -> None:
 def test_members_stand_by_advantage(browser: Any, page: Path) -> None:
     open_page(browser, page)
     text = browser.execute_script(
-        "return [...document.querySelectorAll('.group:first-child .facts')].map((facts) => facts.querySelector('b').textContent)"
+        "return [...document.querySelectorAll('.group:first-child .advantage b')].map((b) => b.textContent)"
     )
     assert text == ["+1.00", "+0.00", "−1.00", "−2.00"]
 
@@ -209,7 +209,7 @@ def test_members_stand_by_advantage(browser: Any, page: Path) -> None:
 def test_slider_changes_what_is_seen_by_keyboard_and_pointer(browser: Any, page: Path) -> None:
     open_page(browser, page)
     slider = browser.find_element("css selector", "#groups input[type=range]")
-    frame = browser.find_element("css selector", "#groups .picture")
+    frame = browser.find_element("css selector", "#groups .card .picture")
     browser.execute_script("arguments[0].scrollIntoView({ behavior: 'instant', block: 'center' })", frame)
     loaded = "return [...arguments[0].querySelectorAll('img')].every((image) => image.naturalWidth)"
     WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(loaded, frame))
@@ -286,7 +286,7 @@ def test_large_report_is_drawn_at_once(
     store = ReportStore(tmp_path)
     store.restart(0)
     size = 10
-    store.add_groups([make_group(step, size=size, image_size=192) for step in range(1, NUM_LARGE // size + 1)])
+    store.add_groups([make_group(step, size=size, image_size=256) for step in range(1, NUM_LARGE // size + 1)])
     store.save_logs(logs)
     page = write_report(tmp_path)
     open_page(browser, page)

@@ -27,6 +27,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from alphagrpo_ext.registry import UnknownNameError
+from alphagrpo_ext.report.answers import parse_answers
 from alphagrpo_ext.shapes import (
     quality_questions,
     render,
@@ -287,6 +288,8 @@ def test_metrics_against_hand_computation():
             "fine/quality/Geometry": 2 / 2,
         }
     )
+    answers = [[answer.p_yes for answer in parse_answers(text)] for text in extra.pop("fine/answers")]
+    assert answers == [[1.0, 0.3, 0.5, 0.8], [0.9], [0.1, None, 0.7], [None, None]]
     assert extra == {
         "fine/semantic": [pytest.approx(0.6), pytest.approx(0.9), None, None],
         "fine/quality": [pytest.approx(0.8), None, pytest.approx(0.7), None],

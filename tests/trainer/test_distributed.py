@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.report import ReportStore
 
 
 ROOT = Path(__file__).parents[2]
@@ -214,3 +215,16 @@ def test_recipe_evaluates_a_sharded_policy_as_a_whole_one(tmp_path: Path) -> Non
         for moment in ("before", "after"):
             assert sharded[moment]["num_samples"] == alone[moment]["num_samples"] == 14
             assert sharded[moment]["reward"] == pytest.approx(alone[moment]["reward"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_group_of_two_processes_is_whole_in_the_report(train: Callable[..., Run]) -> None:
+    """Each process has one half of the only group."""
+    settings = {"num_generations": 8, "report": True}
+    (expected,), (group,) = (
+        ReportStore(train(backend, **settings).path / "run").groups() for backend in (None, "ddp")
+    )
+    assert len(group.trajectories) == 8
+    assert [t.reward for t in group.trajectories] == pytest.approx([t.reward for t in expected.trajectories], abs=1e-4)
+    assert (group.prompt, group.step) == (expected.prompt, expected.step)
+    assert [t.turns[0].text for t in group.trajectories] == [t.turns[0].text for t in expected.trajectories]

@@ -52,6 +52,7 @@ def test_tensorboard_gets_images_and_table(make_trainer: MakeTrainer, tmp_path: 
     assert "dvreward/answers" in header.replace("\\", "") and len(rows) == 4
 
 
+@pytest.mark.slow
 def test_trackio_gets_images_and_table(
     make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +73,7 @@ def test_trackio_gets_images_and_table(
         assert len(paths) == 2 and all((tmp_path / "trackio" / "media" / path).is_file() for path in paths)
 
 
+@pytest.mark.slow
 def test_wandb_gets_images_and_table(
     make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
