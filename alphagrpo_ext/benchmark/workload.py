@@ -66,9 +66,9 @@ class Size:
 
 SIZES = {
     "bagel-shapes": Size(128, 256, 6, 4, 24, 16, 32, 32, 8, 5, "eager", released=True),
-    "100m": Size(512, 2048, 12, 8, 64, 32, 64, 64, 1, 5, "sdpa"),
+    "100m": Size(512, 2048, 12, 8, 56, 32, 64, 64, 1, 5, "sdpa"),
 }
-"""About 2 million parameters and 36 image tokens, and about 100 million and 256."""
+"""About 2 million parameters and 36 image tokens, and about 100 million and 196."""
 
 
 GUIDANCE = GuidanceConfig(text_scale=4.0, image_scale=2.0, interval=(0.0, 1.0), renorm_type="text_channel")
