@@ -405,7 +405,7 @@ def test_impossible_image_size_is_found_before_training(make_trainer: MakeTraine
 def test_detached_context_has_the_same_loss_and_another_gradient(make_trainer: MakeTrainer) -> None:
     norms, losses = [], []
     for context_gradient in ("exact", "detached"):
-        trainer = make_trainer(context_gradient=context_gradient, image_beta=0.1)
+        trainer = make_trainer(context_gradient=context_gradient, text_loss_weight=0.01)
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
         norms.append(trainer.state.log_history[0]["grad_norm"])
