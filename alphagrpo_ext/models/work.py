@@ -21,13 +21,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from alphagrpo_ext.flow.guidance import guidance_branches
-
-
-if TYPE_CHECKING:
-    from alphagrpo_ext.models.unified import UnifiedModel
 
 
 KINDS = ("prefill", "decode", "denoise", "scoring", "training")
@@ -35,6 +31,12 @@ KINDS = ("prefill", "decode", "denoise", "scoring", "training")
 What the network is called for: reading contexts, writing text, predicting velocities, scoring trajectories without a
 gradient (for old and reference policies), and with one.
 """
+
+
+class Counted(Protocol):
+    """A model that counts its work where it is told to."""
+
+    work: WorkCounter | None
 
 
 @dataclass
@@ -87,7 +89,7 @@ class WorkCounter:
         }
 
     @contextmanager
-    def of(self, *models: UnifiedModel) -> Iterator[None]:
+    def of(self, *models: Counted) -> Iterator[None]:
         """In this context, the work of `models` is counted here."""
         for model in models:
             model.work = self
