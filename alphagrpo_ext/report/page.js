@@ -237,7 +237,7 @@ function drawNumbers() {
       const change = values[values.length - 1] - values[0];
       const value = element("dd", {}, fixed(values[values.length - 1], title.includes("ratio") ? 5 : 3));
       if (values.length > 1 && !title.includes("ratio")) {
-        value.append(" ", element("small", { class: change >= 0 ? "good" : "bad" }, signed(change, 3)));
+        value.append(" ", element("small", { class: change === 0 ? "muted" : change > 0 ? "good" : "bad" }, signed(change, 3)));
       }
       byId("numbers").append(element("div", {}, element("dt", {}, name), value));
     }
