@@ -48,6 +48,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers.processing_utils import ProcessorMixin
 from trl import TrlParser
@@ -252,6 +253,8 @@ def settings_of(args: EvaluationArguments) -> dict[str, Any]:
 
 
 def main(args: EvaluationArguments) -> None:
+    # Processes on a machine without an accelerator find each other only if they are told.
+    PartialState(cpu=not torch.accelerator.is_available())
     rows = load_rows(args)
     rows_digest = settings_digest(rows)
     results = [

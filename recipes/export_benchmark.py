@@ -47,6 +47,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
@@ -288,7 +289,8 @@ def paint_missing(
 
 
 def main(args: ExportArguments) -> None:
-    state = PartialState()
+    # Processes on a machine without an accelerator find each other only if they are told.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     benchmark: Benchmark = BENCHMARKS.get(args.benchmark)(args.model_label or model_label(args.model_name_or_path))
     prompts = benchmark.prompts(args.prompts)
     questions = {str(record.prompt): record for record in load_records(args.questions)} if args.questions else {}

@@ -42,7 +42,7 @@ def start(output_dir: Path, *arguments: str | Path, launch: tuple[str, ...] = ()
     with output_dir.with_suffix(".txt").open("w") as output:
         return subprocess.Popen(
             [sys.executable, *map(str, command)],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
