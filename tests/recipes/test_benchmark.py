@@ -86,6 +86,7 @@ def test_ratios_are_taken_within_a_repetition() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     from recipes import benchmark
