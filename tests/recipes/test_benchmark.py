@@ -1,0 +1,114 @@
+# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""The benchmark at a size that takes seconds: it runs, and what it compares computes the same. Nothing here is timed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from alphagrpo_ext.benchmark.flops import denoising_flops, token_flops, training_flops
+from alphagrpo_ext.benchmark.structures import (
+    EXACT,
+    STRUCTURES,
+    Update,
+    gradient_of,
+    relative_difference,
+    token_costs,
+)
+from alphagrpo_ext.benchmark.timing import Spread, ratio, time_interleaved
+from alphagrpo_ext.benchmark.workload import GUIDANCE, SIZES, build_model, self_reflection_trajectories
+from alphagrpo_ext.models.work import WorkCounter
+
+
+SMALLEST = replace(SIZES["bagel-shapes"], num_trajectories=2, num_steps=2)
+
+
+@pytest.fixture(scope="module")
+def update() -> Update:
+    model = build_model(SMALLEST)
+    return Update(model, self_reflection_trajectories(model, SMALLEST))
+
+
+def test_structures_compute_the_same(update: Update) -> None:
+    results = {name: gradient_of(update, name) for name in STRUCTURES}
+    exact, detached = (results[name] for name in ("packed, exact", "packed, detached"))
+    for name, (loss, gradient) in results.items():
+        assert loss == pytest.approx(exact[0], rel=1e-5)
+        assert relative_difference(gradient, (exact if name in EXACT else detached)[1]) < 1e-5
+    assert relative_difference(detached[1], exact[1]) > 1e-3
+
+
+def test_token_costs_are_what_is_counted(update: Update) -> None:
+    """Of the packed micro-batch, what the model itself counts, padding aside."""
+    work = WorkCounter()
+    with work.of(update.model):
+        gradient_of(update, "packed, exact")
+    costs = token_costs(update)
+    assert costs["packed, exact"] == 3 * work.tokens["training"]
+    assert costs["rebuilt with gradient"] > costs["rebuilt without gradient"] > costs["cached without gradient"]
+
+
+def test_flops_are_those_of_the_layers(update: Update) -> None:
+    model, text = update.model, update.model.config.text_config
+    width, inner = text.hidden_size, text.intermediate_size
+    assert token_flops(model) == 2 * text.num_hidden_layers * (4 * width**2 + 3 * width * inner)
+    inputs = model.pack(update.trajectories, GUIDANCE).inputs
+    tokens = (inputs["blocks"] >= 0).sum().item()
+    # Attention, heads and embeddings of this model add less than half.
+    assert 1 < training_flops(model, inputs) / (3 * tokens * token_flops(model)) < 1.5
+    one = denoising_flops(model, [10], 36, 1)
+    assert denoising_flops(model, [10, 10], 36, 3) == 6 * one
+    assert denoising_flops(model, [11], 36, 1) - one == 38 * 4 * width * text.num_hidden_layers
+
+
+def test_ratios_are_taken_within_a_repetition() -> None:
+    assert ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == Spread(3.0, 2.0, 4.0)
+    calls = []
+    seconds = time_interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, repetitions=2, warmup=1)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.low_priority
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    from recipes import benchmark
+
+    monkeypatch.setitem(SIZES, "smallest", SMALLEST)
+    args = benchmark.ScriptArguments(sizes=["smallest"], precision=precision, repetitions=1, output_dir=str(tmp_path))
+    tables = benchmark.main(args)
+    saved = json.loads((tmp_path / "benchmark.json").read_text())
+    assert saved["arguments"]["precision"] == precision
+    assert [table["title"] for table in saved["tables"]] == [table.title for table in tables]
+    assert len(tables) == len(benchmark.PARTS)
+    differences = {row[0]: row[-2:] for row in saved["tables"][0]["rows"]}
+    tolerance = 1e-5 if args.dtype == torch.float32 else 3e-2
+    for loss, gradient in differences.values():
+        assert loss < tolerance
+        assert gradient < tolerance
+
+
+@pytest.mark.parametrize("settings", [{"parts": ["speed"]}, {"sizes": ["7b"]}, {"precision": "int4"}])
+def test_unknown_names_are_refused(settings: dict) -> None:
+    from recipes import benchmark
+
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name}: unknown"):
+        benchmark.ScriptArguments(**settings)
