@@ -51,4 +51,4 @@ def model_label(model_name_or_path: str) -> str:
     label = re.sub(r"[^\w.-]+", "-", model_name_or_path).strip("-.")
     if label == model_name_or_path:
         return label
-    return f"{label}-{hashlib.sha256(model_name_or_path.encode()).hexdigest()[:8]}"
+    return f"{label or 'model'}-{hashlib.sha256(model_name_or_path.encode()).hexdigest()[:8]}"
