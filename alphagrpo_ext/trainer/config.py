@@ -123,6 +123,8 @@ class AlphaGRPOConfig(GRPOConfig):
         eval_ode_solver (`str`, *optional*, defaults to `"euler"`), eval_ode_steps (`int`, *optional*):
             `ode_solver` and `ode_steps` in evaluation, where the whole path is outside a window: `eval_ode_steps` evaluations
             of the network, whatever `eval_num_timesteps` is.
+        eval_timestep_shift (`float`, *optional*):
+            `timestep_shift` in evaluation; `None` takes the training value. What spreads many steps well need not spread few.
         eval_cfg_text_scale, eval_cfg_img_scale (`float`, *optional*), eval_cfg_interval (`list[float]`, *optional*):
             Guidance in evaluation; `None` takes the training value.
         eval_temperature, eval_top_p (`float`, *optional*, defaults to `0.3` and `1.0`):
@@ -294,6 +296,9 @@ class AlphaGRPOConfig(GRPOConfig):
     eval_ode_solver: str = field(default="euler", metadata={"help": "ode_solver in evaluation."})
     eval_ode_steps: int | None = field(
         default=None, metadata={"help": "Steps of the whole path in evaluation; eval_num_timesteps - 1 by default."}
+    )
+    eval_timestep_shift: float | None = field(
+        default=None, metadata={"help": "timestep_shift in evaluation; the training value by default."}
     )
     eval_cfg_text_scale: float | None = field(
         default=None, metadata={"help": "cfg_text_scale in evaluation; the training value by default."}
@@ -524,7 +529,7 @@ class AlphaGRPOConfig(GRPOConfig):
         )
         denoising = DenoisingConfig(
             num_timesteps=self.eval_num_timesteps,
-            timestep_shift=self.timestep_shift,
+            timestep_shift=either(self.eval_timestep_shift, self.timestep_shift),
             guidance=guidance,
             ode_solver=self.eval_ode_solver,
             ode_steps=self.eval_ode_steps,

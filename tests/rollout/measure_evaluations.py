@@ -126,17 +126,20 @@ def recipe_arguments(*arguments: str) -> AlphaGRPOConfig:
 def measure_solvers(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
     work = [(seed, index) for seed in range(NUM_SEEDS) for index in range(len(rows))]
     base = None
-    for solver, steps in (
-        *(("euler", 10), ("ab2", 5), ("dpmpp_2m", 5), ("euler", 5)),
-        *(("ab2", 10), ("euler", 20), ("ab2", 4), ("dpmpp_2m", 10), ("euler", 30)),
+    for solver, steps, shift in (
+        *(("euler", 10, 1.0), ("ab2", 5, 1.6), ("euler", 5, 1.6)),
+        *(("euler", 20, 1.0), ("ab2", 10, 1.0), ("dpmpp_2m", 5, 1.6)),
+        *(("ab2", 5, 1.0), ("dpmpp_2m", 5, 1.0), ("euler", 5, 1.0), ("euler", 10, 1.6)),
     ):
-        config = recipe_arguments("--eval_ode_solver", solver, "--eval_ode_steps", str(steps)).eval_rollout()
+        config = recipe_arguments(
+            *("--eval_ode_solver", solver, "--eval_ode_steps", str(steps), "--eval_timestep_shift", str(shift))
+        ).eval_rollout()
         parts = [work[start : start + 128] for start in range(0, len(work), 128)]
         measurement = meter.measure(
             [([rows[i] for _, i in part], [(f"eval-{seed}", 0, i) for seed, i in part], config) for part in parts]
         )
         base = base or measurement
-        report(measurement.line(f"{solver}, {steps} steps", base))
+        report(measurement.line(f"{solver}, {steps} steps, shift {shift}", base))
 
 
 def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:

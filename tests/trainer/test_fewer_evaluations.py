@@ -131,13 +131,16 @@ def test_initial_images_have_no_branches_and_as_many_steps(make_trainer: MakeTra
 
 
 def test_evaluation_has_a_solver_of_its_own(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(cfg_text_scale=1.0, eval_ode_solver="ab2", eval_ode_steps=2, branches_per_thought=4)
+    trainer = make_trainer(
+        cfg_text_scale=1.0, eval_ode_solver="ab2", eval_ode_steps=2, eval_timestep_shift=2.0, branches_per_thought=4
+    )
     counts = count_evaluations(trainer)
     trainer.evaluate()
     assert len(counts) % 2 == 0
     assert set(counts) == {4}
-    assert trainer.args.eval_rollout().denoising.ode_solver == "ab2"
-    assert trainer.args.train_rollout(0).denoising.ode_solver == "euler"
+    evaluation, training = trainer.args.eval_rollout().denoising, trainer.args.train_rollout(0).denoising
+    assert (evaluation.ode_solver, training.ode_solver) == ("ab2", "euler")
+    assert (evaluation.timestep_shift, training.timestep_shift) == (2.0, 1.0)
 
 
 @pytest.mark.parametrize(
