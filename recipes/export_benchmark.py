@@ -64,7 +64,7 @@ from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from reward_models.arguments import RewardArguments
 from reward_models.benchmarks import BENCHMARKS, Benchmark, BenchmarkPrompt
 from reward_models.dvreward import DVReward
-from reward_models.evaluation import EvaluatedSample, Evaluation
+from reward_models.evaluated_samples import EvaluatedSample, Evaluation
 from reward_models.evaluation_files import settings_digest
 from reward_models.evaluation_report import NamedEvaluation, save_reports
 from reward_models.questions import PromptRecord, load_records

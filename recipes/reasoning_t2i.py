@@ -55,7 +55,8 @@ from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
 from alphagrpo_ext.trainer.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from reward_models.arguments import PromptArguments
-from reward_models.evaluation import Evaluation, comparison_table, evaluate
+from reward_models.evaluated_samples import Evaluation
+from reward_models.evaluation import comparison_table, evaluate
 from reward_models.evaluation_files import evaluate_once, settings_digest
 from reward_models.prompts import load_prompts
 from reward_models.report import compare

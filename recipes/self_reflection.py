@@ -56,7 +56,8 @@ from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
 from alphagrpo_ext.trainer.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from reward_models.arguments import PromptArguments
-from reward_models.evaluation import Evaluation, RefinementScore, evaluate, refinement_table
+from reward_models.evaluated_samples import Evaluation
+from reward_models.evaluation import RefinementScore, evaluate, refinement_table
 from reward_models.evaluation_files import evaluate_once, settings_digest
 from reward_models.format import FORMATS
 from reward_models.prompts import load_prompts

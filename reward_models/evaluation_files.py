@@ -31,7 +31,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from alphagrpo_ext.rollout.generator import image_key
-from reward_models.evaluation import EvaluatedSample, Evaluation
+from reward_models.evaluated_samples import EvaluatedSample, Evaluation
 from reward_models.image_files import load_image
 
 

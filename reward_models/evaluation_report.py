@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from reward_models.dvreward import PASS_THRESHOLD
-from reward_models.evaluation import EvaluatedSample, Evaluation, RefinementScore
+from reward_models.evaluated_samples import EvaluatedSample, Evaluation
+from reward_models.evaluation import RefinementScore
 from reward_models.questions import PromptRecord, Question
 from reward_models.statistics import Estimate, PairedDifference, bootstrap_mean, paired_difference
 

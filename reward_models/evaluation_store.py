@@ -27,7 +27,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from reward_models.evaluation import EvaluatedSample, Evaluation, gather_samples
+from reward_models.evaluated_samples import EvaluatedSample, Evaluation, gather_samples
 from reward_models.image_files import save_image
 from reward_models.json_lines_file import JsonLinesFile
 from reward_models.questions import read_json_lines

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from alphagrpo_ext.report import Comparison, Pair, Table, Turn
 from alphagrpo_ext.report.thumbnails import data_url
-from reward_models.evaluation import Evaluation
+from reward_models.evaluated_samples import Evaluation
 
 
 def compare(before: Evaluation, after: Evaluation, num_pairs: int = 96, max_image_size: int = 256) -> Comparison:

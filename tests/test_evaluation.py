@@ -25,7 +25,8 @@ from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from reward_models.dvreward import DVReward
-from reward_models.evaluation import Evaluation, comparison_table, evaluate
+from reward_models.evaluated_samples import Evaluation
+from reward_models.evaluation import comparison_table, evaluate
 from reward_models.judges import Judge
 
 

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from alphagrpo_ext.shapes.editing import editing_rows
-from reward_models.evaluation import EvaluatedSample, Evaluation
+from reward_models.evaluated_samples import EvaluatedSample, Evaluation
 from reward_models.evaluation_files import evaluate_once, load_evaluations, save_evaluations, settings_digest
 
 

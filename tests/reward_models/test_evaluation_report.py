@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from reward_models.evaluation import EvaluatedSample, Evaluation
+from reward_models.evaluated_samples import EvaluatedSample, Evaluation
 from reward_models.evaluation_report import (
     NamedEvaluation,
     compare,

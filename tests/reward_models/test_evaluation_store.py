@@ -26,7 +26,8 @@ from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.shapes import prompt_rows
 from reward_models.dvreward import DVReward, JudgeFailedError
-from reward_models.evaluation import Evaluation, evaluate, share_of_work
+from reward_models.evaluated_samples import Evaluation
+from reward_models.evaluation import evaluate, share_of_work
 from reward_models.evaluation_store import EvaluationStore
 from reward_models.json_lines_file import FileInUseError
 from reward_models.judges import Judge

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from alphagrpo_ext.report import Pair
-from reward_models.evaluation import EvaluatedSample, Evaluation
+from reward_models.evaluated_samples import EvaluatedSample, Evaluation
 from reward_models.report import compare
 
 
