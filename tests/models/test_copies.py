@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from alphagrpo_ext.flow import GuidanceConfig
-from alphagrpo_ext.models.bagel import BagelModel
-from alphagrpo_ext.models.bagel.copies_bagel import PackedLayout, eager_copy_attention, sdpa_copy_attention
+from alphagrpo_ext.models.bagel import BagelModel, copies_bagel
+from alphagrpo_ext.models.bagel.copies_bagel import PackedLayout
 from alphagrpo_ext.models.bagel.packing_bagel import visibility_mask
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.unified import BRANCHES, PackedBatch, PackedOutput
@@ -92,8 +92,12 @@ def test_losses_and_gradients_are_those_under_the_mask_of_all_pairs(
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_kernels_agree_with_masked_attention(kv_heads: int) -> None:
-    """Both functions against SDPA under the mask of all pairs, padding of contexts and of copies included."""
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "sdpa of other devices"])
+def test_kernels_agree_with_masked_attention(kernel: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel against SDPA under the mask of all pairs, padding of contexts and of copies included."""
+    attention = copies_bagel.copy_attention(kernel)
+    if kernel == "sdpa of other devices":
+        monkeypatch.setattr(copies_bagel, "flash_on_cpu", copies_bagel.concatenated)
     rows, heads, copies, latents, head_dim = 2, 4, 3, 5, 8
     context_und = 6
     generator = torch.Generator().manual_seed(0)
@@ -129,14 +133,13 @@ def test_kernels_agree_with_masked_attention(kv_heads: int) -> None:
     )
     weights = torch.randn(expected[seen].shape, generator=generator)
     expected_gradients = torch.autograd.grad((expected[seen] * weights).sum(), states)
-    for attention in (eager_copy_attention, sdpa_copy_attention):
-        split = [layout.split(*x.split([num_und, shape[1] - num_und], dim=1)) for x in states]
-        (_, q), (context_key, k), (context_value, v) = ([x.transpose(1, 2) for x in pair] for pair in split)
-        actual = attention(q, context_key, context_value, k, v, layout, 0.3).transpose(1, 2)[seen]
-        torch.testing.assert_close(actual, expected[seen], rtol=0, atol=2e-6)
-        actual_gradients = torch.autograd.grad((actual * weights).sum(), states)
-        for gradient, other in zip(actual_gradients, expected_gradients, strict=True):
-            torch.testing.assert_close(gradient, other, rtol=0, atol=5e-6)
+    split = [layout.split(*x.split([num_und, shape[1] - num_und], dim=1)) for x in states]
+    (_, q), (context_key, k), (context_value, v) = ([x.transpose(1, 2) for x in pair] for pair in split)
+    actual = attention(q, context_key, context_value, k, v, layout, 0.3).transpose(1, 2)[seen]
+    torch.testing.assert_close(actual, expected[seen], rtol=0, atol=2e-6)
+    actual_gradients = torch.autograd.grad((actual * weights).sum(), states)
+    for gradient, other in zip(actual_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=5e-6)
 
 
 def detached_reference(model: BagelModel, batch: PackedBatch) -> dict[str, torch.Tensor]:

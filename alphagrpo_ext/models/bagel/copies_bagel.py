@@ -254,24 +254,51 @@ def sdpa_copy_attention(
     scaling: float,
 ) -> torch.Tensor:
     """[`eager_copy_attention`] without its scores in memory."""
-    repeats, num_copies, num_tokens = query.shape[1] // key.shape[1], layout.num_copies, layout.copy_tokens
+    repeats = query.shape[1] // key.shape[1]
     # Under autocast the norms of queries and keys leave them in fp32.
     query, key, context_key = (x.to(value.dtype) for x in (query, key, context_key))
     if repeats > 1:
         key, value, context_key, context_value = (
             x.repeat_interleave(repeats, dim=1) for x in (key, value, context_key, context_value)
         )
-    context_mask, mask = layout.copy_context_mask, layout.copy_mask.flatten(0, 1)[:, None, None]
-    if query.device.type == "cpu":
-        return _FlashCopyAttention.apply(
-            query, context_key, context_value, key, value, layout.token_context_mask, mask, num_copies, scaling
-        )
+    attend = flash_on_cpu if query.device.type == "cpu" else concatenated
+    return attend(query, context_key, context_value, key, value, layout, scaling)
+
+
+def flash_on_cpu(
+    query: torch.Tensor,
+    context_key: torch.Tensor,
+    context_value: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    scaling: float,
+) -> torch.Tensor:
+    """[`sdpa_copy_attention`] of as many keys as queries, of one type, with keys of the context that no copy repeats."""
+    mask = layout.copy_mask.flatten(0, 1)[:, None, None]
+    return _FlashCopyAttention.apply(
+        query, context_key, context_value, key, value, layout.token_context_mask, mask, layout.num_copies, scaling
+    )
+
+
+def concatenated(
+    query: torch.Tensor,
+    context_key: torch.Tensor,
+    context_value: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    scaling: float,
+) -> torch.Tensor:
+    """The same on any device, with the context's keys repeated before those of every copy."""
+    num_copies = layout.num_copies
     query, key, value = (_one_copy_a_row(x, num_copies) for x in (query, key, value))
     keys, values = (
         torch.cat([context.repeat_interleave(num_copies, dim=0), own], dim=2)
         for context, own in ((context_key, key), (context_value, value))
     )
-    mask = torch.cat([context_mask.flatten(0, 1)[:, None, None], mask], dim=3).expand(-1, -1, num_tokens, -1)
+    mask = torch.cat([layout.copy_context_mask, layout.copy_mask], dim=2).flatten(0, 1)[:, None, None]
+    mask = mask.expand(-1, -1, layout.copy_tokens, -1)
     return _one_row_again(F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling), num_copies)
 
 
