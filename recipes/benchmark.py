@@ -81,6 +81,7 @@ class ScriptArguments:
         sizes (`list[str]`): Models to measure, of `SIZES`.
         precision (`str`): `"float32"`, or `"bfloat16"` by autocast.
         repetitions (`int`): Of everything that is timed.
+        num_trajectories (`int`, *optional*): Of a micro-batch, in place of the size's own number.
         output_dir (`str`): For `benchmark.json` and plots.
     """
 
@@ -92,6 +93,9 @@ class ScriptArguments:
     )
     precision: str = field(default="float32", metadata={"help": "'float32', or 'bfloat16' by autocast."})
     repetitions: int = field(default=5, metadata={"help": "Of everything that is timed."})
+    num_trajectories: int | None = field(
+        default=None, metadata={"help": "Trajectories of a micro-batch; the size's own number by default."}
+    )
     output_dir: str = field(default="runs/benchmark", metadata={"help": "For benchmark.json and plots."})
 
     def __post_init__(self) -> None:
@@ -104,11 +108,18 @@ class ScriptArguments:
                 raise ValueError(f"{name}: unknown {', '.join(unknown)}; available: {', '.join(known)}")
         if self.repetitions < 1:
             raise ValueError(f"repetitions must be at least 1, but is {self.repetitions}")
+        if self.num_trajectories is not None and self.num_trajectories < 1:
+            raise ValueError(f"num_trajectories must be at least 1, but is {self.num_trajectories}")
 
     @property
     def dtype(self) -> torch.dtype:
         """What matrices are multiplied in."""
         return PRECISIONS[self.precision]
+
+    def size(self, name: str) -> Size:
+        """The size of this name, with the micro-batch that was asked for."""
+        size = SIZES[name]
+        return size if self.num_trajectories is None else replace(size, num_trajectories=self.num_trajectories)
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ def calls(update: Update) -> dict[str, Callable[[], object]]:
 
 def measure_structures(name: str, args: ScriptArguments) -> list[Table]:
     """The packed micro-batch against one forward a trained step."""
-    update = make_update(SIZES[name], args.dtype)
+    update = make_update(args.size(name), args.dtype)
     gradients = {structure: gradient_of(update, structure) for structure in STRUCTURES}
     costs, seconds = token_costs(update), time_interleaved(calls(update), args.repetitions)
     exact, detached = "packed, exact", "packed, detached"
@@ -190,7 +201,7 @@ def measure_structures(name: str, args: ScriptArguments) -> list[Table]:
 
 def measure_utilization(name: str, args: ScriptArguments) -> list[Table]:
     """Training and denoising as a fraction of the matrix multiplications that the machine can do."""
-    size, dtype = SIZES[name], args.dtype
+    size, dtype = args.size(name), args.dtype
     update = make_update(size, dtype)
     model = update.model
     inputs = model.pack(update.trajectories, GUIDANCE).inputs
@@ -232,7 +243,7 @@ def measure_utilization(name: str, args: ScriptArguments) -> list[Table]:
 
 def measure_scaling(name: str, args: ScriptArguments) -> list[Table]:
     """Time and memory of the packed micro-batch, one dimension at a time."""
-    base = replace(SIZES[name], released=False)
+    base = replace(args.size(name), released=False)
     variants: dict[str, dict[int, Size]] = {
         "group size": {n: replace(base, num_trajectories=n) for n in (1, 2, 4)},
         "trained steps": {n: replace(base, num_steps=n) for n in (1, 2, 5)},
@@ -270,7 +281,7 @@ def measure_scaling(name: str, args: ScriptArguments) -> list[Table]:
 def measure_text_overhead(name: str, args: ScriptArguments) -> list[Table]:
     """A step of this trainer on text alone against one of TRL's."""
     steps = 4
-    trainers = build_trainers(SIZES[name], args.output_dir, steps, args.dtype == torch.bfloat16)
+    trainers = build_trainers(args.size(name), args.output_dir, steps, args.dtype == torch.bfloat16)
     seconds: dict[str, list[float]] = {trainer: [] for trainer in trainers}
     for _ in range(args.repetitions):
         for trainer_name, trainer in trainers.items():
@@ -290,7 +301,7 @@ def brightness(images: list[Any], **kwargs: Any) -> list[float]:
 
 def measure_breakdown(name: str, args: ScriptArguments) -> list[Table]:
     """Where the time of a step of the whole trainer goes."""
-    size = SIZES[name]
+    size = args.size(name)
     if size.released:
         # The judge of the shapes world looks at images of its own size.
         from reward_models import DVReward
