@@ -14,7 +14,7 @@
 
 """GRPO-Guard: Flow-GRPO with a ratio that has the same distribution at every step.
 
-Source: https://huggingface.co/papers/2510.22319: RatioNorm (equation 8) and the reweighting of gradients.
+Source: https://huggingface.co/papers/2510.22319: RatioNorm and the reweighting of gradients.
 """
 
 from __future__ import annotations
