@@ -36,6 +36,10 @@ class SamplingArguments:
             Points of the denoising schedule, one more than its steps.
         timestep_shift (`float`, *optional*, defaults to `1.0`):
             Shift of the schedule towards noise.
+        ode_solver (`str`, *optional*, defaults to `"euler"`):
+            Rule of the denoising steps, a name in `ODE_SOLVERS`.
+        ode_steps (`int`, *optional*):
+            Number of denoising steps. `None` takes those of the schedule.
         cfg_text_scale, cfg_img_scale (`float`, *optional*, defaults to `1.0`):
             Guidance scales of text and image; at most 1 is off.
         cfg_interval (`list[float]`, *optional*, defaults to `[0.4, 1.0]`):
@@ -51,6 +55,12 @@ class SamplingArguments:
     dtype: str = field(default="float32", metadata={"help": "Type of the weights, e.g. 'bfloat16'."})
     num_timesteps: int = field(default=11, metadata={"help": "Points of the denoising schedule."})
     timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
+    ode_solver: str = field(
+        default="euler", metadata={"help": "Rule of the denoising steps: 'euler', 'ab2', 'dpmpp_2m'."}
+    )
+    ode_steps: int | None = field(
+        default=None, metadata={"help": "Number of denoising steps; those of the schedule by default."}
+    )
     cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
     cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
     cfg_interval: list[float] = field(
@@ -82,5 +92,11 @@ class SamplingArguments:
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            denoising=DenoisingConfig(self.num_timesteps, self.timestep_shift, guidance),
+            denoising=DenoisingConfig(
+                self.num_timesteps,
+                self.timestep_shift,
+                guidance,
+                ode_solver=self.ode_solver,
+                ode_steps=self.ode_steps,
+            ),
         )
