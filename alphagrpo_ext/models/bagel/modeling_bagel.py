@@ -124,7 +124,7 @@ class BagelAttention(nn.Module):
         gen: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | BlockMask | PackedLayout,
-        cache: BagelCache | ContextStates | None = None,
+        context: BagelCache | ContextStates | None = None,
         prefill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(mask, PackedLayout):
@@ -135,12 +135,12 @@ class BagelAttention(nn.Module):
         query, key, value = (state.transpose(1, 2) for state in states)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if prefill:
-            cache.store(self.layer_idx, key, value)
-        if cache is None or prefill:
+            context.store(self.layer_idx, key, value)
+        if context is None or prefill:
             attention = self._attention_function(mask)
             output, _ = attention(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
         else:
-            output = cache.attend(self.layer_idx, query, key, value, mask, self.scaling).transpose(1, 2)
+            output = context.attend(self.layer_idx, query, key, value, mask, self.scaling).transpose(1, 2)
         output = output.flatten(2)
         num_und = und.shape[1]
         if gen is None:
@@ -267,8 +267,9 @@ class BagelDecoder(nn.Module):
                 mask = additive_mask(mask, computes_in)
             position_embeddings = self.rotary_emb(und, positions)
         for layer in self.layers:
+            # Transformers takes away what is called a cache under gradient checkpointing.
             und, gen = layer(
-                und, gen, position_embeddings=position_embeddings, mask=mask, cache=cache, prefill=prefill
+                und, gen, position_embeddings=position_embeddings, mask=mask, context=cache, prefill=prefill
             )
         return self.norm(und), None if gen is None else self.norm_moe_gen(gen)
 
