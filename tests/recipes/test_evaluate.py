@@ -166,6 +166,7 @@ def test_killed_evaluation_goes_on_and_equals_a_whole_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 def test_more_models_and_rounds_add_what_is_new_and_changed_weights_begin_anew(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(PACKAGED_CHECKPOINTS["bagel-shapes"], checkpoint)
@@ -186,6 +187,7 @@ def test_more_models_and_rounds_add_what_is_new_and_changed_weights_begin_anew(t
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     arguments = ("--num_eval_prompts", "14", "--eval_seeds", "1", "--batch_size", "4", "--num_rounds", "1")
     run_process(tmp_path / "one", *arguments)

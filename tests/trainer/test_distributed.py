@@ -218,6 +218,7 @@ def test_recipe_evaluates_a_sharded_policy_as_a_whole_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 def test_group_of_two_processes_is_whole_in_the_report(train: Callable[..., Run]) -> None:
     """Each process has one half of the only group."""
     settings = {"num_generations": 8, "report": True}
