@@ -48,21 +48,19 @@ from tqdm import tqdm
 from trl import TrlParser
 
 from alphagrpo_ext.contact_sheet import contact_sheet
-from alphagrpo_ext.flow import GuidanceConfig
-from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.rollout import Refinement, RolloutConfig, refine
+from alphagrpo_ext.rollout import Refinement, refine
+from alphagrpo_ext.rollout.arguments import SamplingArguments
 from reward_models.arguments import RewardArguments
 from reward_models.prompts import load_prompts
 from reward_models.questions import from_row
 
 
 @dataclass
-class GenerationArguments(RewardArguments):
-    """Arguments of generation. The defaults suit the packaged model; for BAGEL set size, steps and guidance."""
+class GenerationArguments(RewardArguments, SamplingArguments):
+    """What is painted and refined; for the rest see [`RewardArguments`] and [`SamplingArguments`]."""
 
     model_name_or_path: str = field(default="bagel-shapes", metadata={"help": "The policy: a name or a folder."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights."})
     prompts: list[str] = field(default_factory=list, metadata={"help": "What to paint."})
     prompt_file: str | None = field(
         default=None, metadata={"help": "Prompts with questions, as JSON lines, in place of --prompts."}
@@ -77,42 +75,18 @@ class GenerationArguments(RewardArguments):
     keep_best: bool = field(default=False, metadata={"help": "Whether a round refines the best image so far."})
     height: int = field(default=24, metadata={"help": "Height of images, in pixels."})
     width: int = field(default=24, metadata={"help": "Width of images, in pixels."})
-    num_timesteps: int = field(default=11, metadata={"help": "Points of the denoising schedule."})
-    timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
-    cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
-    cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
-    cfg_interval: list[float] = field(
-        default_factory=lambda: [0.4, 1.0], metadata={"help": "Half-open interval of guided times."}
-    )
-    cfg_renorm_type: str = field(default="global", metadata={"help": "'global', 'channel' or 'text_channel'."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Longest text, in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Temperature of texts; 0 takes the likeliest token."})
     batch_size: int = field(default=16, metadata={"help": "Prompts at once."})
     seed: int = field(default=0, metadata={"help": "Of all noise."})
     output_dir: str = field(default="runs/generate", metadata={"help": "Where images and texts go."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RewardArguments.__post_init__(self)
+        SamplingArguments.__post_init__(self)
         if self.prompts and self.prompt_file:
             raise ValueError("give prompts or prompt_file, not both")
         for name in ("num_prompts", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if len(self.cfg_interval) != 2:
-            raise ValueError(f"cfg_interval takes two numbers, but is {self.cfg_interval}")
-
-    @property
-    def rollout(self) -> RolloutConfig:
-        guidance = GuidanceConfig(
-            self.cfg_text_scale, self.cfg_img_scale, tuple(self.cfg_interval), self.cfg_renorm_type
-        )
-        return RolloutConfig(
-            self.height,
-            self.width,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            denoising=DenoisingConfig(self.num_timesteps, self.timestep_shift, guidance),
-        )
 
 
 def load_rows(args: GenerationArguments) -> list[dict[str, Any]]:
@@ -171,7 +145,7 @@ def main(args: GenerationArguments) -> None:
             model,
             processor,
             rows[start : start + args.batch_size],
-            args.rollout,
+            args.rollout(args.height, args.width),
             num_rounds=args.num_rounds,
             think=args.think,
             seed=f"{args.seed}-{start}",

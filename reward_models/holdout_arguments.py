@@ -42,7 +42,7 @@ class HoldoutArguments:
             Questions that are with its endpoint at once.
         holdout_judge_timeout (`float`, *optional*, defaults to `60.0`):
             Seconds for one try of a question.
-        holdout_judge_max_retries (`int`, *optional*, defaults to `6`):
+        holdout_judge_max_retries (`int`, *optional*, defaults to `8`):
             Further tries of a question.
         holdout_judge_binary (`bool`, *optional*, defaults to `False`):
             Whether a yes or no counts as it is, for endpoints without log-probabilities.
@@ -65,7 +65,7 @@ class HoldoutArguments:
         default=64, metadata={"help": "Questions that are with the hold-out judge's endpoint at once."}
     )
     holdout_judge_timeout: float = field(default=60.0, metadata={"help": "Seconds for one try of a question."})
-    holdout_judge_max_retries: int = field(default=6, metadata={"help": "Further tries of a question."})
+    holdout_judge_max_retries: int = field(default=8, metadata={"help": "Further tries of a question."})
     holdout_judge_binary: bool = field(
         default=False, metadata={"help": "Take yes or no of the hold-out judge as they are."}
     )
