@@ -22,13 +22,12 @@ from __future__ import annotations
 import torch
 
 from alphagrpo_ext.flow.transitions import velocity_mse
-from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
-from alphagrpo_ext.objectives.clipping import clipped_surrogate
-from alphagrpo_ext.objectives.regularizers import REGULARIZERS, regularized
+from alphagrpo_ext.objectives.base import OBJECTIVES, ImageScores
+from alphagrpo_ext.objectives.clipping import ClippedObjective, likelihood_ratio
 
 
 @OBJECTIVES.register("awm")
-class AWM(ImageObjective):
+class AWM(ClippedObjective):
     """
     `-min(r A, clip(r, 1 - eps, 1 + eps) A)` with `r = exp(log p - log p_old)` and `log p = -w ||v_theta - (eps - x_0)||^2`
     for a noised copy of the painted image, one ratio a copy.
@@ -38,30 +37,10 @@ class AWM(ImageObjective):
 
     trains_on = "forward_process"
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        super().__init__(config)
-        REGULARIZERS.get(config.kl_type)
-
-    def __call__(
-        self,
-        scores: ImageScores,
-        advantages: torch.Tensor,
-        old_velocities: torch.Tensor | None = None,
-        ref_velocities: torch.Tensor | None = None,
-    ) -> ObjectiveOutput:
-        config = self.config
+    def ratio(self, scores: ImageScores, old_velocities: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         target = (scores.latents - scores.clean_latents) / scores.t[..., None, None]
-        log_probs = -velocity_mse(scores.velocities, target, scores.mask)
-        old_log_probs = log_probs.detach()
-        if old_velocities is not None:
-            old_log_probs = -velocity_mse(old_velocities, target, scores.mask)
-        ratio = torch.exp(log_probs - old_log_probs)
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-        loss, is_clipped = clipped_surrogate(ratio, advantages, config.epsilon)
-        metrics = {
-            "ratio_mean": ratio.detach().mean(),
-            "clip_ratio": is_clipped.float().mean(),
-            "log_prob": log_probs.detach().mean(),
-            "velocity_std": scores.velocities.detach().std(),
-        }
-        return regularized(loss, metrics, scores, ref_velocities, config)
+
+        def log_prob(velocities: torch.Tensor) -> torch.Tensor:
+            return -velocity_mse(velocities, target, scores.mask)
+
+        return likelihood_ratio(log_prob, scores.velocities, old_velocities)

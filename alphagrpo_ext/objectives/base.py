@@ -40,6 +40,16 @@ OBJECTIVES: Registry = Registry(
     },
 )
 
+REGULARIZERS: Registry = Registry(
+    "image_kl_type",
+    "alphagrpo_ext.regularizers",
+    {
+        "mean": "alphagrpo_ext.objectives.regularizers:transition_mean",
+        "velocity": "alphagrpo_ext.objectives.regularizers:velocity",
+    },
+)
+"""Functions `(scores, ref_velocities, config) -> divergence` by name; divergences `(images, K)` have a gradient."""
+
 
 @dataclass
 class ImageScores:
@@ -169,11 +179,15 @@ class ImageObjective(ABC):
 
     Args:
         config ([`ObjectiveConfig`]): Shared settings.
+
+    Raises:
+        `ValueError`: If a setting is unknown or out of range.
     """
 
     trains_on: ClassVar[Literal["transitions", "forward_process"]] = "transitions"
 
     def __init__(self, config: ObjectiveConfig) -> None:
+        REGULARIZERS.get(config.kl_type)
         self.config = config
 
     @abstractmethod

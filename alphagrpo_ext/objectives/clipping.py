@@ -12,11 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""PPO's clipped surrogate, which objectives with a ratio share."""
+"""PPO's clipped surrogate, and what objectives with a ratio share."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
+
 import torch
+
+from alphagrpo_ext.objectives.base import ImageObjective, ImageScores, ObjectiveOutput
+from alphagrpo_ext.objectives.regularizers import regularized
 
 
 def clipped_surrogate(
@@ -38,3 +44,53 @@ def clipped_surrogate(
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     is_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon) & (advantages > 0))
     return loss, is_clipped
+
+
+def likelihood_ratio(
+    log_prob: Callable[[torch.Tensor], torch.Tensor], velocities: torch.Tensor, old_velocities: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `exp(log p - log p_old)`, and `log p`.
+
+    Args:
+        log_prob (`Callable[[torch.Tensor], torch.Tensor]`): From velocities to log-likelihoods `(images, K)`.
+        velocities (`torch.Tensor`): Of the current policy.
+        old_velocities (`torch.Tensor`, *optional*): Of the policy that sampled. `None` means that it is the current one.
+    """
+    log_probs = log_prob(velocities)
+    old_log_probs = log_probs.detach()
+    if old_velocities is not None:
+        with torch.no_grad():
+            old_log_probs = log_prob(old_velocities)
+    return torch.exp(log_probs - old_log_probs), log_probs
+
+
+class ClippedObjective(ImageObjective):
+    """A clipped surrogate with the regulariser. Subclasses say what the ratio is."""
+
+    @abstractmethod
+    def ratio(self, scores: ImageScores, old_velocities: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ratios and log-likelihoods `(images, K)`; arguments as those of the call."""
+
+    def step_weights(self, scores: ImageScores) -> torch.Tensor | float:
+        """Factors `(images, K)` of the surrogate."""
+        return 1.0
+
+    def __call__(
+        self,
+        scores: ImageScores,
+        advantages: torch.Tensor,
+        old_velocities: torch.Tensor | None = None,
+        ref_velocities: torch.Tensor | None = None,
+    ) -> ObjectiveOutput:
+        config = self.config
+        ratio, log_probs = self.ratio(scores, old_velocities)
+        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        loss, is_clipped = clipped_surrogate(ratio, advantages, config.epsilon)
+        metrics = {
+            "ratio_mean": ratio.detach().mean(),
+            "clip_ratio": is_clipped.float().mean(),
+            "log_prob": log_probs.detach().mean(),
+            "velocity_std": scores.velocities.detach().std(),
+        }
+        return regularized(self.step_weights(scores) * loss, metrics, scores, ref_velocities, config)

@@ -24,7 +24,7 @@ import torch
 
 from alphagrpo_ext.flow.transitions import latent_mean
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
-from alphagrpo_ext.objectives.regularizers import REGULARIZERS, regularized
+from alphagrpo_ext.objectives.regularizers import regularized
 
 
 MIN_ERROR = 1e-5
@@ -46,7 +46,6 @@ class DiffusionNFT(ImageObjective):
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)
-        REGULARIZERS.get(config.kl_type)
         if config.nft_beta <= 0:
             raise ValueError(f"nft_beta must be positive, but is {config.nft_beta}")
 

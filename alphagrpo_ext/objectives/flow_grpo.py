@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import torch
 
-from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
-from alphagrpo_ext.objectives.clipping import clipped_surrogate
-from alphagrpo_ext.objectives.regularizers import REGULARIZERS, regularized, score_transitions
+from alphagrpo_ext.objectives.base import OBJECTIVES, ImageScores
+from alphagrpo_ext.objectives.clipping import ClippedObjective, likelihood_ratio
+from alphagrpo_ext.objectives.regularizers import score_transitions
 
 
 @OBJECTIVES.register("flow_grpo")
-class FlowGRPO(ImageObjective):
+class FlowGRPO(ClippedObjective):
     """
     `-min(r A, clip(r, 1 - eps, 1 + eps) A) + beta D`, where `r` is the ratio of the mean log-densities of a transition
     and `D` compares the transition's mean, or the velocity, with the reference model's.
@@ -35,31 +35,8 @@ class FlowGRPO(ImageObjective):
     The clip range is tiny because the log-density is averaged over latent elements.
     """
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        super().__init__(config)
-        REGULARIZERS.get(config.kl_type)
+    def ratio(self, scores: ImageScores, old_velocities: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        def log_prob(velocities: torch.Tensor) -> torch.Tensor:
+            return score_transitions(scores, velocities, self.config).log_prob
 
-    def __call__(
-        self,
-        scores: ImageScores,
-        advantages: torch.Tensor,
-        old_velocities: torch.Tensor | None = None,
-        ref_velocities: torch.Tensor | None = None,
-    ) -> ObjectiveOutput:
-        config = self.config
-        log_probs = score_transitions(scores, scores.velocities, config).log_prob
-        if old_velocities is None:
-            old_log_probs = log_probs.detach()
-        else:
-            with torch.no_grad():
-                old_log_probs = score_transitions(scores, old_velocities, config).log_prob
-        ratio = torch.exp(log_probs - old_log_probs)
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-        loss, is_clipped = clipped_surrogate(ratio, advantages, config.epsilon)
-        metrics = {
-            "ratio_mean": ratio.detach().mean(),
-            "clip_ratio": is_clipped.float().mean(),
-            "log_prob": log_probs.detach().mean(),
-            "velocity_std": scores.velocities.detach().std(),
-        }
-        return regularized(loss, metrics, scores, ref_velocities, config)
+        return likelihood_ratio(log_prob, scores.velocities, old_velocities)

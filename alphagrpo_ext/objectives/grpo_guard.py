@@ -22,13 +22,13 @@ from __future__ import annotations
 import torch
 
 from alphagrpo_ext.flow.transitions import latent_mean
-from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
-from alphagrpo_ext.objectives.clipping import clipped_surrogate
-from alphagrpo_ext.objectives.regularizers import REGULARIZERS, regularized, score_transitions
+from alphagrpo_ext.objectives.base import OBJECTIVES, ImageScores
+from alphagrpo_ext.objectives.clipping import ClippedObjective
+from alphagrpo_ext.objectives.regularizers import score_transitions
 
 
 @OBJECTIVES.register("grpo_guard")
-class GRPOGuard(ImageObjective):
+class GRPOGuard(ClippedObjective):
     """
     Flow-GRPO's clipped surrogate of a normalised ratio, over the length of the step, `-dt`.
 
@@ -39,31 +39,14 @@ class GRPOGuard(ImageObjective):
     proportional to `dt`, which the division takes out.
     """
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        super().__init__(config)
-        REGULARIZERS.get(config.kl_type)
-
-    def __call__(
-        self,
-        scores: ImageScores,
-        advantages: torch.Tensor,
-        old_velocities: torch.Tensor | None = None,
-        ref_velocities: torch.Tensor | None = None,
-    ) -> ObjectiveOutput:
-        config = self.config
-        current = score_transitions(scores, scores.velocities, config)
+    def ratio(self, scores: ImageScores, old_velocities: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        current = score_transitions(scores, scores.velocities, self.config)
         with torch.no_grad():
             old_mean = current.mean.detach()
             if old_velocities is not None:
-                old_mean = score_transitions(scores, old_velocities, config).mean
+                old_mean = score_transitions(scores, old_velocities, self.config).mean
             noise = (scores.next_latents - old_mean) / current.std
-        ratio = torch.exp(latent_mean((current.mean - old_mean) * noise, scores.mask))
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-        loss, is_clipped = clipped_surrogate(ratio, advantages, config.epsilon)
-        metrics = {
-            "ratio_mean": ratio.detach().mean(),
-            "clip_ratio": is_clipped.float().mean(),
-            "log_prob": current.log_prob.detach().mean(),
-            "velocity_std": scores.velocities.detach().std(),
-        }
-        return regularized(loss / (scores.t - scores.t_next), metrics, scores, ref_velocities, config)
+        return torch.exp(latent_mean((current.mean - old_mean) * noise, scores.mask)), current.log_prob
+
+    def step_weights(self, scores: ImageScores) -> torch.Tensor:
+        return 1 / (scores.t - scores.t_next)

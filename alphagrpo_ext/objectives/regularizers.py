@@ -19,12 +19,7 @@ from __future__ import annotations
 import torch
 
 from alphagrpo_ext.flow.transitions import TransitionOutput, gaussian_kl, transition, velocity_mse
-from alphagrpo_ext.objectives.base import ImageScores, ObjectiveConfig, ObjectiveOutput
-from alphagrpo_ext.registry import Registry
-
-
-REGULARIZERS: Registry = Registry("image_kl_type", "alphagrpo_ext.regularizers")
-"""Functions `(scores, ref_velocities, config) -> divergence` by name; divergences `(images, K)` have a gradient."""
+from alphagrpo_ext.objectives.base import REGULARIZERS, ImageScores, ObjectiveConfig, ObjectiveOutput
 
 
 @REGULARIZERS.register("mean")
