@@ -99,10 +99,7 @@ class RolloutEventMixin:
         initial = torch.tensor(self._initial_rewards, device=self.accelerator.device)
         return ScoredRollout(
             trajectories=self._trajectories,
-            texts=[
-                [self.processing_class.decode(text.content_ids) for text in trajectory.sampled_texts]
-                for trajectory in self._trajectories
-            ],
+            texts=self._texts,
             rows=self._rows,
             image_advantages=image_advantages,
             offset=self.accelerator.process_index * len(self._trajectories),

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Checks of a dataset's rows against their tasks, before any training starts."""
+"""Rows of a dataset: their tasks, what is checked of them before any training starts, and what rewards see of them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
 def task_name(row: Mapping[str, Any], default: str) -> str:
     """The name in a row's column `task`, or the default."""
     return row.get("task") or default
+
+
+def reward_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without its image, which TRL would take for the input of a vision-language model."""
+    return {name: value for name, value in row.items() if name != "image"}
 
 
 def task_names(dataset: datasets.Dataset, default: str) -> list[str]:

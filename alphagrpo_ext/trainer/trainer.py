@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import random
 import textwrap
 import time
 from collections import defaultdict
@@ -32,7 +31,6 @@ import trl
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
@@ -43,13 +41,14 @@ from alphagrpo_ext.models.loading import load_model, load_processor
 from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
-from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
-from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
+from alphagrpo_ext.rollout.task import Task
 from alphagrpo_ext.trainer.checkpointing import ExactResumeMixin
 from alphagrpo_ext.trainer.compatibility import check_trl_version
 from alphagrpo_ext.trainer.completions import completion_images, completions_callbacks
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, select_initial, weighted_sum
+from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, weighted_sum
+from alphagrpo_ext.trainer.initial_images import InitialImagesMixin
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.reference import (
     SyncRefAdapterCallback,
@@ -60,7 +59,7 @@ from alphagrpo_ext.trainer.reference import (
 )
 from alphagrpo_ext.trainer.report_callback import ReportCallback
 from alphagrpo_ext.trainer.rollout_event import RolloutEventMixin
-from alphagrpo_ext.trainer.rows import task_name, task_names, validate_rows
+from alphagrpo_ext.trainer.rows import reward_row, task_name, task_names, validate_rows
 from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
 from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
@@ -69,7 +68,7 @@ from alphagrpo_ext.trajectory import TextSegment, Trajectory
 check_trl_version(trl.__version__)
 
 
-class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
+class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, GRPOTrainer):
     """
     Trainer of AR-diffusion unified multimodal models with GRPO, as in AlphaGRPO
     (https://huggingface.co/papers/2605.12495).
@@ -158,6 +157,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
         self._tasks = self._validated_tasks(args, (train_dataset, eval_dataset), processing_class, policy)
         # What the packed forward answers for: set by a rollout, and for the time of one loss.
         self._trajectories: list[Trajectory] = []
+        self._texts: list[list[str]] = []
         self._scored_images: list[ImageScores | None] = []
         self._rows: Sequence[dict[str, Any]] = []
         self._initial_rewards: list[float] = []
@@ -266,101 +266,13 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
         for reward_func in self.reward_funcs:
             start = getattr(reward_func, "start", None)
             if inspect.iscoroutinefunction(start):
-                rows_of_part = [self._reward_row(row) for row in rows[: len(part)]]
+                rows_of_part = [reward_row(row) for row in rows[: len(part)]]
                 asyncio.run_coroutine_threadsafe(start(images, rows_of_part), self.async_loop)
-
-    def _with_initial_images(
-        self, generate: RolloutGenerator, config: RolloutConfig, seed: int | str, step: int, offset: int
-    ) -> list[dict[str, Any]]:
-        """
-        Stage 1 of self-reflection: give every row of such a task the image that its group sets out to fix.
-
-        Every process paints images for the prompts that it holds; they are scored by the reward functions, and the one to
-        fix is chosen among those of all processes. Notes its reward for every row.
-        """
-        rows = self._rows
-        self._initial_rewards = [float("nan")] * len(rows)
-        if not any(task.paints_initial_image for task in self._tasks.values()):
-            return list(rows)
-        refining = [i for i, row in enumerate(rows) if self._tasks[row["task"]].paints_initial_image]
-        firsts = {same_context(rows[i]): i for i in reversed(refining)}
-        missing = [i for i in sorted(firsts.values()) if rows[i].get("image") is None]
-        count = self.args.num_initial_images
-        guidance = replace(config.denoising.guidance, image_scale=1.0)
-        deterministic = config.deterministic()
-        paint = RolloutGenerator(generate.model, generate.processor, TASKS.get("reasoning_t2i")(think=False))
-        painted = paint(
-            [rows[i] for i in missing for _ in range(count)],
-            [
-                sample_generator(f"initial-{seed}", step, (offset + i) * count + j)
-                for i in missing
-                for j in range(count)
-            ],
-            replace(deterministic, denoising=replace(deterministic.denoising, guidance=guidance)),
-        )
-        images = [trajectory.final_image for trajectory in painted]
-        candidates = [(i, image) for i, image in zip((i for i in missing for _ in range(count)), images, strict=True)]
-        candidates += [(i, rows[i]["image"]) for i in firsts.values() if i not in missing]
-        rewards = self._score_initial_images(candidates)
-        found = gather_object(
-            [(same_context(rows[i]), reward, image) for (i, image), reward in zip(candidates, rewards, strict=True)]
-        )
-        result = list(rows)
-        choices: dict[tuple[str, ...], tuple[float | None, Image.Image]] = {}
-        for i in refining:
-            key = same_context(rows[i])
-            if key not in choices:
-                of_prompt = [(reward, image) for other, reward, image in found if other == key]
-                rng = random.Random(f"{seed}-{step}-{key}")
-                index = select_initial([reward for reward, _ in of_prompt], self.args.stage1_selection, rng)
-                choices[key] = of_prompt[index]
-            reward, image = choices[key]
-            result[i] = {**rows[i], "image": image}
-            self._initial_rewards[i] = float("nan") if reward is None else reward
-        return result
-
-    def _score_initial_images(self, candidates: Sequence[tuple[int, Image.Image]]) -> list[float | None]:
-        """Weighted reward of images alone, each with the row it was painted for."""
-        # TRL gathers rewards, so all processes score equally many: the rest are blank and not looked at.
-        total = max(gather_object([len(candidates)]))
-        if not total:
-            return []
-        blank = Image.new("RGB", (self.args.image_width, self.args.image_height))
-        padded = [*candidates, *[(0, blank)] * (total - len(candidates))]
-        inputs = [
-            {**self._reward_row(self._rows[i]), "images": image, "texts": [], "trajectory": None}
-            for i, image in padded
-        ]
-        empty = [[self._tokenizer.eos_token_id]] * total
-        prompts = [row["prompt"] for row in inputs]
-        completions = ["" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}] for prompt in prompts]
-        functions, names = self.reward_funcs, self.reward_func_names
-        classes, is_image = self.reward_processing_classes, self._image_functions()
-        try:
-            # Only what judges images can judge these.
-            self.reward_funcs = [f for f, keep in zip(functions, is_image, strict=True) if keep]
-            self.reward_func_names = [n for n, keep in zip(names, is_image, strict=True) if keep]
-            self.reward_processing_classes = [c for c, keep in zip(classes, is_image, strict=True) if keep]
-            rewards = super()._calculate_rewards(inputs, prompts, completions, empty)
-        finally:
-            self.reward_funcs, self.reward_func_names, self.reward_processing_classes = functions, names, classes
-            # What reward functions log is about the images that get a gradient.
-            self._pending_metrics.clear()
-            self._pending_extra_logs.clear()
-        totals = weighted_sum(rewards, self.reward_weights.to(rewards.device)[is_image])
-        start = self.accelerator.process_index * total
-        local = totals[start : start + len(candidates)].tolist()
-        return [None if reward != reward else reward for reward in local]
 
     def _image_functions(self) -> torch.Tensor:
         """Which reward functions judge images, bool `(functions,)`."""
         text_only = [getattr(function, "text_only", False) for function in self.reward_funcs]
         return ~torch.tensor(text_only, device=self.accelerator.device)
-
-    @staticmethod
-    def _reward_row(row: Mapping[str, Any]) -> dict[str, Any]:
-        # TRL would take an image for the input of a vision-language model.
-        return {name: value for name, value in row.items() if name != "image"}
 
     def _rollout_fields(self, trajectories: list[Trajectory]) -> dict[str, list[Any]]:
         """What TRL wants to know of trajectories: the ids of their texts, and fields for the reward functions."""
@@ -377,7 +289,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
             fields["env_mask"].append([1] * len(ids) or [0])
         fields["images"] = [trajectory.final_image for trajectory in trajectories]
         fields["trajectory"] = list(trajectories)
-        fields["texts"] = [
+        fields["texts"] = self._texts = [
             [self.processing_class.decode(text.content_ids) for text in trajectory.sampled_texts]
             for trajectory in trajectories
         ]
@@ -386,7 +298,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, RolloutEventMixin, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = [{**row, "task": task_name(row, self.args.task)} for row in inputs]
         self._scored_images = []
-        output = super()._generate_and_score_completions([self._reward_row(row) for row in self._rows])
+        output = super()._generate_and_score_completions([reward_row(row) for row in self._rows])
         output["image_advantages"] = self._image_advantages(output["advantages"])
         if self.log_completions and self.log_multimodal:
             self._logs["images"].extend(gather_object(completion_images(self._trajectories)))
