@@ -23,7 +23,7 @@ import torch
 
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, copies_bagel
-from alphagrpo_ext.models.bagel.copies_bagel import PackedLayout
+from alphagrpo_ext.models.bagel.copies_bagel import CopyStates, PackedLayout
 from alphagrpo_ext.models.bagel.packing_bagel import visibility_mask
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.unified import BRANCHES, PackedBatch, PackedOutput
@@ -135,7 +135,7 @@ def test_kernels_agree_with_masked_attention(kernel: str, kv_heads: int, monkeyp
     expected_gradients = torch.autograd.grad((expected[seen] * weights).sum(), states)
     split = [layout.split(*x.split([num_und, shape[1] - num_und], dim=1)) for x in states]
     (_, q), (context_key, k), (context_value, v) = ([x.transpose(1, 2) for x in pair] for pair in split)
-    actual = attention(q, context_key, context_value, k, v, layout, 0.3).transpose(1, 2)[seen]
+    actual = attention(CopyStates(q, context_key, context_value, k, v), layout, 0.3).transpose(1, 2)[seen]
     torch.testing.assert_close(actual, expected[seen], rtol=0, atol=2e-6)
     actual_gradients = torch.autograd.grad((actual * weights).sum(), states)
     for gradient, other in zip(actual_gradients, expected_gradients, strict=True):

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,28 +156,36 @@ class PackedLayout:
         return torch.cat([context[:, :num_und], und], dim=1), torch.cat([context[:, num_und:], gen], dim=1)
 
 
-def eager_copy_attention(
-    query: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    scaling: float,
-) -> torch.Tensor:
+class CopyStates(NamedTuple):
+    """
+    What a layer projected. Keys and queries are rotated.
+
+    Args:
+        query (`torch.Tensor` of shape `(rows, heads, copies * copy_tokens, head_dim)`): Of the copies.
+        context_key, context_value (`torch.Tensor` of shape `(rows, kv_heads, context, head_dim)`): Of the context.
+        key, value (`torch.Tensor` of shape `(rows, kv_heads, copies * copy_tokens, head_dim)`): Of the copies.
+    """
+
+    query: torch.Tensor
+    context_key: torch.Tensor
+    context_value: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def eager_copy_attention(states: CopyStates, layout: PackedLayout, scaling: float) -> torch.Tensor:
     """
     Attention of copies over the context and themselves, written out. At a hundred tokens the fastest on a CPU.
 
     Args:
-        query (`torch.Tensor` of shape `(rows, heads, copies * copy_tokens, head_dim)`): Rotated queries.
-        context_key, context_value (`torch.Tensor` of shape `(rows, kv_heads, context, head_dim)`): Of the context.
-        key, value (`torch.Tensor` of shape `(rows, kv_heads, copies * copy_tokens, head_dim)`): Of the copies.
+        states ([`CopyStates`]): Queries, keys and values.
         layout ([`PackedLayout`]): With additive masks.
         scaling (`float`): Factor of the scores.
 
     Returns:
         `torch.Tensor` of shape `(rows, heads, copies * copy_tokens, head_dim)`.
     """
+    query, context_key, context_value, key, value = states
     (rows, heads, num_tokens, _), kv_heads = query.shape, key.shape[1]
     num_copies, context = layout.num_copies, context_key.shape[2]
     groups = (kv_heads, heads // kv_heads)
@@ -244,58 +253,30 @@ def _one_row_again(x: torch.Tensor, num_copies: int) -> torch.Tensor:
     return x.unflatten(0, (-1, num_copies)).transpose(1, 2).flatten(2, 3)
 
 
-def sdpa_copy_attention(
-    query: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    scaling: float,
-) -> torch.Tensor:
+def sdpa_copy_attention(states: CopyStates, layout: PackedLayout, scaling: float) -> torch.Tensor:
     """[`eager_copy_attention`] without its scores in memory."""
-    repeats = query.shape[1] // key.shape[1]
+    dtype, repeats = states.value.dtype, states.query.shape[1] // states.key.shape[1]
     # Under autocast the norms of queries and keys leave them in fp32.
-    query, key, context_key = (x.to(value.dtype) for x in (query, key, context_key))
+    query, *others = (x.to(dtype) for x in states)
     if repeats > 1:
-        key, value, context_key, context_value = (
-            x.repeat_interleave(repeats, dim=1) for x in (key, value, context_key, context_value)
-        )
+        others = [x.repeat_interleave(repeats, dim=1) for x in others]
     attend = flash_on_cpu if query.device.type == "cpu" else concatenated
-    return attend(query, context_key, context_value, key, value, layout, scaling)
+    return attend(CopyStates(query, *others), layout, scaling)
 
 
-def flash_on_cpu(
-    query: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    scaling: float,
-) -> torch.Tensor:
+def flash_on_cpu(states: CopyStates, layout: PackedLayout, scaling: float) -> torch.Tensor:
     """[`sdpa_copy_attention`] of as many keys as queries, of one type, with keys of the context that no copy repeats."""
     mask = layout.copy_mask.flatten(0, 1)[:, None, None]
-    return _FlashCopyAttention.apply(
-        query, context_key, context_value, key, value, layout.token_context_mask, mask, layout.num_copies, scaling
-    )
+    return _FlashCopyAttention.apply(*states, layout.token_context_mask, mask, layout.num_copies, scaling)
 
 
-def concatenated(
-    query: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    scaling: float,
-) -> torch.Tensor:
+def concatenated(states: CopyStates, layout: PackedLayout, scaling: float) -> torch.Tensor:
     """The same on any device, with the context's keys repeated before those of every copy."""
     num_copies = layout.num_copies
-    query, key, value = (_one_copy_a_row(x, num_copies) for x in (query, key, value))
+    query, key, value = (_one_copy_a_row(x, num_copies) for x in (states.query, states.key, states.value))
     keys, values = (
         torch.cat([context.repeat_interleave(num_copies, dim=0), own], dim=2)
-        for context, own in ((context_key, key), (context_value, value))
+        for context, own in ((states.context_key, key), (states.context_value, value))
     )
     mask = torch.cat([layout.copy_context_mask, layout.copy_mask], dim=2).flatten(0, 1)[:, None, None]
     mask = mask.expand(-1, -1, layout.copy_tokens, -1)

@@ -50,6 +50,7 @@ from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_O
 from alphagrpo_ext.models.bagel.copies_bagel import (
     NUM_DELIMITERS,
     ContextStates,
+    CopyStates,
     PackedLayout,
     additive_mask,
     copy_attention,
@@ -174,7 +175,7 @@ class BagelAttention(nn.Module):
             key, value = layout.states.keys[self.layer_idx], layout.states.values[self.layer_idx]
         attend = copy_attention(self.config._attn_implementation)
         copy_query, copy_key, copy_value = copies
-        copy_output = attend(copy_query, key, value, copy_key, copy_value, layout, self.scaling)
+        copy_output = attend(CopyStates(copy_query, key, value, copy_key, copy_value), layout, self.scaling)
         und, gen = layout.merge(output, copy_output.transpose(1, 2).flatten(2), und.shape[1])
         return self.o_proj(und), self.o_proj_moe_gen(gen)
 
