@@ -14,21 +14,20 @@
 
 
 """
-Measures what fewer evaluations of the network cost on the packaged `bagel-shapes`: reward against images pushed through
+Measure what fewer evaluations of the network cost on the packaged `bagel-shapes`: reward against images pushed through
 the network, of evaluations with several ODE solvers and of training rollouts with branches. All are paired by prompt and
 noise with the first of their table.
 
 ```bash
-python tests/rollout/measure_evaluations.py 504
+python recipes/fewer_evaluations.py
 ```
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,28 @@ from reward_models.prompts import load_prompts
 from reward_models.questions import from_row
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "configs" / "reasoning_t2i_shapes.yaml"
+RECIPE = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"
 NUM_SEEDS = 2
 """Noise seeds of an evaluation."""
-NUM_GROUPS = 120
-"""Of training rollouts."""
+
+
+@dataclass
+class MeasurementArguments:
+    """
+    How much is measured.
+
+    Args:
+        num_prompts (`int`, *optional*, defaults to `504`): Held-out prompts of an evaluation.
+        num_groups (`int`, *optional*, defaults to `120`): Groups of training rollouts.
+    """
+
+    num_prompts: int = field(default=504, metadata={"help": "Held-out prompts of an evaluation."})
+    num_groups: int = field(default=120, metadata={"help": "Groups of training rollouts."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "num_groups"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, but is {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -72,11 +88,6 @@ class Measurement:
             f"{name:<34}{self.images:>8.2f}{base.images / self.images:>7.2f}x{self.rewards.mean():>9.4f}"
             f"{difference.mean():>+9.4f} +- {error:.4f}{self.strict.mean():>9.1%}{within:>9.3f}"
         )
-
-
-def report(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 class Meter:
@@ -139,7 +150,7 @@ def measure_solvers(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
             [([rows[i] for _, i in part], [(f"eval-{seed}", 0, i) for seed, i in part], config) for part in parts]
         )
         base = base or measurement
-        report(measurement.line(f"{solver}, {steps} steps, shift {shift}", base))
+        print(measurement.line(f"{solver}, {steps} steps, shift {shift}", base), flush=True)
 
 
 def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -150,7 +161,7 @@ def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
         group_size = args.num_generations
         prompts_a_batch = args.per_device_train_batch_size // group_size
         batches = []
-        for step, start in enumerate(range(0, NUM_GROUPS, prompts_a_batch)):
+        for step, start in enumerate(range(0, len(rows), prompts_a_batch)):
             of_batch = [row for row in rows[start : start + prompts_a_batch] for _ in range(group_size)]
             keys = [(args.seed, step, i) for i in range(len(of_batch))]
             batches.append((of_batch, keys, args.train_rollout(step)))
@@ -158,19 +169,21 @@ def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
             measurement = meter.measure(batches)
         base = base or measurement
         name = f"{args.ode_solver}, {args.ode_steps or 'all'} steps, {args.branches_per_thought} a thought"
-        report(measurement.line(name, base, group_size))
+        print(measurement.line(name, base, group_size), flush=True)
 
 
-def main(num_prompts: int) -> None:
+def main(args: MeasurementArguments) -> None:
+    # Threads that wait for each other cost more than they bring at this size.
+    torch.set_num_threads(1)
     model, processor = load_model("bagel-shapes", dtype="float32", attn_implementation="eager")
     meter = Meter(RolloutGenerator(model.eval(), processor, TASKS.get("reasoning_t2i")(think=True)))
     header = f"{'':<34}{'images':>8}{'fewer':>8}{'reward':>9}{'paired difference':>19}{'strict':>9}{'spread':>9}"
-    report(f"evaluation, {num_prompts} prompts x {NUM_SEEDS} seeds\n{header}")
-    measure_solvers(meter, list(load_prompts(None, "evaluation", num_prompts)))
-    report(f"training rollouts, {NUM_GROUPS} groups\n{header}")
-    measure_rollouts(meter, list(load_prompts(None, "train", NUM_GROUPS)))
+    print(f"evaluation, {args.num_prompts} prompts x {NUM_SEEDS} seeds\n{header}", flush=True)
+    measure_solvers(meter, list(load_prompts(None, "evaluation", args.num_prompts)))
+    print(f"training rollouts, {args.num_groups} groups\n{header}", flush=True)
+    measure_rollouts(meter, list(load_prompts(None, "train", args.num_groups)))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]))
+    (arguments,) = TrlParser((MeasurementArguments,)).parse_args_and_config()
+    main(arguments)
