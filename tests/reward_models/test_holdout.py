@@ -15,6 +15,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from reward_models import DVReward
 from reward_models.arguments import PromptArguments
 from reward_models.holdout import HoldoutCallback, diverges, slope_t
+from reward_models.holdout_arguments import HoldoutArguments
+from reward_models.judges.arguments import JudgeArguments
 
 
 RISING = [0.5 + 0.01 * i for i in range(20)]
@@ -106,3 +109,10 @@ def test_arguments_are_those_of_the_judge_with_a_prefix() -> None:
 def test_malformed_arguments_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptArguments(**settings)
+
+
+def test_a_holdout_judge_has_the_settings_of_the_other_where_none_are_given() -> None:
+    defaults, holdout = JudgeArguments(), HoldoutArguments()
+    for setting in fields(JudgeArguments):
+        if setting.name != "judge":
+            assert getattr(holdout, f"holdout_{setting.name}") == getattr(defaults, setting.name), setting.name
