@@ -26,8 +26,10 @@ python recipes/fewer_evaluations.py
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +58,46 @@ class MeasurementArguments:
     Args:
         num_prompts (`int`, *optional*, defaults to `504`): Held-out prompts of an evaluation.
         num_groups (`int`, *optional*, defaults to `120`): Groups of training rollouts.
+        output_dir (`str`, *optional*, defaults to `"runs/fewer_evaluations"`): Where `fewer_evaluations.json` goes.
     """
 
     num_prompts: int = field(default=504, metadata={"help": "Held-out prompts of an evaluation."})
     num_groups: int = field(default=120, metadata={"help": "Groups of training rollouts."})
+    output_dir: str = field(default="runs/fewer_evaluations", metadata={"help": "Where fewer_evaluations.json goes."})
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_groups"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, but is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    Args:
+        name (`str`): What was set.
+        images (`float`): Images pushed through the network, per sample.
+        fewer (`float`): By which factor they are fewer than those of the first row.
+        reward, strict_pass_rate (`float`): Means over samples.
+        difference, error (`float`): Of the mean reward to that of the first row, and its standard error.
+        spread (`float`, *optional*): Mean standard deviation of rewards within a group.
+    """
+
+    name: str
+    images: float
+    fewer: float
+    reward: float
+    difference: float
+    error: float
+    strict_pass_rate: float
+    spread: float | None
+
+    def __str__(self) -> str:
+        spread = "" if self.spread is None else f"{self.spread:.3f}"
+        return (
+            f"{self.name:<34}{self.images:>8.2f}{self.fewer:>7.2f}x{self.reward:>9.4f}{self.difference:>+9.4f} +- "
+            f"{self.error:.4f}{self.strict_pass_rate:>9.1%}{spread:>9}"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,14 +112,19 @@ class Measurement:
     strict: torch.Tensor
     images: float
 
-    def line(self, name: str, base: Measurement, group_size: int = 1) -> str:
+    def compare(self, name: str, base: Measurement, group_size: int = 1) -> Row:
         # Members of a group with branches are not independent, so the error is that of a mean of groups.
         difference = (self.rewards - base.rewards).view(-1, group_size).mean(dim=1)
-        error = difference.std() / len(difference) ** 0.5
-        within = self.rewards.view(-1, group_size).std(dim=1, correction=0).mean() if group_size > 1 else float("nan")
-        return (
-            f"{name:<34}{self.images:>8.2f}{base.images / self.images:>7.2f}x{self.rewards.mean():>9.4f}"
-            f"{difference.mean():>+9.4f} +- {error:.4f}{self.strict.mean():>9.1%}{within:>9.3f}"
+        within = self.rewards.view(-1, group_size).std(dim=1, correction=0).mean().item() if group_size > 1 else None
+        return Row(
+            name,
+            images=self.images,
+            fewer=base.images / self.images,
+            reward=self.rewards.mean().item(),
+            difference=difference.mean().item(),
+            error=(difference.std() / len(difference) ** 0.5).item(),
+            strict_pass_rate=self.strict.mean().item(),
+            spread=within,
         )
 
 
@@ -134,7 +172,8 @@ def recipe_arguments(*arguments: str) -> AlphaGRPOConfig:
     return parser.parse_args_and_config(config, return_remaining_strings=True)[0]
 
 
-def measure_solvers(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
+def measure_solvers(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Evaluations by several solvers and numbers of steps."""
     work = [(seed, index) for seed in range(NUM_SEEDS) for index in range(len(rows))]
     base = None
     for solver, steps, shift in (
@@ -150,10 +189,11 @@ def measure_solvers(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
             [([rows[i] for _, i in part], [(f"eval-{seed}", 0, i) for seed, i in part], config) for part in parts]
         )
         base = base or measurement
-        print(measurement.line(f"{solver}, {steps} steps, shift {shift}", base), flush=True)
+        yield measurement.compare(f"{solver}, {steps} steps, shift {shift}", base)
 
 
-def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
+def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Training rollouts of the recipe with fewer steps and with branches."""
     base = None
     branches, solver = "--branches_per_thought", ("--ode_solver", "ab2", "--ode_steps", "3")
     for settings in ((), (branches, "2"), (branches, "4"), solver, (*solver, branches, "2"), (*solver, branches, "4")):
@@ -169,7 +209,7 @@ def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> None:
             measurement = meter.measure(batches)
         base = base or measurement
         name = f"{args.ode_solver}, {args.ode_steps or 'all'} steps, {args.branches_per_thought} a thought"
-        print(measurement.line(name, base, group_size), flush=True)
+        yield measurement.compare(name, base, group_size)
 
 
 def main(args: MeasurementArguments) -> None:
@@ -177,11 +217,32 @@ def main(args: MeasurementArguments) -> None:
     torch.set_num_threads(1)
     model, processor = load_model("bagel-shapes", dtype="float32", attn_implementation="eager")
     meter = Meter(RolloutGenerator(model.eval(), processor, TASKS.get("reasoning_t2i")(think=True)))
-    header = f"{'':<34}{'images':>8}{'fewer':>8}{'reward':>9}{'paired difference':>19}{'strict':>9}{'spread':>9}"
-    print(f"evaluation, {args.num_prompts} prompts x {NUM_SEEDS} seeds\n{header}", flush=True)
-    measure_solvers(meter, list(load_prompts(None, "evaluation", args.num_prompts)))
-    print(f"training rollouts, {args.num_groups} groups\n{header}", flush=True)
-    measure_rollouts(meter, list(load_prompts(None, "train", args.num_groups)))
+    output = Path(args.output_dir) / "fewer_evaluations.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for title, measure, rows in (
+        (
+            f"evaluation, {args.num_prompts} prompts x {NUM_SEEDS} seeds",
+            measure_solvers,
+            load_prompts(None, "evaluation", args.num_prompts),
+        ),
+        (
+            f"training rollouts, {args.num_groups} groups",
+            measure_rollouts,
+            load_prompts(None, "train", args.num_groups),
+        ),
+    ):
+        print(title)
+        print(f"{'':<34}{'images':>8}{'fewer':>8}{'reward':>9}{'paired difference':>19}{'strict':>9}{'spread':>9}")
+        tables[title] = []
+        for row in measure(meter, list(rows)):
+            print(row, flush=True)
+            tables[title].append(asdict(row))
+            # What is measured already is not lost with what follows.
+            temporary = output.with_suffix(".json.tmp")
+            temporary.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, output)
+    print(f"\n{output}")
 
 
 if __name__ == "__main__":
