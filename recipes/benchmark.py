@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 Measure what a step costs: against other ways to compute the same, against the machine, and by its parts.
 

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 Decompose prompts into the yes/no questions that DVReward asks.
 
@@ -51,9 +50,10 @@ from trl import TrlParser
 
 from alphagrpo_ext.shapes import prompt_rows
 from reward_models.decompose import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
+from reward_models.json_lines_file import FileInUseError
 from reward_models.prompts import FAILED_SUFFIX, read_prompts
 from reward_models.questions import PromptRecord, read_json_lines
-from reward_models.record_file import RecordFile, RecordFileInUseError
+from reward_models.record_file import RecordFile
 
 
 NUM_SHAPES_PROMPTS = 100
@@ -268,5 +268,5 @@ if __name__ == "__main__":
     (arguments,) = TrlParser((DecompositionArguments,)).parse_args_and_config()
     try:
         sys.exit(main(arguments))
-    except RecordFileInUseError as error:
+    except FileInUseError as error:
         sys.exit(str(error))

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 Score checkpoints and adapters on prompts with questions: as painters without and with a thought, with rounds of reflection on
 what they painted, and as editors.

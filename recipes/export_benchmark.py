@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 Paint the prompts of a public benchmark into the folders that its own scorer reads, and score the images by questions.
 

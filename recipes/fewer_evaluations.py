@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 Measure what fewer evaluations of the network cost on the packaged `bagel-shapes`: reward against images pushed through
 the network, of evaluations with several ODE solvers and of training rollouts with branches. All are paired by prompt and

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """From a prompt to its questions: by a language model, or by the grammar of the shapes world."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """What a language model is asked in order to decompose a prompt into questions: the requests and their schemas."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 What evaluations say: scores by category and by tag with their intervals, comparisons of models, and the files and tables that
 hold them.

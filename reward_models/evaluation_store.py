@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Scored batches of an evaluation in a folder, so that one that was killed goes on where it stopped."""
 
 from __future__ import annotations

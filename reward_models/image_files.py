@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Pictures to PNG files and back: whole or not at all, and with nothing lost."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """A file of JSON lines that grows line by line and survives being killed."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Rows of a dataset one at a time, their images decoded within limits."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """A file of records that grows line by line and survives being killed."""
 
 from __future__ import annotations
@@ -20,11 +19,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from reward_models.json_lines_file import FileInUseError, JsonLinesFile
+from reward_models.json_lines_file import JsonLinesFile
 from reward_models.questions import PromptRecord, from_row
-
-
-RecordFileInUseError = FileInUseError
 
 
 class RecordFile(JsonLinesFile):

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 How far a mean can be trusted: intervals and paired tests over prompts.
 

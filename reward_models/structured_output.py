@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Answers in JSON from a chat endpoint, whether or not it can be held to a schema."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """A chat endpoint on loopback that decomposes prompts, by rules instead of a language model."""
 
 from __future__ import annotations

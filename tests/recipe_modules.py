@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Runs recipes in the process of the tests, which costs no imports of its own."""
 
 import importlib.util

@@ -12,5 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Measuring the library: what a step costs, against other ways of computing the same, and against the machine."""

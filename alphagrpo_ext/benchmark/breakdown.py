@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Where the time of a training step goes."""
 
 from __future__ import annotations

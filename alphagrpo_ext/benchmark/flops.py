@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Floating-point operations that a computation needs, counted from shapes: linear layers, and attention over what is seen."""
 
 from __future__ import annotations

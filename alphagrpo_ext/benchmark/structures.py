@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 Ways to compute the same loss: the packed micro-batch, and what research codes do, one forward a trained step.
 

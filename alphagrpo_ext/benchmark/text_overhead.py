@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """What this trainer adds to TRL's: the same text network, prompts, completions and rewards in both."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Timing on a machine that other work shares: interleaved repetitions, medians, and ratios within a repetition."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """What is measured: models of two sizes, and trajectories of self-reflection with random contents."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Solvers of the deterministic part of a denoising path. Each evaluates the network once a step.
 
 A solver of second order looks back at one earlier evaluation of the same smooth stretch of the path, and so reaches the

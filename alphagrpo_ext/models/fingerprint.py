@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """What tells one checkpoint from another: by its files, and as a name for a folder."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """How much a policy computes: tokens pushed through its network, by kind, counted where the network is called."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """The arguments of sampling, the same in every recipe that only paints."""
 
 from __future__ import annotations

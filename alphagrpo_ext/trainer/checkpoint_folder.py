@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Checkpoint folders: complete or not there at all, and which of them a run goes on from."""
 
 from __future__ import annotations

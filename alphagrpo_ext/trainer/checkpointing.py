@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Checkpoints that a stopped run goes on from as if it had not been stopped."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Rollouts that were sampled and not yet trained on, as a safetensors file."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """The contract of benchmarks whose own scorers are run on a folder of images, and the registry that names them."""
 
 from __future__ import annotations

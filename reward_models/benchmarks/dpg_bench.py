@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """DPG-Bench: long, dense prompts, checked by a visual question answering model."""
 
 from __future__ import annotations

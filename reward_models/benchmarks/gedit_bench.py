@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """GEdit-Bench: instructions to edit a photograph, in English and Chinese."""
 
 from __future__ import annotations

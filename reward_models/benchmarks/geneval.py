@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """GenEval: objects, counts, colors and positions, checked by an object detector."""
 
 from __future__ import annotations

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """TIIF-Bench: instructions of many dimensions, in a short and a long wording."""
 
 from __future__ import annotations

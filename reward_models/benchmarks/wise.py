@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """WISE: prompts that take world knowledge to understand."""
 
 from __future__ import annotations

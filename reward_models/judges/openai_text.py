@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """A judge of texts behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations

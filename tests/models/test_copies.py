@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Attention of noised copies, and the gradient that they send to their context, or do not."""
 
 from collections.abc import Callable

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """The benchmark at a size that takes seconds: it runs, and what it compares computes the same. Nothing here is timed."""
 
 import json

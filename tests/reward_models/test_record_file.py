@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from reward_models.json_lines_file import FileInUseError
 from reward_models.questions import PromptRecord, Question, load_records
-from reward_models.record_file import RecordFile, RecordFileInUseError
+from reward_models.record_file import RecordFile
 
 
 def record(prompt: str) -> PromptRecord:
@@ -93,7 +94,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done_or_dead(tmp_path: Pa
     )
     try:
         assert process.stdout.readline() == "open\n"
-        with pytest.raises(RecordFileInUseError, match="another process writes to .*questions.jsonl"):
+        with pytest.raises(FileInUseError, match="another process writes to .*questions.jsonl"):
             write(path, "a")
     finally:
         process.kill()

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """What a training step pushes through the network, against the least that it can be."""
 
 from collections import Counter

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """Attention of noised copies: each sees the context of its row and itself, so no mask of all pairs is needed.
 
 A packed row is a context, and copies of images that nobody else sees. Computed as one sequence, most pairs of its tokens
