@@ -210,7 +210,8 @@ def test_ctrl_c_leaves_a_file_that_can_be_gone_on_with(tmp_path: Path) -> None:
     with chat_stub(slow_answer) as stub:
         arguments = ("--input", prompts, "--output", output, "--base_url", stub.url)
         arguments += ("--max_concurrency", "2", "--max_retries", "0")
-        process = start(*arguments)
+        # Children of a shell's background job ignore Ctrl-C, and a test may be run in one.
+        process = start(*arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
         wait_for_lines(output, 8, process)
         process.send_signal(signal.SIGINT)
         printed, errors = process.communicate(timeout=DEADLINE)
