@@ -44,8 +44,8 @@ from trl import TrlParser
 
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
-from alphagrpo_ext.models.bagel.packing_bagel import visibility_mask
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.models.bagel.rows_bagel import visibility_mask
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.shapes.model import build_config, build_processor
 from alphagrpo_ext.shapes.pretraining import (
@@ -181,7 +181,7 @@ class PretrainingLoss(nn.Module):
         for batch in batches:
             positions = batch.inputs["positions"]
             und, gen = self.model.embed_rows(batch.inputs)
-            mask = visibility_mask(positions, batch.inputs["blocks"], batch.inputs["noised"])
+            mask = visibility_mask(positions, batch.inputs["blocks"], batch.inputs["horizons"])
             und, gen = self.model.language_model.model(und, gen, positions, mask)
             logits = self.model.language_model.lm_head(und.flatten(0, 1)[batch.text_index])
             text_loss += F.cross_entropy(logits.float(), batch.text_targets, reduction="sum")

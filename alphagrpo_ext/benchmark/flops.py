@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from alphagrpo_ext.models.bagel import BagelModel
-from alphagrpo_ext.models.bagel.packing_bagel import visibility_mask
+from alphagrpo_ext.models.bagel.rows_bagel import PADDING_BLOCK, visibility_mask
 
 
 def linear_flops(module: torch.nn.Module) -> int:
@@ -47,9 +47,9 @@ def training_flops(model: BagelModel, inputs: dict[str, torch.Tensor]) -> int:
         model ([`BagelModel`]): Its vision tower is frozen, and runs forward only.
         inputs (`dict[str, torch.Tensor]`): Of a [`PackedBatch`].
     """
-    positions, blocks, noised = (inputs[name] for name in ("positions", "blocks", "noised"))
-    is_token = blocks >= 0
-    pairs = visibility_mask(positions, blocks, noised) & is_token[:, None] & is_token[:, :, None]
+    is_token = inputs["blocks"] != PADDING_BLOCK
+    pairs = visibility_mask(*(inputs[name] for name in ("positions", "blocks", "horizons", "rows")))
+    pairs &= is_token[:, None] & is_token[:, :, None]
     num_latents = (is_token[:, inputs["input_ids"].shape[1] :]).sum().item()
     forward = (
         is_token.sum().item() * token_flops(model)

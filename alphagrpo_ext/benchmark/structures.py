@@ -15,61 +15,28 @@
 """
 Ways to compute the same loss: the packed micro-batch, and what research codes do, one forward a trained step.
 
-The step-by-step structures are given what they could have: guidance branches run as one batch, and the attention is
-Transformers'. They differ in what becomes of the context: it is built anew in each step, with or without a gradient, or
-once, without.
+The step-by-step structures are given what they could have: guidance branches and trajectories run as one batch without
+padding to the longest branch, and with the same attention. They differ in what becomes of the contexts, which they do not
+share between branches and trajectories: each is built anew in each step, with or without a gradient, or once, without.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
 from alphagrpo_ext.benchmark.workload import GUIDANCE, without_windows
 from alphagrpo_ext.models.bagel import BagelModel
-from alphagrpo_ext.models.bagel.copies_bagel import PackedLayout
+from alphagrpo_ext.models.bagel.copies_bagel import ContextStates, PackedLayout
+from alphagrpo_ext.models.bagel.rows_bagel import NOISED_BLOCK, PADDING_BLOCK
 from alphagrpo_ext.models.unified import PackedBatch, PackedOutput
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageScores, ObjectiveConfig
 from alphagrpo_ext.trainer.window_parts import window_parts
-from alphagrpo_ext.trajectory import Trajectory
-
-
-@dataclass
-class ConcatenatedCache:
-    """Keys and values of contexts, put before those of a noised image in every layer: the usual cache."""
-
-    context_mask: torch.Tensor
-    keys: list[torch.Tensor] = field(default_factory=list)
-    values: list[torch.Tensor] = field(default_factory=list)
-    is_eager: bool = False
-
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys.append(keys)
-        self.values.append(values)
-
-    def visibility(self, num_tokens: int) -> torch.Tensor:
-        """What the tokens of one copy a row see, bool `(rows, num_tokens, context + num_tokens)`."""
-        mask = torch.nn.functional.pad(self.context_mask, (0, num_tokens), value=True)
-        return mask[:, None].expand(-1, num_tokens, -1)
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        key, value = torch.cat([self.keys[layer], key], dim=2), torch.cat([self.values[layer], value], dim=2)
-        if self.is_eager:
-            weights = (query @ key.transpose(-1, -2) * scaling + bias).softmax(dim=-1, dtype=torch.float32)
-            return weights.to(value.dtype) @ value
-        query, key, bias = (x.to(value.dtype) for x in (query, key, bias))
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scaling)
+from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 
 
 @dataclass(frozen=True)
@@ -117,15 +84,26 @@ def packed(update: Update, context_gradient: str) -> float:
     return loss.item()
 
 
+def with_own_contexts(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """The same trajectories, every guidance branch of which has a context that nothing else shares."""
+    return [
+        Trajectory(
+            [
+                replace(s, guidance_contexts=copy.deepcopy(s.guidance_contexts)) if isinstance(s, ImageSegment) else s
+                for s in trajectory.segments
+            ]
+        )
+        for trajectory in trajectories
+    ]
+
+
 def rebuilt_with_gradient(update: Update) -> float:
     """Each step with its contexts, all of it with gradient; the first step scores the texts as well."""
     total = 0.0
-    for part in window_parts(update.trajectories, 1):
+    for part in window_parts(with_own_contexts(update.trajectories), 1):
         batch = update.model.pack(part, GUIDANCE)
-        # Without it, a row is a plain sequence under a mask of all pairs.
-        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "copy_mask"}
         with update.autocast():
-            output = update.model(**inputs)
+            output = update.model(**batch.inputs)
         loss = update.image_loss(part, batch, output)
         if len(output.log_probs):
             loss = loss + update.text_loss(output)
@@ -146,21 +124,46 @@ def cached_without_gradient(update: Update) -> float:
 
 def _step_by_step(update: Update, reuses_contexts: bool) -> float:
     model, total = update.model, _text_alone(update)
-    contexts: ConcatenatedCache | None = None
-    for part in window_parts(update.trajectories, 1):
+    states: tuple[ContextStates, ...] | None = None
+    for part in window_parts(with_own_contexts(update.trajectories), 1):
         batch = model.pack(part, GUIDANCE)
-        inputs = batch.inputs
-        copy_mask, num_und = inputs["copy_mask"], inputs["input_ids"].shape[1]
-        layout = PackedLayout.of(inputs["positions"], inputs["blocks"], num_und, copy_mask)
+        layout = PackedLayout.of(batch.inputs)
         with update.autocast():
-            if contexts is None or not reuses_contexts:
-                contexts = _prefilled(model, inputs, layout)
-            velocities = _velocities(model, inputs, layout, contexts)
+            embeddings = model.embed_rows(batch.inputs)
+            if states is None or not reuses_contexts:
+                contexts = layout.contexts_alone()
+                with torch.no_grad():
+                    _run(model, batch.inputs, embeddings, contexts)
+                states = contexts.states
+            gen = _run(model, batch.inputs, embeddings, layout.copies_alone(states))
+            places = batch.inputs["velocity_index"] - layout.contexts_alone().num_gen
+            velocities = model.llm2vae(gen[0, places]).float()
         nothing = velocities.new_zeros(0)
         loss = update.image_loss(part, batch, PackedOutput(nothing, nothing, velocities))
         loss.backward()
         total += loss.item()
     return total
+
+
+def _run(
+    model: BagelModel,
+    inputs: dict[str, torch.Tensor],
+    embeddings: tuple[torch.Tensor, torch.Tensor],
+    part: PackedLayout,
+) -> torch.Tensor:
+    """Contexts, the first tokens of either expert, or copies, the last; the hidden states of their latents."""
+    und, gen = embeddings
+    positions = inputs["positions"].split([und.shape[1], gen.shape[1]], dim=1)
+    tokens = []
+    for x, count in (
+        (und, part.num_und),
+        (gen, part.num_gen),
+        (positions[0], part.num_und),
+        (positions[1], part.num_gen),
+    ):
+        tokens.append(x[:, :count] if part.has_contexts else x[:, x.shape[1] - count :])
+    _, gen = model.language_model.model(*tokens[:2], torch.cat(tokens[2:], dim=1), part)
+    return gen
 
 
 def _text_alone(update: Update) -> float:
@@ -170,32 +173,6 @@ def _text_alone(update: Update) -> float:
     loss = update.text_loss(output)
     loss.backward()
     return loss.item()
-
-
-@torch.no_grad()
-def _prefilled(model: BagelModel, inputs: dict[str, torch.Tensor], layout: PackedLayout) -> ConcatenatedCache:
-    num_und, num_latents = inputs["input_ids"].shape[1] - 2, inputs["latents"].shape[1] - layout.copy_tokens + 2
-    und, gen = model.embed_rows(inputs)
-    is_eager = model.config.text_config._attn_implementation == "eager"
-    cache = ConcatenatedCache(layout.copy_context_mask[:, 0], is_eager=is_eager)
-    model.language_model.model(
-        und[:, :num_und], gen[:, :num_latents], layout.context_positions, layout.context_mask, cache, prefill=True
-    )
-    return cache
-
-
-def _velocities(
-    model: BagelModel, inputs: dict[str, torch.Tensor], layout: PackedLayout, cache: ConcatenatedCache
-) -> torch.Tensor:
-    num_noised = layout.copy_tokens - 2
-    und = model.language_model.model.embed_tokens(inputs["input_ids"][:, -2:])
-    times = model.time_embedder(inputs["timesteps"][:, -1:])
-    latents, position_ids = (inputs[name][:, -num_noised:] for name in ("latents", "latent_position_ids"))
-    gen = model.embed_latents(latents, position_ids, times)
-    mask = cache.visibility(layout.copy_tokens)
-    _, gen = model.language_model.model(und, gen, layout.copy_positions[:, 0], mask, cache)
-    rows = inputs["velocity_index"][:, 0] // inputs["latents"].shape[1]
-    return model.llm2vae(gen)[rows].float()
 
 
 STRUCTURES: dict[str, Callable[[Update], float]] = {
@@ -211,19 +188,22 @@ EXACT = ("packed, exact", "rebuilt with gradient")
 """Structures the gradient of which goes through the context; that of the others does not."""
 
 
+def num_tokens(update: Update, trajectories: list[Trajectory]) -> tuple[int, int]:
+    """Tokens of the contexts of trajectories, and of all their noised copies; what pads a batch does not count."""
+    blocks = update.model.pack(trajectories, GUIDANCE).inputs["blocks"]
+    contexts = (blocks < NOISED_BLOCK).sum().item()
+    return contexts, (blocks < PADDING_BLOCK).sum().item() - contexts
+
+
 def token_costs(update: Update) -> dict[str, float]:
-    """
-    Tokens that each structure pushes through the network, in forwards: a backward counts twice. What pads a batch does
-    not count.
-    """
-    batch = update.model.pack(update.trajectories, GUIDANCE)
-    blocks, noised = batch.inputs["blocks"], batch.inputs["noised"]
-    per_row = ((blocks >= 0) & ~noised).sum(dim=1)
-    contexts, with_texts = per_row.sum().item(), per_row[batch.inputs["branches"] == 0].sum().item()
-    copies, steps = noised.sum().item(), update.num_steps
+    """Tokens that each structure pushes through the network, in forwards: a backward counts twice."""
+    shared, copies = num_tokens(update, update.trajectories)
+    contexts, _ = num_tokens(update, with_own_contexts(update.trajectories))
+    with_texts, _ = num_tokens(update, without_windows(update.trajectories))
+    steps = update.num_steps
     return {
-        "packed, exact": 3 * (contexts + copies),
-        "packed, detached": 3 * (with_texts + copies) + contexts - with_texts,
+        "packed, exact": 3 * (shared + copies),
+        "packed, detached": 3 * (shared + copies),
         "rebuilt with gradient": 3 * (steps * contexts + copies),
         "rebuilt without gradient": steps * contexts + 3 * (with_texts + copies),
         "cached without gradient": contexts + 3 * (with_texts + copies),

@@ -265,11 +265,12 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _mask_sizes(inputs: dict[str, torch.Tensor], dtypes: Iterable[torch.dtype]) -> list[int]:
-    rows, num_copies, num_latents = inputs["copy_mask"].shape
-    of_copies = num_copies * (num_latents + 2)
-    context = inputs["positions"].shape[1] - of_copies
-    pairs = (rows * context * context, rows * of_copies * context)
-    return [num_pairs * dtype.itemsize for num_pairs in pairs for dtype in (torch.bool, *dtypes)]
+    sizes = []
+    for rows, context_und, context_gen, copies, copy_latents in inputs["buckets"].tolist():
+        context = context_und + context_gen
+        pairs = (rows * context * context, rows * copies * (copy_latents + 2) * context)
+        sizes += [num_pairs * dtype.itemsize for num_pairs in pairs for dtype in (torch.bool, *dtypes)]
+    return sizes
 
 
 def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> MemoryEstimate:
@@ -289,7 +290,8 @@ def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> Memor
     fake = FakeTensorMode()
     with fake:
         _leave_meta(policy)
-        inputs = {name: fake.from_tensor(tensor) for name, tensor in batch.inputs.items()}
+        # Sizes are read, and not computed with.
+        inputs = {n: t if n == "buckets" else fake.from_tensor(t) for n, t in batch.inputs.items()}
         parameters = list(policy.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in trained:
@@ -297,7 +299,7 @@ def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> Memor
             parameter.grad = torch.zeros_like(parameter)
         known = [*parameters, *policy.buffers(), *inputs.values(), *(parameter.grad for parameter in trained)]
         dtype = torch.bfloat16 if settings.autocast else getattr(torch, settings.dtype)
-        ignored = _mask_sizes(inputs, {dtype}) if settings.attn_implementation == "flex_attention" else []
+        ignored = _mask_sizes(batch.inputs, {dtype}) if settings.attn_implementation == "flex_attention" else []
         with LiveBytes(known, ignored) as tracker:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
                 output = policy(**inputs)

@@ -27,8 +27,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
-from alphagrpo_ext.models.bagel.packing_bagel import BagelRow, collate_rows
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.models.bagel.rows_bagel import BagelRow, collate_rows
 from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
     sample_pretraining_spec,

@@ -31,7 +31,7 @@ from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
 from alphagrpo_ext.models.bagel.checkpoint import load_released
 from alphagrpo_ext.models.bagel.modeling_bagel import sinusoidal_time_embedding
-from alphagrpo_ext.models.bagel.packing_bagel import BagelRow, collate_rows, grid_position_ids, patchify, unpatchify
+from alphagrpo_ext.models.bagel.rows_bagel import BagelRow, collate_rows, grid_position_ids, patchify, unpatchify
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.pixels import tensor_to_image
 from alphagrpo_ext.trajectory import TextSegment, Trajectory

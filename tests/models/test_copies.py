@@ -14,6 +14,7 @@
 
 """Attention of noised copies, and the gradient that they send to their context, or do not."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,11 +23,12 @@ import torch
 
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, copies_bagel
-from alphagrpo_ext.models.bagel.copies_bagel import CopyStates, PackedLayout
-from alphagrpo_ext.models.bagel.packing_bagel import visibility_mask
+from alphagrpo_ext.models.bagel.copies_bagel import BucketLayout, CopyStates
+from alphagrpo_ext.models.bagel.packing_bagel import Bucket
+from alphagrpo_ext.models.bagel.rows_bagel import NOISED_BLOCK, PADDING_BLOCK, visibility_mask
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.unified import BRANCHES, PackedBatch, PackedOutput
-from alphagrpo_ext.trajectory import Trajectory
+from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 
 
 CONFIG = DenoisingConfig(
@@ -70,8 +72,8 @@ def assert_equal_gradients(actual: dict[str, torch.Tensor], expected: dict[str, 
 
 
 def forward_under_mask_of_all_pairs(model: BagelModel, batch: PackedBatch) -> PackedOutput:
-    """The packed rows as plain sequences, who sees whom decided pair by pair."""
-    return model(**{name: tensor for name, tensor in batch.inputs.items() if name != "copy_mask"})
+    """The packed sequence as a plain one, who sees whom decided pair by pair."""
+    return model(**{name: tensor for name, tensor in batch.inputs.items() if name != "buckets"})
 
 
 @pytest.mark.invariant
@@ -84,10 +86,85 @@ def test_losses_and_gradients_are_those_under_the_mask_of_all_pairs(
     expected = forward_under_mask_of_all_pairs(tiny_bagel, batch)
     expected_gradients = gradients(tiny_bagel, loss_of(expected, batch))
     actual = tiny_bagel(**batch.inputs)
-    torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=2e-6)
+    torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)
     mask = batch.velocities.mask
     torch.testing.assert_close(actual.velocities[mask], expected.velocities[mask], rtol=0, atol=1e-5)
     assert_equal_gradients(gradients(tiny_bagel, loss_of(actual, batch)), expected_gradients)
+
+
+def with_own_contexts(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """The same, every image of which has guidance contexts that are equal to what others have, and not the same."""
+    return [
+        Trajectory(
+            [
+                replace(s, guidance_contexts=copy.deepcopy(s.guidance_contexts)) if isinstance(s, ImageSegment) else s
+                for s in trajectory.segments
+            ]
+        )
+        for trajectory in trajectories
+    ]
+
+
+def num_context_tokens(batch: PackedBatch) -> int:
+    return int((batch.inputs["blocks"] < NOISED_BLOCK).sum())
+
+
+class TestSharedContexts:
+    """Copies of several branches and trajectories hang on one context; without sharing, each has its own."""
+
+    def test_losses_and_gradients_are_those_without_sharing(
+        self, tiny_bagel: BagelModel, trajectories: list[Trajectory]
+    ) -> None:
+        shared = tiny_bagel.pack(trajectories, CONFIG.guidance)
+        own = tiny_bagel.pack(with_own_contexts(trajectories), CONFIG.guidance)
+        assert num_context_tokens(shared) < 0.8 * num_context_tokens(own)
+        for name in ("image", "step", "branch", "mask"):
+            assert torch.equal(getattr(shared.velocities, name), getattr(own.velocities, name))
+        expected, actual = tiny_bagel(**own.inputs), tiny_bagel(**shared.inputs)
+        torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)
+        mask = shared.velocities.mask
+        torch.testing.assert_close(actual.velocities[mask], expected.velocities[mask], rtol=0, atol=1e-5)
+        assert_equal_gradients(
+            gradients(tiny_bagel, loss_of(actual, shared)), gradients(tiny_bagel, loss_of(expected, own))
+        )
+
+    def test_no_context_is_packed_twice(self, tiny_bagel: BagelModel, rollout: Callable) -> None:
+        """A group: every trajectory once, and once for all of them the one context that none of them begins with."""
+        config = replace(CONFIG, guidance=replace(CONFIG.guidance, interval=(0.0, 1.0)))
+        members = rollout(tiny_bagel, "edit", config)[:2]
+        (first, second), (request,) = members, members[0].sampled_images[0].guidance_contexts["image_dropped"]
+        assert second.sampled_images[0].guidance_contexts["image_dropped"] == [request]
+        batch = tiny_bagel.pack(members, config.guidance)
+        own_rows, shared_row = batch.inputs["buckets"].tolist()
+        num_steps, branches = CONFIG.window_size, len(BRANCHES)
+        assert own_rows[0] == len(members)
+        assert own_rows[3] == num_steps * (branches - 1)
+        assert shared_row[:4] == [
+            1,
+            len(request.content_ids) + 2,
+            0,
+            len(members) * num_steps,
+        ]
+        # The picture that both look at goes through the vision tower once.
+        assert len(batch.inputs["vit_patches"]) == 1
+        assert len(batch.inputs["vit_index"]) == len(members)
+        assert second.segments[0] is first.segments[0]
+
+    def test_contexts_of_a_window_in_parts_are_shared(self, tiny_bagel: BagelModel, rollout: Callable) -> None:
+        """A copy of a segment that holds the same tensors is the same context."""
+        trajectories = rollout(tiny_bagel, "two_rounds", CONFIG)[:1]
+        copied = [Trajectory([replace(segment) for segment in t.segments]) for t in trajectories]
+        expected, actual = (tiny_bagel.pack(t, CONFIG.guidance).inputs for t in (trajectories, copied))
+        assert torch.equal(actual["buckets"], expected["buckets"])
+        assert torch.equal(actual["horizons"], expected["horizons"])
+
+    def test_rows_of_unequal_shape_are_not_padded_to_each_other(
+        self, tiny_bagel: BagelModel, trajectories: list[Trajectory]
+    ) -> None:
+        inputs = tiny_bagel.pack(trajectories, CONFIG.guidance).inputs
+        assert len(inputs["buckets"]) > 3
+        # What is left pads texts of unequal length.
+        assert (inputs["blocks"] == PADDING_BLOCK).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -97,45 +174,45 @@ def test_kernels_agree_with_masked_attention(kernel: str, kv_heads: int, monkeyp
     attention = copies_bagel.copy_attention(kernel)
     if kernel == "sdpa of other devices":
         monkeypatch.setattr(copies_bagel, "flash_on_cpu", copies_bagel.concatenated)
-    rows, heads, copies, latents, head_dim = 2, 4, 3, 5, 8
-    context_und = 6
-    generator = torch.Generator().manual_seed(0)
-    copy_mask = torch.ones(rows, copies, latents, dtype=torch.bool)
-    copy_mask[1, :, 3:] = False
-    copy_mask[1, 2] = False
-    blocks_of_copies = torch.tensor([[1, 3, 5], [3, 5, -1]])
-    blocks = torch.cat(
-        [
-            torch.tensor([[0, 0, 0, 0, 4, 4], [0, 0, 0, 0, 0, -1]]),
-            blocks_of_copies.repeat_interleave(2, dim=1),
-            torch.tensor([[2, 2, 2, 2], [2, 2, -1, -1]]),
-            torch.where(copy_mask, blocks_of_copies[:, :, None], -1).flatten(1),
-        ],
-        dim=1,
+    bucket, heads, head_dim = Bucket(rows=2, context_und=6, context_gen=4, copies=3, copy_latents=5), 4, 8
+    context_blocks = torch.tensor(
+        [[0, 0, 0, 0, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 0, PADDING_BLOCK, 1, 1, *[PADDING_BLOCK] * 2]]
     )
-    positions = torch.zeros_like(blocks)
-    noised = torch.zeros_like(blocks, dtype=torch.bool)
-    noised[:, context_und : context_und + 2 * copies] = True
-    noised[:, -copies * latents :] = True
-    num_und = context_und + 2 * copies
-    layout = PackedLayout.of(positions, blocks, num_und, copy_mask).additive(torch.float32)
-    shape = (rows, blocks.shape[1])
+    # A copy that sees all, one that sees the beginning, and one that sees nothing but itself.
+    horizons = torch.tensor([[3, 1, 0], [2, 1, 2]])[:, :, None].expand(-1, -1, bucket.copy_tokens)
+    blocks = (NOISED_BLOCK + torch.arange(bucket.copies))[:, None].repeat(bucket.rows, 1, bucket.copy_tokens)
+    blocks[1, :, 5:] = PADDING_BLOCK
+    horizons = torch.where(blocks == PADDING_BLOCK, 0, horizons)
+    contexts = (
+        torch.zeros_like(context_blocks),
+        context_blocks,
+        torch.where(context_blocks == PADDING_BLOCK, 0, context_blocks),
+    )
+    layout = BucketLayout.of(bucket, contexts, (torch.zeros_like(blocks), blocks, horizons)).additive(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    num_context = context_blocks.shape[1]
+    shape = (bucket.rows, num_context + bucket.copies * bucket.copy_tokens)
     states = [
         torch.randn(*shape, n, head_dim, generator=generator, requires_grad=True) for n in (heads, kv_heads, kv_heads)
     ]
-    mask = visibility_mask(positions, blocks, noised)[:, None]
-    query, key, value = (x.transpose(1, 2) for x in states)
-    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
-    _, expected = layout.split(*dense.transpose(1, 2).split([num_und, shape[1] - num_und], dim=1))
-    seen = torch.nn.functional.pad(copy_mask, (2, 0), value=True).flatten(1) & (
-        blocks_of_copies.repeat_interleave(latents + 2, dim=1) >= 0
+    mask = visibility_mask(
+        *(
+            torch.cat([c, own.flatten(1)], dim=1)
+            for c, own in zip(contexts, (torch.zeros_like(blocks), blocks, horizons), strict=True)
+        )
     )
-    weights = torch.randn(expected[seen].shape, generator=generator)
-    expected_gradients = torch.autograd.grad((expected[seen] * weights).sum(), states)
-    split = [layout.split(*x.split([num_und, shape[1] - num_und], dim=1)) for x in states]
-    (_, q), (context_key, k), (context_value, v) = ([x.transpose(1, 2) for x in pair] for pair in split)
-    actual = attention(CopyStates(q, context_key, context_value, k, v), layout, 0.3).transpose(1, 2)[seen]
-    torch.testing.assert_close(actual, expected[seen], rtol=0, atol=2e-6)
+    query, key, value = (x.transpose(1, 2) for x in states)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask[:, None], scale=0.3, enable_gqa=True
+    )
+    seen = (blocks != PADDING_BLOCK).flatten(1)
+    expected = dense.transpose(1, 2)[:, num_context:][seen]
+    weights = torch.randn(expected.shape, generator=generator)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), states)
+    own_query, own_key, own_value = (x[:, :, num_context:] for x in (query, key, value))
+    states_of_copies = CopyStates(own_query, key[:, :, :num_context], value[:, :, :num_context], own_key, own_value)
+    actual = attention(states_of_copies, layout, 0.3).transpose(1, 2)[seen]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6)
     actual_gradients = torch.autograd.grad((actual * weights).sum(), states)
     for gradient, other in zip(actual_gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, other, rtol=0, atol=5e-6)
@@ -143,66 +220,62 @@ def test_kernels_agree_with_masked_attention(kernel: str, kv_heads: int, monkeyp
 
 def detached_reference(model: BagelModel, batch: PackedBatch) -> dict[str, torch.Tensor]:
     """
-    Gradients of the texts of the exact forward, and of velocities with the contexts' keys and values cut off: every
-    context is prefilled once more without gradient, and each copy predicted from it alone.
+    Gradients of the texts of the exact forward, and of velocities with the contexts' keys and values cut off: the context
+    of each copy is run once more without gradient, as a sequence of what it sees, and the copy predicted from it alone.
     """
     inputs, layout = batch.inputs, batch.velocities
-    copy_mask = inputs["copy_mask"]
-    num_und = inputs["input_ids"].shape[1]
-    packed = PackedLayout.of(inputs["positions"], inputs["blocks"], num_und, copy_mask)
+    num_und, rows = inputs["input_ids"].shape[1], inputs["rows"][0]
+    positions, blocks, horizons = (inputs[name][0] for name in ("positions", "blocks", "horizons"))
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(len(layout.image), *layout.mask.shape[1:], model.config.latent_channels, generator=generator)
     token_weights = torch.randn(len(inputs["score_targets"]), generator=generator)
     text_loss = (model(**inputs).log_probs * token_weights).sum()
-    first_latent = inputs["latents"].shape[1] - copy_mask.shape[1] * copy_mask.shape[2]
     und, gen = model.embed_rows(inputs)
-    context_und = num_und - 2 * copy_mask.shape[1]
-    image_loss = torch.zeros(())
+    decoder, image_loss = model.language_model.model, torch.zeros(())
     for i, places in enumerate(inputs["velocity_index"]):
-        row, place = divmod(int(places[0]), inputs["latents"].shape[1])
-        copy = (place - first_latent) // copy_mask.shape[2]
-        tokens = int(layout.mask[i].sum())
-        visible = packed.copy_context_mask[row, copy]
-        keys: list[tuple[torch.Tensor, torch.Tensor]] = []
-        decoder = model.language_model.model
-        with torch.no_grad():
-            cache = CachedContext(keys)
-            decoder(
-                und[row : row + 1, :context_und],
-                gen[row : row + 1, :first_latent] if first_latent else None,
-                packed.context_positions[row : row + 1],
-                packed.context_mask[row : row + 1],
-                cache,
-                prefill=True,
-            )
-        delimiters = und[row : row + 1, context_und + 2 * copy :][:, :2]
-        latents = gen[row : row + 1, place : place + tokens]
-        positions = packed.copy_positions[row : row + 1, copy, : tokens + 2]
-        reading = CachedContext(keys, visible)
-        _, output = decoder(delimiters, latents, positions, torch.zeros(1, 1, 1, dtype=torch.bool), reading)
-        image_loss = image_loss + (model.llm2vae(output)[0] * weights[i, :tokens]).sum()
+        place = num_und + int(places[0])
+        visible = ((rows == rows[place]) & (blocks < horizons[place])).nonzero().flatten()
+        of_und, of_gen = visible[visible < num_und], visible[visible >= num_und]
+        own = ((rows == rows[place]) & (blocks == blocks[place])).nonzero().flatten()
+        delimiters, latents = own[own < num_und], own[own >= num_und]
+        assert len(latents) == int(layout.mask[i].sum())
+        layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if len(visible):
+            with torch.no_grad():
+                decoder(
+                    und[:, of_und],
+                    gen[:, of_gen - num_und] if len(of_gen) else None,
+                    positions[None, visible],
+                    visibility_mask(*(x[None, visible] for x in (positions, blocks, horizons))),
+                    CachedContext(layers),
+                    prefill=True,
+                )
+        _, output = decoder(
+            und[:, delimiters],
+            gen[:, latents - num_und],
+            positions[None, own],
+            torch.zeros(1, 1, 1, dtype=torch.bool),
+            CachedContext(layers),
+        )
+        image_loss = image_loss + (model.llm2vae(output)[0] * weights[i, : len(latents)]).sum()
     return gradients(model, text_loss + image_loss)
 
 
 class CachedContext:
-    """Keys and values of one context, attended to by concatenation: the plainest cache there is."""
+    """Keys and values of what a copy sees, attended to by concatenation: the plainest cache there is."""
 
-    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], visible: torch.Tensor | None = None) -> None:
-        self.layers, self.visible = layers, visible
+    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.layers = layers
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert layer == len(self.layers)
         self.layers.append((keys, values))
 
     def attend(self, layer, query, key, value, bias, scaling) -> torch.Tensor:
-        keys, values = self.layers[layer]
-        return torch.nn.functional.scaled_dot_product_attention(
-            query,
-            torch.cat([keys[:, :, self.visible], key], dim=2),
-            torch.cat([values[:, :, self.visible], value], dim=2),
-            scale=scaling,
-            enable_gqa=True,
-        )
+        if self.layers:
+            keys, values = self.layers[layer]
+            key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
 
 
 @pytest.mark.invariant
@@ -215,7 +288,7 @@ def test_detached_context(tiny_bagel: BagelModel, trajectories: list[Trajectory]
     exact_gradients = gradients(tiny_bagel, loss_of(tiny_bagel(**batch.inputs), batch))
     tiny_bagel.set_attn_implementation(attn_implementation)
     actual = tiny_bagel(**batch.inputs, context_gradient="detached")
-    torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=2e-6)
+    torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)
     mask = batch.velocities.mask
     torch.testing.assert_close(actual.velocities[mask], expected.velocities[mask], rtol=0, atol=1e-5)
     actual_gradients = gradients(tiny_bagel, loss_of(actual, batch))
@@ -240,4 +313,4 @@ def test_detached_context_without_texts_or_guidance(tiny_bagel: BagelModel, roll
         expected = tiny_bagel(**batch.inputs)
         actual = tiny_bagel(**batch.inputs, context_gradient="detached")
         torch.testing.assert_close(actual.velocities, expected.velocities, rtol=0, atol=1e-5)
-        torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=2e-6)
+        torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)

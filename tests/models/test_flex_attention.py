@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.flex_bagel import block_mask_attention, visibility_block_mask
-from alphagrpo_ext.models.bagel.packing_bagel import PADDING_BLOCK, visibility_mask
+from alphagrpo_ext.models.bagel.rows_bagel import NOISED_BLOCK, PADDING_BLOCK, visibility_mask
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.trajectory import Trajectory
 
@@ -48,8 +48,11 @@ def long_attributes(seed: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(-1, 12, (2, 5), generator=generator).repeat_interleave(61, dim=1)
     positions = torch.randint(0, 40, blocks.shape, generator=generator)
-    noised = (blocks % 3 == 1) & (blocks != PADDING_BLOCK)
-    return positions, blocks, noised
+    is_noised, is_padding = blocks % 3 == 1, blocks == -1
+    horizons = torch.where(is_padding, 0, torch.where(is_noised, blocks // 2, blocks))
+    blocks = torch.where(is_padding, PADDING_BLOCK, torch.where(is_noised, NOISED_BLOCK + blocks, blocks))
+    rows = torch.arange(2).repeat_interleave(torch.tensor([200, 105])).expand(2, -1)
+    return positions, blocks, horizons, rows
 
 
 def dense(mask: BlockMask, batch: int, length: int) -> torch.Tensor:
@@ -59,7 +62,7 @@ def dense(mask: BlockMask, batch: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_block_mask_is_the_mask_of_all_pairs(tiny_bagel: BagelModel, rollout: Callable, seed: int) -> None:
     inputs = tiny_bagel.pack(random_trajectories(tiny_bagel, rollout, seed), GUIDANCE).inputs
-    for attributes in ([inputs[name] for name in ("positions", "blocks", "noised")], long_attributes(seed)):
+    for attributes in ([inputs[name] for name in ("positions", "blocks", "horizons", "rows")], long_attributes(seed)):
         expected = visibility_mask(*attributes)
         assert 0.02 < expected.float().mean() < 0.98
         mask = visibility_block_mask(*attributes)

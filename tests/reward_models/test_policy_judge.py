@@ -21,7 +21,7 @@ from PIL import Image
 
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
-from alphagrpo_ext.models.bagel.packing_bagel import BagelRow
+from alphagrpo_ext.models.bagel.rows_bagel import BagelRow
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator

@@ -72,12 +72,17 @@ def least_work(trainer: AlphaGRPOTrainer, trajectories: list[Trajectory], branch
         trajectories[0].sampled_images[0].window.start,
         trajectories[0].sampled_images[0].window.start + args.sde_window_size,
     )
+    trained = {name: len(set(window) & set(branches[name])) for name in used}
     for trajectory, thought in zip(trajectories, thoughts, strict=True):
+        least["training_tokens"] += (
+            num_tokens(*branch_contexts(trajectory)["full"], thought) + sum(trained.values()) * IMAGE
+        )
+    for trajectory in prompts.values():
         contexts = branch_contexts(trajectory)
-        contexts["full"].append(thought)
         for name in used:
-            num_trained = len(set(window) & set(branches[name]))
-            least["training_tokens"] += num_trained and num_tokens(*contexts[name]) + num_trained * IMAGE
+            # What the trajectories of a prompt begin with is there, and what they do not serves all of them.
+            begins = contexts["full"][: len(contexts[name])] == contexts[name]
+            least["training_tokens"] += num_tokens(*contexts[name]) if trained[name] and not begins else 0
     least["network_evaluations/prefill"] = least["network_evaluations/training"] = 1
     # Every token of the longest thought, its start, and its end where that was not sampled.
     least["network_evaluations/decode"] = max(num_tokens(thought) for thought in thoughts)

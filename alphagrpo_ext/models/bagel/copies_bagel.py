@@ -20,7 +20,8 @@ would be masked out. Here the context attends to itself, and every copy to the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -28,11 +29,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from alphagrpo_ext.models.bagel.packing_bagel import PADDING_BLOCK, visibility_mask
-
-
-NUM_DELIMITERS = 2
-"""Tokens of a copy that belong to the understanding expert."""
+from alphagrpo_ext.models.bagel.packing_bagel import NUM_DELIMITERS, Bucket
+from alphagrpo_ext.models.bagel.rows_bagel import PADDING_BLOCK, visibility_mask
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -53,106 +51,163 @@ class ContextStates:
             self.keys.append(keys.detach())
             self.values.append(values.detach())
 
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer."""
+        return self.keys[layer], self.values[layer]
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """
+    Who sees whom among the rows of a [`Bucket`], understanding tokens before latents in every context and every copy.
+    Masks are bool until [`additive`] is called.
+
+    Args:
+        bucket ([`Bucket`]): Sizes.
+        context_mask (`torch.Tensor` of shape `(rows, context, context)`): Which tokens of the context see which.
+        copy_context_mask (`torch.Tensor` of shape `(rows, copies, context)`): What a copy sees of the context.
+        copy_mask (`torch.Tensor` of shape `(rows, copies, copy_tokens)`): What a copy sees of itself: all but padding.
+    """
+
+    bucket: Bucket
+    context_mask: torch.Tensor
+    copy_context_mask: torch.Tensor
+    copy_mask: torch.Tensor
+
     @classmethod
-    def joined(cls, parts: Sequence[ContextStates]) -> ContextStates:
-        """The rows of all parts, the contexts of which are padded to the same length."""
+    def of(cls, bucket: Bucket, contexts: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> BucketLayout:
+        """
+        Args:
+            bucket ([`Bucket`]): Sizes.
+            contexts (`Sequence[torch.Tensor]`): Positions, blocks and horizons of contexts, `(rows, context)`.
+            copies (`Sequence[torch.Tensor]`): The same of copies, `(rows, copies, copy_tokens)`.
+        """
+        (_, context_blocks, _), (_, blocks, horizons) = contexts, copies
+        # A copy's first token is a delimiter, and none of those is padding.
+        horizon = horizons[:, :, :1] if bucket.copies else horizons.new_zeros(bucket.rows, 0, 1)
         return cls(
-            keys=[torch.cat(keys) for keys in zip(*(part.keys for part in parts), strict=True)],
-            values=[torch.cat(values) for values in zip(*(part.values for part in parts), strict=True)],
+            bucket,
+            context_mask=visibility_mask(*contexts),
+            copy_context_mask=context_blocks[:, None] < horizon,
+            copy_mask=blocks != PADDING_BLOCK,
         )
+
+    def additive(self, dtype: torch.dtype) -> BucketLayout:
+        """With masks that are added to scores."""
+        names = ("context_mask", "copy_context_mask", "copy_mask")
+        return replace(self, **{name: additive_mask(getattr(self, name), dtype) for name in names})
+
+    @cached_property
+    def token_context_mask(self) -> torch.Tensor:
+        """`copy_context_mask` for every token of a copy, `(rows, 1, copies * copy_tokens, context)`: once for all layers."""
+        return self.copy_context_mask.repeat_interleave(self.bucket.copy_tokens, dim=1)[:, None]
 
 
 @dataclass(frozen=True)
 class PackedLayout:
     """
-    Contexts and their copies, `copies` blocks of `copy_tokens` tokens a row. In the tensors of both experts the context
-    comes first, and then copy by copy. Masks are bool until [`additive`] is called.
+    A sequence of contexts and copies, as [`pack_trajectories`] lays it out: for each expert the contexts of every bucket,
+    and then the copies of every bucket. A part of it holds only contexts, or only copies.
 
     Args:
-        context_positions (`torch.Tensor` of shape `(rows, context)`): Rotary positions, understanding tokens first.
-        copy_positions (`torch.Tensor` of shape `(rows, copies, copy_tokens)`): The same of copies, delimiters first.
-        context_mask (`torch.Tensor` of shape `(rows, context, context)`): Which tokens of the context see which.
-        copy_context_mask (`torch.Tensor` of shape `(rows, copies, context)`): What a copy sees of the context.
-        copy_mask (`torch.Tensor` of shape `(rows, copies, copy_tokens)`): What a copy sees of itself: all but padding.
-        states ([`ContextStates`], *optional*):
-            Keys and values of the contexts, if they were computed before. The rows then hold copies alone.
+        buckets (`tuple[BucketLayout, ...]`): Rows by their shape.
+        has_contexts, has_copies (`bool`, *optional*, defaults to `True`): What the sequence holds.
+        states (`tuple[ContextStates, ...]`, *optional*):
+            Keys and values of every bucket's contexts: kept by a sequence without copies, and read by one without contexts.
     """
 
-    context_positions: torch.Tensor
-    copy_positions: torch.Tensor
-    context_mask: torch.Tensor
-    copy_context_mask: torch.Tensor
-    copy_mask: torch.Tensor
-    states: ContextStates | None = None
+    buckets: tuple[BucketLayout, ...]
+    has_contexts: bool = True
+    has_copies: bool = True
+    states: tuple[ContextStates, ...] | None = None
 
     @classmethod
-    def of(cls, positions: torch.Tensor, blocks: torch.Tensor, num_und: int, copy_mask: torch.Tensor) -> PackedLayout:
+    def of(cls, inputs: Mapping[str, torch.Tensor]) -> PackedLayout:
         """
         Args:
-            positions, blocks (`torch.Tensor` of shape `(rows, tokens)`): As [`pack_trajectories`] gives them.
-            num_und (`int`): How many of the tokens are the understanding expert's.
-            copy_mask (`torch.Tensor` of shape `(rows, copies, latents)`): False on padding.
+            inputs (`Mapping[str, torch.Tensor]`): `buckets`, and `positions`, `blocks` and `horizons` of all tokens.
         """
-        rows, num_copies, num_latents = copy_mask.shape
-        context_und = num_und - NUM_DELIMITERS * num_copies
-        context_gen = positions.shape[1] - num_copies * num_latents
+        buckets = [Bucket(*sizes) for sizes in inputs["buckets"].tolist()]
+        num_und = sum(sum(bucket.und_sizes) for bucket in buckets)
+        names = ("positions", "blocks", "horizons")
+        attributes = [split(buckets, inputs[name][:, :num_und], inputs[name][:, num_und:]) for name in names]
+        contexts, copies = (zip(*of_all, strict=True) for of_all in zip(*attributes, strict=True))
+        return cls(tuple(map(BucketLayout.of, buckets, contexts, copies)))
 
-        def context(attribute: torch.Tensor) -> torch.Tensor:
-            return torch.cat([attribute[:, :context_und], attribute[:, num_und:context_gen]], dim=1)
+    @property
+    def num_und(self) -> int:
+        """The sequence's tokens for the understanding expert."""
+        return self._count("und_sizes")
 
-        context_positions, context_blocks = context(positions), context(blocks)
-        copy_blocks = blocks[:, context_und:num_und:NUM_DELIMITERS]
-        copy_positions = positions[:, context_und:num_und:NUM_DELIMITERS]
-        is_earlier = context_blocks[:, None] < copy_blocks[:, :, None]
-        return cls(
-            context_positions=context_positions,
-            copy_positions=copy_positions[:, :, None].expand(-1, -1, NUM_DELIMITERS + num_latents),
-            context_mask=visibility_mask(
-                context_positions, context_blocks, torch.zeros_like(context_blocks, dtype=torch.bool)
-            ),
-            copy_context_mask=is_earlier & (context_blocks != PADDING_BLOCK)[:, None],
-            copy_mask=F.pad(copy_mask, (NUM_DELIMITERS, 0), value=True),
-        )
+    @property
+    def num_gen(self) -> int:
+        """The same for the generation expert."""
+        return self._count("gen_sizes")
+
+    def _count(self, name: str) -> int:
+        sizes = [getattr(layout.bucket, name) for layout in self.buckets]
+        return sum(of_contexts * self.has_contexts + of_copies * self.has_copies for of_contexts, of_copies in sizes)
+
+    def contexts_alone(self) -> PackedLayout:
+        """The contexts of all buckets, with a place to keep their keys and values."""
+        return replace(self, has_copies=False, states=tuple(ContextStates() for _ in self.buckets))
+
+    def copies_alone(self, states: tuple[ContextStates, ...]) -> PackedLayout:
+        """The copies of all buckets, over keys and values of contexts that were computed before."""
+        return replace(self, has_contexts=False, states=states)
 
     def additive(self, dtype: torch.dtype) -> PackedLayout:
         """With masks that are added to scores."""
-        names = ("context_mask", "copy_context_mask", "copy_mask")
-        return replace(self, **{name: additive_mask(getattr(self, name), dtype) for name in names})
+        return replace(self, buckets=tuple(layout.additive(dtype) for layout in self.buckets))
 
-    @property
-    def num_copies(self) -> int:
-        return self.copy_mask.shape[1]
+    def split(
+        self, und: torch.Tensor, gen: torch.Tensor | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What [`split`] makes of a sequence that may hold only contexts, or only copies."""
+        return split([layout.bucket for layout in self.buckets], und, gen, self.has_contexts, self.has_copies)
 
-    @property
-    def copy_tokens(self) -> int:
-        """Tokens of a copy, delimiters included."""
-        return self.copy_mask.shape[2]
+    def merge(
+        self, contexts: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inverse of [`split`], where only buckets with copies have some."""
+        und, gen = [], []
+        for layout, context in zip(self.buckets if self.has_contexts else (), contexts, strict=True):
+            und.append(context[:, : layout.bucket.context_und].flatten(0, 1))
+            gen.append(context[:, layout.bucket.context_und :].flatten(0, 1))
+        for copy in copies:
+            und.append(copy[:, :, :NUM_DELIMITERS].flatten(0, 2))
+            gen.append(copy[:, :, NUM_DELIMITERS:].flatten(0, 2))
+        return torch.cat(und)[None], torch.cat(gen)[None]
 
-    @cached_property
-    def token_context_mask(self) -> torch.Tensor:
-        """`copy_context_mask` for every token of a copy, `(rows, 1, copies * copy_tokens, context)`: once for all layers."""
-        return self.copy_context_mask.repeat_interleave(self.copy_tokens, dim=1)[:, None]
 
-    def split(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        From the experts' tokens `(rows, tokens, ...)` to the context's, understanding first, and the copies'
-        `(rows, copies * copy_tokens, ...)`, delimiters first in each.
-        """
-        num_und = und.shape[1] - NUM_DELIMITERS * self.num_copies
-        num_gen = gen.shape[1] - (self.copy_tokens - NUM_DELIMITERS) * self.num_copies
-        copies = [x.unflatten(1, (self.num_copies, -1)) for x in (und[:, num_und:], gen[:, num_gen:])]
-        return torch.cat([und[:, :num_und], gen[:, :num_gen]], dim=1), torch.cat(copies, dim=2).flatten(1, 2)
+def split(
+    buckets: Sequence[Bucket],
+    und: torch.Tensor,
+    gen: torch.Tensor | None,
+    has_contexts: bool = True,
+    has_copies: bool = True,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """
+    From a sequence `(1, tokens, ...)` of each expert to the rows of buckets, understanding tokens before latents.
 
-    def merge(self, context: torch.Tensor | None, copies: torch.Tensor, num_und: int) -> tuple[torch.Tensor, ...]:
-        """Inverse of [`split`]; `num_und` counts the understanding expert's tokens."""
-        und, gen = copies.unflatten(1, (self.num_copies, -1)).split(
-            [NUM_DELIMITERS, self.copy_tokens - NUM_DELIMITERS], dim=2
-        )
-        und, gen = und.flatten(1, 2), gen.flatten(1, 2)
-        if context is None:
-            return und, gen
-        num_und -= und.shape[1]
-        return torch.cat([context[:, :num_und], und], dim=1), torch.cat([context[:, num_und:], gen], dim=1)
+    Returns:
+        `tuple[list[torch.Tensor], list[torch.Tensor]]`: Contexts `(rows, context, ...)` and copies
+        `(rows, copies, copy_tokens, ...)` of every bucket; a list is empty if the sequence does not hold them.
+    """
+    gen = und[:, :0] if gen is None else gen
+    und_start = gen_start = 0
+
+    def take(shape: tuple[int, ...], num_und: int, num_gen: int) -> torch.Tensor:
+        nonlocal und_start, gen_start
+        count, tail = math.prod(shape), und.shape[2:]
+        of_und = und[0, und_start : und_start + count * num_und].view(*shape, num_und, *tail)
+        of_gen = gen[0, gen_start : gen_start + count * num_gen].view(*shape, num_gen, *tail)
+        und_start, gen_start = und_start + count * num_und, gen_start + count * num_gen
+        return torch.cat([of_und, of_gen], dim=len(shape))
+
+    contexts = [take((b.rows,), b.context_und, b.context_gen) for b in buckets] if has_contexts else []
+    copies = [take((b.rows, b.copies), NUM_DELIMITERS, b.copy_latents) for b in buckets] if has_copies else []
+    return contexts, copies
 
 
 class CopyStates(NamedTuple):
@@ -172,13 +227,13 @@ class CopyStates(NamedTuple):
     value: torch.Tensor
 
 
-def eager_copy_attention(states: CopyStates, layout: PackedLayout, scaling: float) -> torch.Tensor:
+def eager_copy_attention(states: CopyStates, layout: BucketLayout, scaling: float) -> torch.Tensor:
     """
     Attention of copies over the context and themselves, written out. At a hundred tokens the fastest on a CPU.
 
     Args:
         states ([`CopyStates`]): Queries, keys and values.
-        layout ([`PackedLayout`]): With additive masks.
+        layout ([`BucketLayout`]): With additive masks.
         scaling (`float`): Factor of the scores.
 
     Returns:
@@ -186,7 +241,7 @@ def eager_copy_attention(states: CopyStates, layout: PackedLayout, scaling: floa
     """
     query, context_key, context_value, key, value = states
     (rows, heads, num_tokens, _), kv_heads = query.shape, key.shape[1]
-    num_copies, context = layout.num_copies, context_key.shape[2]
+    num_copies, context = layout.bucket.copies, context_key.shape[2]
     groups = (kv_heads, heads // kv_heads)
     query = query * scaling
     # Heads that share keys and values are queries like others, so that nothing is repeated.
@@ -252,7 +307,7 @@ def _one_row_again(x: torch.Tensor, num_copies: int) -> torch.Tensor:
     return x.unflatten(0, (-1, num_copies)).transpose(1, 2).flatten(2, 3)
 
 
-def sdpa_copy_attention(states: CopyStates, layout: PackedLayout, scaling: float) -> torch.Tensor:
+def sdpa_copy_attention(states: CopyStates, layout: BucketLayout, scaling: float) -> torch.Tensor:
     """[`eager_copy_attention`] without its scores in memory."""
     dtype, repeats = states.value.dtype, states.query.shape[1] // states.key.shape[1]
     # Under autocast the norms of queries and keys leave them in fp32.
@@ -263,22 +318,22 @@ def sdpa_copy_attention(states: CopyStates, layout: PackedLayout, scaling: float
     return attend(CopyStates(query, *others), layout, scaling)
 
 
-def flash_on_cpu(states: CopyStates, layout: PackedLayout, scaling: float) -> torch.Tensor:
+def flash_on_cpu(states: CopyStates, layout: BucketLayout, scaling: float) -> torch.Tensor:
     """[`sdpa_copy_attention`] of as many keys as queries, of one type, with keys of the context that no copy repeats."""
     mask = layout.copy_mask.flatten(0, 1)[:, None, None]
-    return _FlashCopyAttention.apply(*states, layout.token_context_mask, mask, layout.num_copies, scaling)
+    return _FlashCopyAttention.apply(*states, layout.token_context_mask, mask, layout.bucket.copies, scaling)
 
 
-def concatenated(states: CopyStates, layout: PackedLayout, scaling: float) -> torch.Tensor:
+def concatenated(states: CopyStates, layout: BucketLayout, scaling: float) -> torch.Tensor:
     """The same on any device, with the context's keys repeated before those of every copy."""
-    num_copies = layout.num_copies
+    num_copies = layout.bucket.copies
     query, key, value = (_one_copy_a_row(x, num_copies) for x in (states.query, states.key, states.value))
     keys, values = (
         torch.cat([context.repeat_interleave(num_copies, dim=0), own], dim=2)
         for context, own in ((states.context_key, key), (states.context_value, value))
     )
     mask = torch.cat([layout.copy_context_mask, layout.copy_mask], dim=2).flatten(0, 1)[:, None, None]
-    mask = mask.expand(-1, -1, layout.copy_tokens, -1)
+    mask = mask.expand(-1, -1, layout.bucket.copy_tokens, -1)
     return _one_row_again(F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling), num_copies)
 
 

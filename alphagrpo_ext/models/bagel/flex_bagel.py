@@ -26,20 +26,26 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from alphagrpo_ext.models.bagel.packing_bagel import sees
+from alphagrpo_ext.models.bagel.rows_bagel import sees
 
 
-def visibility_block_mask(positions: torch.Tensor, blocks: torch.Tensor, noised: torch.Tensor) -> BlockMask:
+def visibility_block_mask(
+    positions: torch.Tensor, blocks: torch.Tensor, horizons: torch.Tensor, rows: torch.Tensor | None = None
+) -> BlockMask:
     """
     [`visibility_mask`] as a block mask.
 
     Args:
-        positions, blocks, noised (`torch.Tensor` of shape `(batch, tokens)`): Attributes that [`collate_rows`] gives.
+        positions, blocks, horizons (`torch.Tensor` of shape `(batch, tokens)`): Attributes that [`collate_rows`] gives.
+        rows (`torch.Tensor` of shape `(batch, tokens)`, *optional*): Tells rows apart that follow each other.
     """
     batch, length = positions.shape
+    rows = torch.zeros_like(blocks) if rows is None else rows
 
-    def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return sees(positions[row, query], blocks[row, query], positions[row, key], blocks[row, key], noised[row, key])
+    def mask_mod(entry: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        attributes = (x[entry, query] for x in (positions, blocks, horizons))
+        is_seen = sees(*attributes, positions[entry, key], blocks[entry, key])
+        return is_seen & (rows[entry, query] == rows[entry, key])
 
     # Not compiled, it computes the mask of all pairs first.
     return create_block_mask(

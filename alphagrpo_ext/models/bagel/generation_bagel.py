@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from alphagrpo_ext.models.bagel.cache_bagel import BagelCache, ForkedCache
-from alphagrpo_ext.models.bagel.packing_bagel import (
+from alphagrpo_ext.models.bagel.rows_bagel import (
     PADDING_BLOCK,
     BagelRow,
     collate_rows,
@@ -156,7 +156,7 @@ class BagelGenerationMixin:
         self, inputs: dict[str, torch.Tensor], cache: BagelCache, prefill: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         und, gen = self.embed_rows(inputs)
-        mask = visibility_mask(inputs["positions"], inputs["blocks"], inputs["noised"])
+        mask = visibility_mask(inputs["positions"], inputs["blocks"], inputs["horizons"])
         if not prefill:
             mask = cache.visibility(mask)
         return self.language_model.model(und, gen, inputs["positions"], mask, cache, prefill)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,8 +47,6 @@ from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
 from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_OF, BagelConfig
 from alphagrpo_ext.models.bagel.copies_bagel import (
-    NUM_DELIMITERS,
-    ContextStates,
     CopyStates,
     PackedLayout,
     additive_mask,
@@ -57,13 +54,8 @@ from alphagrpo_ext.models.bagel.copies_bagel import (
 )
 from alphagrpo_ext.models.bagel.flex_bagel import block_mask_attention, visibility_block_mask
 from alphagrpo_ext.models.bagel.generation_bagel import BagelGenerationMixin
-from alphagrpo_ext.models.bagel.packing_bagel import (
-    PADDING_BLOCK,
-    pack_trajectories,
-    patchify,
-    unpatchify,
-    visibility_mask,
-)
+from alphagrpo_ext.models.bagel.packing_bagel import pack_trajectories
+from alphagrpo_ext.models.bagel.rows_bagel import PADDING_BLOCK, patchify, unpatchify, visibility_mask
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.models.unified import MODELS, PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.trajectory import Trajectory
@@ -125,7 +117,7 @@ class BagelAttention(nn.Module):
         gen: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | BlockMask | PackedLayout,
-        context: BagelCache | ContextStates | None = None,
+        context: BagelCache | None = None,
         prefill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(mask, PackedLayout):
@@ -151,33 +143,44 @@ class BagelAttention(nn.Module):
     def _attend_packed(
         self,
         und: torch.Tensor,
-        gen: torch.Tensor,
+        gen: torch.Tensor | None,
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         layout: PackedLayout,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Contexts among themselves, and copies over contexts and themselves; see [`PackedLayout`]."""
-        states = zip(self._project(und, ""), self._project(gen, "_moe_gen"), strict=True)
-        # Of query, key and value: the context's part, and that of the copies.
-        parts = zip(*(layout.split(*pair) for pair in states), strict=True)
-        (query, key, value), copies = (
-            # Rotated before heads and tokens change places, so that a copy's tokens stay together in memory.
-            [x.transpose(1, 2) for x in (*apply_rotary_pos_emb(q, k, *embeddings, unsqueeze_dim=2), v)]
-            for (q, k, v), embeddings in zip(parts, position_embeddings, strict=True)
-        )
-        output = None
-        if layout.states is None:
-            attention = self._attention_function(layout.context_mask)
-            output, _ = attention(
-                self, query, key, value, layout.context_mask[:, None], dropout=0.0, scaling=self.scaling
-            )
-            output = output.flatten(2)
-        else:
-            key, value = layout.states.keys[self.layer_idx], layout.states.values[self.layer_idx]
-        attend = copy_attention(self.config._attn_implementation)
-        copy_query, copy_key, copy_value = copies
-        copy_output = attend(CopyStates(copy_query, key, value, copy_key, copy_value), layout, self.scaling)
-        und, gen = layout.merge(output, copy_output.transpose(1, 2).flatten(2), und.shape[1])
-        return self.o_proj(und), self.o_proj_moe_gen(gen)
+        states = [self._project(und, "")] + ([] if gen is None else [self._project(gen, "_moe_gen")])
+        # Rotated before heads and tokens change places, so that a copy's tokens stay together in memory.
+        states = [
+            (*apply_rotary_pos_emb(query, key, *embeddings, unsqueeze_dim=2), value)
+            for (query, key, value), embeddings in zip(states, position_embeddings, strict=False)
+        ]
+        query, key, value = (layout.split(*of_experts) for of_experts in zip(*states, strict=True))
+        contexts, copies = [], []
+        for i, of_bucket in enumerate(layout.buckets):
+            if layout.has_contexts:
+                context_query, context_key, context_value = (
+                    part[0][i].transpose(1, 2) for part in (query, key, value)
+                )
+                mask = of_bucket.context_mask
+                output, _ = self._attention_function(mask)(
+                    *(self, context_query, context_key, context_value, mask[:, None]),
+                    dropout=0.0,
+                    scaling=self.scaling,
+                )
+                contexts.append(output.flatten(2))
+                if layout.states is not None:
+                    layout.states[i].store(self.layer_idx, context_key, context_value)
+            else:
+                context_key, context_value = layout.states[i].of_layer(self.layer_idx)
+            if layout.has_copies and of_bucket.bucket.copies:
+                own_query, own_key, own_value = (
+                    part[1][i].flatten(1, 2).transpose(1, 2) for part in (query, key, value)
+                )
+                states_of_copies = CopyStates(own_query, context_key, context_value, own_key, own_value)
+                output = copy_attention(self.config._attn_implementation)(states_of_copies, of_bucket, self.scaling)
+                copies.append(output.transpose(1, 2).flatten(2).unflatten(1, (of_bucket.bucket.copies, -1)))
+        und, gen = layout.merge(contexts, copies)
+        return self.o_proj(und), self.o_proj_moe_gen(gen) if gen.shape[1] else None
 
     def _attention_function(self, mask: torch.Tensor | BlockMask) -> Callable:
         if isinstance(mask, BlockMask):
@@ -236,16 +239,16 @@ class BagelDecoder(nn.Module):
         gen: torch.Tensor | None,
         positions: torch.Tensor,
         mask: torch.Tensor | BlockMask | PackedLayout,
-        cache: BagelCache | ContextStates | None = None,
+        cache: BagelCache | None = None,
         prefill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             und (`torch.Tensor` of shape `(batch, und_tokens, hidden)`): Embeddings for the understanding expert.
             gen (`torch.Tensor` of shape `(batch, gen_tokens, hidden)`, *optional*): For the generation expert.
-            positions (`torch.Tensor` of shape `(batch, und_tokens + gen_tokens)`): Rotary positions; a layout has its own.
+            positions (`torch.Tensor` of shape `(batch, und_tokens + gen_tokens)`): Rotary positions.
             mask (`torch.Tensor` of shape `(batch, queries, keys)`, `BlockMask` or [`PackedLayout`]): Visibility, bool.
-            cache ([`BagelCache`] or [`ContextStates`], *optional*): Context that comes before these tokens.
+            cache ([`BagelCache`], *optional*): Context that comes before these tokens.
             prefill (`bool`, *optional*, defaults to `False`): Whether these tokens become the cache's prefix.
 
         Returns:
@@ -256,8 +259,9 @@ class BagelDecoder(nn.Module):
         computes_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else und.dtype
         if isinstance(mask, PackedLayout):
             mask = mask.additive(torch.float32 if implementation == "eager" else computes_in)
+            num_und = und.shape[1]
             position_embeddings = tuple(
-                self.rotary_emb(und, p.flatten(1)) for p in (mask.context_positions, mask.copy_positions)
+                self.rotary_emb(und, p) for p in (positions[:, :num_und], positions[:, num_und:])
             )
         else:
             if not isinstance(mask, BlockMask):
@@ -541,7 +545,7 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         und = self.language_model.model.embed_tokens(inputs["input_ids"])
         if "vit_patches" in inputs:
             patches = self.embed_patches(inputs["vit_patches"], inputs["vit_position_ids"], inputs["vit_mask"])
-            mask = inputs["vit_mask"]
+            patches, mask = (tensor[inputs["vit_image"]] for tensor in (patches, inputs["vit_mask"]))
             flat = und.flatten(0, 1).index_put((inputs["vit_index"][mask],), patches[mask].to(und.dtype))
             und = flat.view_as(und)
         if "latents" not in inputs:
@@ -565,6 +569,7 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             "vit_patches": torch.zeros(1, 1, vision.num_channels * vision.patch_size**2),
             "vit_position_ids": place,
             "vit_mask": torch.zeros(1, 1, dtype=torch.bool),
+            "vit_image": place[0],
             "vit_index": place,
         }
 
@@ -573,12 +578,12 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         blocks: torch.Tensor,
-        noised: torch.Tensor,
+        horizons: torch.Tensor,
         score_index: torch.Tensor,
         score_targets: torch.Tensor,
-        branches: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        buckets: torch.Tensor | None = None,
         velocity_index: torch.Tensor | None = None,
-        copy_mask: torch.Tensor | None = None,
         temperature: float = 1.0,
         context_gradient: str = "exact",
         **images: torch.Tensor,
@@ -590,12 +595,11 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             score_index (`torch.Tensor` of shape `(scores,)`):
                 Places in the flattened `input_ids` whose next token was sampled.
             score_targets (`torch.Tensor` of shape `(scores,)`): The sampled tokens.
-            branches (`torch.Tensor` of shape `(batch,)`, *optional*):
-                Guidance branch of every row; sampled texts are in rows of branch 0, which come first.
+            rows (`torch.Tensor` of shape `(1, und + gen)`, *optional*): The row of every token, if rows follow each other.
+            buckets (`torch.Tensor` of shape `(buckets, 5)`, *optional*):
+                How they do, a [`Bucket`] a line. Without it, a mask of all pairs decides who sees whom.
             velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*):
                 Places of noised latents in the flattened latents.
-            copy_mask (`torch.Tensor` of shape `(batch, copies, tokens)`, *optional*):
-                Which of the last latents are noised copies, false on padding.
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
             context_gradient (`str`, *optional*, defaults to `"exact"`):
                 Whether noised copies have a gradient through their context, or see it `"detached"`.
@@ -604,17 +608,16 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             kind = "training" if torch.is_grad_enabled() else "scoring"
             self.work.count(kind, int((blocks != PADDING_BLOCK).sum()), blocks.numel())
         und, gen = self.embed_rows({"input_ids": input_ids, **images})
-        if context_gradient == "detached" and copy_mask is not None:
-            layout = PackedLayout.of(positions, blocks, und.shape[1], copy_mask)
-            und, gen = self._run_detached(
-                und, gen, layout, len(und) if branches is None else int((branches == 0).sum()), len(score_index) > 0
-            )
-        elif copy_mask is not None and self.config.text_config._attn_implementation != "flex_attention":
-            layout = PackedLayout.of(positions, blocks, und.shape[1], copy_mask)
-            und, gen = self.language_model.model(und, gen, positions, layout)
+        attributes = {"positions": positions, "blocks": blocks, "horizons": horizons}
+        is_flex = self.config.text_config._attn_implementation == "flex_attention"
+        if buckets is not None and velocity_index is not None and context_gradient == "detached":
+            layout = PackedLayout.of({"buckets": buckets, **attributes})
+            und, gen = self._run_detached(und, gen, positions, layout, len(score_index) > 0)
         else:
-            is_flex = self.config.text_config._attn_implementation == "flex_attention"
-            mask = (visibility_block_mask if is_flex else visibility_mask)(positions, blocks, noised)
+            if buckets is not None and not is_flex:
+                mask = PackedLayout.of({"buckets": buckets, **attributes})
+            else:
+                mask = (visibility_block_mask if is_flex else visibility_mask)(**attributes, rows=rows)
             und, gen = self.language_model.model(und, gen, positions, mask)
         head, scored = self.language_model.lm_head, und.flatten(0, 1)[score_index]
         if isinstance(head, BaseTunerLayer):
@@ -632,36 +635,28 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         )
 
     def _run_detached(
-        self, und: torch.Tensor, gen: torch.Tensor, layout: PackedLayout, num_full: int, has_scores: bool
+        self, und: torch.Tensor, gen: torch.Tensor, positions: torch.Tensor, layout: PackedLayout, has_scores: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Contexts first, and then copies over their keys and values. Of the contexts, only those with sampled texts, the
-        first `num_full` rows, have a gradient, which is that of the texts.
+        Contexts first, with the gradient of their sampled texts, if there are any; and then copies over their keys and
+        values, which are cut off from it.
         """
-        decoder, num_copies = self.language_model.model, layout.num_copies
-        num_und = und.shape[1] - NUM_DELIMITERS * num_copies
-        num_gen = gen.shape[1] - (layout.copy_tokens - NUM_DELIMITERS) * num_copies
-        outputs, states = [], []
-        for rows, has_gradient in ((slice(0, num_full), has_scores), (slice(num_full, None), False)):
-            context_und, context_gen = und[rows, :num_und], gen[rows, :num_gen]
-            if not len(context_und):
-                continue
-            states.append(ContextStates())
+        contexts = layout.contexts_alone()
+        parts = (contexts, layout.copies_alone(contexts.states))
+        und_sizes, gen_sizes = [part.num_und for part in parts], [part.num_gen for part in parts]
+        und_positions, gen_positions = positions.split([und.shape[1], gen.shape[1]], dim=1)
+        split = [
+            *(x.split(und_sizes, dim=1) for x in (und, und_positions)),
+            *(x.split(gen_sizes, dim=1) for x in (gen, gen_positions)),
+        ]
+        outputs = []
+        for part, has_gradient, *tensors in zip(parts, (has_scores, True), *split, strict=True):
+            of_und, at_und, of_gen, at_gen = tensors
             with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):
-                output, _ = decoder(
-                    context_und,
-                    context_gen if num_gen else None,
-                    layout.context_positions[rows],
-                    layout.context_mask[rows],
-                    states[-1],
-                    prefill=True,
+                outputs.append(
+                    self.language_model.model(
+                        of_und, of_gen if part.num_gen else None, torch.cat([at_und, at_gen], dim=1), part
+                    )
                 )
-            outputs.append(output)
-        joined = ContextStates.joined(states) if len(states) > 1 else states[0]
-        copies = replace(layout, context_positions=layout.context_positions[:, :0], states=joined)
-        copy_und, copy_gen = decoder(und[:, num_und:], gen[:, num_gen:], layout.context_positions, copies)
-        context_gen = copy_gen.new_zeros(len(gen), num_gen, copy_gen.shape[2])
-        return (
-            torch.cat([torch.cat(outputs), copy_und], dim=1),
-            torch.cat([context_gen, copy_gen], dim=1),
-        )
+        of_und, of_gen = zip(*outputs, strict=True)
+        return torch.cat(of_und, dim=1), torch.cat([x for x in of_gen if x is not None], dim=1)

@@ -12,331 +12,347 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How BAGEL lays out texts and images as tokens: blocks, rotary positions, and who sees whom.
+"""How BAGEL's whole trajectories become one forward: contexts once, and behind them the noised copies that are trained.
 
-A row is a sequence of blocks. Text is causal; an image block is seen fully by itself; every block sees the blocks
-before it, except noised images, which nobody but themselves sees. All of that follows from three numbers a token:
-its block, its rotary position, and whether its block is noised. Tokens of the understanding expert and tokens of the
-generation expert are kept in two tensors, so that each expert runs on its own tokens without gather or scatter;
-attention does not mind the order.
+A guidance branch that sees a part of what another row begins with needs no context of its own, and neither do the
+members of a group that share one: their copies hang on the same row, each with its own horizon. Rows that differ in
+nothing but the length of their texts are padded to the same length, a *bucket*; the tokens of all buckets follow each other
+in one sequence, so that no bucket is padded to the length of another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.rows_bagel import (
+    NOISED_BLOCK,
+    PADDING_BLOCK,
+    BagelRow,
+    collate_pixels,
+    collate_tokens,
+    grid_position_ids,
+)
 from alphagrpo_ext.models.unified import BRANCHES, PackedBatch, VelocityLayout
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 
 
-PADDING_BLOCK = -1
+NUM_DELIMITERS = 2
+"""Tokens of a copy that belong to the understanding expert."""
 
 
-def grid_position_ids(rows: int, columns: int, max_side: int) -> torch.Tensor:
-    """Flattened two-dimensional positions `(rows * columns,)`; `max_side` is the side of the table, not the image's."""
-    if rows > max_side or columns > max_side:
-        raise ValueError(f"an image of {rows} x {columns} tokens does not fit the position table of side {max_side}")
-    return (torch.arange(rows)[:, None] * max_side + torch.arange(columns)).flatten()
-
-
-def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """`(..., channels, height, width)` to `(..., tokens, patch_size**2 * channels)`, channel fastest."""
-    *batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    patches = images.reshape(*batch, channels, rows, patch_size, columns, patch_size)
-    patches = patches.movedim((-4, -2, -3, -1, -5), (-5, -4, -3, -2, -1))
-    return patches.reshape(*batch, rows * columns, patch_size * patch_size * channels)
-
-
-def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Inverse of [`patchify`]."""
-    *batch, _, size = tokens.shape
-    channels = size // patch_size**2
-    patches = tokens.reshape(*batch, grid[0], grid[1], patch_size, patch_size, channels)
-    images = patches.movedim((-1, -5, -3, -4, -2), (-5, -4, -3, -2, -1))
-    return images.reshape(*batch, channels, grid[0] * patch_size, grid[1] * patch_size)
-
-
-def sees(
-    query_position: torch.Tensor,
-    query_block: torch.Tensor,
-    key_position: torch.Tensor,
-    key_block: torch.Tensor,
-    key_noised: torch.Tensor,
-) -> torch.Tensor:
+class Bucket(NamedTuple):
     """
-    Whether a query sees a key, from attributes that broadcast.
+    Rows of one shape, as a line of the table `buckets` of a packed forward.
 
-    Inside a block a token sees those at its own position or before, which is causal for text, whose positions rise, and
-    full for an image, whose positions are equal. Of other blocks it sees the earlier ones that are not noised. Padding
-    sees padding, so that no row of the mask is empty.
+    Args:
+        rows (`int`): How many.
+        context_und, context_gen (`int`): Tokens of a row's context for either expert.
+        copies, copy_latents (`int`): Noised copies of a row, and latents of a copy.
     """
-    inside = (query_block == key_block) & (key_position <= query_position)
-    earlier = (key_block < query_block) & (key_block != PADDING_BLOCK) & ~key_noised
-    return inside | earlier
 
-
-def visibility_mask(positions: torch.Tensor, blocks: torch.Tensor, noised: torch.Tensor) -> torch.Tensor:
-    """
-    Who [`sees`] whom, from the attributes that [`collate_rows`] gives every token, each `(batch, tokens)`.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, tokens, tokens)`, bool, queries before keys.
-    """
-    return sees(
-        positions[:, :, None], blocks[:, :, None], positions[:, None, :], blocks[:, None, :], noised[:, None, :]
-    )
-
-
-@dataclass
-class _Expert:
-    """Attributes of one expert's tokens in a row, as runs."""
-
-    positions: list[torch.Tensor] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    noised: list[bool] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-
-    def append(self, positions: torch.Tensor, block: int, noised: bool = False) -> None:
-        self.positions.append(positions)
-        self.blocks.append(block)
-        self.noised.append(noised)
-        self.lengths.append(len(positions))
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        lengths = torch.tensor(self.lengths, dtype=torch.long)
-        positions = torch.cat(self.positions) if self.positions else torch.zeros(0, dtype=torch.long)
-        blocks = torch.tensor(self.blocks, dtype=torch.long).repeat_interleave(lengths)
-        noised = torch.tensor(self.noised, dtype=torch.bool).repeat_interleave(lengths)
-        return positions, blocks, noised
-
-
-class BagelRow:
-    """One packed sequence under construction: append blocks in the order in which the model sees them."""
-
-    def __init__(self, config: BagelConfig, position: int = 0) -> None:
-        self.config = config
-        self.position = position
-        self.num_blocks = 0
-        self.und, self.gen = _Expert(), _Expert()
-        self.input_ids: list[int] = []
-        self.latents: list[torch.Tensor] = []
-        self.latent_position_ids: list[torch.Tensor] = []
-        self.timesteps: list[float] = []
-        self.vit_pixels: list[torch.Tensor] = []
-        self.vit_starts: list[int] = []
+    rows: int
+    context_und: int
+    context_gen: int
+    copies: int
+    copy_latents: int
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of both experts."""
-        return sum(self.und.lengths) + sum(self.gen.lengths)
+    def copy_tokens(self) -> int:
+        """Tokens of a copy, delimiters included."""
+        return NUM_DELIMITERS + self.copy_latents
 
-    def _image_delimiters(self, num_inner: int, noised: bool) -> None:
-        """Start, `num_inner` places of the understanding expert, and end of an image block."""
-        self.input_ids += [self.config.image_start_token_id, *[0] * num_inner, self.config.image_end_token_id]
-        self.und.append(torch.full((num_inner + 2,), self.position), self.num_blocks, noised)
+    @property
+    def und_sizes(self) -> tuple[int, int]:
+        """Tokens of all contexts and all copies for the understanding expert."""
+        return self.rows * self.context_und, self.rows * self.copies * NUM_DELIMITERS
 
-    def add_text(self, token_ids: Sequence[int]) -> int:
-        """Append a text block; returns the place of its first delimiter among the understanding expert's tokens."""
-        start = len(self.input_ids)
-        ids = [self.config.bos_token_id, *token_ids, self.config.eos_token_id]
-        self.input_ids += ids
-        self.und.append(torch.arange(self.position, self.position + len(ids)), self.num_blocks)
-        self.position += len(ids)
-        self.num_blocks += 1
-        return start
-
-    def add_latents(
-        self, latents: torch.Tensor, grid: tuple[int, int], timestep: float = 0.0, noised: bool = False
-    ) -> int:
-        """Append a VAE block; a noised one leaves the rotary position where it was. Returns its place in `gen`."""
-        start = sum(self.gen.lengths)
-        self._image_delimiters(0, noised)
-        self.gen.append(torch.full((len(latents),), self.position), self.num_blocks, noised)
-        self.latents.append(latents)
-        self.latent_position_ids.append(grid_position_ids(*grid, self.config.max_latent_size))
-        self.timesteps.append(timestep)
-        self.position += 0 if noised else 1
-        self.num_blocks += 1
-        return start
-
-    def add_pixels(self, pixel_values: torch.Tensor) -> None:
-        """Append a vision-tower block of an image `(3, height, width)`."""
-        patch_size = self.config.vision_config.patch_size
-        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
-        self.vit_starts.append(len(self.input_ids) + 1)
-        self.vit_pixels.append(pixel_values)
-        self._image_delimiters(num_patches, noised=False)
-        self.position += 1
-        self.num_blocks += 1
-
-    def add_segment(self, segment: Segment) -> int | None:
-        """Append a segment as context: a text, or an image as VAE block and, if it has pixels, vision block."""
-        if isinstance(segment, TextSegment):
-            return self.add_text(segment.content_ids)
-        self.add_latents(segment.latents, segment.grid)
-        if segment.pixel_values is not None:
-            self.add_pixels(segment.pixel_values)
-        return None
-
-
-def _pad(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
-    return pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
-def _pad_und(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
-    """Pads to at least one place, because attention refuses a batch of nothing but empty contexts."""
-    padded = _pad(tensors, value)
-    return padded if padded.shape[1] else padded.new_full((len(tensors), 1), value)
-
-
-def collate_rows(rows: Sequence[BagelRow], config: BagelConfig) -> dict[str, torch.Tensor]:
-    """
-    Pad rows to tensors.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids` `(batch, und)`; `positions`, `blocks`, `noised` `(batch, und + gen)`,
-        understanding tokens first, `blocks` -1 on padding; where there are latents, `latents`
-        `(batch, gen, channels)`, `latent_position_ids` `(batch, gen)`, `timesteps` `(batch, images)` and
-        `timestep_index` `(batch, gen)`; where there are vision blocks, `vit_patches` `(images, patches, values)`,
-        `vit_position_ids`, `vit_mask` `(images, patches)` and `vit_index` `(images, patches)` into the flattened
-        `input_ids`.
-    """
-    input_ids = _pad_und([torch.tensor(row.input_ids, dtype=torch.long) for row in rows])
-    und = [row.und.tensors() for row in rows]
-    gen = [row.gen.tensors() for row in rows]
-    fills = (0, PADDING_BLOCK, False)
-    attributes = [
-        torch.cat([_pad_und([t[i] for t in und], fill), _pad([t[i] for t in gen], fill)], dim=1)
-        for i, fill in enumerate(fills)
-    ]
-    inputs = dict(zip(("positions", "blocks", "noised"), attributes, strict=True), input_ids=input_ids)
-    if any(row.latents for row in rows):
-        empty = torch.zeros(0, config.latent_channels)
-        inputs["latents"] = _pad([torch.cat(row.latents).float() if row.latents else empty for row in rows])
-        no_ids = torch.zeros(0, dtype=torch.long)
-        inputs["latent_position_ids"] = _pad(
-            [torch.cat(row.latent_position_ids) if row.latents else no_ids for row in rows]
-        )
-        inputs["timesteps"] = _pad([torch.tensor(row.timesteps, dtype=torch.float32) for row in rows])
-        inputs["timestep_index"] = _pad(
-            [
-                torch.arange(len(row.latents)).repeat_interleave(torch.tensor(row.gen.lengths, dtype=torch.long))
-                for row in rows
-            ]
-        )
-    if any(row.vit_pixels for row in rows):
-        inputs.update(_collate_pixels(rows, input_ids.shape[1], config))
-    return inputs
-
-
-def _collate_pixels(rows: Sequence[BagelRow], width: int, config: BagelConfig) -> dict[str, torch.Tensor]:
-    patch_size, side = config.vision_config.patch_size, config.vision_patches_per_side
-    patches, position_ids, index = [], [], []
-    for i, row in enumerate(rows):
-        for pixels, start in zip(row.vit_pixels, row.vit_starts, strict=True):
-            patches.append(patchify(pixels, patch_size))
-            position_ids.append(
-                grid_position_ids(pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size, side)
-            )
-            index.append(torch.arange(len(patches[-1])) + i * width + start)
-    return {
-        "vit_patches": _pad(patches),
-        "vit_position_ids": _pad(position_ids),
-        "vit_mask": _pad([torch.ones(len(ids), dtype=torch.bool) for ids in position_ids], False),
-        "vit_index": _pad(index),
-    }
+    @property
+    def gen_sizes(self) -> tuple[int, int]:
+        """The same for the generation expert."""
+        return self.rows * self.context_gen, self.rows * self.copies * self.copy_latents
 
 
 @dataclass(frozen=True)
 class NoisedCopy:
     """
-    An image on its way, behind the context of a row, which it sees up to its own place.
+    An image on its way, behind the context of a row, which it sees up to its horizon.
 
     Args:
         latents (`torch.Tensor` of shape `(tokens, channels)`): The noised image.
         grid (`tuple[int, int]`): Its rows and columns.
         timestep (`float`): Its time.
-        position, block (`int`): Rotary position, and number among the row's blocks.
+        position, horizon (`int`): Rotary position, and the first of the row's blocks that it does not see.
+        image, step, branch (`int`): Which velocity this is, as in [`VelocityLayout`].
     """
 
     latents: torch.Tensor
     grid: tuple[int, int]
     timestep: float
     position: int
-    block: int
+    horizon: int
+    image: int
+    step: int
+    branch: int
 
 
-def append_copies(
-    inputs: dict[str, torch.Tensor], copies: Sequence[Sequence[NoisedCopy]], config: BagelConfig
-) -> dict[str, torch.Tensor]:
+def _identity(segment: Segment) -> tuple[int, ...]:
+    """Equal for segments that hold the same contents, not for those that hold equal ones."""
+    if isinstance(segment, TextSegment):
+        return (id(segment.token_ids),)
+    return id(segment.latents), id(segment.pixel_values)
+
+
+@dataclass(eq=False)
+class _PackedRow:
     """
-    Put copies behind the contexts that [`collate_rows`] has padded: for both experts the contexts of all rows have one
-    length, and then come copies, of one length too, so that slices tell them apart.
+    A context under construction, and its copies.
 
     Args:
-        inputs (`dict[str, torch.Tensor]`): Of [`collate_rows`], for rows without noised blocks.
-        copies (`Sequence[Sequence[NoisedCopy]]`): Of each row.
-        config ([`BagelConfig`]): Delimiters and sizes.
-
-    Returns:
-        `dict[str, torch.Tensor]`: The same with copies, and `copy_mask` `(rows, copies, latents)`, false on padding.
+        context ([`BagelRow`]): Its tokens.
+        copies (`list[NoisedCopy]`): In any order.
+        ends (`list[tuple[tuple[int, ...], int, int]]`): Every segment, and rotary position and horizon after it.
     """
-    rows, width = len(copies), inputs["input_ids"].shape[1]
-    num_copies = max(len(of_row) for of_row in copies)
-    num_latents = max(len(copy.latents) for of_row in copies for copy in of_row)
-    shape = (rows, num_copies, num_latents)
-    latents = torch.zeros(*shape, config.latent_channels)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    timesteps = torch.zeros(shape[:2])
-    positions = torch.zeros(shape[:2], dtype=torch.long)
-    blocks = torch.full(shape[:2], PADDING_BLOCK)
-    for i, of_row in enumerate(copies):
-        for j, copy in enumerate(of_row):
+
+    context: BagelRow
+    copies: list[NoisedCopy] = field(default_factory=list)
+    ends: list[tuple[tuple[int, ...], int, int]] = field(default_factory=list)
+
+    def add(self, segment: Segment) -> int | None:
+        start = self.context.add_segment(segment)
+        self.ends.append((_identity(segment), self.context.position, self.context.num_blocks))
+        return start
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """Rotary position and horizon of what comes next."""
+        return self.context.position, self.context.num_blocks
+
+    def end_of(self, segments: Sequence[Segment]) -> tuple[int, int] | None:
+        """The same after some segments, if the row begins with them."""
+        if [end[0] for end in self.ends[: len(segments)]] != [_identity(segment) for segment in segments]:
+            return None
+        return self.ends[len(segments) - 1][1:] if segments else (0, 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Equal for rows of one bucket: they differ in nothing but the length of texts."""
+        return (
+            len(self.copies),
+            max((len(copy.latents) for copy in self.copies), default=0),
+            sum(self.context.gen.lengths),
+            sum(pixels.shape[-2] * pixels.shape[-1] for pixels in self.context.vit_pixels),
+        )
+
+
+def _collate_copies(rows: Sequence[_PackedRow], bucket: Bucket, config: BagelConfig) -> dict[str, torch.Tensor]:
+    """Attributes of copies, `(rows, copies)`, and of their latents, `(rows, copies, latents)`."""
+    shape = (bucket.rows, bucket.copies, bucket.copy_latents)
+    tensors = {
+        "latents": torch.zeros(*shape, config.latent_channels),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "mask": torch.zeros(shape, dtype=torch.bool),
+        "timesteps": torch.zeros(shape[:2]),
+        "positions": torch.zeros(shape[:2], dtype=torch.long),
+        "horizons": torch.zeros(shape[:2], dtype=torch.long),
+    }
+    for i, row in enumerate(rows):
+        for j, copy in enumerate(row.copies):
             length = len(copy.latents)
-            latents[i, j, :length] = copy.latents
-            position_ids[i, j, :length] = grid_position_ids(*copy.grid, config.max_latent_size)
-            mask[i, j, :length] = True
-            timesteps[i, j], positions[i, j], blocks[i, j] = copy.timestep, copy.position, copy.block
-    delimiters = torch.tensor([config.image_start_token_id, config.image_end_token_id]).repeat(num_copies)
+            tensors["latents"][i, j, :length] = copy.latents
+            tensors["position_ids"][i, j, :length] = grid_position_ids(*copy.grid, config.max_latent_size)
+            tensors["mask"][i, j, :length] = True
+            tensors["timesteps"][i, j] = copy.timestep
+            tensors["positions"][i, j], tensors["horizons"][i, j] = copy.position, copy.horizon
+    return tensors
 
-    def widened(name: str, of_copy: torch.Tensor, of_token: torch.Tensor) -> torch.Tensor:
-        """Understanding tokens, delimiters, latents, noised latents."""
-        given = inputs[name]
-        parts = [given[:, :width], of_copy.repeat_interleave(2, dim=1), given[:, width:], of_token.flatten(1)]
-        return torch.cat(parts, dim=1)
 
-    blank = {
-        "latents": torch.zeros(rows, 0, config.latent_channels),
-        "latent_position_ids": torch.zeros(rows, 0, dtype=torch.long),
-        "timesteps": torch.zeros(rows, 0),
-        "timestep_index": torch.zeros(rows, 0, dtype=torch.long),
-    }
-    given = {**blank, **inputs}
-    timestep_index = given["timesteps"].shape[1] + torch.arange(num_copies)[:, None].expand(shape)
-    result = {
-        **inputs,
-        "input_ids": torch.cat([inputs["input_ids"], delimiters.expand(rows, -1)], dim=1),
-        "positions": widened("positions", positions, positions[:, :, None].expand(shape)),
-        "blocks": widened("blocks", blocks, torch.where(mask, blocks[:, :, None], PADDING_BLOCK)),
-        "noised": widened("noised", blocks != PADDING_BLOCK, mask),
-        "latents": torch.cat([given["latents"], latents.flatten(1, 2)], dim=1),
-        "latent_position_ids": torch.cat([given["latent_position_ids"], position_ids.flatten(1)], dim=1),
-        "timesteps": torch.cat([given["timesteps"], timesteps], dim=1),
-        "timestep_index": torch.cat([given["timestep_index"], timestep_index.flatten(1)], dim=1),
-        "copy_mask": mask,
-    }
-    if "vit_index" in inputs:
-        index = inputs["vit_index"]
-        result["vit_index"] = index + index // width * 2 * num_copies
-    return result
+def _concatenated(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A batch of one sequence."""
+    return torch.cat([tensor.flatten(0, -1) for tensor in tensors])[None]
+
+
+class _PackedSequence:
+    """Rows as one sequence: the contexts of every bucket, and then the copies of every bucket, for each expert."""
+
+    def __init__(self, rows: Sequence[_PackedRow], config: BagelConfig) -> None:
+        shapes: dict[tuple[int, ...], list[_PackedRow]] = {}
+        for row in rows:
+            shapes.setdefault(row.shape, []).append(row)
+        self.rows = list(shapes.values())
+        self.contexts = [collate_tokens([row.context for row in of_shape], config) for of_shape in self.rows]
+        self.buckets = [
+            Bucket(
+                rows=len(of_shape),
+                context_und=context["input_ids"].shape[1],
+                context_gen=context["positions"].shape[1] - context["input_ids"].shape[1],
+                copies=shape[0],
+                copy_latents=shape[1],
+            )
+            for (shape, of_shape), context in zip(shapes.items(), self.contexts, strict=True)
+        ]
+        self.copies = [
+            _collate_copies(of_shape, bucket, config) for of_shape, bucket in zip(self.rows, self.buckets, strict=True)
+        ]
+        self.config = config
+
+    def starts(self) -> tuple[dict[_PackedRow, int], dict[_PackedRow, int]]:
+        """Where the context of each row begins among the understanding tokens, and where its copies among the latents."""
+        first_und = accumulate((bucket.und_sizes[0] for bucket in self.buckets), initial=0)
+        first_copy = accumulate(
+            (bucket.gen_sizes[1] for bucket in self.buckets), initial=sum(b.gen_sizes[0] for b in self.buckets)
+        )
+        of_contexts, of_copies = {}, {}
+        for rows, bucket, und, gen in zip(self.rows, self.buckets, first_und, first_copy, strict=False):
+            for i, row in enumerate(rows):
+                of_contexts[row] = und + i * bucket.context_und
+                of_copies[row] = gen + i * bucket.copies * bucket.copy_latents
+        return of_contexts, of_copies
+
+    def _attribute(
+        self, name: str, of_copies: Sequence[torch.Tensor], of_latents: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Of every token: a copy's delimiters share one value, its latents have one each."""
+        contexts = [(c[name], bucket.context_und) for c, bucket in zip(self.contexts, self.buckets, strict=True)]
+        return _concatenated(
+            [
+                *(context[:, :num_und] for context, num_und in contexts),
+                *(x.repeat_interleave(NUM_DELIMITERS, dim=-1) for x in of_copies),
+                *(context[:, num_und:] for context, num_und in contexts),
+                *of_latents,
+            ]
+        )
+
+    def attributes(self) -> dict[str, torch.Tensor]:
+        """Who sees whom; see [`visibility_mask`]."""
+        blocks, latent_blocks, horizons, latent_horizons, positions, latent_positions = ([] for _ in range(6))
+        for bucket, copies in zip(self.buckets, self.copies, strict=True):
+            mask = copies["mask"]
+            of_copies = (NOISED_BLOCK + torch.arange(bucket.copies)).expand(bucket.rows, -1)
+            blocks.append(of_copies)
+            latent_blocks.append(torch.where(mask, of_copies[:, :, None], PADDING_BLOCK))
+            horizons.append(copies["horizons"])
+            latent_horizons.append(torch.where(mask, copies["horizons"][:, :, None], 0))
+            positions.append(copies["positions"])
+            latent_positions.append(copies["positions"][:, :, None].expand(mask.shape))
+        return {
+            "positions": self._attribute("positions", positions, latent_positions),
+            "blocks": self._attribute("blocks", blocks, latent_blocks),
+            "horizons": self._attribute("horizons", horizons, latent_horizons),
+            "rows": self._rows(),
+        }
+
+    def _rows(self) -> torch.Tensor:
+        """The row of every token."""
+        parts, first = ([], [], [], []), 0
+        for bucket in self.buckets:
+            index = torch.arange(first, first + bucket.rows)
+            for part, size in zip(parts, (*bucket.und_sizes, *bucket.gen_sizes), strict=True):
+                part.append(index.repeat_interleave(size // bucket.rows))
+            first += bucket.rows
+        return _concatenated(tensor for part in parts for tensor in part)
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """All that the network's forward reads, targets aside."""
+        delimiters = torch.tensor([self.config.image_start_token_id, self.config.image_end_token_id])
+        inputs = {
+            "buckets": torch.tensor(self.buckets),
+            "input_ids": _concatenated(
+                [
+                    *(context["input_ids"] for context in self.contexts),
+                    *(delimiters.repeat(bucket.rows * bucket.copies) for bucket in self.buckets),
+                ]
+            ),
+            **self.attributes(),
+        }
+        starts, _ = self.starts()
+        rows = [row.context for row in starts]
+        return inputs | self._latents() | collate_pixels(rows, list(starts.values()), self.config)
+
+    def _latents(self) -> dict[str, torch.Tensor]:
+        contexts = [context for context in self.contexts if "latents" in context]
+        copies = [of_bucket for bucket, of_bucket in zip(self.buckets, self.copies, strict=True) if bucket.copies]
+        if not contexts and not copies:
+            return {}
+        # Images of a context are clean, at one time that they share.
+        index = [torch.zeros_like(context["latent_position_ids"]) for context in contexts]
+        first = 1
+        for of_bucket in copies:
+            numbers = first + torch.arange(of_bucket["timesteps"].numel()).view_as(of_bucket["timesteps"])
+            index.append(numbers[:, :, None].expand(of_bucket["mask"].shape))
+            first += numbers.numel()
+        latents = [tensors["latents"].flatten(0, -2) for tensors in (*contexts, *copies)]
+        position_ids = [*(c["latent_position_ids"] for c in contexts), *(c["position_ids"] for c in copies)]
+        return {
+            "latents": torch.cat(latents)[None],
+            "latent_position_ids": _concatenated(position_ids),
+            "timesteps": _concatenated([torch.zeros(1), *(of_bucket["timesteps"] for of_bucket in copies)]),
+            "timestep_index": _concatenated(index),
+        }
+
+
+class _Packer:
+    """Lays out trajectories one after the other."""
+
+    def __init__(self, guidance: GuidanceConfig, config: BagelConfig) -> None:
+        self.guidance, self.config = guidance, config
+        self.rows: list[_PackedRow] = []
+        self.branch_rows: dict[tuple[tuple[int, ...], ...], _PackedRow] = {}
+        self.scores: list[tuple[_PackedRow, int, int, int, int]] = []  # row, place, target id, trajectory, column
+        self.image_trajectory: list[int] = []
+
+    def add(self, trajectory: Trajectory) -> None:
+        index, column = len(self.rows), 0
+        row = _PackedRow(BagelRow(self.config))
+        self.rows.append(row)
+        for i, segment in enumerate(trajectory.segments):
+            if isinstance(segment, ImageSegment) and segment.sampled:
+                if segment.window is not None:
+                    self._add_copies(row, segment)
+                    self.image_trajectory.append(index)
+                if i + 1 < len(trajectory.segments):
+                    row.add(segment)
+                continue
+            start = row.add(segment)
+            if isinstance(segment, TextSegment) and segment.sampled:
+                for offset, token_id in enumerate(segment.token_ids):
+                    self.scores.append((row, start + offset, token_id, index, column + offset))
+                column += len(segment.token_ids)
+
+    def _add_copies(self, row: _PackedRow, image: ImageSegment) -> None:
+        times = image.window.timesteps[:-1].tolist()
+        for branch, name in enumerate(BRANCHES):
+            steps = [step for step, time in enumerate(times) if name in self.guidance.at(time).branches]
+            if not steps:
+                continue
+            holder, (position, horizon) = row, row.end
+            if branch:
+                holder, (position, horizon) = self._context(row, image.guidance_contexts.get(name, []))
+            holder.copies += [
+                NoisedCopy(
+                    *(image.window.latents[step], image.grid, times[step], position, horizon),
+                    *(len(self.image_trajectory), step, branch),
+                )
+                for step in steps
+            ]
+
+    def _context(self, row: _PackedRow, context: Sequence[Segment]) -> tuple[_PackedRow, tuple[int, int]]:
+        """The row that holds the context of a branch, and where in it that ends."""
+        end = row.end_of(context)
+        if end is not None:
+            return row, end
+        key = tuple(_identity(segment) for segment in context)
+        if key not in self.branch_rows:
+            self.branch_rows[key] = _PackedRow(BagelRow(self.config))
+            for segment in context:
+                self.branch_rows[key].add(segment)
+        return self.branch_rows[key], self.branch_rows[key].end
 
 
 def pack_trajectories(
@@ -345,90 +361,51 @@ def pack_trajectories(
     """
     Lay out whole trajectories for one forward (DESIGN: one packed forward).
 
-    The first rows hold the trajectories themselves: context, sampled texts, and the noised copies of every sampled
-    image, one a transition of its window, followed by the clean image where a later segment looks back at it. Each
-    further row holds the context of one guidance branch of one image and the copies at times where that branch counts.
+    A row a trajectory: context, sampled texts, sampled images where a later segment looks back at them, and, seen by
+    nobody, the noised copies of every sampled image, one a transition of its window. The copies of a guidance branch, at
+    times where it counts, are on the trajectory's own row if that begins with their context, and else on a row that all
+    copies with this context share. Contexts are the same if their segments hold the same tensors and lists of ids.
 
     Args:
         trajectories (`Sequence[Trajectory]`): What to score.
         guidance ([`GuidanceConfig`]): Decides which branches are needed at which times.
         config ([`BagelConfig`]): Sizes and delimiters.
+
+    Returns:
+        [`PackedBatch`], the inputs of which are a batch of one sequence; `buckets` `(buckets, 5)` holds a [`Bucket`] a line.
     """
-    rows: list[BagelRow] = []
-    branch_rows: list[BagelRow] = []
-    branch_of_row: list[int] = []
-    noised: dict[int, list[NoisedCopy]] = {}
-    scores: list[tuple[int, int, int, int, int]] = []  # row, place, target id, trajectory, column
-    copies: list[tuple[bool, int, int, int, int, int, int]] = []
-    image_trajectory: list[int] = []
-
-    def add_copies(row: BagelRow, on_branch_row: bool, row_index: int, image: ImageSegment, branch: int) -> None:
-        window = image.window
-        for step in range(window.num_steps):
-            time = float(window.timesteps[step])
-            if BRANCHES[branch] not in guidance.at(time).branches:
-                continue
-            of_row = noised.setdefault(id(row), [])
-            place = len(of_row)
-            of_row.append(NoisedCopy(window.latents[step], image.grid, time, row.position, row.num_blocks))
-            row.num_blocks += 1
-            copies.append((on_branch_row, row_index, place, len(image.latents), len(image_trajectory), step, branch))
-
-    for index, trajectory in enumerate(trajectories):
-        row = BagelRow(config)
-        column = 0
-        for i, segment in enumerate(trajectory.segments):
-            if not (isinstance(segment, ImageSegment) and segment.sampled):
-                start = row.add_segment(segment)
-                if isinstance(segment, TextSegment) and segment.sampled:
-                    for offset, token_id in enumerate(segment.token_ids):
-                        scores.append((index, start + offset, token_id, index, column + offset))
-                    column += len(segment.token_ids)
-                continue
-            if segment.window is not None:
-                add_copies(row, False, index, segment, 0)
-                for branch in range(1, len(BRANCHES)):
-                    times = segment.window.timesteps[:-1].tolist()
-                    if not any(BRANCHES[branch] in guidance.at(time).branches for time in times):
-                        continue
-                    branch_row = BagelRow(config)
-                    for context in segment.guidance_contexts.get(BRANCHES[branch], []):
-                        branch_row.add_segment(context)
-                    add_copies(branch_row, True, len(branch_rows), segment, branch)
-                    branch_rows.append(branch_row)
-                    branch_of_row.append(branch)
-                image_trajectory.append(index)
-            if i + 1 < len(trajectory.segments):
-                row.add_segment(segment)
-        rows.append(row)
-
-    inputs = collate_rows([*rows, *branch_rows], config)
-    inputs["branches"] = torch.tensor([0] * len(rows) + branch_of_row)
-    if copies:
-        inputs = append_copies(inputs, [noised.get(id(row), []) for row in (*rows, *branch_rows)], config)
-    width = inputs["input_ids"].shape[1]
-    score_rows = torch.tensor(scores, dtype=torch.long).reshape(-1, 5)
-    inputs["score_index"] = score_rows[:, 0] * width + score_rows[:, 1]
-    inputs["score_targets"] = score_rows[:, 2]
+    packer = _Packer(guidance, config)
+    for trajectory in trajectories:
+        packer.add(trajectory)
+    sequence = _PackedSequence([*packer.rows, *packer.branch_rows.values()], config)
+    inputs = sequence.inputs()
+    first_und, first_copy = sequence.starts()
+    scores = packer.scores
+    inputs["score_index"] = torch.tensor([first_und[row] + place for row, place, *_ in scores], dtype=torch.long)
+    inputs["score_targets"] = torch.tensor([score[2] for score in scores], dtype=torch.long)
+    # Sorted, so that the velocities of an image stand together, step by step.
+    copies = sorted(
+        (
+            ((copy.image, copy.branch, copy.step), first_copy[row] + place * bucket.copy_latents, len(copy.latents))
+            for rows, bucket in zip(sequence.rows, sequence.buckets, strict=True)
+            for row in rows
+            for place, copy in enumerate(row.copies)
+        ),
+    )
     layout = None
     if copies:
-        gen_width, (_, num_copies, num_latents) = inputs["latents"].shape[1], inputs["copy_mask"].shape
-        first = gen_width - num_copies * num_latents
-        starts = torch.tensor([(len(rows) * c[0] + c[1]) * gen_width + first + c[2] * num_latents for c in copies])
-        lengths = torch.tensor([c[3] for c in copies])
+        lengths = torch.tensor([length for *_, length in copies])
         offsets = torch.arange(int(lengths.max()))
         mask = offsets < lengths[:, None]
-        inputs["velocity_index"] = torch.where(mask, starts[:, None] + offsets, 0)
-        layout = VelocityLayout(
-            image=torch.tensor([c[4] for c in copies]),
-            step=torch.tensor([c[5] for c in copies]),
-            branch=torch.tensor([c[6] for c in copies]),
-            mask=mask,
+        inputs["velocity_index"] = torch.where(
+            mask, torch.tensor([start for _, start, _ in copies])[:, None] + offsets, 0
         )
+        image, branch, step = torch.tensor([key for key, *_ in copies]).T
+        layout = VelocityLayout(image=image, step=step, branch=branch, mask=mask)
     return PackedBatch(
         inputs=inputs,
-        score_trajectory=score_rows[:, 3],
-        score_column=score_rows[:, 4],
+        score_trajectory=torch.tensor([score[3] for score in scores], dtype=torch.long),
+        score_column=torch.tensor([score[4] for score in scores], dtype=torch.long),
         velocities=layout,
-        image_trajectory=torch.tensor(image_trajectory, dtype=torch.long),
+        image_trajectory=torch.tensor(packer.image_trajectory, dtype=torch.long),
     )
