@@ -53,7 +53,14 @@ from alphagrpo_ext.benchmark.structures import (
     token_costs,
 )
 from alphagrpo_ext.benchmark.text_overhead import build_trainers, step_seconds
-from alphagrpo_ext.benchmark.timing import Spread, matmul_functions, peak_bytes, ratio, time_interleaved
+from alphagrpo_ext.benchmark.timing import (
+    Spread,
+    keep_freed_memory,
+    matmul_functions,
+    peak_bytes,
+    ratio,
+    time_interleaved,
+)
 from alphagrpo_ext.benchmark.workload import (
     GUIDANCE,
     SIZES,
@@ -166,29 +173,36 @@ def calls(update: Update) -> dict[str, Callable[[], object]]:
     return {name: call(name) for name in STRUCTURES}
 
 
+def compare_structures(update: Update) -> dict[str, list[float]]:
+    """How far each structure's loss is from that of the packed exact one, and its gradient from that of its own kind."""
+    losses, differences, references = {}, {}, {}
+    for structure in STRUCTURES:
+        losses[structure], gradient = gradient_of(update, structure)
+        reference = references.setdefault(structure in EXACT, gradient)
+        differences[structure] = relative_difference(gradient, reference)
+    first = losses["packed, exact"]
+    return {s: [abs(loss - first) / abs(first), differences[s]] for s, loss in losses.items()}
+
+
 def measure_structures(name: str, args: ScriptArguments) -> list[Table]:
     """The packed micro-batch against one forward a trained step."""
     update = make_update(args.size(name), args.dtype)
-    gradients = {structure: gradient_of(update, structure) for structure in STRUCTURES}
+    differences = compare_structures(update)
     costs, seconds = token_costs(update), time_interleaved(calls(update), args.repetitions)
     exact, detached = "packed, exact", "packed, detached"
-    rows = []
-    for structure in STRUCTURES:
-        loss, gradient = gradients[structure]
-        same = exact if structure in EXACT else detached
-        rows.append(
-            [
-                structure,
-                Spread.of(seconds[structure]),
-                *(
-                    cell
-                    for base in (exact, detached)
-                    for cell in (ratio(seconds[structure], seconds[base]), costs[structure] / costs[base])
-                ),
-                abs(loss - gradients[exact][0]) / abs(gradients[exact][0]),
-                relative_difference(gradient, gradients[same][1]),
-            ]
-        )
+    rows = [
+        [
+            structure,
+            Spread.of(seconds[structure]),
+            *(
+                cell
+                for base in (exact, detached)
+                for cell in (ratio(seconds[structure], seconds[base]), costs[structure] / costs[base])
+            ),
+            *differences[structure],
+        ]
+        for structure in STRUCTURES
+    ]
     columns = ["structure", "seconds"]
     columns += [f"{what} to {base}" for base in ("exact", "detached") for what in ("time", "tokens")]
     columns += ["difference of the loss", "of the gradient"]
@@ -394,6 +408,7 @@ def plot(tables: list[Table], output_dir: Path) -> list[Path]:
 
 
 def main(args: ScriptArguments) -> list[Table]:
+    keep_freed_memory()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tables: list[Table] = []

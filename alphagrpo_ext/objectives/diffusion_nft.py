@@ -14,8 +14,8 @@
 
 """DiffusionNFT: flow matching towards images of high reward and away from those of low reward.
 
-Source: https://huggingface.co/papers/2509.16117, the objective of its theorem on policy optimization, with the optimality
-probability and the adaptive weighting of its experiments.
+Source: https://huggingface.co/papers/2509.16117, theorem 3.2 (equation 5), with the optimality reward and the adaptive loss
+weighting of section 3.3.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class DiffusionNFT(ImageObjective):
     `r ||v+ - v||^2 + (1 - r) ||v- - v||^2` with `v+ = (1 - beta) v_old + beta v_theta` and
     `v- = (1 + beta) v_old - beta v_theta`, for the velocity `v = eps - x_0` of a noised copy of the painted image.
 
-    `r = (1 + clip(A, -c, c) / c) / 2` is the optimality probability of an advantage A. As in the paper's experiments the
-    squares are those of the predicted images `x_t - t v`, each over its own mean absolute error without gradient, so that all
-    times weigh alike; and the loss is multiplied by `c / beta`, so that the size of its gradient depends on neither
-    where the policy is the one that sampled.
+    `r = (1 + clip(A, -c, c) / c) / 2` is the optimality probability of an advantage A. As in the paper's section 3.3 the
+    squares are those of the predicted images `x_t - t v`, each over its own mean absolute error without gradient, in place of
+    a weight of times: gradients have a like size in the predicted image, so in the velocity they grow with `t`. As in the
+    authors' code, and not in equation 5, the loss is multiplied by `c / beta`, so that the size of its gradient depends on
+    neither where the policy is the one that sampled.
     """
 
     trains_on = "forward_process"

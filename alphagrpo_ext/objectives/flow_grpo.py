@@ -14,7 +14,8 @@
 
 """Flow-GRPO: a clipped policy gradient on stochastic denoising steps.
 
-Source: https://huggingface.co/papers/2505.05470, equations 5 and 6.
+Source: https://huggingface.co/papers/2505.05470: its clipped objective (equation 5) on the transitions of its update rule
+(equation 9).
 """
 
 from __future__ import annotations

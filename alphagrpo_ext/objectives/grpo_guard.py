@@ -14,7 +14,8 @@
 
 """GRPO-Guard: Flow-GRPO with a ratio that has the same distribution at every step.
 
-Source: https://huggingface.co/papers/2510.22319: RatioNorm and the reweighting of gradients.
+Source: https://huggingface.co/papers/2510.22319: RatioNorm, and gradient reweighting with `delta = 1 / dt`, as in
+`scripts/train_sd3_GRPO_Guard.py` of https://github.com/yifan123/flow_grpo.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class GRPOGuard(ClippedObjective):
     The log-ratio of two Gaussians of mean `mu` and `mu_old` is `d . eps / std - ||d||^2 / (2 std^2)`, with
     `d = mu - mu_old` and the noise `eps = (x' - mu_old) / std` of the sampled step. Its second part is never positive, so
     that ratios lie below 1 and positive advantages are hardly clipped; its scale differs between steps.
-    RatioNorm adds the second part back and multiplies by `std`, which leaves `d . eps`. Gradients of `mu` are
-    proportional to `dt`, which the division takes out.
+    RatioNorm adds the second part back and multiplies by `std`, which leaves `d . eps`. Under Flow-SDE the gradient of `mu`
+    in the velocity is `(1 + a^2 / 2) dt`, which the division makes equal for all steps; under Flow-CPS, which the paper does
+    not treat, it does so only roughly.
     """
 
     def ratio(self, scores: ImageScores, old_velocities: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,8 @@ from alphagrpo_ext.objectives.base import REGULARIZERS, ImageScores, ObjectiveCo
 def transition_mean(scores: ImageScores, ref_velocities: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
     """
     `||mean - mean_ref||^2 / (2 std^2)`, averaged over latent elements: the exact divergence of two transitions
-    (Flow-GRPO, https://huggingface.co/papers/2505.05470). It needs a window of transitions.
+    (Flow-GRPO, https://huggingface.co/papers/2505.05470). It needs a window of transitions. Code derived from the authors' has
+    a `std` without `sqrt(dt)` here under Flow-SDE, so its coefficients are `1 / dt` times as large for the same penalty.
     """
     with torch.no_grad():
         reference = score_transitions(scores, ref_velocities, config)
