@@ -44,7 +44,8 @@ def keep_freed_memory() -> bool:
         return False
     # The largest values that are allowed, and room to grow by.
     options = ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 256 << 20))
-    return all([mallopt(option, value) == 1 for option, value in options])
+    accepted = [mallopt(option, value) == 1 for option, value in options]
+    return all(accepted)
 
 
 @dataclass(frozen=True)
