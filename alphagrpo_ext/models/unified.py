@@ -169,8 +169,13 @@ class UnifiedModel(ABC):
         """
 
     @abstractmethod
-    def prefill(self, contexts: Sequence[Sequence[Segment]], group_size: int, capacity: int) -> Any:
-        """A cache that holds every context once and gives `group_size` samples `capacity` slots of their own."""
+    def prefill(
+        self, contexts: Sequence[Sequence[Segment]], group_size: int, capacity: int, past: Any | None = None
+    ) -> Any:
+        """
+        A cache that holds every context once and gives `group_size` samples `capacity` slots of their own. `past` is the cache
+        of the turn before, in which much of the contexts may stand already; it is used up.
+        """
 
     @abstractmethod
     def sample_text(self, cache: Any, uniforms: torch.Tensor, **sampling: Any) -> SampledText:

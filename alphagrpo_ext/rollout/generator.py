@@ -142,7 +142,7 @@ class RolloutGenerator:
     Samples trajectories.
 
     A context is prefilled once a group and shared by it; guidance branches run as one batch; a thought that was
-    sampled stays in the cache and is not read a second time, whether one image follows it or several.
+    sampled stays in the cache and is not read a second time, whether one image follows it or several, or another round.
 
     Args:
         model ([`UnifiedModel`]): The policy, unwrapped.
@@ -205,27 +205,28 @@ class RolloutGenerator:
                 f"there are {', '.join(str(len(run)) for run in runs)}"
             )
         contexts: list[TaskContexts] = []
+        requests: dict[int, TextSegment] = {}
         for run in runs:
-            context = self.task_of(rows[run.start]).contexts(rows[run.start], self.processor, self.model)
-            contexts += [context] * (len(run) // group_size)
+            task, row = self.task_of(rows[run.start]), rows[run.start]
+            contexts += [task.contexts(row, self.processor, self.model)] * (len(run) // group_size)
+            # One for all members and turns, so that what they have in common is seen to be the same.
+            requests |= dict.fromkeys(run, task.request(row, self.processor))
         members = range(runs[0].start, runs[-1].stop)
         think = self.task_of(rows[members.start]).think
         segments = {i: list(contexts[(i - members.start) // group_size].full) for i in members}
-        acting, turn = list(members), 0
+        acting, turn, cache = list(members), 0, None
         while acting:
-            sampled = self._turn(contexts, group_size, [generators[i] for i in acting], think, config)
+            sampled, cache = self._turn(contexts, group_size, [generators[i] for i in acting], think, config, cache)
             turn += 1
             next_acting, next_contexts = [], []
             for place, (i, new) in enumerate(zip(acting, sampled, strict=True)):
                 segments[i] += new
-                task = self.task_of(rows[i])
-                if turn == task.num_turns:
+                if turn == self.task_of(rows[i]).num_turns:
                     continue
-                request = task.request(rows[i], self.processor)
                 new[-1].pixel_values = self.processor.vit_pixels(self.processor.resize_image(new[-1].image))
-                segments[i].append(request)
+                segments[i].append(requests[i])
                 next_acting.append(i)
-                next_contexts.append(contexts[place // group_size].after_turn(new, request))
+                next_contexts.append(contexts[place // group_size].after_turn(new, requests[i]))
             # From now on every sample has a history of its own.
             acting, contexts, group_size = next_acting, next_contexts, 1
             config = replace(config, branches_per_thought=1)
@@ -238,8 +239,9 @@ class RolloutGenerator:
         generators: Sequence[torch.Generator],
         think: bool,
         config: RolloutConfig,
-    ) -> list[list[TextSegment | ImageSegment]]:
-        """What each sample writes, if it thinks, and paints, given its group's context."""
+        past: Any | None,
+    ) -> tuple[list[list[TextSegment | ImageSegment]], Any]:
+        """What each sample writes, if it thinks, and paints, given its group's context; and the cache in which that stands."""
         model, forks = self.model, config.branches_per_thought
         grid = config.grid(model)
         branches = config.denoising.branches
@@ -247,6 +249,7 @@ class RolloutGenerator:
             [context.branch(name) for name in branches for context in contexts],
             group_size=group_size // forks,
             capacity=(config.max_new_tokens + 2 if think else 0) + model.image_slots(grid),
+            past=past,
         )
         texts: list[TextSegment] = []
         if think:
@@ -263,7 +266,7 @@ class RolloutGenerator:
         for i, image in enumerate(images):
             context = contexts[i // group_size]
             image.guidance_contexts = {name: context.branch(name) for name in branches[1:]}
-        return [[*texts[i : i + 1], image] for i, image in enumerate(images)]
+        return [[*texts[i : i + 1], image] for i, image in enumerate(images)], cache
 
     def _paint(
         self, cache: Any, grid: tuple[int, int], generators: Sequence[torch.Generator], config: RolloutConfig

@@ -388,7 +388,7 @@ class TestCache:
         for name in ("prefix_keys", "prefix_values", "keys", "values"):
             for part, whole in zip(getattr(head, name), getattr(cache, name), strict=True):
                 assert part.data_ptr() == whole.data_ptr()
-        for name in ("mask", "prefix_mask"):
+        for name in ("blocks", "prefix_blocks"):
             assert getattr(head, name).data_ptr() == getattr(cache, name).data_ptr()
         with pytest.raises(ValueError, match="3 rows"):
             cache.head(3)

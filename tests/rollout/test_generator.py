@@ -22,6 +22,7 @@ import torch
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.denoising import DenoisingConfig, denoise
+from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.generator import sample_generator
 from alphagrpo_ext.trajectory import Trajectory
@@ -80,17 +81,18 @@ def assert_equal_samples(actual: Trajectory, expected: Trajectory) -> None:
         torch.testing.assert_close(image.window.latents, expected_image.window.latents, atol=1e-4, rtol=1e-4)
 
 
-def test_context_is_prefilled_once_a_group(
-    model: BagelModel, sample: Callable[..., list[Trajectory]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prefills = Calls(monkeypatch, model, "prefill_rows")
-    trajectories = sample([PROMPTS[0]] * 3 + [PROMPTS[1]] * 3, range(6))
-    # Two prompts, each in the full branch and in the one without text.
-    assert [len(rows) for rows in prefills.arguments] == [4]
+def test_context_is_prefilled_once_a_group(model: BagelModel, sample: Callable[..., list[Trajectory]]) -> None:
+    work = WorkCounter()
+    with work.of(model):
+        trajectories = sample([PROMPTS[0]] * 3 + [PROMPTS[1]] * 3, range(6))
     first, second = trajectories[:3], trajectories[3:]
     for group in (first, second):
         assert all(t.segments[1] is group[0].segments[1] for t in group)
     assert first[0].segments[1].token_ids != second[0].segments[1].token_ids
+    # System prompt and prompt with two delimiters each; the branch without text is a beginning of that.
+    given = [segment for group in (first, second) for segment in group[0].segments[:2]]
+    assert work.tokens["prefill"] == sum(len(segment.token_ids) + 2 for segment in given)
+    assert work.evaluations["prefill"] == 1
 
 
 def test_rows_keep_their_order(sample: Callable[..., list[Trajectory]], shapes_processor: BagelProcessor) -> None:

@@ -23,6 +23,7 @@ from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.flow.transitions import transition
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.denoising import DenoisingConfig
+from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.generator import sample_generator
@@ -103,20 +104,16 @@ def test_first_round_is_the_same_however_many_follow(sample: Callable[..., list[
     torch.testing.assert_close(one.sampled_images[0].latents, two.sampled_images[0].latents, atol=1e-4, rtol=1e-4)
 
 
-def test_equal_images_share_one_prefill(
-    model: BagelModel, sample: Callable[..., list[Trajectory]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_images_share_one_prefill(model: BagelModel, sample: Callable[..., list[Trajectory]]) -> None:
     """A dataset decodes the image of every row anew: equal pixels are one context all the same."""
-    prefilled = []
-    prefill_rows = model.prefill_rows
-
-    def record(rows, *args):
-        prefilled.append(len(rows))
-        return prefill_rows(rows, *args)
-
-    monkeypatch.setattr(model, "prefill_rows", record)
-    sample([FLAWED.copy(), FLAWED.copy(), OTHER.copy(), OTHER.copy()])
-    assert prefilled == [2 * 3]
+    work, alone = WorkCounter(), WorkCounter()
+    with work.of(model):
+        sample([FLAWED.copy(), FLAWED.copy(), OTHER.copy(), OTHER.copy()])
+    with alone.of(model):
+        (trajectory,) = sample([FLAWED])
+    system, _, request = trajectory.segments[:3]
+    without_image = len(system.token_ids) + len(request.token_ids) + 4
+    assert work.tokens["prefill"] == 2 * alone.tokens["prefill"] - without_image
 
 
 def test_the_image_matters(sample: Callable[..., list[Trajectory]]) -> None:
@@ -140,11 +137,12 @@ def test_row_without_an_image_raises(model: BagelModel, shapes_processor: BagelP
 
 
 @pytest.mark.invariant
-@pytest.mark.parametrize("num_rounds", [1, 2])
+@pytest.mark.parametrize(("num_rounds", "branches_per_thought"), [(1, 1), (2, 1), (3, 1), (3, 2)])
 def test_packed_forward_equals_rollout(
-    model: BagelModel, sample: Callable[..., list[Trajectory]], num_rounds: int
+    model: BagelModel, sample: Callable[..., list[Trajectory]], num_rounds: int, branches_per_thought: int
 ) -> None:
-    trajectories = sample([FLAWED, FLAWED, OTHER, OTHER], num_rounds)
+    config = replace(CONFIG, branches_per_thought=branches_per_thought)
+    trajectories = sample([FLAWED, FLAWED, OTHER, OTHER], num_rounds, config=config)
     batch = model.pack(trajectories, GUIDANCE)
     with torch.no_grad():
         output = model(**batch.inputs)

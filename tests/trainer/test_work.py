@@ -42,51 +42,86 @@ def num_tokens(*segments: Segment) -> int:
     return total
 
 
-def branch_contexts(trajectory: Trajectory) -> dict[str, list[Segment]]:
-    """What each guidance branch of a trajectory of one turn is given, by the task's own rules."""
-    system, *given = trajectory.segments[:-2]
-    image = [segment for segment in given if isinstance(segment, ImageSegment)]
-    texts = [segment for segment in given if not isinstance(segment, ImageSegment)]
-    return {"full": [system, *given], "text_dropped": [system, *image], "image_dropped": [system, *texts]}
+def turns(trajectory: Trajectory) -> list[dict[str, list[Segment]]]:
+    """What each guidance branch is given in every turn, by the task's own rules."""
+    system, segments, all_turns = trajectory.segments[0], trajectory.segments, []
+    requests: list[Segment] = []
+    for i, segment in enumerate(segments):
+        if isinstance(segment, ImageSegment) or not segment.sampled:
+            continue
+        request = segments[i - 1]
+        requests.append(request)
+        all_turns.append(
+            {"full": segments[:i], "text_dropped": segments[: i - 1], "image_dropped": [system, *requests]}
+        )
+    return all_turns
+
+
+def beginnings(contexts: list[list[Segment]]) -> set[tuple[str, ...]]:
+    """Every beginning of contexts, by contents."""
+    names = [tuple(contents(segment) for segment in context) for context in contexts]
+    return {name[:length] for name in names for length in range(1, len(name) + 1)}
+
+
+def contents(segment: Segment) -> str:
+    return str(segment.content_ids if not isinstance(segment, ImageSegment) else segment.latents.tolist())
+
+
+def least_prefill(contexts: list[list[Segment]], read: set[tuple[str, ...]]) -> int:
+    """Tokens of contexts without what was read; a context counts once, and not where another one begins with it."""
+    of_name = {tuple(map(contents, context)): context for context in contexts}
+    total = 0
+    for name, context in of_name.items():
+        if any(name == other[: len(name)] and name != other for other in of_name):
+            continue
+        known = max((length for length in range(len(name) + 1) if name[:length] in read), default=0)
+        total += num_tokens(*context[known:])
+    return total
 
 
 def least_work(trainer: AlphaGRPOTrainer, trajectories: list[Trajectory], branches: dict[str, list[int]]) -> Counter:
     """
-    The least work of one rollout of trajectories of one turn, and of one update on it.
+    The least work of one rollout, and of one update on it.
 
     Args:
         trainer ([`AlphaGRPOTrainer`]): Its configuration.
-        trajectories (`list[Trajectory]`): What was sampled.
+        trajectories (`list[Trajectory]`): What was sampled, by as many turns each.
         branches (`dict[str, list[int]]`): Denoising steps at which each guidance branch counts.
     """
     args, least = trainer.args, Counter()
-    prompts = {str(trajectory.segments[-3].token_ids): trajectory for trajectory in trajectories}
-    thoughts = [trajectory.sampled_texts[0] for trajectory in trajectories]
     used = [name for name in branches if branches[name]]
-    for trajectory in prompts.values():
-        least["prefill_tokens"] += sum(num_tokens(*branch_contexts(trajectory)[name]) for name in used)
-    least["decode_tokens"] = num_tokens(*thoughts)
-    for name in used:
-        least[f"denoise_tokens/{name}"] = len(trajectories) * len(branches[name]) * IMAGE
-    window = range(
-        trajectories[0].sampled_images[0].window.start,
-        trajectories[0].sampled_images[0].window.start + args.sde_window_size,
-    )
+    start = trajectories[0].sampled_images[0].window.start
+    window = range(start, start + args.sde_window_size)
     trained = {name: len(set(window) & set(branches[name])) for name in used}
-    for trajectory, thought in zip(trajectories, thoughts, strict=True):
-        least["training_tokens"] += (
-            num_tokens(*branch_contexts(trajectory)["full"], thought) + sum(trained.values()) * IMAGE
-        )
-    for trajectory in prompts.values():
-        contexts = branch_contexts(trajectory)
+    read: set[tuple[str, ...]] = set()
+    for turn in range(len(turns(trajectories[0]))):
+        given = [turns(trajectory)[turn] for trajectory in trajectories]
+        thoughts = [trajectory.sampled_texts[turn] for trajectory in trajectories]
+        contexts = [contexts[name] for contexts in given for name in used]
+        least["prefill_tokens"] += least_prefill(contexts, read)
+        written = [[*of[turn]["full"], t] for of, t in zip(map(turns, trajectories), thoughts, strict=True)]
+        read = beginnings([*contexts, *written])
+        least["decode_tokens"] += num_tokens(*thoughts)
+        # Every token of the longest thought, its start, and its end where that was not sampled.
+        least["network_evaluations/decode"] += max(num_tokens(thought) for thought in thoughts)
+        least["network_evaluations/prefill"] += 1
+        least["network_evaluations/denoise"] += args.num_timesteps - 1
         for name in used:
-            # What the trajectories of a prompt begin with is there, and what they do not serves all of them.
-            begins = contexts["full"][: len(contexts[name])] == contexts[name]
-            least["training_tokens"] += num_tokens(*contexts[name]) if trained[name] and not begins else 0
-    least["network_evaluations/prefill"] = least["network_evaluations/training"] = 1
-    # Every token of the longest thought, its start, and its end where that was not sampled.
-    least["network_evaluations/decode"] = max(num_tokens(thought) for thought in thoughts)
-    least["network_evaluations/denoise"] = args.num_timesteps - 1
+            least[f"denoise_tokens/{name}"] += len(trajectories) * len(branches[name]) * IMAGE
+    # What a trajectory begins with is there, and what it does not begin with serves all that see it.
+    elsewhere = []
+    for trajectory in trajectories:
+        num_copies = len(turns(trajectory)) * sum(trained.values())
+        least["training_tokens"] += num_tokens(*trajectory.segments[:-1]) + num_copies * IMAGE
+        own = beginnings([trajectory.segments])
+        elsewhere += [
+            contexts[name]
+            for contexts in turns(trajectory)
+            for name in used
+            if trained[name] and tuple(map(contents, contexts[name])) not in own
+        ]
+    least["training_tokens"] += least_prefill(elsewhere, set())
+    least["network_evaluations/training"] = 1
     return least
 
 
@@ -127,10 +162,12 @@ def test_reasoning_is_at_its_least(make_trainer: MakeTrainer, guidance: str) -> 
     assert_least(work(trainer), least_work(trainer, update.trajectories, branches))
 
 
+@pytest.mark.parametrize("num_rounds", [1, 3])
 @pytest.mark.parametrize("guidance", ["off", "text and image"])
-def test_self_reflection_is_at_its_least(make_trainer: MakeTrainer, guidance: str) -> None:
+def test_self_reflection_is_at_its_least(make_trainer: MakeTrainer, guidance: str, num_rounds: int) -> None:
     settings, guided = GUIDANCES[guidance]
-    trainer = make_trainer(task="self_reflection", per_device_train_batch_size=8, **settings)
+    settings = {"per_device_train_batch_size": 8, "num_reflection_rounds": num_rounds, **settings}
+    trainer = make_trainer(task="self_reflection", **settings)
     trainer.train()
     (update,) = trainer.recorder.updates
     branches = {"full": list(range(5)), **dict.fromkeys(guided, guided_steps(trainer))}

@@ -21,6 +21,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from alphagrpo_ext.models.bagel.rows_bagel import PADDING_BLOCK
+from alphagrpo_ext.trajectory import Segment
+
 
 @dataclass
 class BagelCache:
@@ -28,25 +31,37 @@ class BagelCache:
     Cache of `rows` samples that share `prefixes` contexts, sample `i` the prefix `i // (rows // prefixes)`.
 
     Prefixes are computed once and read in place by every sample of their group. The slots after a prefix are
-    allocated once; a block is written into them and attention reads a view, so that nothing is ever copied.
+    allocated once; a block is written into them and attention reads a view, so that a turn copies nothing.
 
     Args:
-        prefix_keys, prefix_values (`list[torch.Tensor]`): A layer each, `(prefixes, kv_heads, prefix_slots, head_dim)`.
-        prefix_mask (`torch.Tensor` of shape `(prefixes, prefix_slots)`): False on padding.
-        keys, values (`list[torch.Tensor]`): A layer each, `(rows, kv_heads, capacity, head_dim)`.
-        mask (`torch.Tensor` of shape `(rows, capacity)`): Slots that later blocks may see.
+        prefix_blocks (`torch.Tensor` of shape `(prefixes, prefix_slots)`):
+            Number of the block that each slot belongs to; `PADDING_BLOCK` where nothing can be seen.
+        blocks (`torch.Tensor` of shape `(rows, capacity)`): The same of the slots after the prefix.
         positions (`torch.Tensor` of shape `(rows,)`): Rotary position of the next token.
+        num_blocks (`torch.Tensor` of shape `(rows,)`): Number of the next block.
         length (`int`): Slots in use.
+        prefix_keys, prefix_values (`list[torch.Tensor]`): A layer each, `(prefixes, kv_heads, prefix_slots, head_dim)`.
+        keys, values (`list[torch.Tensor]`): A layer each, `(rows, kv_heads, capacity, head_dim)`.
+        segments (`list[list[Segment]]`, *optional*): What every row holds. `None` if that is not known.
     """
 
-    prefix_mask: torch.Tensor
-    mask: torch.Tensor
+    prefix_blocks: torch.Tensor
+    blocks: torch.Tensor
     positions: torch.Tensor
+    num_blocks: torch.Tensor
     length: int = 0
     prefix_keys: list[torch.Tensor] = field(default_factory=list)
     prefix_values: list[torch.Tensor] = field(default_factory=list)
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
+    segments: list[list[Segment]] | None = None
+
+    @classmethod
+    def without_slots(
+        cls, prefix_blocks: torch.Tensor, positions: torch.Tensor, num_blocks: torch.Tensor
+    ) -> BagelCache:
+        """A cache with one row a prefix and no slots yet."""
+        return cls(prefix_blocks, prefix_blocks[:, :0], positions, num_blocks)
 
     @property
     def num_rows(self) -> int:
@@ -54,7 +69,17 @@ class BagelCache:
 
     @property
     def group_size(self) -> int:
-        return self.num_rows // len(self.prefix_mask)
+        return self.num_rows // len(self.prefix_blocks)
+
+    @property
+    def prefix_mask(self) -> torch.Tensor:
+        """Prefix slots that can be seen, `(prefixes, prefix_slots)`."""
+        return self.prefix_blocks != PADDING_BLOCK
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The same of the slots in use after them, `(rows, length)`."""
+        return self.blocks[:, : self.length] != PADDING_BLOCK
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep the keys and values of the prefix that the layer after the last one computed."""
@@ -68,26 +93,102 @@ class BagelCache:
             raise ValueError(f"{num_rows} rows are no whole number of groups of {self.group_size}")
         return replace(
             self,
-            prefix_mask=self.prefix_mask[:num_prefixes],
-            mask=self.mask[:num_rows],
+            prefix_blocks=self.prefix_blocks[:num_prefixes],
+            blocks=self.blocks[:num_rows],
             positions=self.positions[:num_rows],
+            num_blocks=self.num_blocks[:num_rows],
             prefix_keys=[t[:num_prefixes] for t in self.prefix_keys],
             prefix_values=[t[:num_prefixes] for t in self.prefix_values],
             keys=[t[:num_rows] for t in self.keys],
             values=[t[:num_rows] for t in self.values],
+            segments=None if self.segments is None else self.segments[:num_rows],
         )
 
-    def select_prefixes(self, index: Sequence[int]) -> BagelCache:
-        """A cache without slots yet, with a group for every prefix that `index` names, once or several times."""
-        group_size, index = self.group_size, torch.tensor(index, device=self.prefix_mask.device)
+    def with_slots(self, group_size: int, capacity: int) -> BagelCache:
+        """`group_size` samples for every row of a cache without slots, each with `capacity` slots of its own."""
+        num_rows = self.num_rows * group_size
+        keys, values = (
+            [t.new_zeros(num_rows, t.shape[1], capacity, t.shape[3]) for t in states]
+            for states in (self.prefix_keys, self.prefix_values)
+        )
         return replace(
             self,
-            prefix_mask=self.prefix_mask[index],
-            mask=self.mask.new_zeros(len(index) * group_size, self.mask.shape[1]),
-            positions=self.positions[::group_size][index].repeat_interleave(group_size),
-            prefix_keys=[t[index] for t in self.prefix_keys],
-            prefix_values=[t[index] for t in self.prefix_values],
+            blocks=self.blocks.new_full((num_rows, capacity), PADDING_BLOCK),
+            positions=self.positions.repeat_interleave(group_size),
+            num_blocks=self.num_blocks.repeat_interleave(group_size),
+            keys=keys,
+            values=values,
         )
+
+    def select(self, index: Sequence[int], ends: Sequence[tuple[int, int]]) -> BagelCache:
+        """
+        A row for every beginning of a row, of a cache without slots, which is used up.
+
+        Args:
+            index (`Sequence[int]`): Rows, once, several times or never.
+            ends (`Sequence[tuple[int, int]]`): Rotary position and number of blocks where each beginning ends.
+        """
+        positions, num_blocks = torch.tensor(list(ends), device=self.positions.device).reshape(-1, 2).T
+        # Rows that stay where they are, are not copied; the others layer by layer, so that no two caches are held.
+        if list(index) != list(range(self.num_rows)):
+            of_rows = torch.tensor(index, device=self.positions.device)
+            self.prefix_blocks = self.prefix_blocks[of_rows]
+            for states in (self.prefix_keys, self.prefix_values):
+                for layer, tensor in enumerate(states):
+                    states[layer] = tensor[of_rows]
+        blocks = self.prefix_blocks.masked_fill(self.prefix_blocks >= num_blocks[:, None], PADDING_BLOCK)
+        return replace(self, prefix_blocks=blocks, blocks=blocks[:, :0], positions=positions, num_blocks=num_blocks)
+
+    def continued(self, rows: Sequence[int], num_blocks: Sequence[int], capacity: int) -> BagelCache:
+        """
+        Beginnings of rows, to go on from. The cache is used up, layer by layer, so that no two are held.
+
+        Args:
+            rows (`Sequence[int]`): Rows, once, several times or never.
+            num_blocks (`Sequence[int]`): Blocks that are kept of each.
+            capacity (`int`): Slots for what follows.
+
+        Returns:
+            [`BagelCache`] with an empty prefix, the slots of which hold prefix and slots of this one.
+        """
+        device = self.positions.device
+        of_rows, ends = (torch.tensor(list(values), device=device) for values in (rows, num_blocks))
+        of_prefixes = of_rows // self.group_size
+        blocks = torch.cat([self.prefix_blocks[of_prefixes], self.blocks[of_rows, : self.length]], dim=1)
+        blocks = blocks.masked_fill(blocks >= ends[:, None], PADDING_BLOCK)
+        num_slots = blocks.shape[1]
+
+        def joined(prefixes: list[torch.Tensor], own: list[torch.Tensor]) -> list[torch.Tensor]:
+            layers = []
+            while prefixes:
+                prefix, slots = prefixes.pop(0), own.pop(0)
+                layer = prefix.new_zeros(len(of_rows), prefix.shape[1], num_slots + capacity, prefix.shape[3])
+                layer[:, :, : prefix.shape[2]] = prefix[of_prefixes]
+                layer[:, :, prefix.shape[2] : num_slots] = slots[of_rows, :, : self.length]
+                layers.append(layer)
+            return layers
+
+        keys, values = joined(self.prefix_keys, self.keys), joined(self.prefix_values, self.values)
+        spare = blocks.new_full((len(blocks), capacity), PADDING_BLOCK)
+        return BagelCache(
+            prefix_blocks=blocks[:, :0],
+            blocks=torch.cat([blocks, spare], dim=1),
+            positions=self.positions[of_rows],
+            num_blocks=ends,
+            length=num_slots,
+            prefix_keys=[layer[:, :, :0] for layer in keys],
+            prefix_values=[layer[:, :, :0] for layer in values],
+            keys=keys,
+            values=values,
+        )
+
+    def as_prefix(self) -> BagelCache:
+        """A cache without slots, the prefix of which are the slots in use of this one, which has an empty prefix."""
+        cache = BagelCache.without_slots(self.blocks[:, : self.length], self.positions, self.num_blocks)
+        cache.prefix_keys, cache.prefix_values = (
+            [t[:, :, : self.length] for t in states] for states in (self.keys, self.values)
+        )
+        return cache
 
     def visibility(self, block_mask: torch.Tensor) -> torch.Tensor:
         """
@@ -100,8 +201,7 @@ class BagelCache:
             `torch.Tensor` of shape `(rows, n, prefix_slots + length + n)`.
         """
         rows, num_tokens = self.num_rows, block_mask.shape[1]
-        prefix = self.prefix_mask.repeat_interleave(self.group_size, dim=0)
-        past = torch.cat([prefix, self.mask[:, : self.length]], dim=1)
+        past = torch.cat([self.prefix_mask.repeat_interleave(self.group_size, dim=0), self.mask], dim=1)
         return torch.cat(
             [past[:, None].expand(rows, num_tokens, -1), block_mask.expand(rows, num_tokens, num_tokens)], dim=2
         )
@@ -142,18 +242,19 @@ class BagelCache:
             bias,
         )
 
-    def commit(self, num_tokens: int, valid: torch.Tensor, positions: torch.Tensor) -> None:
+    def commit(self, blocks: torch.Tensor, positions: torch.Tensor, num_blocks: torch.Tensor) -> None:
         """
-        Keep the `num_tokens` slots that the last forward wrote.
+        Keep the slots that the last forward wrote.
 
         Args:
-            num_tokens (`int`): Slots written.
-            valid (`torch.Tensor` of shape `(rows, num_tokens)`): Which of them later blocks may see.
+            blocks (`torch.Tensor` of shape `(rows, num_tokens)`): Block of each; `PADDING_BLOCK` where nobody may look.
             positions (`torch.Tensor` of shape `(rows,)`): Rotary position of the next token.
+            num_blocks (`torch.Tensor` of shape `(rows,)`): Number of the next block.
         """
-        self.mask[:, self.length : self.length + num_tokens] = valid
-        self.length += num_tokens
-        self.positions = positions
+        end = self.length + blocks.shape[1]
+        self.blocks[:, self.length : end] = blocks
+        self.length = end
+        self.positions, self.num_blocks = positions, num_blocks
 
 
 @dataclass(frozen=True)

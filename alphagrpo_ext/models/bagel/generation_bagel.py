@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from alphagrpo_ext.models.bagel.cache_bagel import BagelCache, ForkedCache
+from alphagrpo_ext.models.bagel.prefill_bagel import plan_prefill
 from alphagrpo_ext.models.bagel.rows_bagel import (
     PADDING_BLOCK,
     BagelRow,
@@ -85,57 +86,54 @@ class BagelGenerationMixin:
     """The sampling half of [`BagelModel`]."""
 
     @torch.no_grad()
-    def prefill(self, contexts: Sequence[Sequence[Segment]], group_size: int = 1, capacity: int = 0) -> BagelCache:
+    def prefill(
+        self,
+        contexts: Sequence[Sequence[Segment]],
+        group_size: int = 1,
+        capacity: int = 0,
+        past: BagelCache | None = None,
+    ) -> BagelCache:
         """
-        Run every context once.
+        Run contexts, of each only what is not known: neither what another one begins with, nor what `past` holds.
 
         Args:
             contexts (`Sequence[Sequence[Segment]]`): What the samples of each group see. May be empty.
             group_size (`int`, *optional*, defaults to `1`): Samples that share each context.
             capacity (`int`, *optional*, defaults to `0`): Slots a sample may use after it.
+            past ([`BagelCache`], *optional*): Of an earlier turn. It is used up.
 
         Returns:
             [`BagelCache`] with `len(contexts) * group_size` rows.
         """
-        # Groups of different size come here as several of equal size, with the very same context.
-        unique = {id(context): context for context in contexts}
-        rows = {}
-        for key, context in unique.items():
-            rows[key] = BagelRow(self.config)
-            for segment in context:
-                rows[key].add_segment(segment)
-        order = list(rows)
-        index = [order.index(id(context)) for context in contexts]
-        cache, _ = self.prefill_rows(list(rows.values()), group_size, capacity, index)
+        plan = plan_prefill(contexts, [] if past is None or past.segments is None else past.segments, self.config)
+        if any(plan.past_blocks):
+            inputs = self._to_device(collate_rows(plan.rows, self.config))
+            num_places = inputs["blocks"].shape[1]
+            cache = past.continued(plan.past_rows, plan.past_blocks, num_places)
+            self._extend(cache, plan.rows, inputs)
+            cache = cache.as_prefix()
+        else:
+            cache, _ = self._prefill(plan.rows)
+            num_places = cache.prefix_blocks.shape[1]
         if self.work is not None:
-            self.work.count(
-                "prefill", sum(row.num_tokens for row in rows.values()), len(rows) * cache.prefix_mask.shape[1]
-            )
+            self.work.count("prefill", sum(row.num_tokens for row in plan.rows), len(plan.rows) * num_places)
+        cache = cache.select(plan.index, plan.ends).with_slots(group_size, capacity)
+        cache.segments = [list(context) for context in contexts for _ in range(group_size)]
         return cache
 
     @torch.no_grad()
     def prefill_rows(
-        self, rows: Sequence[BagelRow], group_size: int = 1, capacity: int = 0, index: Sequence[int] | None = None
+        self, rows: Sequence[BagelRow], group_size: int = 1, capacity: int = 0
     ) -> tuple[BagelCache, torch.Tensor]:
-        """
-        [`prefill`] for rows already laid out; also returns the understanding tokens' hidden states. `index` names the row
-        of each group where several have the same.
-        """
+        """[`prefill`] for rows already laid out; also returns the understanding tokens' hidden states."""
+        cache, und = self._prefill(rows)
+        return cache.with_slots(group_size, capacity), und
+
+    def _prefill(self, rows: Sequence[BagelRow]) -> tuple[BagelCache, torch.Tensor]:
         inputs = self._to_device(collate_rows(rows, self.config))
-        blocks = inputs["blocks"]
-        positions = torch.tensor([row.position for row in rows], device=blocks.device)
-        cache = BagelCache(
-            prefix_mask=blocks != PADDING_BLOCK,
-            mask=torch.zeros(len(rows) * group_size, capacity, dtype=torch.bool, device=blocks.device),
-            positions=positions.repeat_interleave(group_size),
-        )
+        positions, num_blocks = self._ends(rows)
+        cache = BagelCache.without_slots(inputs["blocks"], positions, num_blocks)
         und, _ = self._run(inputs, cache, prefill=True)
-        if index is not None and list(index) != list(range(len(rows))):
-            cache = cache.select_prefixes(index)
-        for keys, values in zip(cache.prefix_keys, cache.prefix_values, strict=True):
-            shape = (cache.num_rows, keys.shape[1], capacity, keys.shape[3])
-            cache.keys.append(keys.new_zeros(shape))
-            cache.values.append(values.new_zeros(shape))
         return cache, und
 
     @torch.no_grad()
@@ -146,11 +144,18 @@ class BagelGenerationMixin:
         Returns:
             `torch.Tensor`: Hidden states of the understanding tokens.
         """
-        inputs = self._to_device(collate_rows(rows, self.config))
+        return self._extend(cache, rows, self._to_device(collate_rows(rows, self.config)))
+
+    def _extend(self, cache: BagelCache, rows: Sequence[BagelRow], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         und, _ = self._run(inputs, cache)
-        positions = torch.tensor([row.position for row in rows], device=cache.positions.device)
-        cache.commit(inputs["blocks"].shape[1], inputs["blocks"] != PADDING_BLOCK, positions)
+        cache.commit(inputs["blocks"], *self._ends(rows))
+        cache.segments = None
         return und
+
+    def _ends(self, rows: Sequence[BagelRow]) -> torch.Tensor:
+        """Rotary positions and numbers of blocks after rows, `(2, rows)`."""
+        ends = torch.tensor([(row.position, row.num_blocks) for row in rows])
+        return ends.T.to(self.language_model.lm_head.weight.device)
 
     def _run(
         self, inputs: dict[str, torch.Tensor], cache: BagelCache, prefill: bool = False
@@ -221,7 +226,10 @@ class BagelGenerationMixin:
                 sampling = torch.zeros_like(sampling)
         cache.length = rows.length
         cache.positions[:batch] = rows.positions
+        cache.num_blocks[:batch] += 1
         text = self._collect_text(torch.stack(sampled, 1), torch.stack(log_probs, 1), torch.stack(counted, 1), eos)
+        for segments, ids, ended in zip(cache.segments or [], text.token_ids, text.ended, strict=False):
+            segments.append(TextSegment(ids, sampled=True, ended=ended))
         if self.work is not None:
             num_delimiters = sum(1 if ended else 2 for ended in text.ended)
             num_tokens = num_delimiters + sum(len(ids) for ids in text.token_ids)
@@ -233,7 +241,8 @@ class BagelGenerationMixin:
         und = self.language_model.model.embed_tokens(tokens)[:, None]
         mask = cache.visibility(torch.ones(1, 1, 1, dtype=torch.bool, device=und.device))
         und, _ = self.language_model.model(und, None, cache.positions[:, None], mask, cache)
-        cache.commit(1, reading[:, None], cache.positions + reading.long())
+        blocks = torch.where(reading, cache.num_blocks, PADDING_BLOCK)
+        cache.commit(blocks[:, None], cache.positions + reading.long(), cache.num_blocks)
         return self.language_model.lm_head(und[:, 0])
 
     @staticmethod
@@ -294,7 +303,7 @@ class BagelGenerationMixin:
         image.add_pixels(pixel_values)
         rows = []
         for question in questions:
-            row = BagelRow(self.config, image.position)
+            row = BagelRow(self.config, image.position, image.num_blocks)
             row.add_text(question.content_ids)
             rows.append(row)
         num_slots = max(len(row.input_ids) for row in rows) + 1

@@ -140,6 +140,14 @@ class _PackedRow:
             return None
         return self.ends[len(segments) - 1][1:] if segments else (0, 0)
 
+    def attach(self, image: ImageSegment, index: int, branch: int, steps: Sequence[int], end: tuple[int, int]) -> None:
+        """Add copies of an image that see the row up to `end`, a rotary position and a horizon."""
+        window = image.window
+        self.copies += [
+            NoisedCopy(window.latents[step], image.grid, float(window.timesteps[step]), *end, index, step, branch)
+            for step in steps
+        ]
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Equal for rows of one bucket: they differ in nothing but the length of texts."""
@@ -303,7 +311,8 @@ class _Packer:
     def __init__(self, guidance: GuidanceConfig, config: BagelConfig) -> None:
         self.guidance, self.config = guidance, config
         self.rows: list[_PackedRow] = []
-        self.branch_rows: dict[tuple[tuple[int, ...], ...], _PackedRow] = {}
+        # Contexts with which the trajectory does not begin, and who sees them: image, its index, branch, and steps.
+        self.others: dict[tuple, tuple[Sequence[Segment], list[tuple[ImageSegment, int, int, list[int]]]]] = {}
         self.scores: list[tuple[_PackedRow, int, int, int, int]] = []  # row, place, target id, trajectory, column
         self.image_trajectory: list[int] = []
 
@@ -326,33 +335,33 @@ class _Packer:
                 column += len(segment.token_ids)
 
     def _add_copies(self, row: _PackedRow, image: ImageSegment) -> None:
-        times = image.window.timesteps[:-1].tolist()
+        times, index = image.window.timesteps[:-1].tolist(), len(self.image_trajectory)
         for branch, name in enumerate(BRANCHES):
             steps = [step for step, time in enumerate(times) if name in self.guidance.at(time).branches]
             if not steps:
                 continue
-            holder, (position, horizon) = row, row.end
-            if branch:
-                holder, (position, horizon) = self._context(row, image.guidance_contexts.get(name, []))
-            holder.copies += [
-                NoisedCopy(
-                    *(image.window.latents[step], image.grid, times[step], position, horizon),
-                    *(len(self.image_trajectory), step, branch),
-                )
-                for step in steps
-            ]
+            context = image.guidance_contexts.get(name, [])
+            end = row.end_of(context) if branch else row.end
+            if end is not None:
+                row.attach(image, index, branch, steps, end)
+            else:
+                key = tuple(_identity(segment) for segment in context)
+                self.others.setdefault(key, (context, []))[1].append((image, index, branch, steps))
 
-    def _context(self, row: _PackedRow, context: Sequence[Segment]) -> tuple[_PackedRow, tuple[int, int]]:
-        """The row that holds the context of a branch, and where in it that ends."""
-        end = row.end_of(context)
-        if end is not None:
-            return row, end
-        key = tuple(_identity(segment) for segment in context)
-        if key not in self.branch_rows:
-            self.branch_rows[key] = _PackedRow(BagelRow(self.config))
-            for segment in context:
-                self.branch_rows[key].add(segment)
-        return self.branch_rows[key], self.branch_rows[key].end
+    def all_rows(self) -> list[_PackedRow]:
+        """Rows of trajectories, and the fewest that hold the other contexts."""
+        rows: list[_PackedRow] = []
+        # The longest first, so that those it begins with find it.
+        for context, copies in sorted(self.others.values(), key=lambda other: -len(other[0])):
+            row = next((row for row in rows if row.end_of(context) is not None), None)
+            if row is None:
+                row = _PackedRow(BagelRow(self.config))
+                for segment in context:
+                    row.add(segment)
+                rows.append(row)
+            for of_image in copies:
+                row.attach(*of_image, row.end_of(context))
+        return [*self.rows, *rows]
 
 
 def pack_trajectories(
@@ -377,7 +386,7 @@ def pack_trajectories(
     packer = _Packer(guidance, config)
     for trajectory in trajectories:
         packer.add(trajectory)
-    sequence = _PackedSequence([*packer.rows, *packer.branch_rows.values()], config)
+    sequence = _PackedSequence(packer.all_rows(), config)
     inputs = sequence.inputs()
     first_und, first_copy = sequence.starts()
     scores = packer.scores

@@ -120,12 +120,18 @@ class _Expert:
 
 
 class BagelRow:
-    """One packed sequence under construction: append blocks in the order in which the model sees them."""
+    """
+    One packed sequence under construction: append blocks in the order in which the model sees them.
 
-    def __init__(self, config: BagelConfig, position: int = 0) -> None:
+    Args:
+        config ([`BagelConfig`]): Sizes and delimiters.
+        position, num_blocks (`int`, *optional*, defaults to `0`): Where the sequence goes on, if something is before it.
+    """
+
+    def __init__(self, config: BagelConfig, position: int = 0, num_blocks: int = 0) -> None:
         self.config = config
         self.position = position
-        self.num_blocks, self.num_noised = 0, 0
+        self.num_blocks, self.num_noised = num_blocks, 0
         self.und, self.gen = _Expert(), _Expert()
         self.input_ids: list[int] = []
         self.latents: list[torch.Tensor] = []
