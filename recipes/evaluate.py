@@ -43,7 +43,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,6 @@ from reward_models.questions import from_row
 
 PAINTING, EDITING = "reasoning_t2i", "image_editing"
 DIRECT, THOUGHT, REFINE = "direct", "thought", "refine"
-# What cannot change an answer.
-NO_SETTINGS = ("judge_max_concurrency", "judge_timeout", "judge_max_retries", "judge_max_failed_frac")
 
 
 @dataclass
@@ -210,13 +208,12 @@ def evaluate_model(
         return model.to(PartialState().device).eval(), processor
 
     config = args.rollout(args.image_size, args.image_size)
-    judging = [getattr(args, f.name) for f in fields(RewardArguments) if f.name not in NO_SETTINGS]
     settings = [
         checkpoint_fingerprint(name),
         args.dtype,
         rows_digest,
         config,
-        judging,
+        args.answer_settings(),
         args.eval_seeds,
         args.batch_size,
     ]

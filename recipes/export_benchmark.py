@@ -32,7 +32,8 @@ python recipes/export_benchmark.py --benchmark wise --prompts WISE/data --questi
     --judge openai --judge_base_url http://localhost:8000/v1 --judge_model NAME --output_dir runs/wise
 ```
 
-An image that is there is not painted again: a run that was stopped or killed goes on where it was when it is started again.
+An image that is there is not painted again, and no question is asked twice: a run that was stopped or killed goes on where it
+was when it is started again.
 With `accelerate launch`, several processes share the work.
 """
 
@@ -42,6 +43,7 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -62,10 +64,11 @@ from alphagrpo_ext.rollout.generator import sample_generator
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from reward_models.arguments import RewardArguments
 from reward_models.benchmarks import BENCHMARKS, Benchmark, BenchmarkPrompt
-from reward_models.dvreward import DVReward
+from reward_models.dvreward import DVReward, Score
 from reward_models.evaluated_samples import EvaluatedSample, Evaluation
 from reward_models.evaluation_files import settings_digest
 from reward_models.evaluation_report import NamedEvaluation, save_reports
+from reward_models.kept_scores import KeptScores
 from reward_models.questions import PromptRecord, load_records
 
 
@@ -241,26 +244,44 @@ def paint(
     return images
 
 
+async def ask(
+    images: Sequence[Image.Image], records: Sequence[PromptRecord], reward: DVReward, settings: Any, kept: KeptScores
+) -> list[Score]:
+    """Scores of images, of which those that are kept are not asked for again."""
+    keys = [settings_digest(settings, record, image) for image, record in zip(images, records, strict=True)]
+    new = [place for place, key in enumerate(keys) if kept.get(key) is None]
+    answers = await reward.score([images[place] for place in new], [records[place] for place in new])
+    for place, answer in zip(new, answers, strict=True):
+        kept.keep(keys[place], answer)
+    reward.check_failures(answers)
+    answered = dict(zip(new, answers, strict=True))
+    return [answered.get(place) or kept.get(key) for place, key in enumerate(keys)]
+
+
 async def score(
     benchmark: Benchmark,
     asked: Sequence[tuple[BenchmarkPrompt, PromptRecord]],
     reward: DVReward,
-    folder: Path,
-    num_images: int,
+    args: ExportArguments,
+    kept: KeptScores,
 ) -> Evaluation:
-    """Ask the questions about images that are there, one prompt after the other."""
-    samples = []
-    try:
-        for index, (prompt, record) in enumerate(tqdm(asked, desc="scored")):
-            images = benchmark.load(folder, prompt, num_images)
-            scores = await reward.score(images, [record] * len(images))
-            reward.check_failures(scores)
-            row = {"prompt": prompt.prompt, "category": prompt.category}
-            for number, result in enumerate(scores):
-                sample = EvaluatedSample.of(row, index, number, "", None, result)
-                samples.append(replace(sample, image_file=str(folder / benchmark.image_path(prompt, number))))
-    finally:
-        await reward.aclose()
+    """Ask the questions about images that are there, about `batch_size` images at once."""
+    folder, num_images = Path(args.output_dir) / "images", args.num_images or benchmark.num_images
+    num_prompts, samples = max(1, args.batch_size // num_images), []
+    async with aclosing(reward):
+        with tqdm(total=len(asked) * num_images, desc="scored") as progress:
+            for start in range(0, len(asked), num_prompts):
+                batch = asked[start : start + num_prompts]
+                images = [image for prompt, _ in batch for image in benchmark.load(folder, prompt, num_images)]
+                records = [record for _, record in batch for _ in range(num_images)]
+                scores = await ask(images, records, reward, args.answer_settings(), kept)
+                for place, result in enumerate(scores):
+                    index, number = start + place // num_images, place % num_images
+                    prompt = asked[index][0]
+                    row = {"prompt": prompt.prompt, "category": prompt.category}
+                    sample = EvaluatedSample.of(row, index, number, "", None, result)
+                    samples.append(replace(sample, image_file=str(folder / benchmark.image_path(prompt, number))))
+                progress.update(len(scores))
     return Evaluation(sorted(samples, key=lambda sample: (sample.seed, sample.index)))
 
 
@@ -309,9 +330,9 @@ def main(args: ExportArguments) -> None:
     if not asked:
         print("No prompt has questions: make some with recipes/decompose_prompts.py and pass them as --questions.")
         return
-    num_images = args.num_images or benchmark.num_images
     policy = load_policy(args) if args.judge == "policy" else None
-    evaluation = asyncio.run(score(benchmark, asked, args.make_reward(policy), folder, num_images))
+    with KeptScores(Path(args.output_dir) / "scores.jsonl") as kept:
+        evaluation = asyncio.run(score(benchmark, asked, args.make_reward(policy), args, kept))
     named = NamedEvaluation(args.model_label or args.model_name_or_path, args.benchmark, evaluation)
     settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
     table = save_reports(Path(args.output_dir), [named], [record for _, record in asked], settings)

@@ -16,13 +16,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from reward_models.dvreward import DVReward
 from reward_models.holdout_arguments import HoldoutArguments
 from reward_models.judges import JUDGES
 from reward_models.judges.arguments import JudgeArguments
+
+
+_HOW_TO_ASK = ("judge_max_concurrency", "judge_timeout", "judge_max_retries", "judge_max_failed_frac")
 
 
 @dataclass
@@ -44,6 +47,10 @@ class RewardArguments(JudgeArguments):
     aggregation: str = field(
         default="geometric", metadata={"help": "How answers become a reward: 'geometric', 'mean' or 'pooled'."}
     )
+
+    def answer_settings(self) -> list[Any]:
+        """All values but those that cannot change an answer."""
+        return [getattr(self, f.name) for f in fields(RewardArguments) if f.name not in _HOW_TO_ASK]
 
     def make_reward(self, policy: Any = None) -> DVReward:
         """

@@ -436,7 +436,8 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
     def _score_part(
         self, model: torch.nn.Module, trajectories: Sequence[Trajectory]
     ) -> tuple[torch.Tensor, torch.Tensor, ImageScores | None]:
-        unwrapped = self.accelerator.unwrap_model(model)
+        # Unwrapping asks what is installed, which takes longer than a small model's forward has time for.
+        unwrapped = model if isinstance(model, UnifiedModel) else self.accelerator.unwrap_model(model)
         batch = unwrapped.pack(trajectories, self.args.objective_guidance)
         inputs = batch.inputs
         if self._sharding.shards_parameters and len(self._tasks) > 1:

@@ -25,6 +25,8 @@ from PIL import Image
 
 from alphagrpo_ext.shapes.editing import editing_rows
 from recipe_modules import load_recipe, run_recipe
+from reward_models.judges.shapes import ShapesJudge
+from reward_models.kept_scores import KeptScores
 
 
 RECIPE = load_recipe("export_benchmark")
@@ -93,6 +95,45 @@ def test_geneval_is_painted_scored_and_goes_on_where_it_stopped(
 
     monkeypatch.setattr(RECIPE, "load_model", fail)
     run(*arguments, "--judge", "shapes", "--output_dir", out)
+
+
+def test_scoring_that_was_stopped_asks_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    arguments = ("--benchmark", "geneval", "--prompts", write_geneval(tmp_path), "--num_images", "2", *QUICK)
+    arguments += ("--judge", "shapes", "--batch_size", "2", "--output_dir", out)
+    asked, kept = [], []
+    answer, keep = ShapesJudge.answer, KeptScores.keep
+
+    async def counted(self: ShapesJudge, image: Image.Image, questions: Any) -> Any:
+        asked.append(image.tobytes())
+        return await answer(self, image, questions)
+
+    def stopped(self: KeptScores, *score: Any) -> None:
+        kept.append(score)
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        keep(self, *score)
+
+    monkeypatch.setattr(ShapesJudge, "answer", counted)
+    monkeypatch.setattr(KeptScores, "keep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments)
+    # A line that was being written when the process died.
+    with (out / "scores.jsonl").open("a") as file:
+        file.write('{"key": "ab')
+    first = asked[:2]
+    asked.clear()
+    run(*arguments)
+    assert len(asked) == 2
+    assert set(asked).isdisjoint(first)
+    resumed = [(out / name).read_bytes() for name in ("samples.jsonl", "summary.csv")]
+    (out / "scores.jsonl").unlink()
+    run(*arguments)
+    assert len(asked) == 2 + 4
+    assert resumed == [(out / name).read_bytes() for name in ("samples.jsonl", "summary.csv")]
+    # With the same answers another reward, which is another score.
+    run(*arguments, "--aggregation", "mean")
+    assert len(asked) == 2 + 4 + 4
 
 
 def load(data: bytes, folder: Path) -> bytes:

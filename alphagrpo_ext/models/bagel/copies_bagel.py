@@ -177,7 +177,13 @@ class PackedLayout:
         for copy in copies:
             und.append(copy[:, :, :NUM_DELIMITERS].flatten(0, 2))
             gen.append(copy[:, :, NUM_DELIMITERS:].flatten(0, 2))
-        return torch.cat(und)[None], torch.cat(gen)[None]
+        return _joined(und)[None], _joined(gen)[None]
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all parts: the part itself, where all others are empty."""
+    filled = [part for part in parts if len(part)]
+    return torch.cat(filled) if len(filled) > 1 else (filled or parts)[0]
 
 
 def split(
@@ -203,7 +209,8 @@ def split(
         of_und = und[0, und_start : und_start + count * num_und].view(*shape, num_und, *tail)
         of_gen = gen[0, gen_start : gen_start + count * num_gen].view(*shape, num_gen, *tail)
         und_start, gen_start = und_start + count * num_und, gen_start + count * num_gen
-        return torch.cat([of_und, of_gen], dim=len(shape))
+        # Without a copy where there is nothing to put together.
+        return torch.cat([of_und, of_gen], dim=len(shape)) if num_gen else of_und
 
     contexts = [take((b.rows,), b.context_und, b.context_gen) for b in buckets] if has_contexts else []
     copies = [take((b.rows, b.copies), NUM_DELIMITERS, b.copy_latents) for b in buckets] if has_copies else []
