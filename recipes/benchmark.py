@@ -52,6 +52,7 @@ from alphagrpo_ext.benchmark.structures import (
     relative_difference,
     token_costs,
 )
+from alphagrpo_ext.benchmark.tables import Table, bars_of, curves
 from alphagrpo_ext.benchmark.text_overhead import build_trainers, step_seconds
 from alphagrpo_ext.benchmark.timing import (
     Spread,
@@ -128,33 +129,6 @@ class ScriptArguments:
         return size if self.num_trajectories is None else replace(size, num_trajectories=self.num_trajectories)
 
 
-@dataclass(frozen=True)
-class Table:
-    """
-    One result.
-
-    Args:
-        title (`str`): What was measured.
-        columns (`list[str]`): Headers.
-        rows (`list[list]`): Texts, numbers and [`Spread`]s.
-        note (`str`, *optional*): What to know about it.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[Any]]
-    note: str = ""
-
-    def __str__(self) -> str:
-        cells = [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in row] for row in self.rows]
-        lines = [" | ".join(row) for row in (self.columns, ["---"] * len(self.columns), *cells)]
-        return "\n".join([f"### {self.title}", "", *(f"| {line} |" for line in lines), "", self.note])
-
-    def to_json(self) -> dict[str, Any]:
-        rows = [[asdict(c) if isinstance(c, Spread) else c for c in row] for row in self.rows]
-        return {"title": self.title, "columns": self.columns, "rows": rows, "note": self.note}
-
-
 def make_update(size: Size, dtype: torch.dtype) -> Update:
     model = build_model(size)
     return Update(model, self_reflection_trajectories(model, size), dtype)
@@ -209,7 +183,7 @@ def measure_structures(name: str, args: ScriptArguments) -> list[Table]:
     note = (
         "Gradients are compared where the mathematics is the same: with the packed exact, or the packed detached one."
     )
-    return [Table(f"Structures: {name}, {args.precision}", columns, rows, note)]
+    return [Table(f"Structures: {name}, {args.precision}", columns, rows, note, bars_of("seconds"))]
 
 
 def measure_utilization(name: str, args: ScriptArguments) -> list[Table]:
@@ -251,17 +225,17 @@ def measure_utilization(name: str, args: ScriptArguments) -> list[Table]:
         "fastest square multiplication of each repetition."
     )
     columns = ["what", "seconds", "GFLOP", "GFLOP/s", "of the peak"]
-    return [Table(f"Utilization: {name}, {args.precision}", columns, rows, note)]
+    return [Table(f"Utilization: {name}, {args.precision}", columns, rows, note, bars_of("of the peak"))]
 
 
 def measure_scaling(name: str, args: ScriptArguments) -> list[Table]:
     """Time and memory of the packed micro-batch, one dimension at a time."""
     base = replace(args.size(name), released=False)
     variants: dict[str, dict[int, Size]] = {
-        "group size": {n: replace(base, num_trajectories=n) for n in (1, 2, 4)},
-        "trained steps": {n: replace(base, num_steps=n) for n in (1, 2, 5)},
+        "group size": {n: replace(base, num_trajectories=n) for n in (1, 2, 4, 8)},
+        "trained steps": {n: replace(base, num_steps=n) for n in (1, 2, 4, 8)},
         "thought tokens": {
-            n * base.thought_tokens: replace(base, thought_tokens=n * base.thought_tokens) for n in (1, 4)
+            n * base.thought_tokens: replace(base, thought_tokens=n * base.thought_tokens) for n in (1, 2, 4)
         },
         "image tokens": {
             (n * base.grid[0]) ** 2 // 4: replace(base, image_size=base.image_size * n // 2) for n in (1, 2, 3)
@@ -270,7 +244,7 @@ def measure_scaling(name: str, args: ScriptArguments) -> list[Table]:
             base.hidden_size * n // 2: replace(
                 base, hidden_size=base.hidden_size * n // 2, intermediate_size=base.intermediate_size * n // 2
             )
-            for n in (1, 2)
+            for n in (1, 2, 4)
         },
     }
     rows = []
@@ -288,7 +262,7 @@ def measure_scaling(name: str, args: ScriptArguments) -> list[Table]:
             rows.append([dimension, value, Spread.of(seconds[str(value)]), times, costs[0] / costs[1], memory / 2**20])
     columns = ["dimension", "value", "seconds", "time to the first", "tokens to the first", "peak MiB of tensors"]
     note = "Random weights; memory is that of tensors beside weights, gradients included."
-    return [Table(f"Scaling: {name}, {args.precision}", columns, rows, note)]
+    return [Table(f"Scaling: {name}, {args.precision}", columns, rows, note, curves)]
 
 
 def measure_text_overhead(name: str, args: ScriptArguments) -> list[Table]:
@@ -304,7 +278,8 @@ def measure_text_overhead(name: str, args: ScriptArguments) -> list[Table]:
         "A step on 16 made-up completions, without generation, rewards included, against a Qwen3 of the sizes of the "
         "understanding expert. Of each run of 4 steps the fastest but the first counts."
     )
-    return [Table(f"Text alone: {name}, {args.precision}", ["trainer", "seconds a step", "ratio"], rows, note)]
+    columns = ["trainer", "seconds a step", "ratio"]
+    return [Table(f"Text alone: {name}, {args.precision}", columns, rows, note, bars_of("seconds a step"))]
 
 
 def brightness(images: list[Any], **kwargs: Any) -> list[float]:
@@ -355,9 +330,10 @@ def measure_breakdown(name: str, args: ScriptArguments) -> list[Table]:
     whole = sum(totals) * (1 + args.repetitions) / args.repetitions
     parts = {phase: seconds.get(phase, 0.0) for phase in PHASES if phase != "rest"}
     parts["rest"] = max(0.0, whole - sum(parts.values()))
-    rows = [[phase, f"{100 * value / sum(parts.values()):.1f}%"] for phase, value in parts.items()]
+    rows = [[phase, 100 * value / sum(parts.values())] for phase, value in parts.items()]
     note = f"{1 + args.repetitions} steps of self-reflection; the initial image's prefill and denoising are counted as such."
-    return [Table(f"Where a step's time goes: {name}, {args.precision}", ["phase", "share"], rows, note)]
+    title, share = f"Where a step's time goes: {name}, {args.precision}", "share of a step, %"
+    return [Table(title, ["phase", share], rows, note, bars_of(share))]
 
 
 PARTS: dict[str, Callable[[str, ScriptArguments], list[Table]]] = {
@@ -383,30 +359,6 @@ def save(tables: list[Table], args: ScriptArguments, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def plot(tables: list[Table], output_dir: Path) -> list[Path]:
-    """One picture a table of structures or scaling, or none without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-    paths = []
-    for table in tables:
-        spreads = [column for column in range(len(table.columns)) if isinstance(table.rows[0][column], Spread)]
-        if not spreads:
-            continue
-        labels = [" ".join(str(c) for c in row[: spreads[0]]) for row in table.rows]
-        values = [row[spreads[0]] for row in table.rows]
-        figure = Figure(figsize=(7, 0.6 + 0.35 * len(labels)), layout="constrained")
-        axes = figure.subplots()
-        errors = [[v.median - v.low for v in values], [v.high - v.median for v in values]]
-        axes.barh(labels, [v.median for v in values], xerr=errors, color="tab:blue")
-        axes.invert_yaxis()
-        axes.set(xlabel=table.columns[spreads[0]], title=table.title)
-        paths.append(output_dir / f"{table.title.lower().replace(': ', '_').replace(', ', '_').replace(' ', '_')}.png")
-        figure.savefig(paths[-1])
-    return paths
-
-
 def main(args: ScriptArguments) -> list[Table]:
     keep_freed_memory()
     output_dir = Path(args.output_dir)
@@ -419,8 +371,8 @@ def main(args: ScriptArguments) -> list[Table]:
                 print(table, flush=True)
             # What is measured already is not lost with the parts that follow.
             save(tables, args, output_dir / "benchmark.json")
-    pictures = plot(tables, output_dir)
-    print(f"benchmark.json{' and plots' if pictures else ''}: {output_dir}")
+    pictures = [table.save_picture(output_dir) for table in tables]
+    print(f"benchmark.json{' and plots' if any(pictures) else ''}: {output_dir}")
     return tables
 
 

@@ -172,8 +172,8 @@ class AlphaGRPOConfig(GRPOConfig):
             less memory and more time, as every forward reads the context anew; the gradient is the same.
         context_gradient (`str`, *optional*, defaults to `"exact"`):
             Whether the loss of images has a gradient through prompt and thought (`"exact"`) or takes the context for given
-            (`"detached"`), as codes that train one step a forward do. Losses are equal, and text keeps its own gradient;
-            detached is faster, as contexts without sampled text need no backward.
+            (`"detached"`), as codes that train one step a forward do. Losses are equal, and text keeps its own gradient.
+            Detached is faster where no text is sampled, as contexts then need no backward.
         offload_ref_model (`bool`, *optional*, defaults to `False`):
             Whether the reference model, which a KL without an adapter needs, lives in the host's memory. It visits the
             accelerator while it scores a rollout.
@@ -349,7 +349,7 @@ class AlphaGRPOConfig(GRPOConfig):
     context_gradient: str = field(
         default="exact",
         metadata={
-            "help": "Whether the loss of images has a gradient through the context ('exact') or not ('detached', faster)."
+            "help": "Whether the loss of images has a gradient through the context ('exact') or not ('detached')."
         },
     )
     offload_ref_model: bool = field(

@@ -30,6 +30,7 @@ from alphagrpo_ext.benchmark.structures import (
     relative_difference,
     token_costs,
 )
+from alphagrpo_ext.benchmark.tables import Table, bars_of, curves
 from alphagrpo_ext.benchmark.timing import Spread, ratio, time_interleaved
 from alphagrpo_ext.benchmark.workload import GUIDANCE, SIZES, build_model, self_reflection_trajectories
 from alphagrpo_ext.models.work import WorkCounter
@@ -84,6 +85,36 @@ def test_ratios_are_taken_within_a_repetition() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
+def test_pictures_show_medians_and_extremes(tmp_path: Path) -> None:
+    rows = [["slow", Spread(3.0, 2.0, 5.0)], ["fast", Spread(1.0, 0.5, 1.5)]]
+    bars = Table("Structures: a model, float32", ["structure", "seconds"], rows, draw=bars_of("seconds"))
+    assert bars.save_picture(tmp_path) == tmp_path / "structures_a_model_float32.png"
+    (axes,) = bars.draw(bars).axes
+    assert [bar.get_width() for bar in axes.patches] == [3.0, 1.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["slow", "fast"]
+    assert axes.get_xlabel() == "seconds"
+    (segments,) = axes.collections
+    assert [path.vertices[:, 0].tolist() for path in segments.get_paths()] == [[2.0, 5.0], [0.5, 1.5]]
+    assert Table("none", ["a"], [["b"]]).save_picture(tmp_path) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["structures_a_model_float32.png"]
+
+
+def test_scaling_has_a_panel_a_dimension() -> None:
+    rows = [
+        ["width", 64, Spread(1, 1, 1), 1.0],
+        ["width", 128, Spread(4, 3, 6), 2.0],
+        ["steps", 1, Spread(1, 1, 1), 1],
+    ]
+    table = Table("Scaling", ["dimension", "value", "time to the first", "tokens to the first"], rows, draw=curves)
+    width, steps = table.draw(table).axes
+    assert [axes.get_xlabel() for axes in (width, steps)] == ["width", "steps"]
+    times, tokens = (
+        line for line in width.get_lines() if line.get_linestyle() != "None" and len(line.get_xdata()) == 2
+    )
+    assert times.get_xydata().tolist() == [[64, 1], [128, 4]]
+    assert tokens.get_xydata().tolist() == [[64, 1], [128, 2]]
+
+
 @pytest.mark.slow
 @pytest.mark.low_priority
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -97,6 +128,7 @@ def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision:
     assert saved["arguments"]["precision"] == precision
     assert [table["title"] for table in saved["tables"]] == [table.title for table in tables]
     assert len(tables) == len(benchmark.PARTS)
+    assert len(list(tmp_path.glob("*.png"))) == len(tables)
     differences = {row[0]: row[-2:] for row in saved["tables"][0]["rows"]}
     tolerance = 1e-5 if args.dtype == torch.float32 else 3e-2
     for loss, gradient in differences.values():
