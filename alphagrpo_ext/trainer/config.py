@@ -34,6 +34,10 @@ from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.credit import RECTIFICATIONS, SELECTIONS
 
 
+ROLLOUT_POLICIES = ("policy", "reference")
+"""Who samples what is trained on."""
+
+
 @dataclass
 class AlphaGRPOConfig(GRPOConfig):
     r"""
@@ -176,7 +180,13 @@ class AlphaGRPOConfig(GRPOConfig):
             Detached is faster where no text is sampled, as contexts then need no backward.
         offload_ref_model (`bool`, *optional*, defaults to `False`):
             Whether the reference model, which a KL without an adapter needs, lives in the host's memory. It visits the
-            accelerator while it scores a rollout.
+            accelerator while it scores a rollout, or samples one.
+        rollout_policy (`str`, *optional*, defaults to `"policy"`):
+            Who samples what is trained on: the `"policy"`, or the `"reference"` that follows it (`sync_ref_model`), as
+            DiffusionNFT's sampling policy does. Ratios and old velocities are then those of the reference.
+        ref_model_decay_ramp (`float`, *optional*):
+            With `sync_ref_model`, the share of itself that the reference keeps rises by so much a step, until it is
+            `1 - ref_model_mixup_alpha`. `None` starts with that. DiffusionNFT's experiments have 0.001 and an alpha of 0.5.
     """
 
     per_device_train_batch_size: int = field(
@@ -356,6 +366,14 @@ class AlphaGRPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Whether the reference model of training without an adapter lives in the host's memory."},
     )
+    rollout_policy: str = field(
+        default="policy",
+        metadata={"help": "Who samples what is trained on: 'policy', or the 'reference' that follows it."},
+    )
+    ref_model_decay_ramp: float | None = field(
+        default=None,
+        metadata={"help": "How fast the share that a following reference keeps of itself rises, a step."},
+    )
 
     def __post_init__(self) -> None:
         # Without it, processes that are launched together on a machine without accelerators do not find each other. Who
@@ -377,9 +395,17 @@ class AlphaGRPOConfig(GRPOConfig):
             ("stage1_selection", SELECTIONS),
             ("rectification", RECTIFICATIONS),
             ("context_gradient", CONTEXT_GRADIENTS),
+            ("rollout_policy", ROLLOUT_POLICIES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
+        for name, default in (("rollout_policy", "policy"), ("ref_model_decay_ramp", None)):
+            if getattr(self, name) != default and not self.sync_ref_model:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs a reference that follows: set sync_ref_model=True"
+                )
+        if self.ref_model_decay_ramp is not None and self.ref_model_decay_ramp <= 0:
+            raise ValueError(f"ref_model_decay_ramp must be positive, but is {self.ref_model_decay_ramp}")
         if self.num_initial_images < 1:
             raise ValueError(f"num_initial_images must be at least 1, but is {self.num_initial_images}")
         if self.lora_targets not in LORA_TARGETS:

@@ -23,10 +23,12 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 
 
 REFERENCE_ADAPTER = "ref"
@@ -130,10 +132,28 @@ def add_reference_adapter(policy: PeftModel, accelerator: Accelerator) -> None:
             reference.requires_grad_(False)
 
 
+def mixup_alpha(args: AlphaGRPOConfig, step: int) -> float:
+    """How far the reference moves to the policy after a step: less and less, down to `ref_model_mixup_alpha`."""
+    if args.ref_model_decay_ramp is None:
+        return args.ref_model_mixup_alpha
+    return max(args.ref_model_mixup_alpha, 1 - args.ref_model_decay_ramp * step)
+
+
+class FollowPolicyCallback(SyncRefModelCallback):
+    """TRL's callback, with the step's own [`mixup_alpha`]."""
+
+    def on_step_end(
+        self, args: AlphaGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        of_step = copy.copy(args)
+        of_step.ref_model_mixup_alpha = mixup_alpha(args, state.global_step)
+        super().on_step_end(of_step, state, control, **kwargs)
+
+
 class SyncRefAdapterCallback(TrainerCallback):
     """
-    What TRL's `SyncRefModelCallback` does for a reference model, for the reference adapter: every `ref_model_sync_steps`
-    steps `ref = alpha * policy + (1 - alpha) * ref`, with `alpha = ref_model_mixup_alpha`
+    What [`FollowPolicyCallback`] does for a reference model, for the reference adapter: every `ref_model_sync_steps`
+    steps `ref = alpha * policy + (1 - alpha) * ref`, with the step's [`mixup_alpha`]
     (TR-DPO, https://huggingface.co/papers/2404.09656). At every step it is an exponential moving average.
 
     Args:
@@ -146,7 +166,7 @@ class SyncRefAdapterCallback(TrainerCallback):
     @torch.no_grad()
     def on_step_end(
         self,
-        args: TrainingArguments,
+        args: AlphaGRPOConfig,
         state: TrainerState,
         control: TrainerControl,
         model: torch.nn.Module,
@@ -154,5 +174,6 @@ class SyncRefAdapterCallback(TrainerCallback):
     ) -> None:
         if state.global_step % args.ref_model_sync_steps:
             return
+        alpha = mixup_alpha(args, state.global_step)
         for reference, parameter in _adapter_pairs(self.accelerator.unwrap_model(model)):
-            reference.lerp_(parameter, args.ref_model_mixup_alpha)
+            reference.lerp_(parameter, alpha)

@@ -34,7 +34,6 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
-from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 from alphagrpo_ext.models.loading import load_model, load_processor
@@ -51,6 +50,8 @@ from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positiv
 from alphagrpo_ext.trainer.initial_images import InitialImagesMixin
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.reference import (
+    REFERENCE_ADAPTER,
+    FollowPolicyCallback,
     SyncRefAdapterCallback,
     add_reference_adapter,
     frozen_copy,
@@ -152,7 +153,8 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
         check_optimizer_is_made_here(args, optimizers[0])
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         self._work, self._counted = WorkCounter(), [policy]
-        reference = None if has_adapter or not (args.beta or args.image_beta) else frozen_copy(policy)
+        has_reference = bool(args.beta or args.image_beta or args.rollout_policy == "reference")
+        reference = frozen_copy(policy) if has_reference and not has_adapter else None
         self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)
         self._tasks = self._validated_tasks(args, (train_dataset, eval_dataset), processing_class, policy)
         # What the packed forward answers for: set by a rollout, and for the time of one loss.
@@ -169,7 +171,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
         if reference is not None:
             args.beta = 0.0
         # Nor does TRL let a reference follow an adapter.
-        if reference is not None or (has_adapter and (args.beta or args.image_beta)):
+        if has_reference:
             args.sync_ref_model = False
         try:
             super().__init__(
@@ -191,7 +193,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
             self.ref_model = prepare_reference(reference, self.accelerator, args.offload_ref_model)
             self._counted.append(reference)
             if sync_ref_model:
-                self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+                self.add_callback(FollowPolicyCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         elif has_adapter and sync_ref_model:
             add_reference_adapter(self.model, self.accelerator)
             self.add_callback(SyncRefAdapterCallback(self.accelerator))
@@ -236,6 +238,24 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
         with gathered_policy(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
             yield policy
 
+    @property
+    def _reference_samples(self) -> bool:
+        """Whether the reference samples the rollout; in evaluation the policy does."""
+        return self.args.rollout_policy == "reference" and self.model.training
+
+    @contextmanager
+    def _sampling_policy(self) -> Iterator[UnifiedModel]:
+        """Who samples a rollout, as [`~AlphaGRPOTrainer.gathered_policy`]."""
+        if not self._reference_samples:
+            with self.gathered_policy() as policy:
+                yield policy
+        elif self.ref_model is not None:
+            with self._at_hand(self.ref_model), gathered_policy(self.ref_model, self.accelerator) as reference:
+                yield reference
+        else:
+            with self.gathered_policy() as policy, use_adapter(policy, adapter_name=REFERENCE_ADAPTER):
+                yield policy
+
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: sample a trajectory for every row of this process."""
         start = time.perf_counter()
@@ -250,7 +270,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
             seed, step = f"eval-{self.args.seed}", 0
         offset = self.accelerator.process_index * len(self._rows)
         generators = [sample_generator(seed, step, offset + i) for i in range(len(self._rows))]
-        with torch.no_grad(), self.gathered_policy() as model, self.accelerator.autocast():
+        with torch.no_grad(), self._sampling_policy() as model, self.accelerator.autocast():
             generate = RolloutGenerator(model, self.processing_class, self._tasks)
             rows = self._with_initial_images(generate, config, seed, step, offset)
             self._trajectories = []
@@ -307,12 +327,17 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
         output["trajectories"] = self._trajectories
         # TRL has scored with the old policy first and with the reference last, where it needs them.
         has_windows = any(image.window is not None for t in self._trajectories for image in t.sampled_images)
+        ref_log_probs, ref_scored = output.get("ref_per_token_logps"), scored[-self._num_score_chunks() :]
+        if ref_log_probs is None and (self._reference_samples or (self.args.image_beta and has_windows)):
+            ref_log_probs, ref_scored = self._score_reference(output["completion_ids"].shape[1])
+        if self._reference_samples:
+            output["old_per_token_logps"], old_scored = ref_log_probs, ref_scored
+        else:
+            old_scored = scored[: self._num_score_chunks()]
         if "old_per_token_logps" in output and has_windows:
-            output["old_velocities"] = self._per_trajectory(scored[: self._num_score_chunks()])
+            output["old_velocities"] = self._per_trajectory(old_scored)
         if self.args.image_beta and has_windows:
-            if "ref_per_token_logps" not in output:
-                scored = self._score_reference()
-            output["ref_velocities"] = self._per_trajectory(scored[-self._num_score_chunks() :])
+            output["ref_velocities"] = self._per_trajectory(ref_scored)
         self._trajectories = []
         return output
 
@@ -327,18 +352,24 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
         return self.args.per_device_eval_batch_size
 
     @torch.no_grad()
-    def _score_reference(self) -> list[ImageScores | None]:
-        """Velocities of the reference model for a KL of images alone, which TRL does not compute one for."""
+    def _score_reference(self, length: int) -> tuple[torch.Tensor, list[ImageScores | None]]:
+        """
+        A rollout as the reference model sees it, where TRL does not ask for that: log-probabilities
+        `(trajectories, length)`, and what is scored of images.
+        """
         chunk = self._scoring_chunk_size()
         model, context = self.ref_model, self._at_hand(self.ref_model)
         if model is None:
             model, policy = self.model, self.accelerator.unwrap_model(self.model)
-            context = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-        scored = []
+            name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None
+            context = use_adapter(policy, adapter_name=name)
+        log_probs, scored = [], []
         with context:
             for start in range(0, len(self._trajectories), chunk):
-                scored.append(self._score(model, self._trajectories[start : start + chunk])[2])
-        return scored
+                of_chunk, _, images = self._score(model, self._trajectories[start : start + chunk])
+                log_probs.append(torch.nn.functional.pad(of_chunk, (0, length - of_chunk.shape[1])))
+                scored.append(images)
+        return torch.cat(log_probs), scored
 
     def _at_hand(self, model: torch.nn.Module | None) -> AbstractContextManager[None]:
         """For the time of its use, a reference model that lives in the host's memory is on the accelerator."""

@@ -103,6 +103,13 @@ TASKS = {
     "reflection": {"task": "self_reflection"},
     # In some steps one process has an image to look at and the other has none.
     "mixed": {"tasks": ["self_reflection", "reasoning_t2i"]},
+    # Rollouts are those of a reference that follows, which is sharded, too.
+    "following": {
+        "rollout_policy": "reference",
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 0.5,
+    },
 }
 
 
@@ -125,6 +132,9 @@ def trained_alone(train: Callable[..., Run]) -> Callable[[str], Run]:
         pytest.param("fsdp2", "t2i", True, marks=pytest.mark.low_priority),
         pytest.param("fsdp2", "reflection", False, marks=pytest.mark.low_priority),
         pytest.param("fsdp2", "mixed", False, marks=pytest.mark.low_priority),
+        pytest.param("ddp", "following", False, marks=pytest.mark.low_priority),
+        pytest.param("zero3", "following", False, marks=pytest.mark.low_priority),
+        pytest.param("fsdp2", "following", False, marks=pytest.mark.low_priority),
     ],
 )
 def test_two_processes_train_as_one(

@@ -23,8 +23,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
-from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.reference import frozen_copy, visiting
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from alphagrpo_ext.trainer.reference import frozen_copy, mixup_alpha, visiting
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -178,3 +178,66 @@ def test_visitor_goes_home() -> None:
         assert model.places == ["cuda"]
         raise RuntimeError("out of memory")
     assert model.places == ["cuda", "cpu"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_reference_samples_what_the_policy_is_trained_on(make_trainer: MakeTrainer, lora: bool) -> None:
+    """Rollouts, their old log-probabilities and old velocities are those of a model that stays behind."""
+    settings = {
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 100,
+        "max_steps": 2,
+        "lora": lora,
+        "learning_rate": 1e-2,
+    }
+    ours = make_trainer(rollout_policy="reference", **settings)
+    ours.train()
+    still = make_trainer(learning_rate=0.0, max_steps=2, lora=lora)
+    still.train()
+    # The reference did not move, so that its second rollout is one of the policy that it was.
+    assert len(ours.recorder.updates) == len(still.recorder.updates) == 2
+    for update, expected in zip(ours.recorder.updates, still.recorder.updates, strict=True):
+        for trajectory, other in zip(update.trajectories, expected.trajectories, strict=True):
+            assert [t.token_ids for t in trajectory.sampled_texts] == [t.token_ids for t in other.sampled_texts]
+            for image, same in zip(trajectory.sampled_images, other.sampled_images, strict=True):
+                torch.testing.assert_close(image.latents, same.latents, atol=1e-5, rtol=1e-5)
+    first, second = history(ours, "image/ratio_mean")
+    assert first == pytest.approx(1, abs=1e-6) and second != pytest.approx(1, abs=1e-6)
+    assert ours.model.training and (not lora or ours.model.active_adapter == "default")
+    trained = {id(p) for group in ours.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in ours.model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("settings", [{"image_objective": "diffusion_nft"}, {"beta": 0.1, "image_beta": 0.1}])
+def test_old_velocities_are_those_of_the_reference_that_sampled(
+    make_trainer: MakeTrainer, settings: dict[str, Any]
+) -> None:
+    trainer = make_trainer(
+        rollout_policy="reference", sync_ref_model=True, ref_model_sync_steps=100, max_steps=2, **settings
+    )
+    trainer.train()
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+    update = trainer.recorder.updates[1]
+    with torch.no_grad():
+        log_probs, _, images = trainer._score(reference, update.trajectories)
+    old = torch.cat(update.inputs["old_velocities"])
+    torch.testing.assert_close(old, images.velocities, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(update.inputs["old_per_token_logps"], log_probs, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(old, update.images.velocities, atol=1e-4)
+
+
+def test_decay_of_the_reference_rises_to_its_limit() -> None:
+    """DiffusionNFT's sampling policy keeps `min(0.001 i, 0.5)` of itself."""
+    args = AlphaGRPOConfig(
+        "unused", sync_ref_model=True, ref_model_decay_ramp=0.001, ref_model_mixup_alpha=0.5, bf16=False, use_cpu=True
+    )
+    kept = [1 - mixup_alpha(args, step) for step in (1, 100, 499, 500, 5000)]
+    assert kept == pytest.approx([0.001, 0.1, 0.499, 0.5, 0.5])
+    args.ref_model_decay_ramp = None
+    assert mixup_alpha(args, 1) == 0.5
+
+
+@pytest.mark.parametrize("settings", [{"rollout_policy": "reference"}, {"ref_model_decay_ramp": 0.1}])
+def test_a_policy_that_follows_needs_a_reference_that_does(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* set sync_ref_model=True"):
+        AlphaGRPOConfig("unused", bf16=False, use_cpu=True, **settings)

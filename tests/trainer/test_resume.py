@@ -90,8 +90,9 @@ def make(make_trainer: MakeTrainer, tmp_path: Path) -> MakeTrainer:
                 "sync_ref_model": True,
                 "ref_model_sync_steps": 1,
                 "ref_model_mixup_alpha": 0.5,
+                "rollout_policy": "reference",
             },
-            id="reference adapter that follows",
+            id="reference adapter that follows and samples",
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -214,12 +215,17 @@ def test_metrics_file_has_each_line_once(make: MakeTrainer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.low_priority
+@pytest.mark.parametrize("rollout_policy", ["policy", "reference"])
 def test_reference_model_that_follows_the_policy_is_restored(
-    make: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel], shapes_processor: BagelProcessor, tmp_path: Path
+    rollout_policy: str,
+    make: MakeTrainer,
+    make_shapes_bagel: Callable[[], BagelModel],
+    shapes_processor: BagelProcessor,
+    tmp_path: Path,
 ) -> None:
     make_shapes_bagel().save_pretrained(tmp_path / "base")
     shapes_processor.save_pretrained(tmp_path / "base")
-    settings = {"model": str(tmp_path / "base"), "beta": 0.1, "image_beta": 0.1}
+    settings = {"model": str(tmp_path / "base"), "beta": 0.1, "image_beta": 0.1, "rollout_policy": rollout_policy}
     settings |= {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
     whole = make("whole", **settings)
     whole.train()
