@@ -44,12 +44,14 @@ class PrefillPlan:
 
 
 def _contents(segment: Segment) -> Hashable:
+    """Equal for segments that leave the same keys and values."""
     if isinstance(segment, TextSegment):
         return tuple(segment.content_ids)
     return id(segment.latents), id(segment.pixel_values)
 
 
 def _row(segments: Sequence[Segment], config: BagelConfig, after: Sequence[Segment] = ()) -> BagelRow:
+    """Segments at the place where they stand behind others."""
     before = _row(after, config) if after else BagelRow(config)
     row = BagelRow(config, before.position, before.num_blocks)
     for segment in segments:
