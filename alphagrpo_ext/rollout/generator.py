@@ -205,12 +205,9 @@ class RolloutGenerator:
                 f"there are {', '.join(str(len(run)) for run in runs)}"
             )
         contexts: list[TaskContexts] = []
-        requests: dict[int, TextSegment] = {}
         for run in runs:
-            task, row = self.task_of(rows[run.start]), rows[run.start]
-            contexts += [task.contexts(row, self.processor, self.model)] * (len(run) // group_size)
-            # One for all members and turns, so that what they have in common is seen to be the same.
-            requests |= dict.fromkeys(run, task.request(row, self.processor))
+            context = self.task_of(rows[run.start]).contexts(rows[run.start], self.processor, self.model)
+            contexts += [context] * (len(run) // group_size)
         members = range(runs[0].start, runs[-1].stop)
         think = self.task_of(rows[members.start]).think
         segments = {i: list(contexts[(i - members.start) // group_size].full) for i in members}
@@ -221,12 +218,14 @@ class RolloutGenerator:
             next_acting, next_contexts = [], []
             for place, (i, new) in enumerate(zip(acting, sampled, strict=True)):
                 segments[i] += new
-                if turn == self.task_of(rows[i]).num_turns:
+                task = self.task_of(rows[i])
+                if turn == task.num_turns:
                     continue
+                request = task.request(rows[i], self.processor)
                 new[-1].pixel_values = self.processor.vit_pixels(self.processor.resize_image(new[-1].image))
-                segments[i].append(requests[i])
+                segments[i].append(request)
                 next_acting.append(i)
-                next_contexts.append(contexts[place // group_size].after_turn(new, requests[i]))
+                next_contexts.append(contexts[place // group_size].after_turn(new, request))
             # From now on every sample has a history of its own.
             acting, contexts, group_size = next_acting, next_contexts, 1
             config = replace(config, branches_per_thought=1)

@@ -31,6 +31,7 @@ import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.contexts_bagel import ContextName, context_name, holders
 from alphagrpo_ext.models.bagel.rows_bagel import (
     NOISED_BLOCK,
     PADDING_BLOCK,
@@ -102,13 +103,6 @@ class NoisedCopy:
     branch: int
 
 
-def _identity(segment: Segment) -> tuple[int, ...]:
-    """Equal for segments that hold the same contents, not for those that hold equal ones."""
-    if isinstance(segment, TextSegment):
-        return (id(segment.token_ids),)
-    return id(segment.latents), id(segment.pixel_values)
-
-
 @dataclass(eq=False)
 class _PackedRow:
     """
@@ -117,28 +111,10 @@ class _PackedRow:
     Args:
         context ([`BagelRow`]): Its tokens.
         copies (`list[NoisedCopy]`): In any order.
-        ends (`list[tuple[tuple[int, ...], int, int]]`): Every segment, and rotary position and horizon after it.
     """
 
     context: BagelRow
     copies: list[NoisedCopy] = field(default_factory=list)
-    ends: list[tuple[tuple[int, ...], int, int]] = field(default_factory=list)
-
-    def add(self, segment: Segment) -> int | None:
-        start = self.context.add_segment(segment)
-        self.ends.append((_identity(segment), self.context.position, self.context.num_blocks))
-        return start
-
-    @property
-    def end(self) -> tuple[int, int]:
-        """Rotary position and horizon of what comes next."""
-        return self.context.position, self.context.num_blocks
-
-    def end_of(self, segments: Sequence[Segment]) -> tuple[int, int] | None:
-        """The same after some segments, if the row begins with them."""
-        if [end[0] for end in self.ends[: len(segments)]] != [_identity(segment) for segment in segments]:
-            return None
-        return self.ends[len(segments) - 1][1:] if segments else (0, 0)
 
     def attach(self, image: ImageSegment, index: int, branch: int, steps: Sequence[int], end: tuple[int, int]) -> None:
         """Add copies of an image that see the row up to `end`, a rotary position and a horizon."""
@@ -312,7 +288,7 @@ class _Packer:
         self.guidance, self.config = guidance, config
         self.rows: list[_PackedRow] = []
         # Contexts with which the trajectory does not begin, and who sees them: image, its index, branch, and steps.
-        self.others: dict[tuple, tuple[Sequence[Segment], list[tuple[ImageSegment, int, int, list[int]]]]] = {}
+        self.others: dict[ContextName, tuple[Sequence[Segment], list[tuple[ImageSegment, int, int, list[int]]]]] = {}
         self.scores: list[tuple[_PackedRow, int, int, int, int]] = []  # row, place, target id, trajectory, column
         self.image_trajectory: list[int] = []
 
@@ -320,48 +296,47 @@ class _Packer:
         index, column = len(self.rows), 0
         row = _PackedRow(BagelRow(self.config))
         self.rows.append(row)
+        name = context_name(trajectory.segments)
         for i, segment in enumerate(trajectory.segments):
             if isinstance(segment, ImageSegment) and segment.sampled:
                 if segment.window is not None:
-                    self._add_copies(row, segment)
+                    self._add_copies(row, name[:i], segment)
                     self.image_trajectory.append(index)
                 if i + 1 < len(trajectory.segments):
-                    row.add(segment)
+                    row.context.add_segment(segment)
                 continue
-            start = row.add(segment)
+            start = row.context.add_segment(segment)
             if isinstance(segment, TextSegment) and segment.sampled:
                 for offset, token_id in enumerate(segment.token_ids):
                     self.scores.append((row, start + offset, token_id, index, column + offset))
                 column += len(segment.token_ids)
 
-    def _add_copies(self, row: _PackedRow, image: ImageSegment) -> None:
+    def _add_copies(self, row: _PackedRow, name: ContextName, image: ImageSegment) -> None:
+        """Copies of an image behind the trajectory's context of this name, and elsewhere those that see another."""
         times, index = image.window.timesteps[:-1].tolist(), len(self.image_trajectory)
-        for branch, name in enumerate(BRANCHES):
-            steps = [step for step, time in enumerate(times) if name in self.guidance.at(time).branches]
+        for branch, branch_name in enumerate(BRANCHES):
+            steps = [step for step, time in enumerate(times) if branch_name in self.guidance.at(time).branches]
             if not steps:
                 continue
-            context = image.guidance_contexts.get(name, [])
-            end = row.end_of(context) if branch else row.end
-            if end is not None:
-                row.attach(image, index, branch, steps, end)
+            context = image.guidance_contexts.get(branch_name, [])
+            seen = context_name(context) if branch else name
+            if seen == name[: len(seen)]:
+                row.attach(image, index, branch, steps, row.context.ends[len(seen)])
             else:
-                key = tuple(_identity(segment) for segment in context)
-                self.others.setdefault(key, (context, []))[1].append((image, index, branch, steps))
+                self.others.setdefault(seen, (context, []))[1].append((image, index, branch, steps))
 
     def all_rows(self) -> list[_PackedRow]:
         """Rows of trajectories, and the fewest that hold the other contexts."""
-        rows: list[_PackedRow] = []
-        # The longest first, so that those it begins with find it.
-        for context, copies in sorted(self.others.values(), key=lambda other: -len(other[0])):
-            row = next((row for row in rows if row.end_of(context) is not None), None)
-            if row is None:
-                row = _PackedRow(BagelRow(self.config))
-                for segment in context:
-                    row.add(segment)
-                rows.append(row)
-            for of_image in copies:
-                row.attach(*of_image, row.end_of(context))
-        return [*self.rows, *rows]
+        rows: dict[ContextName, _PackedRow] = {}
+        for name, holder in holders(self.others).items():
+            if holder not in rows:
+                rows[holder] = _PackedRow(BagelRow(self.config))
+                for segment in self.others[holder][0]:
+                    rows[holder].context.add_segment(segment)
+            row = rows[holder]
+            for of_image in self.others[name][1]:
+                row.attach(*of_image, row.context.ends[len(name)])
+        return [*self.rows, *rows.values()]
 
 
 def pack_trajectories(
@@ -373,7 +348,7 @@ def pack_trajectories(
     A row a trajectory: context, sampled texts, sampled images where a later segment looks back at them, and, seen by
     nobody, the noised copies of every sampled image, one a transition of its window. The copies of a guidance branch, at
     times where it counts, are on the trajectory's own row if that begins with their context, and else on a row that all
-    copies with this context share. Contexts are the same if their segments hold the same tensors and lists of ids.
+    copies with this context share. See [`context_name`] for which contexts are the same.
 
     Args:
         trajectories (`Sequence[Trajectory]`): What to score.

@@ -16,12 +16,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.contexts_bagel import context_name, holders
 from alphagrpo_ext.models.bagel.rows_bagel import BagelRow
-from alphagrpo_ext.trajectory import Segment, TextSegment
+from alphagrpo_ext.trajectory import Segment
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,8 @@ class PrefillPlan:
     ends: list[tuple[int, int]]
 
 
-def _contents(segment: Segment) -> Hashable:
-    """Equal for segments that leave the same keys and values."""
-    if isinstance(segment, TextSegment):
-        return tuple(segment.content_ids)
-    return id(segment.latents), id(segment.pixel_values)
-
-
-def _row(segments: Sequence[Segment], config: BagelConfig, after: Sequence[Segment] = ()) -> BagelRow:
-    """Segments at the place where they stand behind others."""
-    before = _row(after, config) if after else BagelRow(config)
-    row = BagelRow(config, before.position, before.num_blocks)
+def _row(segments: Sequence[Segment], config: BagelConfig, start: tuple[int, int] = (0, 0)) -> BagelRow:
+    row = BagelRow(config, *start)
     for segment in segments:
         row.add_segment(segment)
     return row
@@ -63,36 +55,31 @@ def plan_prefill(
     contexts: Sequence[Sequence[Segment]], past: Sequence[Sequence[Segment]], config: BagelConfig
 ) -> PrefillPlan:
     """
-    Decide what to run. Texts are the same if their ids are, images if they hold the same tensors.
+    Decide what to run. See [`context_name`] for which contexts are the same.
 
     Args:
         contexts (`Sequence[Sequence[Segment]]`): What is wanted, in any order, some of it several times perhaps.
         past (`Sequence[Sequence[Segment]]`): What the rows of a cache hold.
         config ([`BagelConfig`]): Sizes and delimiters.
     """
-    numbers: dict[Hashable, int] = {}
-
-    def name(segments: Sequence[Segment]) -> tuple[int, ...]:
-        return tuple(numbers.setdefault(_contents(segment), len(numbers)) for segment in segments)
-
-    names = [name(context) for context in contexts]
+    names = [context_name(context) for context in contexts]
     of_name = dict(zip(names, contexts, strict=True))
-    begun = {wanted[:length] for wanted in of_name for length in range(len(wanted))}
-    run = [wanted for wanted in of_name if wanted not in begun]
-    found_in = {wanted[:length]: i for i, wanted in enumerate(run) for length in range(len(wanted) + 1)}
-    known = {held[:length]: i for i, held in enumerate(map(name, past)) for length in range(1, len(held) + 1)}
+    holder_of = holders(of_name)
+    places = {name: i for i, name in enumerate(dict.fromkeys(holder_of.values()))}
+    whole = [_row(of_name[name], config) for name in places]
+    past_names = [context_name(held) for held in past]
+    known = {held[:length]: i for i, held in enumerate(past_names) for length in range(1, len(held) + 1)}
     rows, past_rows, past_blocks = [], [], []
-    for wanted in run:
-        length = max((n for n in range(1, len(wanted) + 1) if wanted[:n] in known), default=0)
-        context = of_name[wanted]
-        rows.append(_row(context[length:], config, after=context[:length]))
-        past_rows.append(known[wanted[:length]] if length else 0)
-        past_blocks.append(_row(context[:length], config).num_blocks)
-    ends = {wanted: _row(context, config) for wanted, context in of_name.items()}
+    for name, row in zip(places, whole, strict=True):
+        length = max((n for n in range(1, len(name) + 1) if name[:n] in known), default=0)
+        rows.append(_row(of_name[name][length:], config, row.ends[length]) if length else row)
+        past_rows.append(known[name[:length]] if length else 0)
+        past_blocks.append(row.ends[length][1])
+    index = [places[holder_of[name]] for name in names]
     return PrefillPlan(
         rows=rows,
         past_rows=past_rows,
         past_blocks=past_blocks,
-        index=[found_in[wanted] for wanted in names],
-        ends=[(ends[wanted].position, ends[wanted].num_blocks) for wanted in names],
+        index=index,
+        ends=[whole[place].ends[len(name)] for place, name in zip(index, names, strict=True)],
     )

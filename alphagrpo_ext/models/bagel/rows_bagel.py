@@ -132,6 +132,8 @@ class BagelRow:
         self.config = config
         self.position = position
         self.num_blocks, self.num_noised = num_blocks, 0
+        # Position and number of blocks before the first segment and after each.
+        self.ends = [(position, num_blocks)]
         self.und, self.gen = _Expert(), _Expert()
         self.input_ids: list[int] = []
         self.latents: list[torch.Tensor] = []
@@ -189,13 +191,19 @@ class BagelRow:
         self.num_blocks += 1
 
     def add_segment(self, segment: Segment) -> int | None:
-        """Append a segment as context: a text, or an image as VAE block and, if it has pixels, vision block."""
+        """
+        Append a segment as context: a text, or an image as VAE block and, if it has pixels, vision block. Returns what
+        [`~BagelRow.add_text`] does of a text.
+        """
+        start = None
         if isinstance(segment, TextSegment):
-            return self.add_text(segment.content_ids)
-        self.add_latents(segment.latents, segment.grid)
-        if segment.pixel_values is not None:
-            self.add_pixels(segment.pixel_values)
-        return None
+            start = self.add_text(segment.content_ids)
+        else:
+            self.add_latents(segment.latents, segment.grid)
+            if segment.pixel_values is not None:
+                self.add_pixels(segment.pixel_values)
+        self.ends.append((self.position, self.num_blocks))
+        return start
 
 
 def _pad(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
