@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from reward_models.dvreward import Score
@@ -31,7 +32,7 @@ class KeptScores(JsonLinesFile):
         path (`str` or `PathLike`): The file.
     """
 
-    def __init__(self, path: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self._scores: dict[str, Score] = {}
 

@@ -29,7 +29,7 @@ import torch
 from accelerate.utils import set_seed
 from datasets import IterableDataset
 from peft import PeftModel
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
@@ -42,6 +42,7 @@ from alphagrpo_ext.trainer.checkpoint_folder import (
     resolve_checkpoint,
     write_manifest,
 )
+from alphagrpo_ext.trainer.reference import load_reference_state, reference_state
 from alphagrpo_ext.trainer.rollout_buffer import load_rollouts, save_rollouts
 
 
@@ -196,8 +197,9 @@ class ExactResumeMixin:
         self._seconds_before = progress.seconds
         # What is reported in the end is about the whole run.
         self._initial_global_step = 0
-        if self._keeps_reference():
-            load_model(self.accelerator.unwrap_model(self.ref_model), self._checkpoint / REFERENCE_NAME)
+        if self.args.sync_ref_model:
+            state = load_file(self._checkpoint / REFERENCE_NAME)
+            load_reference_state(state, self.ref_model, self.model, self.accelerator)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # Transformers would train one step more than there are to do.
@@ -276,9 +278,8 @@ class ExactResumeMixin:
         path.write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             save_rollouts(self._buffered_inputs, rollouts_path(folder, self.args.process_index))
-        if self._keeps_reference() and self.args.should_save:
-            save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / REFERENCE_NAME))
-
-    def _keeps_reference(self) -> bool:
-        """Whether the reference model follows the policy, and so is not the one that the run began with."""
-        return self.args.sync_ref_model and self.ref_model is not None
+        # A reference that follows the policy is not the one that the run began with.
+        if self.args.sync_ref_model:
+            state = reference_state(self.ref_model, self.model, self.accelerator)
+            if self.args.should_save:
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / REFERENCE_NAME)

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -130,6 +132,60 @@ def add_reference_adapter(policy: PeftModel, accelerator: Accelerator) -> None:
         for reference, parameter in _adapter_pairs(policy):
             reference.copy_(parameter)
             reference.requires_grad_(False)
+
+
+def reference_state(
+    reference: torch.nn.Module | None, policy: torch.nn.Module, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """
+    The weights of a reference by their names, whole however they are sharded. All processes call it together, and the main
+    one gets them.
+
+    Args:
+        reference (`torch.nn.Module`, *optional*): A model of its own, as [`prepare_reference`] returns it. `None` if the
+            reference is an adapter of the policy.
+        policy (`torch.nn.Module`): The policy.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+    """
+    if reference is not None:
+        return accelerator.get_state_dict(reference)
+    named = accelerator.unwrap_model(policy).named_parameters()
+    return {
+        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        for name, parameter in named
+        if f".{REFERENCE_ADAPTER}." in name
+    }
+
+
+@torch.no_grad()
+def load_reference_state(
+    state: dict[str, torch.Tensor],
+    reference: torch.nn.Module | None,
+    policy: torch.nn.Module,
+    accelerator: Accelerator,
+) -> None:
+    """
+    Inverse of [`reference_state`]; every process has the whole state.
+
+    Raises:
+        `ValueError`: If the state is not that of this reference.
+    """
+    model = accelerator.unwrap_model(policy if reference is None else reference)
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    expected = {name for name in model.state_dict() if reference is not None or f".{REFERENCE_ADAPTER}." in name}
+    if expected != set(state):
+        wrong = sorted(expected ^ set(state))
+        raise ValueError(f"the kept reference is not of this model: {len(wrong)} names differ, such as {wrong[0]!r}")
+    if not is_partitioned:
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        return
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        # One at a time, so that no process holds more than one whole; the first process' values are everybody's.
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if accelerator.is_main_process:
+                parameter.copy_(state[name])
 
 
 def mixup_alpha(args: AlphaGRPOConfig, step: int) -> float:

@@ -22,7 +22,7 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,6 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
-from trl.trainer.utils import use_adapter
 
 from alphagrpo_ext.models.loading import load_model, load_processor
 from alphagrpo_ext.models.unified import UnifiedModel
@@ -50,14 +49,13 @@ from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positiv
 from alphagrpo_ext.trainer.initial_images import InitialImagesMixin
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.reference import (
-    REFERENCE_ADAPTER,
     FollowPolicyCallback,
     SyncRefAdapterCallback,
     add_reference_adapter,
     frozen_copy,
     prepare_reference,
-    visiting,
 )
+from alphagrpo_ext.trainer.reference_policy import ReferencePolicyMixin
 from alphagrpo_ext.trainer.report_callback import ReportCallback
 from alphagrpo_ext.trainer.rollout_event import RolloutEventMixin
 from alphagrpo_ext.trainer.rows import reward_row, task_name, task_names, validate_rows
@@ -69,7 +67,7 @@ from alphagrpo_ext.trajectory import TextSegment, Trajectory
 check_trl_version(trl.__version__)
 
 
-class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, GRPOTrainer):
+class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, ReferencePolicyMixin, RolloutEventMixin, GRPOTrainer):
     """
     Trainer of AR-diffusion unified multimodal models with GRPO, as in AlphaGRPO
     (https://huggingface.co/papers/2605.12495).
@@ -238,24 +236,6 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
         with gathered_policy(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
             yield policy
 
-    @property
-    def _reference_samples(self) -> bool:
-        """Whether the reference samples the rollout; in evaluation the policy does."""
-        return self.args.rollout_policy == "reference" and self.model.training
-
-    @contextmanager
-    def _sampling_policy(self) -> Iterator[UnifiedModel]:
-        """Who samples a rollout, as [`~AlphaGRPOTrainer.gathered_policy`]."""
-        if not self._reference_samples:
-            with self.gathered_policy() as policy:
-                yield policy
-        elif self.ref_model is not None:
-            with self._at_hand(self.ref_model), gathered_policy(self.ref_model, self.accelerator) as reference:
-                yield reference
-        else:
-            with self.gathered_policy() as policy, use_adapter(policy, adapter_name=REFERENCE_ADAPTER):
-                yield policy
-
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: sample a trajectory for every row of this process."""
         start = time.perf_counter()
@@ -350,32 +330,6 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, RolloutEventMixin, 
         if self.model.training:
             return self.args.per_device_train_batch_size
         return self.args.per_device_eval_batch_size
-
-    @torch.no_grad()
-    def _score_reference(self, length: int) -> tuple[torch.Tensor, list[ImageScores | None]]:
-        """
-        A rollout as the reference model sees it, where TRL does not ask for that: log-probabilities
-        `(trajectories, length)`, and what is scored of images.
-        """
-        chunk = self._scoring_chunk_size()
-        model, context = self.ref_model, self._at_hand(self.ref_model)
-        if model is None:
-            model, policy = self.model, self.accelerator.unwrap_model(self.model)
-            name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None
-            context = use_adapter(policy, adapter_name=name)
-        log_probs, scored = [], []
-        with context:
-            for start in range(0, len(self._trajectories), chunk):
-                of_chunk, _, images = self._score(model, self._trajectories[start : start + chunk])
-                log_probs.append(torch.nn.functional.pad(of_chunk, (0, length - of_chunk.shape[1])))
-                scored.append(images)
-        return torch.cat(log_probs), scored
-
-    def _at_hand(self, model: torch.nn.Module | None) -> AbstractContextManager[None]:
-        """For the time of its use, a reference model that lives in the host's memory is on the accelerator."""
-        if self.args.offload_ref_model and model is not None and model is self.ref_model:
-            return visiting(model, self.accelerator.device)
-        return nullcontext()
 
     @staticmethod
     def _per_trajectory(scored: Sequence[ImageScores | None]) -> list[torch.Tensor]:

@@ -192,11 +192,23 @@ def test_rollout_gathers_parameters_once(train: Callable[..., Run], backend: str
 @pytest.mark.slow
 @pytest.mark.low_priority
 @pytest.mark.parametrize(
-    "backend, lora", [("ddp", False), ("zero2", True), ("zero3", False), ("fsdp2", False), ("fsdp2", True)]
+    "backend, lora, tasks",
+    [
+        ("ddp", False, "t2i"),
+        ("zero2", True, "t2i"),
+        ("zero3", False, "t2i"),
+        ("fsdp2", False, "t2i"),
+        ("fsdp2", True, "t2i"),
+        ("zero3", False, "following"),
+        ("fsdp2", False, "following"),
+        ("fsdp2", True, "following"),
+    ],
 )
-def test_checkpoint_of_several_processes_resumes(train: Callable[..., Run], backend: str, lora: bool) -> None:
+def test_checkpoint_of_several_processes_resumes(
+    train: Callable[..., Run], backend: str, lora: bool, tasks: str
+) -> None:
     # With an optimizer that has a state, which is sharded too.
-    settings = {"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3, "lora": lora}
+    settings = {"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3, "lora": lora, **TASKS[tasks]}
     straight = train(backend, save_strategy="steps", save_steps=2, **settings)
     resumed = train(backend, resume=str(straight.path / "run" / "checkpoint-2"), **settings)
     assert len(resumed.outcome["rollouts"]) == 8
