@@ -32,6 +32,7 @@ import torch
 from alphagrpo_ext.benchmark.workload import GUIDANCE, without_windows
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.copies_bagel import ContextStates, PackedLayout
+from alphagrpo_ext.models.bagel.packing_bagel import pack_trajectories
 from alphagrpo_ext.models.bagel.rows_bagel import NOISED_BLOCK, PADDING_BLOCK
 from alphagrpo_ext.models.unified import PackedBatch, PackedOutput
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageScores, ObjectiveConfig
@@ -84,8 +85,8 @@ def packed(update: Update, context_gradient: str) -> float:
     return loss.item()
 
 
-def with_own_contexts(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """The same trajectories, every guidance branch of which has a context that nothing else shares."""
+def with_own_pictures(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """The same trajectories, every guidance branch of which reads pictures that nothing else shares."""
     return [
         Trajectory(
             [
@@ -97,11 +98,16 @@ def with_own_contexts(trajectories: list[Trajectory]) -> list[Trajectory]:
     ]
 
 
+def pack_alone(model: BagelModel, trajectories: list[Trajectory]) -> PackedBatch:
+    """Packed so that no guidance branch shares its context."""
+    return pack_trajectories(trajectories, GUIDANCE, model.config, shares_contexts=False)
+
+
 def rebuilt_with_gradient(update: Update) -> float:
     """Each step with its contexts, all of it with gradient; the first step scores the texts as well."""
     total = 0.0
-    for part in window_parts(with_own_contexts(update.trajectories), 1):
-        batch = update.model.pack(part, GUIDANCE)
+    for part in window_parts(with_own_pictures(update.trajectories), 1):
+        batch = pack_alone(update.model, part)
         with update.autocast():
             output = update.model(**batch.inputs)
         loss = update.image_loss(part, batch, output)
@@ -125,8 +131,8 @@ def cached_without_gradient(update: Update) -> float:
 def _step_by_step(update: Update, reuses_contexts: bool) -> float:
     model, total = update.model, _text_alone(update)
     states: tuple[ContextStates, ...] | None = None
-    for part in window_parts(with_own_contexts(update.trajectories), 1):
-        batch = model.pack(part, GUIDANCE)
+    for part in window_parts(with_own_pictures(update.trajectories), 1):
+        batch = pack_alone(update.model, part)
         layout = PackedLayout.of(batch.inputs)
         with update.autocast():
             embeddings = model.embed_rows(batch.inputs)
@@ -188,18 +194,19 @@ EXACT = ("packed, exact", "rebuilt with gradient")
 """Structures the gradient of which goes through the context; that of the others does not."""
 
 
-def num_tokens(update: Update, trajectories: list[Trajectory]) -> tuple[int, int]:
-    """Tokens of the contexts of trajectories, and of all their noised copies; what pads a batch does not count."""
-    blocks = update.model.pack(trajectories, GUIDANCE).inputs["blocks"]
+def num_tokens(batch: PackedBatch) -> tuple[int, int]:
+    """Tokens of contexts, and of all noised copies; what pads a batch does not count."""
+    blocks = batch.inputs["blocks"]
     contexts = (blocks < NOISED_BLOCK).sum().item()
     return contexts, (blocks < PADDING_BLOCK).sum().item() - contexts
 
 
 def token_costs(update: Update) -> dict[str, float]:
     """Tokens that each structure pushes through the network, in forwards: a backward counts twice."""
-    shared, copies = num_tokens(update, update.trajectories)
-    contexts, _ = num_tokens(update, with_own_contexts(update.trajectories))
-    with_texts, _ = num_tokens(update, without_windows(update.trajectories))
+    pack = update.model.pack
+    shared, copies = num_tokens(pack(update.trajectories, GUIDANCE))
+    contexts, _ = num_tokens(pack_alone(update.model, update.trajectories))
+    with_texts, _ = num_tokens(pack(without_windows(update.trajectories), GUIDANCE))
     steps = update.num_steps
     return {
         "packed, exact": 3 * (shared + copies),

@@ -24,11 +24,11 @@ import torch
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, copies_bagel
 from alphagrpo_ext.models.bagel.copies_bagel import BucketLayout, CopyStates
-from alphagrpo_ext.models.bagel.packing_bagel import Bucket
+from alphagrpo_ext.models.bagel.packing_bagel import Bucket, pack_trajectories
 from alphagrpo_ext.models.bagel.rows_bagel import NOISED_BLOCK, PADDING_BLOCK, visibility_mask
 from alphagrpo_ext.models.denoising import DenoisingConfig
 from alphagrpo_ext.models.unified import BRANCHES, PackedBatch, PackedOutput
-from alphagrpo_ext.trajectory import ImageSegment, Trajectory
+from alphagrpo_ext.trajectory import Trajectory
 
 
 CONFIG = DenoisingConfig(
@@ -92,19 +92,6 @@ def test_losses_and_gradients_are_those_under_the_mask_of_all_pairs(
     assert_equal_gradients(gradients(tiny_bagel, loss_of(actual, batch)), expected_gradients)
 
 
-def with_own_contexts(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """The same, every image of which has guidance contexts that are equal to what others have, and not the same."""
-    return [
-        Trajectory(
-            [
-                replace(s, guidance_contexts=copy.deepcopy(s.guidance_contexts)) if isinstance(s, ImageSegment) else s
-                for s in trajectory.segments
-            ]
-        )
-        for trajectory in trajectories
-    ]
-
-
 def num_context_tokens(batch: PackedBatch) -> int:
     return int((batch.inputs["blocks"] < NOISED_BLOCK).sum())
 
@@ -116,7 +103,7 @@ class TestSharedContexts:
         self, tiny_bagel: BagelModel, trajectories: list[Trajectory]
     ) -> None:
         shared = tiny_bagel.pack(trajectories, CONFIG.guidance)
-        own = tiny_bagel.pack(with_own_contexts(trajectories), CONFIG.guidance)
+        own = pack_trajectories(trajectories, CONFIG.guidance, tiny_bagel.config, shares_contexts=False)
         assert num_context_tokens(shared) < 0.8 * num_context_tokens(own)
         for name in ("image", "step", "branch", "mask"):
             assert torch.equal(getattr(shared.velocities, name), getattr(own.velocities, name))
@@ -314,3 +301,12 @@ def test_detached_context_without_texts_or_guidance(tiny_bagel: BagelModel, roll
         actual = tiny_bagel(**batch.inputs, context_gradient="detached")
         torch.testing.assert_close(actual.velocities, expected.velocities, rtol=0, atol=1e-5)
         torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)
+
+    def test_equal_texts_are_one_context(self, tiny_bagel: BagelModel, rollout: Callable) -> None:
+        """Whoever encoded them: rollouts that a checkpoint kept are other objects than those they were."""
+        members = rollout(tiny_bagel, "edit", CONFIG)[:2]
+        expected = tiny_bagel.pack(members, CONFIG.guidance).inputs["buckets"]
+        for member in members:
+            (image,) = member.sampled_images
+            image.guidance_contexts["image_dropped"] = copy.deepcopy(image.guidance_contexts["image_dropped"])
+        assert torch.equal(tiny_bagel.pack(members, CONFIG.guidance).inputs["buckets"], expected)

@@ -27,12 +27,15 @@ from alphagrpo_ext.benchmark.structures import (
     STRUCTURES,
     Update,
     gradient_of,
+    num_tokens,
+    pack_alone,
     relative_difference,
     token_costs,
 )
 from alphagrpo_ext.benchmark.tables import Table, bars_of, curves
 from alphagrpo_ext.benchmark.timing import Spread, ratio, time_interleaved
 from alphagrpo_ext.benchmark.workload import GUIDANCE, SIZES, build_model, self_reflection_trajectories
+from alphagrpo_ext.models.bagel.rows_bagel import BagelRow
 from alphagrpo_ext.models.work import WorkCounter
 
 
@@ -62,6 +65,25 @@ def test_token_costs_are_what_is_counted(update: Update) -> None:
     costs = token_costs(update)
     assert costs["packed, exact"] == 3 * work.tokens["training"]
     assert costs["rebuilt with gradient"] > costs["rebuilt without gradient"] > costs["cached without gradient"]
+
+
+def test_baselines_share_no_context(update: Update) -> None:
+    """Equal contexts of members of a group are as many contexts, or ratios would be against something else."""
+    contexts = [trajectory.segments[:-1] for trajectory in update.trajectories]
+    contexts += [
+        context
+        for trajectory in update.trajectories
+        for image in trajectory.sampled_images
+        for context in image.guidance_contexts.values()
+    ]
+    expected = 0
+    for context in contexts:
+        row = BagelRow(update.model.config)
+        for segment in context:
+            row.add_segment(segment)
+        expected += row.num_tokens
+    assert num_tokens(pack_alone(update.model, update.trajectories))[0] == expected
+    assert num_tokens(update.model.pack(update.trajectories, GUIDANCE))[0] < expected
 
 
 def test_flops_are_those_of_the_layers(update: Update) -> None:

@@ -284,8 +284,8 @@ class _PackedSequence:
 class _Packer:
     """Lays out trajectories one after the other."""
 
-    def __init__(self, guidance: GuidanceConfig, config: BagelConfig) -> None:
-        self.guidance, self.config = guidance, config
+    def __init__(self, guidance: GuidanceConfig, config: BagelConfig, shares_contexts: bool) -> None:
+        self.guidance, self.config, self.shares_contexts = guidance, config, shares_contexts
         self.rows: list[_PackedRow] = []
         # Contexts with which the trajectory does not begin, and who sees them: image, its index, branch, and steps.
         self.others: dict[ContextName, tuple[Sequence[Segment], list[tuple[ImageSegment, int, int, list[int]]]]] = {}
@@ -320,6 +320,9 @@ class _Packer:
                 continue
             context = image.guidance_contexts.get(branch_name, [])
             seen = context_name(context) if branch else name
+            if branch and not self.shares_contexts:
+                # No other context has this name, and none begins with it.
+                seen = (*seen, (index, branch))
             if seen == name[: len(seen)]:
                 row.attach(image, index, branch, steps, row.context.ends[len(seen)])
             else:
@@ -329,18 +332,22 @@ class _Packer:
         """Rows of trajectories, and the fewest that hold the other contexts."""
         rows: dict[ContextName, _PackedRow] = {}
         for name, holder in holders(self.others).items():
+            context, copies = self.others[name]
             if holder not in rows:
                 rows[holder] = _PackedRow(BagelRow(self.config))
                 for segment in self.others[holder][0]:
                     rows[holder].context.add_segment(segment)
             row = rows[holder]
-            for of_image in self.others[name][1]:
-                row.attach(*of_image, row.context.ends[len(name)])
+            for of_image in copies:
+                row.attach(*of_image, row.context.ends[len(context)])
         return [*self.rows, *rows.values()]
 
 
 def pack_trajectories(
-    trajectories: Sequence[Trajectory], guidance: GuidanceConfig, config: BagelConfig
+    trajectories: Sequence[Trajectory],
+    guidance: GuidanceConfig,
+    config: BagelConfig,
+    shares_contexts: bool = True,
 ) -> PackedBatch:
     """
     Lay out whole trajectories for one forward (DESIGN: one packed forward).
@@ -354,11 +361,13 @@ def pack_trajectories(
         trajectories (`Sequence[Trajectory]`): What to score.
         guidance ([`GuidanceConfig`]): Decides which branches are needed at which times.
         config ([`BagelConfig`]): Sizes and delimiters.
+        shares_contexts (`bool`, *optional*, defaults to `True`):
+            Whether they do; without, every guidance branch of every image has a row of its own, to compare with.
 
     Returns:
         [`PackedBatch`], the inputs of which are a batch of one sequence; `buckets` `(buckets, 5)` holds a [`Bucket`] a line.
     """
-    packer = _Packer(guidance, config)
+    packer = _Packer(guidance, config, shares_contexts)
     for trajectory in trajectories:
         packer.add(trajectory)
     sequence = _PackedSequence(packer.all_rows(), config)
