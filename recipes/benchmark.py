@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Measure what a step costs: against other ways to compute the same, against the machine, and by its parts.
@@ -42,9 +30,12 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-from alphagrpo_ext.benchmark.breakdown import PHASES, phases_of
-from alphagrpo_ext.benchmark.flops import denoising_flops, training_flops
-from alphagrpo_ext.benchmark.structures import (
+from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
+from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from benchmark_parts.breakdown import PHASES, phases_of
+from benchmark_parts.flops import denoising_flops, training_flops
+from benchmark_parts.structures import (
     EXACT,
     STRUCTURES,
     Update,
@@ -52,9 +43,9 @@ from alphagrpo_ext.benchmark.structures import (
     relative_difference,
     token_costs,
 )
-from alphagrpo_ext.benchmark.tables import Table, bars_of, curves
-from alphagrpo_ext.benchmark.text_overhead import build_trainers, step_seconds
-from alphagrpo_ext.benchmark.timing import (
+from benchmark_parts.tables import Table, bars_of, curves
+from benchmark_parts.text_overhead import build_trainers, step_seconds
+from benchmark_parts.timing import (
     Spread,
     keep_freed_memory,
     matmul_functions,
@@ -62,7 +53,7 @@ from alphagrpo_ext.benchmark.timing import (
     ratio,
     time_interleaved,
 )
-from alphagrpo_ext.benchmark.workload import (
+from benchmark_parts.workload import (
     GUIDANCE,
     SIZES,
     Size,
@@ -70,9 +61,6 @@ from alphagrpo_ext.benchmark.workload import (
     build_model,
     self_reflection_trajectories,
 )
-from alphagrpo_ext.models.denoising import DenoisingConfig, denoise
-from alphagrpo_ext.shapes import build_dataset
-from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

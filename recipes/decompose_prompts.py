@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Decompose prompts into the yes/no questions that DVReward asks.
@@ -49,11 +37,11 @@ from tqdm import tqdm
 from trl import TrlParser
 
 from alphagrpo_ext.shapes import prompt_rows
-from reward_models.decompose import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
-from reward_models.json_lines_file import FileInUseError
-from reward_models.prompts import FAILED_SUFFIX, read_prompts
-from reward_models.questions import PromptRecord, read_json_lines
-from reward_models.record_file import RecordFile
+from reward_models.decomposition.decomposers import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
+from reward_models.decomposition.record_file import RecordFile
+from reward_models.files.json_lines_file import FileInUseError
+from reward_models.prompts.loading import FAILED_SUFFIX, read_prompts
+from reward_models.prompts.questions import PromptRecord, read_json_lines
 
 
 NUM_SHAPES_PROMPTS = 100
@@ -68,7 +56,7 @@ class DecompositionArguments(DecomposerArguments):
 
     Args:
         input (`str`, *optional*):
-            Prompts: see [`~reward_models.prompts.read_prompts`]. `None` takes prompts of the shapes world.
+            Prompts: see [`~reward_models.prompts.loading.read_prompts`]. `None` takes prompts of the shapes world.
         output (`str`, *optional*, defaults to `"runs/decompose_prompts/questions.jsonl"`):
             Where records go, as JSON lines.
         limit (`int`, *optional*):

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Estimate the memory of an update, for a model and settings that may be larger than this machine.
@@ -43,7 +31,7 @@ from trl import TrlParser
 
 from alphagrpo_ext.models.bagel import BagelConfig
 from alphagrpo_ext.models.loading import resolve_model_path
-from alphagrpo_ext.models.memory import MemoryEstimate, MemorySettings, estimate_memory
+from recipe_tools.memory import MemoryEstimate, MemorySettings, estimate_memory
 
 
 @dataclass

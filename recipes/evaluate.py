@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Score checkpoints and adapters on prompts with questions: as painters without and with a thought, with rounds of reflection on
@@ -52,21 +40,21 @@ from accelerate import PartialState
 from transformers.processing_utils import ProcessorMixin
 from trl import TrlParser
 
+from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.shapes.editing import editing_rows
 from reward_models.arguments import RewardArguments
-from reward_models.evaluation import evaluate, refinement_table, share_of_work
-from reward_models.evaluation_files import settings_digest
-from reward_models.evaluation_report import NamedEvaluation, save_reports
-from reward_models.evaluation_store import EvaluationStore
-from reward_models.json_lines_file import FileInUseError
-from reward_models.prompt_rows import PromptRows
-from reward_models.prompts import load_prompts
-from reward_models.questions import from_row
+from reward_models.evaluation.evaluate import evaluate, refinement_table, share_of_work
+from reward_models.evaluation.files import settings_digest
+from reward_models.evaluation.store import EvaluationStore
+from reward_models.evaluation.tables import NamedEvaluation, save_reports
+from reward_models.files.json_lines_file import FileInUseError
+from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.questions import from_row
+from reward_models.prompts.rows import PromptRows
 
 
 PAINTING, EDITING = "reasoning_t2i", "image_editing"
@@ -84,7 +72,7 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
         task (`str`, *optional*, defaults to `"reasoning_t2i"`):
             `"reasoning_t2i"`, or `"image_editing"`.
         eval_file (`str`, *optional*):
-            Prompts with questions, and for editing with images: see [`~reward_models.prompts.load_prompts`]. `None` takes
+            Prompts with questions, and for editing with images: see [`~reward_models.prompts.loading.load_prompts`]. `None` takes
             those of the shapes world.
         num_eval_prompts (`int`, *optional*, defaults to `504`):
             Prompts drawn from the shapes world.

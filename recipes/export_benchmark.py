@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Paint the prompts of a public benchmark into the folders that its own scorer reads, and score the images by questions.
@@ -55,9 +43,9 @@ from tqdm import tqdm
 from transformers.processing_utils import ProcessorMixin
 from trl import TrlParser
 
+from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.rollout.generator import sample_generator
@@ -65,11 +53,11 @@ from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from reward_models.arguments import RewardArguments
 from reward_models.benchmarks import BENCHMARKS, Benchmark, BenchmarkPrompt
 from reward_models.dvreward import DVReward, Score
-from reward_models.evaluated_samples import EvaluatedSample, Evaluation
-from reward_models.evaluation_files import settings_digest
-from reward_models.evaluation_report import NamedEvaluation, save_reports
-from reward_models.kept_scores import KeptScores
-from reward_models.questions import PromptRecord, load_records
+from reward_models.evaluation.files import settings_digest
+from reward_models.evaluation.kept_scores import KeptScores
+from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.tables import NamedEvaluation, save_reports
+from reward_models.prompts.questions import PromptRecord, load_records
 
 
 @dataclass
@@ -83,7 +71,7 @@ class ExportArguments(RewardArguments, SamplingArguments):
         prompts (`str`):
             The benchmark's own prompts: a file, a folder or a dataset.
         questions (`str`, *optional*):
-            Questions of its prompts, see [`~reward_models.questions.load_records`]; they go before the benchmark's own.
+            Questions of its prompts, see [`~reward_models.prompts.questions.load_records`]; they go before the benchmark's own.
         model_name_or_path (`str`, *optional*, defaults to `"bagel-shapes"`):
             The policy: a checkpoint or an adapter.
         model_label (`str`, *optional*):

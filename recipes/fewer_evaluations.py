@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Measure what fewer evaluations of the network cost on the packaged `bagel-shapes`: reward against images pushed through
@@ -40,8 +28,8 @@ from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.generator import sample_generator
 from alphagrpo_ext.trainer import AlphaGRPOConfig
 from reward_models.dvreward import DVReward, Score
-from reward_models.prompts import load_prompts
-from reward_models.questions import from_row
+from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.questions import from_row
 
 
 RECIPE = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"

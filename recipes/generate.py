@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Paint prompts with a trained policy, and let it reflect on its images and refine them.
@@ -47,13 +35,13 @@ from PIL import Image
 from tqdm import tqdm
 from trl import TrlParser
 
-from alphagrpo_ext.contact_sheet import contact_sheet
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import Refinement, refine
 from alphagrpo_ext.rollout.arguments import SamplingArguments
+from recipe_tools.contact_sheet import contact_sheet
 from reward_models.arguments import RewardArguments
-from reward_models.prompts import load_prompts
-from reward_models.questions import from_row
+from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.questions import from_row
 
 
 @dataclass

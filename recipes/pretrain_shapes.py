@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Make the packaged checkpoint `bagel-shapes` from a seed: train a tiny autoencoder, then a tiny BAGEL on rendered scenes.
@@ -43,12 +31,12 @@ from transformers import get_cosine_schedule_with_warmup
 from trl import TrlParser
 
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.layout import visibility_mask
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
-from alphagrpo_ext.models.bagel.rows_bagel import visibility_mask
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.shapes.model import build_config, build_processor
-from alphagrpo_ext.shapes.pretraining import (
+from recipe_tools.shapes_pretraining import (
     GROUNDING,
     PAINTING,
     PretrainingBatch,

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Run a recipe's training on a Ray cluster, by Ray Train: `pip install 'alphagrpo-ext[ray]'`.
@@ -74,10 +62,15 @@ import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from alphagrpo_ext.extras import require_extra
-from alphagrpo_ext.openrlhf.flag_table import FLAGS, FlagError
-from alphagrpo_ext.openrlhf.flags import describe_flags, translate_flags
-from alphagrpo_ext.trainer.checkpoint_folder import asks_for_last, asks_to_resume, last_checkpoint, read_manifest
+from alphagrpo_ext.files import require_extra
+from alphagrpo_ext.trainer.resume.checkpoint_folder import (
+    asks_for_last,
+    asks_to_resume,
+    last_checkpoint,
+    read_manifest,
+)
+from recipe_tools.openrlhf_flag_table import FLAGS, FlagError
+from recipe_tools.openrlhf_flags import describe_flags, translate_flags
 
 
 RECIPES = Path(__file__).parent

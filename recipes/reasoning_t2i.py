@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Train a unified multimodal model on reasoning text-to-image: prompt, thought, image.
@@ -47,19 +35,19 @@ from pathlib import Path
 from accelerate import PartialState
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from alphagrpo_ext.contact_sheet import contact_sheet
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
-from alphagrpo_ext.trainer.callbacks import JsonLinesCallback
-from alphagrpo_ext.trainer.checkpoint_folder import asks_to_resume, resolve_checkpoint
+from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
+from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
+from recipe_tools.contact_sheet import contact_sheet
 from reward_models.arguments import PromptArguments
-from reward_models.evaluated_samples import Evaluation
-from reward_models.evaluation import comparison_table, evaluate
-from reward_models.evaluation_files import evaluate_once, settings_digest
-from reward_models.prompts import load_prompts
-from reward_models.report import compare
+from reward_models.evaluation.evaluate import comparison_table, evaluate
+from reward_models.evaluation.files import evaluate_once, settings_digest
+from reward_models.evaluation.page import compare
+from reward_models.evaluation.samples import Evaluation
+from reward_models.prompts.loading import load_prompts
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"

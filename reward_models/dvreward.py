@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """DVReward: decompositional verifiable reward, as a reward function for TRL and as a scorer for evaluation."""
 
@@ -28,10 +16,10 @@ from PIL import Image
 
 from alphagrpo_ext.report.answers import COLUMN_SUFFIX, format_answers
 from alphagrpo_ext.report.records import Answer
+from reward_models.prompts.questions import PromptRecord, from_row, validate_dataset
 
 from .aggregation import AGGREGATIONS, aggregate, strict_pass
 from .judges import JUDGES, Judge
-from .questions import PromptRecord, from_row, validate_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -199,7 +187,7 @@ class DVReward:
 
     def validate_dataset(self, dataset: Iterable[Mapping[str, Any]]) -> None:
         """
-        Check the questions of a whole dataset; see [`~reward_models.questions.validate_dataset`].
+        Check the questions of a whole dataset; see [`~reward_models.prompts.questions.validate_dataset`].
 
         Raises:
             `ValueError`: At the first malformed row, which the message names.

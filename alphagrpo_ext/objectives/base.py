@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The contract of an image objective, and the velocities that it is given."""
 
@@ -24,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.models.unified import BRANCHES, PackedBatch, PackedOutput
+from alphagrpo_ext.models.contract import BRANCHES, PackedBatch, PackedOutput
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import Trajectory
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 DVReward for OpenRLHF's single-turn rollouts: `--reward.remote_url alphagrpo_ext/openrlhf/reward_file.py`.
@@ -28,9 +16,9 @@ from typing import Any
 
 import torch
 
-from alphagrpo_ext.openrlhf.client import PaintRequest, RewardClient, noise_seed, parse_label
 from alphagrpo_ext.openrlhf.environment import PluginConfig
-from alphagrpo_ext.openrlhf.thought import thought_of
+from alphagrpo_ext.reward_client.client import PaintRequest, RewardClient, noise_seed, parse_label
+from alphagrpo_ext.reward_client.thought import thought_of
 
 
 # Not by `__name__`: OpenRLHF gives the module a name of its own.

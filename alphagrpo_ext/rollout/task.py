@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What a task is: from a dataset row to the segments that the policy sees before it acts."""
 
@@ -24,7 +12,7 @@ from typing import Any
 from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.unified import BRANCHES, UnifiedModel
+from alphagrpo_ext.models.contract import BRANCHES, UnifiedModel
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
@@ -33,9 +21,9 @@ TASKS: Registry = Registry(
     "task",
     "alphagrpo_ext.tasks",
     {
-        "image_editing": "alphagrpo_ext.rollout.image_editing:ImageEditing",
-        "reasoning_t2i": "alphagrpo_ext.rollout.reasoning_t2i:ReasoningT2I",
-        "self_reflection": "alphagrpo_ext.rollout.self_reflection:SelfReflection",
+        "image_editing": "alphagrpo_ext.rollout.tasks.image_editing:ImageEditing",
+        "reasoning_t2i": "alphagrpo_ext.rollout.tasks.reasoning_t2i:ReasoningT2I",
+        "self_reflection": "alphagrpo_ext.rollout.tasks.self_reflection:SelfReflection",
     },
 )
 

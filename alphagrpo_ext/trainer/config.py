@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Configuration of [`AlphaGRPOTrainer`]."""
 
@@ -26,12 +14,12 @@ from trl import GRPOConfig
 from alphagrpo_ext.flow.forward_process import draw_times
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import draw_window, window_starts
-from alphagrpo_ext.models.denoising import DenoisingConfig
-from alphagrpo_ext.models.unified import CONTEXT_GRADIENTS, LORA_TARGETS
+from alphagrpo_ext.models.contract import CONTEXT_GRADIENTS, LORA_TARGETS
 from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveConfig
+from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
-from alphagrpo_ext.trainer.credit import RECTIFICATIONS, SELECTIONS
+from alphagrpo_ext.trainer.rewards import RECTIFICATIONS, SELECTIONS
 
 
 ROLLOUT_POLICIES = ("policy", "reference")

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What a trainer asks of its reference model: to score rollouts, and to sample them where it is the one that does."""
 
@@ -22,10 +10,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from trl.trainer.utils import use_adapter
 
-from alphagrpo_ext.models.unified import UnifiedModel
+from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.objectives.base import ImageScores
+from alphagrpo_ext.trainer.distributed import gathered_policy
 from alphagrpo_ext.trainer.reference import REFERENCE_ADAPTER, visiting
-from alphagrpo_ext.trainer.sharding import gathered_policy
 
 
 class ReferencePolicyMixin:

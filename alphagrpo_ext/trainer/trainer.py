@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """GRPO of a policy that writes and paints: TRL's trainer with image log-probabilities in the same backward."""
 
@@ -35,17 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.processing_utils import ProcessorMixin
 from trl import GRPOTrainer
 
+from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model, load_processor
-from alphagrpo_ext.models.unified import UnifiedModel
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
 from alphagrpo_ext.rollout.task import Task
-from alphagrpo_ext.trainer.checkpointing import ExactResumeMixin
-from alphagrpo_ext.trainer.compatibility import check_trl_version
-from alphagrpo_ext.trainer.completions import completion_images, completions_callbacks
+from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images, completions_callbacks
+from alphagrpo_ext.trainer.callbacks.report import ReportCallback
+from alphagrpo_ext.trainer.callbacks.rollout_event import RolloutEventMixin
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.credit import group_advantages, rectify_false_positives, weighted_sum
+from alphagrpo_ext.trainer.distributed import Sharding, check_sharding, gathered_policy, use_uniform_precision
 from alphagrpo_ext.trainer.initial_images import InitialImagesMixin
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.reference import (
@@ -56,11 +44,11 @@ from alphagrpo_ext.trainer.reference import (
     prepare_reference,
 )
 from alphagrpo_ext.trainer.reference_policy import ReferencePolicyMixin
-from alphagrpo_ext.trainer.report_callback import ReportCallback
-from alphagrpo_ext.trainer.rollout_event import RolloutEventMixin
+from alphagrpo_ext.trainer.resume.checkpointing import ExactResumeMixin
+from alphagrpo_ext.trainer.rewards import group_advantages, rectify_false_positives, weighted_sum
 from alphagrpo_ext.trainer.rows import reward_row, task_name, task_names, validate_rows
-from alphagrpo_ext.trainer.sharding import Sharding, check_sharding, gathered_policy, use_uniform_precision
-from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
+from alphagrpo_ext.trainer.upstream import check_trl_version
+from alphagrpo_ext.trainer.window_split import join_parts, window_parts
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
@@ -231,7 +219,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, ReferencePolicyMixi
     def gathered_policy(self) -> Iterator[UnifiedModel]:
         """
         The policy, unwrapped and with whole parameters, to generate with, e.g. for an evaluation. All processes enter
-        and leave together; see [`~alphagrpo_ext.trainer.sharding.gathered_policy`].
+        and leave together; see [`~alphagrpo_ext.trainer.distributed.gathered_policy`].
         """
         with gathered_policy(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
             yield policy

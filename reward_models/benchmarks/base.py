@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The contract of benchmarks whose own scorers are run on a folder of images, and the registry that names them."""
 
@@ -26,9 +14,9 @@ from typing import Any
 from PIL import Image
 
 from alphagrpo_ext.registry import Registry
-from reward_models.image_decoding import EncodedImage
-from reward_models.image_files import load_image, save_image
-from reward_models.questions import PromptRecord, Question
+from reward_models.files.image_decoding import EncodedImage
+from reward_models.files.image_files import load_image, save_image
+from reward_models.prompts.questions import PromptRecord, Question
 
 
 BENCHMARKS = Registry(

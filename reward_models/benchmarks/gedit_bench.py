@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """GEdit-Bench: instructions to edit a photograph, in English and Chinese."""
 
@@ -24,9 +12,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from reward_models.benchmarks.base import BENCHMARKS, Benchmark, BenchmarkPrompt, path_part, text_field
-from reward_models.image_decoding import ImageLimits
-from reward_models.image_files import save_image
-from reward_models.prompt_rows import encoded_image
+from reward_models.files.image_decoding import ImageLimits
+from reward_models.files.image_files import save_image
+from reward_models.prompts.rows import encoded_image
 
 
 _TEXTS = ("task_type", "instruction_language", "key", "instruction")

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The judge behind a reward server: `python -m reward_models.server` on a machine with resources of its own."""
 
@@ -22,11 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from alphagrpo_ext.openrlhf.client import AsyncRewardClient, Label
 from alphagrpo_ext.openrlhf.environment import PluginConfig, variable
+from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
-from reward_models.questions import SEMANTIC_TAGS
+from reward_models.prompts.questions import SEMANTIC_TAGS
 
 
 # The server asks its judge the questions alone; prompt and tag only have to be well-formed.

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 OpenRLHF's own executors with the files of the plug-in, around real language models: SmolLM2, and a tiny LLaVA whose
@@ -39,8 +27,8 @@ from typing import Any
 import pytest
 import torch
 
-from alphagrpo_ext.openrlhf.client import PaintRequest, RewardClient
 from alphagrpo_ext.openrlhf.environment import PluginConfig
+from alphagrpo_ext.reward_client.client import PaintRequest, RewardClient
 
 
 agent = pytest.importorskip("openrlhf.utils.agent")

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The benchmark at a size that takes seconds: it runs, and what it compares computes the same. Nothing here is timed."""
 
@@ -21,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphagrpo_ext.benchmark.flops import denoising_flops, token_flops, training_flops
-from alphagrpo_ext.benchmark.structures import (
+from alphagrpo_ext.models.bagel.layout import BagelRow
+from alphagrpo_ext.models.work import WorkCounter
+from benchmark_parts.flops import denoising_flops, token_flops, training_flops
+from benchmark_parts.structures import (
     EXACT,
     STRUCTURES,
     Update,
@@ -32,11 +22,9 @@ from alphagrpo_ext.benchmark.structures import (
     relative_difference,
     token_costs,
 )
-from alphagrpo_ext.benchmark.tables import Table, bars_of, curves
-from alphagrpo_ext.benchmark.timing import Spread, ratio, time_interleaved
-from alphagrpo_ext.benchmark.workload import GUIDANCE, SIZES, build_model, self_reflection_trajectories
-from alphagrpo_ext.models.bagel.rows_bagel import BagelRow
-from alphagrpo_ext.models.work import WorkCounter
+from benchmark_parts.tables import Table, bars_of, curves
+from benchmark_parts.timing import Spread, ratio, time_interleaved
+from benchmark_parts.workload import GUIDANCE, SIZES, build_model, self_reflection_trajectories
 
 
 SMALLEST = replace(SIZES["bagel-shapes"], num_trajectories=2, num_steps=2)

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 import json
@@ -28,10 +16,10 @@ import pytest
 from fastapi.responses import JSONResponse
 
 from alphagrpo_ext.shapes import prompt_rows
-from chat_stub import ChatRequest, chat_stub, good_answer
-from reward_models.prompts import load_prompts
-from reward_models.questions import from_row, load_records
-from reward_models.record_file import RecordFile
+from reward_models.decomposition.record_file import RecordFile
+from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.questions import from_row, load_records
+from support.chat_stub import ChatRequest, chat_stub, good_answer
 
 
 ROOT = Path(__file__).parents[2]

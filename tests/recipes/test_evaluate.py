@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 import json
@@ -29,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from alphagrpo_ext.models.adapters import save_adapter
 from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model
 from alphagrpo_ext.shapes.editing import editing_rows
-from recipe_modules import load_recipe, run_recipe
+from support.recipe_modules import load_recipe, run_recipe
 
 
 ROOT = Path(__file__).parents[2]

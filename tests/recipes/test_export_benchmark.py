@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 import csv
@@ -24,9 +12,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from alphagrpo_ext.shapes.editing import editing_rows
-from recipe_modules import load_recipe, run_recipe
+from reward_models.evaluation.kept_scores import KeptScores
 from reward_models.judges.shapes import ShapesJudge
-from reward_models.kept_scores import KeptScores
+from support.recipe_modules import load_recipe, run_recipe
 
 
 RECIPE = load_recipe("export_benchmark")

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import functools
 import json
@@ -33,8 +21,8 @@ from alphagrpo_ext.report import ReportStore
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
-TRAIN = Path(__file__).parent / "train_steps.py"
-LAUNCH_ON_CPU = Path(__file__).parent / "launch_on_cpu.py"
+TRAIN = ROOT / "tests" / "support" / "train_steps.py"
+LAUNCH_ON_CPU = ROOT / "tests" / "support" / "launch_on_cpu.py"
 # What accelerate makes of each file, without accelerators; the others do shard there.
 DISTRIBUTED_TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Trained steps split over several packed forwards: the same scores, the same gradient."""
 
@@ -24,7 +12,7 @@ from transformers import TrainerCallback
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.window_parts import join_parts, window_parts
+from alphagrpo_ext.trainer.window_split import join_parts, window_parts
 from alphagrpo_ext.trajectory import Trajectory
 
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Presets of adapters, and a learning rate for each expert."""
 
@@ -22,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from alphagrpo_ext.models.bagel import BagelModel
-from alphagrpo_ext.models.unified import LORA_TARGETS
+from alphagrpo_ext.models.contract import LORA_TARGETS
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +10,8 @@ from PIL import Image as PILImage
 
 from alphagrpo_ext.shapes import Scene, SceneObject, build_dataset, render
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.credit import group_advantages
-from trainer.conftest import brightness
+from alphagrpo_ext.trainer.rewards import group_advantages
+from support.trainers import brightness
 
 
 PICTURE = render(Scene((SceneObject(0, 0, "circle", "red"),), "white"))

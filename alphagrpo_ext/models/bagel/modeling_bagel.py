@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """BAGEL: a Qwen2 decoder with an understanding and a generation expert, a SigLIP tower and a FLUX autoencoder.
 
@@ -44,20 +32,20 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.models.bagel.cache_bagel import BagelCache
-from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_OF, BagelConfig
-from alphagrpo_ext.models.bagel.copies_bagel import (
+from alphagrpo_ext.models.bagel.attention import (
     CopyStates,
     PackedLayout,
     additive_mask,
     copy_attention,
 )
-from alphagrpo_ext.models.bagel.flex_bagel import block_mask_attention, visibility_block_mask
-from alphagrpo_ext.models.bagel.generation_bagel import BagelGenerationMixin
-from alphagrpo_ext.models.bagel.packing_bagel import pack_trajectories
-from alphagrpo_ext.models.bagel.rows_bagel import PADDING_BLOCK, patchify, unpatchify, visibility_mask
+from alphagrpo_ext.models.bagel.cache import BagelCache
+from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_OF, BagelConfig
+from alphagrpo_ext.models.bagel.flex_attention import block_mask_attention, visibility_block_mask
+from alphagrpo_ext.models.bagel.generation import BagelGenerationMixin
+from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, patchify, unpatchify, visibility_mask
+from alphagrpo_ext.models.bagel.packing import pack_trajectories
+from alphagrpo_ext.models.contract import MODELS, PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.models.token_scores import score_tokens
-from alphagrpo_ext.models.unified import MODELS, PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.trajectory import Trajectory
 
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 import csv
@@ -31,7 +19,7 @@ from alphagrpo_ext.shapes.judge import answer_questions
 from reward_models.benchmarks import BENCHMARKS, Benchmark, BenchmarkPrompt
 from reward_models.benchmarks.dpg_bench import tile, untile
 from reward_models.benchmarks.geneval import geneval_questions
-from reward_models.questions import PromptRecord, Question
+from reward_models.prompts.questions import PromptRecord, Question
 
 
 ALL = ("dpg_bench", "gedit_bench", "geneval", "tiif_bench", "wise")

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """`POST /get_reward`: OpenRLHF's remote reward protocol."""
 
@@ -24,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from alphagrpo_ext.openrlhf.thought import thought_of
+from alphagrpo_ext.reward_client.thought import thought_of
 from reward_models.dvreward import DVReward
-from server_samples import JSON, SAMPLE, SAMPLES, ForgetfulJudge, ScenePainter, metric, refusal, running
+from support.server_samples import JSON, SAMPLE, SAMPLES, ForgetfulJudge, ScenePainter, metric, refusal, running
 
 
 def test_openrlhf_gets_rewards_from_policy_and_judge(shapes: httpx.Client) -> None:

@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Arguments, health, metrics and logs."""
 
@@ -25,8 +13,8 @@ import pytest
 from trl import TrlParser
 
 from alphagrpo_ext import __version__
-from reward_models.server import KEY_VARIABLE, ServerArguments, create_app
-from server_samples import KEY, SAMPLE, ScenePainter, metric, running, wait_until
+from reward_models.server.__main__ import KEY_VARIABLE, ServerArguments, create_app
+from support.server_samples import KEY, SAMPLE, ScenePainter, metric, running, wait_until
 
 
 @pytest.mark.parametrize(
@@ -113,8 +101,8 @@ def test_every_request_is_one_line_without_secrets(
         client.post("/score", json={"items": 3}, headers=headers)
         client.get("/" + "x" * 300 + "%0A", headers={"authorization": "Bearer wrong-key"})
         client.get("/health")
-        wait_until(lambda: len([r for r in caplog.records if r.name == "reward_models.server"]) == 7)
-    lines = [record.getMessage() for record in caplog.records if record.name == "reward_models.server"]
+        wait_until(lambda: len([r for r in caplog.records if r.name == "reward_models.server.__main__"]) == 7)
+    lines = [record.getMessage() for record in caplog.records if record.name == "reward_models.server.__main__"]
     records = [json.loads(line) for line in lines]
     assert not any("\n" in line for line in lines)
     assert [(r["path"], r["status"], r["items"]) for r in records] == [

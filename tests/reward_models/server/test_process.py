@@ -1,16 +1,4 @@
-# Copyright 2026 The AlphaGRPO-Ext Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The server as a process: start, end, and many clients at once."""
 
@@ -36,8 +24,8 @@ import pytest
 import uvicorn
 
 from reward_models.dvreward import DVReward
-from reward_models.server import KEY_VARIABLE, ServerArguments, create_app
-from server_samples import JSON, SAMPLE, SAMPLES, GatedJudge, ScenePainter, wait_until
+from reward_models.server.__main__ import KEY_VARIABLE, ServerArguments, create_app
+from support.server_samples import JSON, SAMPLE, SAMPLES, GatedJudge, ScenePainter, wait_until
 
 
 def test_requests_under_way_are_finished_before_judge_and_painter_are_closed() -> None:

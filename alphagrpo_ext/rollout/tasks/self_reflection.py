@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Self-reflective refinement: the policy's own flawed image, what is wrong with it, and the image painted anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.rollout.task import TASKS, prompt_text
+from alphagrpo_ext.rollout.tasks.image_editing import ImageEditing
+from alphagrpo_ext.trajectory import TextSegment
+
+
+@TASKS.register("self_reflection")
+class SelfReflection(ImageEditing):
+    """
+    `[system] [image] [reflection request] [reflection*] [image*]`, and for every further round
+    `[reflection request] [reflection*] [image*]`, which looks at the image before it.
+
+    A row is one of text-to-image; its `image`, where it has none, is painted by the policy (stage 1).
+    """
+
+    paints_initial_image = True
+
+    @property
+    def num_turns(self) -> int:
+        return self.num_reflection_rounds
+
+    def request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
+        return processor.text_segment(processor.reflection_request(prompt_text(row["prompt"])))

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Keeps a run's report up to date."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from alphagrpo_ext.report.answers import COLUMN_SUFFIX, parse_answers
+from alphagrpo_ext.report.page import write_report
+from alphagrpo_ext.report.records import TrajectoryGroup, TrajectoryRecord, Turn
+from alphagrpo_ext.report.store import PromptReward, ReportStore
+from alphagrpo_ext.report.thumbnails import data_url
+from alphagrpo_ext.rollout.task import prompt_text
+from alphagrpo_ext.trainer.callbacks.rollout_event import ScoredRollout
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trajectory import ImageSegment, Trajectory
+
+
+class ReportCallback(TrainerCallback):
+    """
+    Writes `report.html` in `output_dir`, and in its folder `report` what the page is made from; see
+    [`~alphagrpo_ext.report.write_report`].
+
+    Every `report_steps` steps some groups of the rollout are added, half of them those that show most and half the first
+    ones, which are a fair sample. The page is written with the logs, at most once in as many steps, and when training ends.
+    A run that is resumed from a checkpoint goes on with what was there until then.
+    """
+
+    def __init__(self) -> None:
+        self._written_at = 0
+        self._earlier: dict[str, PromptReward] = {}
+
+    def on_train_begin(
+        self, args: AlphaGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        store = ReportStore(args.output_dir)
+        store.restart(state.global_step)
+        self._written_at = state.global_step
+        self._earlier = {entry.prompt: entry for entry in store.prompt_rewards()}
+
+    def on_rollout(
+        self,
+        args: AlphaGRPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        rollout: ScoredRollout,
+        log_metric: Callable[[str, float], None],
+    ) -> None:
+        step = state.global_step + 1
+        prompts = gather_object([_digest(row) for row in rollout.rows])[:: rollout.group_size]
+        period = max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+        groups: list[TrajectoryGroup] = []
+        if is_due(step, args.report_steps, period):
+            groups = self._groups(args, step, rollout, prompts)
+        if not state.is_world_process_zero:
+            return
+        means = rollout.rewards.view(-1, rollout.group_size).nanmean(dim=1).tolist()
+        entries = [
+            PromptReward(step, prompt, mean) for prompt, mean in zip(prompts, means, strict=True) if mean == mean
+        ]
+        self._earlier |= {entry.prompt: entry for entry in entries}
+        store = ReportStore(args.output_dir)
+        store.add_prompt_rewards(entries)
+        if groups:
+            store.add_groups(groups)
+            store.prune(args.report_num_trajectories)
+
+    def _groups(
+        self, args: AlphaGRPOConfig, step: int, rollout: ScoredRollout, prompts: Sequence[str]
+    ) -> list[TrajectoryGroup]:
+        """Chosen groups of all processes. All of them choose the same, and each describes its own trajectories."""
+        size = rollout.group_size
+        chosen = choose_of_rollout(
+            rollout.rewards.view(-1, size),
+            rollout.initial_rewards.view(-1, size),
+            # A page shows at least four rollouts: half of it is the newest.
+            max(1, args.report_num_trajectories // (8 * size)),
+        )
+        parts = [
+            ((rollout.offset + i) // size, _record(rollout, i, args.report_image_size), _request(rollout.rows[i]))
+            for i in range(len(rollout.trajectories))
+            if (rollout.offset + i) // size in chosen
+        ]
+        members: dict[int, list[TrajectoryRecord]] = {}
+        requests: dict[int, tuple[str, str]] = {}
+        for index, record, request in gather_object(parts):
+            members.setdefault(index, []).append(record)
+            requests[index] = request
+        groups = []
+        for index, records in members.items():
+            task, prompt = requests[index]
+            earlier = self._earlier.get(prompts[index])
+            groups.append(
+                TrajectoryGroup(
+                    step=step,
+                    index=index,
+                    task=task,
+                    prompt=prompt,
+                    trajectories=sorted(records, key=lambda record: -record.image_advantage),
+                    earlier_step=earlier and earlier.step,
+                    earlier_reward=earlier and earlier.reward,
+                )
+            )
+        return groups
+
+    def on_log(self, args: AlphaGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        first = self._written_at == 0
+        if state.is_world_process_zero and (first or state.global_step - self._written_at >= args.report_steps):
+            self._write(args, state)
+
+    def on_train_end(self, args: AlphaGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._write(args, state)
+
+    def _write(self, args: AlphaGRPOConfig, state: TrainerState) -> None:
+        ReportStore(args.output_dir).save_logs(state.log_history)
+        write_report(args.output_dir)
+        self._written_at = state.global_step
+
+
+def is_due(step: int, every: int, period: int) -> bool:
+    """
+    Whether a rollout is shown: the first one, and the first one after each multiple of a number of steps.
+
+    Args:
+        step (`int`): Optimizer step that the rollout is for, from 1.
+        every (`int`): Steps between rollouts that are shown.
+        period (`int`): Steps that a rollout serves.
+    """
+    return step == 1 or step // every != (step - period) // every
+
+
+def choose_of_rollout(rewards: torch.Tensor, initial_rewards: torch.Tensor, count: int) -> list[int]:
+    """
+    Which groups of a rollout are shown: as many of the most telling ones (see [`TrajectoryGroup`]) as of the first ones.
+
+    Args:
+        rewards, initial_rewards (`torch.Tensor` of shape `(groups, group size)`): NaN where there is none.
+        count (`int`): Groups to choose.
+
+    Returns:
+        `list[int]`: Their places, rising.
+    """
+    highest, lowest = (rewards.nan_to_num(nan=bound) for bound in (float("-inf"), float("inf")))
+    spread = (highest.amax(dim=1) - lowest.amin(dim=1)).clamp(min=0)
+    telling = spread + (rewards < initial_rewards).float().mean(dim=1)
+    chosen = telling.argsort(descending=True, stable=True)[: (count + 1) // 2].tolist()
+    rest = [place for place in range(len(rewards)) if place not in chosen]
+    return sorted(chosen + rest[: count - len(chosen)])
+
+
+def _record(rollout: ScoredRollout, i: int, max_size: int) -> TrajectoryRecord:
+    place = rollout.offset + i
+    trajectory = rollout.trajectories[i]
+    given = [s.image for s in trajectory.segments if isinstance(s, ImageSegment) and not s.sampled and s.image]
+    answers = [
+        answer
+        for column, values in rollout.extra_columns.items()
+        if column.endswith(COLUMN_SUFFIX)
+        for answer in parse_answers(values[place])
+    ]
+    return TrajectoryRecord(
+        turns=_turns(trajectory, rollout.texts[i], max_size),
+        given_image=data_url(given[-1], max_size) if given else None,
+        reward=_number(rollout.rewards[place].item()),
+        rewards={name: _number(values[place]) for name, values in rollout.function_rewards.items()},
+        advantage=rollout.advantages[place],
+        image_advantage=rollout.image_advantages[i].item(),
+        given_reward=_number(rollout.initial_rewards[place].item()),
+        answers=answers,
+    )
+
+
+def _turns(trajectory: Trajectory, texts: Sequence[str], max_size: int) -> list[Turn]:
+    # Where the policy does not think, it has images alone.
+    images = [data_url(image.image, max_size) for image in trajectory.sampled_images]
+    return [Turn(texts[place] if place < len(texts) else "", image) for place, image in enumerate(images)]
+
+
+def _request(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["task"], prompt_text(row["prompt"])
+
+
+def _digest(row: Mapping[str, Any]) -> str:
+    return hashlib.sha256(repr(_request(row)).encode()).hexdigest()[:16]
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A sharded policy, whole for the time of a rollout: parameters are gathered once, not once a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from trl.distributed import DistributedBackend
+from trl.models import unwrap_model_for_generation
+
+from alphagrpo_ext.models.contract import UnifiedModel
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """
+    How the policy's parameters are spread over processes.
+
+    Args:
+        zero_stage (`int`): Stage of DeepSpeed's ZeRO; 0 without DeepSpeed.
+        fsdp_version (`int` or `None`): 2 for FSDP2; `None` without FSDP.
+    """
+
+    zero_stage: int
+    fsdp_version: int | None
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Sharding:
+        backend = DistributedBackend(accelerator)
+        return cls(zero_stage=backend.zero_stage, fsdp_version=backend.fsdp_version)
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether a process holds only a part of each parameter, so that all must run the same modules in step."""
+        return self.zero_stage == 3 or self.fsdp_version is not None
+
+
+def check_sharding(sharding: Sharding, gather_for_generation: bool) -> None:
+    """
+    Args:
+        sharding ([`Sharding`]): Of the policy.
+        gather_for_generation (`bool`): TRL's `ds3_gather_for_generation`.
+
+    Raises:
+        `ValueError`: If a rollout could not end under this sharding, with what to set instead.
+    """
+    if sharding.fsdp_version == 1:
+        raise ValueError(
+            "FSDP version 1 flattens parameters, which a rollout cannot gather once: set fsdp_version: 2 in the file of "
+            "accelerate, as recipes/accelerate_configs/fsdp2.yaml does"
+        )
+    if sharding.zero_stage == 3 and not gather_for_generation:
+        raise ValueError(
+            "ds3_gather_for_generation=False would gather parameters once a token, and processes whose texts differ in "
+            "length would wait for each other forever: leave it at True, or use recipes/accelerate_configs/zero2.yaml"
+        )
+
+
+def use_uniform_precision(accelerator: Accelerator) -> None:
+    """
+    Have FSDP2 leave the inputs of forwards alone, so that the packed forward sees the times that the rollout saw: in
+    bf16 they have two or three digits. Gradients are summed up in fp32, as in DDP.
+
+    To be called before the model is prepared; does nothing without FSDP2.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+@contextmanager
+def gathered_policy(
+    model: torch.nn.Module, accelerator: Accelerator, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> Iterator[UnifiedModel]:
+    """
+    The policy with whole parameters, for calls that are not its forward: prefill, sampling, painting, answering.
+
+    All processes enter and leave together. In between none waits for another, so that each may generate as much as it
+    likes; a process holds all parameters for that time. Whoever writes to them loses it.
+
+    Args:
+        model (`torch.nn.Module`): The policy, wrapped by DDP, DeepSpeed or FSDP2, or not at all.
+        accelerator ([`~accelerate.Accelerator`]): What wrapped it.
+        gradient_checkpointing_kwargs (`dict`, *optional*): With what to switch checkpointing on again, if it is on.
+    """
+    with (
+        unwrap_model_for_generation(
+            model, accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
+        ) as policy,
+        _unsharded(policy) if isinstance(policy, FSDPModule) else nullcontext(),
+        _on_device(policy, accelerator.device),
+    ):
+        yield policy
+
+
+@contextmanager
+def _on_device(policy: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Where FSDP2 or DeepSpeed are to shard a model, it waits for that in the memory of the host."""
+    home = policy.device
+    if home == device:
+        yield
+        return
+    policy.to(device)
+    try:
+        yield
+    finally:
+        policy.to(home)
+
+
+@contextmanager
+def _unsharded(model: FSDPModule) -> Iterator[None]:
+    """FSDP2's parameters gathered once, and kept through any number of forwards of submodules."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # The module that first runs becomes the root, and here that would be a submodule.
+    model._get_fsdp_state()._lazy_init()
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in modules]
+    groups = [group for group in dict.fromkeys(groups) if group is not None]
+    # There is a setter for this and no getter, and the modules differ in it.
+    resharding = [group.post_forward_mesh_info for group in groups]
+    model.set_reshard_after_forward(False)
+    try:
+        for module in modules:
+            module.unshard()
+        yield
+    finally:
+        for group, value in zip(groups, resharding, strict=True):
+            group.post_forward_mesh_info = value
+        for module in modules:
+            module.reshard()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where the time of a training step goes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from alphagrpo_ext.rollout import generator as rollout_generator
+from alphagrpo_ext.trainer import AlphaGRPOTrainer
+
+
+PHASES = ("context", "text", "denoising", "decoding", "judge", "forward", "backward", "optimizer", "rest")
+"""Prefill, sampling of thoughts, denoising, decoding of latents, rewards, the update's parts, and what is left."""
+
+
+@contextmanager
+def phases_of(trainer: AlphaGRPOTrainer) -> Iterator[Mapping[str, float]]:
+    """
+    In this context, the seconds that a trainer spends in each of [`PHASES`] but the rest are added up.
+
+    Args:
+        trainer ([`AlphaGRPOTrainer`]): Of one process, without gradient accumulation.
+    """
+    seconds: defaultdict[str, float] = defaultdict(float)
+    # Only the outermost phase counts, so that no time is counted twice.
+    running: list[str] = []
+
+    def timed(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            running.append(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                running.pop()
+                if not running:
+                    seconds[phase] += time.perf_counter() - start
+
+        return run
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    parts = [
+        (model, "prefill", "context"),
+        (model, "sample_text", "text"),
+        (rollout_generator, "denoise", "denoising"),
+        (model, "decode_latents", "decoding"),
+        (trainer, "_calculate_rewards", "judge"),
+        (trainer, "_score", "forward"),
+        (trainer.accelerator, "backward", "backward"),
+        (trainer.create_optimizer(), "step", "optimizer"),
+    ]
+    originals = [(owner, name, vars(owner).get(name), getattr(owner, name)) for owner, name, _ in parts]
+    for owner, name, phase in parts:
+        setattr(owner, name, timed(getattr(owner, name), phase))
+    try:
+        yield seconds
+    finally:
+        for owner, name, own, function in originals:
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, function)

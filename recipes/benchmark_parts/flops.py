@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Floating-point operations that a computation needs, counted from shapes: linear layers, and attention over what is seen."""
+
+from __future__ import annotations
+
+import torch
+
+from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, visibility_mask
+
+
+def linear_flops(module: torch.nn.Module) -> int:
+    """Operations of one token in all linear layers of a module: a multiplication and an addition a weight."""
+    return sum(2 * layer.weight.numel() for layer in module.modules() if isinstance(layer, torch.nn.Linear))
+
+
+def token_flops(model: BagelModel) -> int:
+    """Of one token in all layers of the decoder, attention scores aside; both experts have the same sizes."""
+    return linear_flops(model.language_model.model.layers) // 2
+
+
+def pair_flops(model: BagelModel) -> int:
+    """Of one query and one key that it sees, in all layers: their score, and the weighted value."""
+    config = model.config.text_config
+    return 4 * config.hidden_size * config.num_hidden_layers
+
+
+def training_flops(model: BagelModel, inputs: dict[str, torch.Tensor]) -> int:
+    """
+    Of forward and backward of a packed micro-batch, the backward taken to be two forwards. Padding and pairs that do not
+    see each other do not count, nor does what an implementation computes twice.
+
+    Args:
+        model ([`BagelModel`]): Its vision tower is frozen, and runs forward only.
+        inputs (`dict[str, torch.Tensor]`): Of a [`PackedBatch`].
+    """
+    is_token = inputs["blocks"] != PADDING_BLOCK
+    pairs = visibility_mask(*(inputs[name] for name in ("positions", "blocks", "horizons", "rows")))
+    pairs &= is_token[:, None] & is_token[:, :, None]
+    num_latents = (is_token[:, inputs["input_ids"].shape[1] :]).sum().item()
+    forward = (
+        is_token.sum().item() * token_flops(model)
+        + pairs.sum().item() * pair_flops(model)
+        + len(inputs["score_targets"]) * linear_flops(model.language_model.lm_head)
+        + num_latents * (linear_flops(model.vae2llm) + linear_flops(model.llm2vae))
+    )
+    vision = inputs["vit_mask"].sum().item() if "vit_mask" in inputs else 0
+    return 3 * forward + vision * (linear_flops(model.vit_model) + linear_flops(model.connector))
+
+
+def denoising_flops(model: BagelModel, context_tokens: list[int], num_latents: int, num_steps: int) -> int:
+    """
+    Of denoising over cached contexts.
+
+    Args:
+        model ([`BagelModel`]): Predicts velocities.
+        context_tokens (`list[int]`): Tokens in the cache of every row, which is an image in a guidance branch.
+        num_latents (`int`): Latent tokens of an image.
+        num_steps (`int`): Steps that evaluate all rows.
+    """
+    tokens = num_latents + 2
+    pairs = sum(tokens * (context + tokens) for context in context_tokens)
+    of_row = tokens * token_flops(model) + num_latents * (linear_flops(model.vae2llm) + linear_flops(model.llm2vae))
+    return num_steps * (len(context_tokens) * of_row + pairs * pair_flops(model))

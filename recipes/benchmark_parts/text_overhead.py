@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What this trainer adds to TRL's: the same text network, prompts, completions and rewards in both."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.shapes.model import build_processor
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from alphagrpo_ext.trajectory import TextSegment, Trajectory
+from benchmark_parts.workload import Size, build_benchmark_config
+
+
+PROMPT_TOKENS = 32
+BATCH_SIZE = 16
+
+
+def sample_ids(count: int, rng: random.Random, vocab_size: int) -> list[int]:
+    return [rng.randrange(10, vocab_size) for _ in range(count)]
+
+
+def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Differs within a group."""
+    return [float(sum(ids) % 17) for ids in completion_ids]
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+class TextOnlyTrainer(AlphaGRPOTrainer):
+    """Its rollout is text that is made up, as that of the trainer that it is compared with."""
+
+    thought_tokens = 64
+
+    def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+        rng = random.Random(self.state.global_step)
+        vocab_size = self.model.config.text_config.vocab_size
+        self._trajectories = [
+            Trajectory(
+                [
+                    TextSegment(sample_ids(PROMPT_TOKENS, rng, vocab_size)),
+                    TextSegment(
+                        ids := sample_ids(self.thought_tokens, rng, vocab_size),
+                        sampled=True,
+                        ended=False,
+                        log_probs=[0.0] * len(ids),
+                    ),
+                ]
+            )
+            for _ in prompts
+        ]
+        return self._rollout_fields(self._trajectories)
+
+
+def build_trainers(size: Size, output_dir: str, steps: int, bf16: bool) -> dict[str, GRPOTrainer]:
+    """
+    TRL's trainer of a Qwen3 of the sizes of a BAGEL's understanding expert, and ours of that BAGEL, both on one rollout of
+    made-up text a step. The generation expert has no part in it.
+
+    Args:
+        size ([`Size`]): Of the decoder, and of completions: `thought_tokens`.
+        output_dir (`str`): Where trainers want to write; they write nothing.
+        steps (`int`): Optimizer steps of a run.
+        bf16 (`bool`): Whether to train under autocast.
+    """
+    processor = build_processor()
+    config = build_benchmark_config(size)
+    config._attn_implementation = size.attn_implementation
+    text = config.text_config
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    plain_config = Qwen3Config(
+        **{name: getattr(text, name) for name in (*sizes, "num_key_value_heads", "rms_norm_eps")},
+        head_dim=text.hidden_size // text.num_attention_heads,
+        attention_bias=True,
+        max_position_embeddings=text.max_position_embeddings,
+        tie_word_embeddings=False,
+        attn_implementation=size.attn_implementation,
+    )
+    shared = {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "num_generations": 8,
+        "max_completion_length": size.thought_tokens,
+        "max_steps": steps,
+        "learning_rate": 1e-5,
+        "bf16": bf16,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "scale_rewards": "batch",
+        "epsilon_high": 0.28,
+        "weight_decay": 1e-4,
+        "logging_steps": 1,
+    }
+    dataset = Dataset.from_list([{"prompt": f"a red circle and {i} blue squares"} for i in range(8)])
+
+    def made_up(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+        rng = random.Random(trainer.state.global_step)
+        completions = [
+            (sample_ids(PROMPT_TOKENS, rng, text.vocab_size), sample_ids(size.thought_tokens, rng, text.vocab_size))
+            for _ in prompts
+        ]
+        return {
+            "prompt_ids": [prompt for prompt, _ in completions],
+            "completion_ids": [ids for _, ids in completions],
+            "logprobs": [[0.0] * size.thought_tokens for _ in completions],
+        }
+
+    torch.manual_seed(0)
+    plain = GRPOTrainer(
+        model=Qwen3ForCausalLM(plain_config),
+        reward_funcs=reward,
+        args=GRPOConfig(**shared),
+        train_dataset=dataset,
+        processing_class=processor.tokenizer,
+        rollout_func=made_up,
+    )
+    policy = BagelModel(config)
+    ours = TextOnlyTrainer(
+        model=policy,
+        reward_funcs=reward,
+        args=AlphaGRPOConfig(
+            **shared, image_height=size.image_size, image_width=size.image_size, sde_window_size=1, top_p=1.0
+        ),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+    ours.thought_tokens = size.thought_tokens
+    return {"GRPOTrainer": plain, "AlphaGRPOTrainer": ours}
+
+
+def step_seconds(trainer: GRPOTrainer) -> list[float]:
+    """Of a run, without its first step."""
+    times = StepTimes()
+    trainer.add_callback(times)
+    try:
+        trainer.train()
+    finally:
+        trainer.remove_callback(times)
+    return times.seconds[1:]

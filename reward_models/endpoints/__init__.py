@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""OpenAI-compatible endpoints: one request with retries, chat completions, structured output."""

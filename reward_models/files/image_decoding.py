@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Images that strangers send: measured by their headers before any pixel is decoded."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+from alphagrpo_ext.models.pixels import to_rgb
+
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+"""What is decoded. Pillow knows many more, among them some that run other programs or read other files."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """
+    The largest image that is decoded.
+
+    Args:
+        max_side (`int`, *optional*, defaults to `4096`): Pixels along the longer side.
+        max_pixels (`int`, *optional*, defaults to `2**22`): Pixels in all.
+
+    Raises:
+        `ValueError`: If a limit is less than 1.
+    """
+
+    max_side: int = 4096
+    max_pixels: int = 2**22
+
+    def __post_init__(self) -> None:
+        for name in ("max_side", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+
+    def check(self, width: int, height: int) -> None:
+        """
+        Raises:
+            `ValueError`: If an image of this size, in pixels, is too large.
+        """
+        if max(width, height) > self.max_side or width * height > self.max_pixels:
+            raise ValueError(
+                f"the image has {width} x {height} pixels, more than {self.max_side} along a side or "
+                f"{self.max_pixels} in all: send a smaller one"
+            )
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """
+    An image file in memory whose header has been read and found harmless.
+
+    Args:
+        data (`bytes`): The file.
+    """
+
+    data: bytes
+
+    @classmethod
+    def from_bytes(cls, data: bytes, limits: ImageLimits) -> EncodedImage:
+        """
+        Raises:
+            `ValueError`: If the file is none of [`IMAGE_FORMATS`], or its header says that it is too large.
+        """
+        with _open(data) as image:
+            limits.check(*image.size)
+        return cls(data)
+
+    @classmethod
+    def from_base64(cls, text: str, limits: ImageLimits) -> EncodedImage:
+        """
+        Args:
+            text (`str`): The file in base64, bare or as a data URL.
+            limits ([`ImageLimits`]): Of its size.
+
+        Raises:
+            `ValueError`: If it is not base64, or as in [`from_bytes`].
+        """
+        if text.startswith("data:"):
+            header, _, text = text.partition(",")
+            if not header.endswith(";base64"):
+                raise ValueError("the data URL must hold base64: data:image/png;base64,...")
+        try:
+            data = base64.b64decode(text, validate=True)
+        except ValueError as error:
+            raise ValueError(f"the image is not base64 ({error})") from error
+        return cls.from_bytes(data, limits)
+
+    def decode(self) -> Image.Image:
+        """
+        The image in RGB; what is transparent becomes white, and of an animation the first frame is taken.
+
+        Raises:
+            `ValueError`: If the file is damaged.
+        """
+        try:
+            with _open(self.data) as image:
+                return to_rgb(image)
+        except Exception as error:
+            # Pillow's decoders raise errors of a dozen types, and each means the same here.
+            raise ValueError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the image is too large ({error}): send a smaller one") from error
+    except Exception as error:
+        raise ValueError(f"the image is not a readable {', '.join(IMAGE_FORMATS)} file") from error

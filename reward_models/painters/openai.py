@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A painter behind an OpenAI-compatible images endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from PIL import Image
+
+from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
+from reward_models.files.image_decoding import EncodedImage, ImageLimits
+from reward_models.painters.policy import (
+    DEFAULT_PAINTER_MODEL,
+    PAINTERS,
+    Painter,
+    PainterArguments,
+    PaintError,
+    PaintRequest,
+    UnpaintableError,
+)
+
+
+@PAINTERS.register("openai")
+class OpenAIPainter(Painter):
+    """
+    Paints with a model behind an OpenAI-compatible images endpoint.
+
+    The endpoint gets one text. Without an image to refine that is the thought, which stands for the prompt, or the prompt
+    where there is none or a blank one. It cannot refine a given image: it then paints anew, from prompt and reflection.
+    Seeds are not passed on, since the protocol has none.
+
+    Args:
+        base_url (`str`, *optional*):
+            Where the endpoint is, e.g. `"http://localhost:8000/v1"`. `None` takes the environment variable
+            `OPENAI_BASE_URL`, or OpenAI itself.
+        model (`str`, *optional*):
+            Name of the model. `None` leaves it to the endpoint.
+        api_key (`str`, *optional*):
+            Key of the endpoint. `None` takes the environment variable `OPENAI_API_KEY`; servers of one's own often need
+            none.
+        height, width (`int`, *optional*, defaults to `1024`):
+            Size that is asked for, in pixels. What the endpoint sends is taken as it is, within `limits`.
+        max_concurrency (`int`, *optional*, defaults to `16`):
+            Images that are with the endpoint at once.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds for one try of an image.
+        max_retries (`int`, *optional*, defaults to `2`):
+            Further tries of an image, after faults that may pass.
+        limits ([`ImageLimits`], *optional*):
+            Of the images that the endpoint sends.
+
+    Raises:
+        `ValueError`: If an argument is out of range.
+    """
+
+    max_calls = 16
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        max_concurrency: int = 16,
+        timeout: float = 120.0,
+        max_retries: int = 2,
+        limits: ImageLimits | None = None,
+    ) -> None:
+        for name, side in (("height", height), ("width", width)):
+            if side < 1:
+                raise ValueError(f"{name} must be at least 1, but is {side}")
+        self.endpoint = OpenAIEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
+        self.height = height
+        self.width = width
+        self.limits = limits or ImageLimits()
+
+    @classmethod
+    def from_arguments(cls, args: PainterArguments) -> OpenAIPainter:
+        if args.painter_model == DEFAULT_PAINTER_MODEL:
+            raise ValueError("painter 'openai' needs painter_model, the name of the model at the endpoint")
+        return cls(
+            base_url=args.painter_base_url,
+            model=args.painter_model,
+            height=args.image_height,
+            width=args.image_width,
+            max_concurrency=args.painter_max_concurrency,
+            timeout=args.painter_timeout,
+            max_retries=args.painter_max_retries,
+        )
+
+    async def paint(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
+        tasks = [asyncio.create_task(self._paint_one(request, index)) for index, request in enumerate(requests)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            # The rest of a request that has failed is not worth its price.
+            for task in tasks:
+                task.cancel()
+
+    async def aclose(self) -> None:
+        await self.endpoint.aclose()
+
+    async def _paint_one(self, request: PaintRequest, index: int) -> Image.Image:
+        from openai import AsyncOpenAI, BadRequestError, OpenAIError, UnprocessableEntityError, omit
+
+        async def attempt(client: AsyncOpenAI) -> str:
+            response = await client.images.generate(
+                model=self.endpoint.model or omit,
+                prompt=endpoint_prompt(request),
+                n=1,
+                size=f"{self.width}x{self.height}",
+                response_format="b64_json",
+            )
+            data = getattr(response, "data", None)
+            if not data or not data[0].b64_json:
+                raise InvalidAnswerError(
+                    "the images endpoint sent no b64_json; it has to support that response_format"
+                )
+            return data[0].b64_json
+
+        try:
+            encoded = await self.endpoint.request(attempt)
+        except (BadRequestError, UnprocessableEntityError) as error:
+            raise UnpaintableError(f"request {index}: the images endpoint refused it: {error}") from error
+        except InvalidAnswerError as error:
+            raise PaintError(f"request {index}: {error}") from error
+        except (OpenAIError, TimeoutError) as error:
+            raise PaintError(f"request {index}: {type(error).__name__}: {error}") from error
+        try:
+            return await asyncio.to_thread(_decode, encoded, self.limits)
+        except ValueError as error:
+            raise PaintError(f"request {index}: from the images endpoint: {error}") from error
+
+
+def endpoint_prompt(request: PaintRequest) -> str:
+    """
+    The one text that an images endpoint gets, without the tags of a thought: thought or prompt, or with an image to refine
+    prompt and reflection.
+    """
+    thought = (request.thought or "").replace("<think>", " ").replace("</think>", " ").strip()
+    if request.image is None:
+        return thought or request.prompt
+    return f"{request.prompt}\n{thought}".strip()
+
+
+def _decode(text: str, limits: ImageLimits) -> Image.Image:
+    return EncodedImage.from_base64(text, limits).decode()

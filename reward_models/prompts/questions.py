@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The questions a prompt is decomposed into: the record format, its validation and its loading."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+
+SEMANTIC_TAGS = (
+    "Style",
+    "Environment",
+    "Viewpoint",
+    "Existence",
+    "Count",
+    "Attribute",
+    "Action",
+    "Spatial",
+    "Text",
+    "Negative",
+)
+QUALITY_TAGS = ("Geometry", "Anatomy", "Texture", "Coherence", "Lighting", "Physics", "Legibility", "Aesthetics")
+TAGS = {"semantic_questions": SEMANTIC_TAGS, "quality_questions": QUALITY_TAGS}
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    An atomic yes/no question about an image; "yes" means that the image is right.
+
+    Args:
+        question (`str`):
+            The question.
+        tag (`str`):
+            What it is about: one of `SEMANTIC_TAGS` or `QUALITY_TAGS`.
+        is_valid (`bool`, *optional*, defaults to `True`):
+            Whether it counts. A question that its author found faulty stays in the record but is not scored.
+    """
+
+    question: str
+    tag: str
+    is_valid: bool = True
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """
+    A prompt with its questions.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, as text or as chat messages.
+        semantic_questions (`tuple[Question, ...]`):
+            Whether the image shows what the prompt asks for.
+        quality_questions (`tuple[Question, ...]`):
+            Whether the image is well made.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    semantic_questions: tuple[Question, ...]
+    quality_questions: tuple[Question, ...]
+
+    @property
+    def valid_semantic_questions(self) -> tuple[Question, ...]:
+        """The semantic questions that are scored."""
+        return tuple(question for question in self.semantic_questions if question.is_valid)
+
+    @property
+    def valid_quality_questions(self) -> tuple[Question, ...]:
+        """The quality questions that are scored."""
+        return tuple(question for question in self.quality_questions if question.is_valid)
+
+    def to_row(self) -> dict[str, Any]:
+        """The record as a dataset row, from which [`from_row`] makes it again."""
+        questions = {field: [asdict(question) for question in getattr(self, field)] for field in TAGS}
+        return {"prompt": self.prompt, **questions}
+
+
+def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
+    """
+    Build a record from a dataset row, checking every field.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Has the keys `prompt`, `semantic_questions` and `quality_questions`; others are ignored. Each of the last
+            two is a list of `{"question": str, "tag": str, "is_valid": bool?}`, or such a list as a JSON string. One
+            of them may be empty.
+        where (`str`, *optional*, defaults to `"row"`):
+            How error messages call the row, e.g. `"row 3"`.
+
+    Returns:
+        `PromptRecord`: The record, including questions that are not valid.
+
+    Raises:
+        `ValueError`: If the row is malformed or has no valid question. The message names the row and the field.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected a mapping, got {type(row).__name__}")
+    missing = [field for field in ("prompt", *TAGS) if field not in row]
+    if missing:
+        raise ValueError(f"{where} has no '{missing[0]}'; its fields are {list(row)}")
+    prompt = row["prompt"]
+    if not isinstance(prompt, (str, list)):
+        raise ValueError(f"{where}: prompt must be a string or a list of messages, got {type(prompt).__name__}")
+    if not prompt or isinstance(prompt, str) and not prompt.strip():
+        raise ValueError(f"{where}: prompt is empty")
+    record = PromptRecord(prompt, **{field: _parse_questions(row[field], field, where) for field in TAGS})
+    if not record.valid_semantic_questions and not record.valid_quality_questions:
+        raise ValueError(f"{where}: semantic_questions and quality_questions have no valid question between them")
+    return record
+
+
+def read_json_lines(path: str | PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """
+    Read a JSON-lines file in UTF-8 line by line; blank lines are skipped.
+
+    Args:
+        path (`str` or `PathLike`): The file.
+
+    Yields:
+        `tuple[str, Any]`: How an error message calls the line, and its value.
+
+    Raises:
+        `ValueError`: At the first line that is not JSON. The message names the file and the line.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                # Some editors start a file with a byte-order mark.
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not valid UTF-8 ({error})") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not valid JSON ({error})") from error
+            yield where, value
+
+
+def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
+    """
+    Load records from a JSON-lines file; blank lines are skipped.
+
+    Args:
+        path (`str` or `PathLike`):
+            The file, in UTF-8, one row (see [`from_row`]) a line.
+
+    Raises:
+        `ValueError`: If a line is not a valid row, or if there is none. The message names the file and the line.
+    """
+    records = [from_row(row, where) for where, row in read_json_lines(path)]
+    if not records:
+        raise ValueError(f"{path} has no records")
+    return records
+
+
+def validate_dataset(dataset: Iterable[Mapping[str, Any]]) -> None:
+    """
+    Check every row of a dataset, so that a malformed one is found before training rather than in the middle of it.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `Iterable[Mapping]`):
+            The rows (see [`from_row`]). A streamed dataset is read to its end.
+
+    Raises:
+        `ValueError`: At the first malformed row, which the message names by its 0-based index.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns and all(field in columns for field in ("prompt", *TAGS)):
+        # Leaves image columns undecoded.
+        dataset = dataset.select_columns(["prompt", *TAGS])
+    for index, row in enumerate(dataset):
+        from_row(row, f"row {index}")
+
+
+def _parse_questions(value: Any, field: str, where: str) -> tuple[Question, ...]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: {field} is a string but not valid JSON ({error})") from error
+    if not isinstance(value, (list, tuple)):
+        hint = "; declare the column as a list of structs" if isinstance(value, Mapping) else ""
+        raise ValueError(f"{where}: {field} must be a list of questions, got {type(value).__name__}{hint}")
+    return tuple(_parse_question(item, field, f"{where}: {field}[{index}]") for index, item in enumerate(value))
+
+
+def _parse_question(item: Any, field: str, where: str) -> Question:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"{where} must be a mapping with 'question' and 'tag', got {type(item).__name__}")
+    for key in ("question", "tag"):
+        # `datasets` fills keys that only some rows have with None.
+        if item.get(key) is None:
+            raise ValueError(f"{where} has no '{key}'")
+        if not isinstance(item[key], str):
+            raise ValueError(f"{where}: '{key}' must be a string, got {item[key]!r}")
+    question, tag = item["question"].strip(), item["tag"]
+    is_valid = True if item.get("is_valid") is None else item["is_valid"]
+    if not question:
+        raise ValueError(f"{where}: 'question' is blank")
+    if tag not in TAGS[field]:
+        raise ValueError(f"{where}: unknown tag '{tag}'; the tags of {field} are {', '.join(TAGS[field])}")
+    if not isinstance(is_valid, bool):
+        raise ValueError(f"{where}: 'is_valid' must be true or false, got {is_valid!r}")
+    return Question(question, tag, is_valid)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Rows of a dataset one at a time, their images decoded within limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image
+
+from reward_models.files.image_decoding import EncodedImage, ImageLimits
+
+
+class PromptRows(Sequence[dict[str, Any]]):
+    """
+    Rows of a dataset whose images are decoded when a row is asked for, and never before their headers were measured: they
+    may come from strangers, and all at once they may not fit into memory.
+
+    Args:
+        dataset (`datasets.Dataset`): With any columns; `image`, if it is there, is one of images.
+        limits ([`ImageLimits`], *optional*): The largest image that is decoded.
+    """
+
+    def __init__(self, dataset: Dataset, limits: ImageLimits | None = None) -> None:
+        self.limits = limits or ImageLimits()
+        has_images = isinstance(dataset.features.get("image"), Image)
+        self._dataset = dataset.cast_column("image", Image(decode=False)) if has_images else dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """
+        Raises:
+            `ValueError`: If the row's image is too large, damaged, or of a format that is not decoded.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no row {index} of {len(self)}")
+        row = self._dataset[index]
+        if row.get("image") is None:
+            return row
+        try:
+            return {**row, "image": encoded_image(row["image"], self.limits).decode()}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"row {index}: {error}") from error
+
+
+def encoded_image(image: Mapping[str, Any], limits: ImageLimits) -> EncodedImage:
+    """
+    An image as `datasets.Image(decode=False)` gives it.
+
+    Args:
+        image (`Mapping[str, Any]`): With `bytes`, or with the `path` of a file.
+        limits ([`ImageLimits`]): Of its size.
+
+    Raises:
+        `OSError`: If the file cannot be read.
+        `ValueError`: If there is neither, or the image is too large or of a format that is not decoded.
+    """
+    data, path = image.get("bytes"), image.get("path")
+    if data is None and path is None:
+        raise ValueError("the image is missing")
+    return EncodedImage.from_bytes(data if data is not None else Path(path).read_bytes(), limits)

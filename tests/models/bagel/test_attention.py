@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Attention of noised copies, and the gradient that they send to their context, or do not."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.models.bagel import attention as attention_module
+from alphagrpo_ext.models.bagel.attention import BucketLayout, CopyStates
+from alphagrpo_ext.models.bagel.layout import NOISED_BLOCK, PADDING_BLOCK, visibility_mask
+from alphagrpo_ext.models.bagel.packing import Bucket, pack_trajectories
+from alphagrpo_ext.models.contract import BRANCHES, PackedBatch, PackedOutput
+from alphagrpo_ext.rollout.denoising import DenoisingConfig
+from alphagrpo_ext.trajectory import Trajectory
+
+
+CONFIG = DenoisingConfig(
+    num_timesteps=7,
+    guidance=GuidanceConfig(text_scale=3.0, image_scale=1.5, interval=(0.8, 0.95)),
+    window_start=1,
+    window_size=3,
+)
+
+
+@pytest.fixture
+def trajectories(tiny_bagel: BagelModel, rollout: Callable) -> list[Trajectory]:
+    """Several tasks, image sizes and numbers of rounds, and guidance in a part of the window."""
+    tasks = (("think", (2, 3)), ("edit", (4, 2)), ("two_rounds", (3, 3)))
+    return [
+        trajectory
+        for i, (task, grid) in enumerate(tasks)
+        for trajectory in rollout(tiny_bagel, task, CONFIG, grid=grid, seed=i)[:2]
+    ]
+
+
+def loss_of(output: PackedOutput, batch: PackedBatch) -> torch.Tensor:
+    """A loss that every velocity and every sampled token enters with a weight of its own."""
+    generator = torch.Generator().manual_seed(1)
+    velocities = output.velocities * batch.velocities.mask[:, :, None]
+    return (velocities * torch.randn(velocities.shape, generator=generator)).sum() + (
+        output.log_probs * torch.randn(output.log_probs.shape, generator=generator)
+    ).sum()
+
+
+def gradients(model: BagelModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=2e-5 * gradient.abs().max().clamp(min=1))
+
+
+def forward_under_mask_of_all_pairs(model: BagelModel, batch: PackedBatch) -> PackedOutput:
+    """The packed sequence as a plain one, who sees whom decided pair by pair."""
+    return model(**{name: tensor for name, tensor in batch.inputs.items() if name != "buckets"})
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_losses_and_gradients_are_those_under_the_mask_of_all_pairs(
+    tiny_bagel: BagelModel, trajectories: list[Trajectory], attn_implementation: str
+) -> None:
+    tiny_bagel.set_attn_implementation(attn_implementation)
+    batch = tiny_bagel.pack(trajectories, CONFIG.guidance)
+    expected = forward_under_mask_of_all_pairs(tiny_bagel, batch)
+    expected_gradients = gradients(tiny_bagel, loss_of(expected, batch))
+    actual = tiny_bagel(**batch.inputs)
+    torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)
+    mask = batch.velocities.mask
+    torch.testing.assert_close(actual.velocities[mask], expected.velocities[mask], rtol=0, atol=1e-5)
+    assert_equal_gradients(gradients(tiny_bagel, loss_of(actual, batch)), expected_gradients)
+
+
+def num_context_tokens(batch: PackedBatch) -> int:
+    return int((batch.inputs["blocks"] < NOISED_BLOCK).sum())
+
+
+class TestSharedContexts:
+    """Copies of several branches and trajectories hang on one context; without sharing, each has its own."""
+
+    def test_losses_and_gradients_are_those_without_sharing(
+        self, tiny_bagel: BagelModel, trajectories: list[Trajectory]
+    ) -> None:
+        shared = tiny_bagel.pack(trajectories, CONFIG.guidance)
+        own = pack_trajectories(trajectories, CONFIG.guidance, tiny_bagel.config, shares_contexts=False)
+        assert num_context_tokens(shared) < 0.8 * num_context_tokens(own)
+        for name in ("image", "step", "branch", "mask"):
+            assert torch.equal(getattr(shared.velocities, name), getattr(own.velocities, name))
+        expected, actual = tiny_bagel(**own.inputs), tiny_bagel(**shared.inputs)
+        torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)
+        mask = shared.velocities.mask
+        torch.testing.assert_close(actual.velocities[mask], expected.velocities[mask], rtol=0, atol=1e-5)
+        assert_equal_gradients(
+            gradients(tiny_bagel, loss_of(actual, shared)), gradients(tiny_bagel, loss_of(expected, own))
+        )
+
+    def test_no_context_is_packed_twice(self, tiny_bagel: BagelModel, rollout: Callable) -> None:
+        """A group: every trajectory once, and once for all of them the one context that none of them begins with."""
+        config = replace(CONFIG, guidance=replace(CONFIG.guidance, interval=(0.0, 1.0)))
+        members = rollout(tiny_bagel, "edit", config)[:2]
+        (first, second), (request,) = members, members[0].sampled_images[0].guidance_contexts["image_dropped"]
+        assert second.sampled_images[0].guidance_contexts["image_dropped"] == [request]
+        batch = tiny_bagel.pack(members, config.guidance)
+        own_rows, shared_row = batch.inputs["buckets"].tolist()
+        num_steps, branches = CONFIG.window_size, len(BRANCHES)
+        assert own_rows[0] == len(members)
+        assert own_rows[3] == num_steps * (branches - 1)
+        assert shared_row[:4] == [
+            1,
+            len(request.content_ids) + 2,
+            0,
+            len(members) * num_steps,
+        ]
+        # The picture that both look at goes through the vision tower once.
+        assert len(batch.inputs["vit_patches"]) == 1
+        assert len(batch.inputs["vit_index"]) == len(members)
+        assert second.segments[0] is first.segments[0]
+
+    def test_contexts_of_a_window_in_parts_are_shared(self, tiny_bagel: BagelModel, rollout: Callable) -> None:
+        """A copy of a segment that holds the same tensors is the same context."""
+        trajectories = rollout(tiny_bagel, "two_rounds", CONFIG)[:1]
+        copied = [Trajectory([replace(segment) for segment in t.segments]) for t in trajectories]
+        expected, actual = (tiny_bagel.pack(t, CONFIG.guidance).inputs for t in (trajectories, copied))
+        assert torch.equal(actual["buckets"], expected["buckets"])
+        assert torch.equal(actual["horizons"], expected["horizons"])
+
+    def test_rows_of_unequal_shape_are_not_padded_to_each_other(
+        self, tiny_bagel: BagelModel, trajectories: list[Trajectory]
+    ) -> None:
+        inputs = tiny_bagel.pack(trajectories, CONFIG.guidance).inputs
+        assert len(inputs["buckets"]) > 3
+        # What is left pads texts of unequal length.
+        assert (inputs["blocks"] == PADDING_BLOCK).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "sdpa of other devices"])
+def test_kernels_agree_with_masked_attention(kernel: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel against SDPA under the mask of all pairs, padding of contexts and of copies included."""
+    attention = attention_module.copy_attention(kernel)
+    if kernel == "sdpa of other devices":
+        monkeypatch.setattr(attention_module, "flash_on_cpu", attention_module.concatenated)
+    bucket, heads, head_dim = Bucket(rows=2, context_und=6, context_gen=4, copies=3, copy_latents=5), 4, 8
+    context_blocks = torch.tensor(
+        [[0, 0, 0, 0, 2, 2, 1, 1, 1, 1], [0, 0, 0, 0, 0, PADDING_BLOCK, 1, 1, *[PADDING_BLOCK] * 2]]
+    )
+    # A copy that sees all, one that sees the beginning, and one that sees nothing but itself.
+    horizons = torch.tensor([[3, 1, 0], [2, 1, 2]])[:, :, None].expand(-1, -1, bucket.copy_tokens)
+    blocks = (NOISED_BLOCK + torch.arange(bucket.copies))[:, None].repeat(bucket.rows, 1, bucket.copy_tokens)
+    blocks[1, :, 5:] = PADDING_BLOCK
+    horizons = torch.where(blocks == PADDING_BLOCK, 0, horizons)
+    contexts = (
+        torch.zeros_like(context_blocks),
+        context_blocks,
+        torch.where(context_blocks == PADDING_BLOCK, 0, context_blocks),
+    )
+    layout = BucketLayout.of(bucket, contexts, (torch.zeros_like(blocks), blocks, horizons)).additive(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    num_context = context_blocks.shape[1]
+    shape = (bucket.rows, num_context + bucket.copies * bucket.copy_tokens)
+    states = [
+        torch.randn(*shape, n, head_dim, generator=generator, requires_grad=True) for n in (heads, kv_heads, kv_heads)
+    ]
+    mask = visibility_mask(
+        *(
+            torch.cat([c, own.flatten(1)], dim=1)
+            for c, own in zip(contexts, (torch.zeros_like(blocks), blocks, horizons), strict=True)
+        )
+    )
+    query, key, value = (x.transpose(1, 2) for x in states)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask[:, None], scale=0.3, enable_gqa=True
+    )
+    seen = (blocks != PADDING_BLOCK).flatten(1)
+    expected = dense.transpose(1, 2)[:, num_context:][seen]
+    weights = torch.randn(expected.shape, generator=generator)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), states)
+    own_query, own_key, own_value = (x[:, :, num_context:] for x in (query, key, value))
+    states_of_copies = CopyStates(own_query, key[:, :, :num_context], value[:, :, :num_context], own_key, own_value)
+    actual = attention(states_of_copies, layout, 0.3).transpose(1, 2)[seen]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6)
+    actual_gradients = torch.autograd.grad((actual * weights).sum(), states)
+    for gradient, other in zip(actual_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=5e-6)
+
+
+def detached_reference(model: BagelModel, batch: PackedBatch) -> dict[str, torch.Tensor]:
+    """
+    Gradients of the texts of the exact forward, and of velocities with the contexts' keys and values cut off: the context
+    of each copy is run once more without gradient, as a sequence of what it sees, and the copy predicted from it alone.
+    """
+    inputs, layout = batch.inputs, batch.velocities
+    num_und, rows = inputs["input_ids"].shape[1], inputs["rows"][0]
+    positions, blocks, horizons = (inputs[name][0] for name in ("positions", "blocks", "horizons"))
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(len(layout.image), *layout.mask.shape[1:], model.config.latent_channels, generator=generator)
+    token_weights = torch.randn(len(inputs["score_targets"]), generator=generator)
+    text_loss = (model(**inputs).log_probs * token_weights).sum()
+    und, gen = model.embed_rows(inputs)
+    decoder, image_loss = model.language_model.model, torch.zeros(())
+    for i, places in enumerate(inputs["velocity_index"]):
+        place = num_und + int(places[0])
+        visible = ((rows == rows[place]) & (blocks < horizons[place])).nonzero().flatten()
+        of_und, of_gen = visible[visible < num_und], visible[visible >= num_und]
+        own = ((rows == rows[place]) & (blocks == blocks[place])).nonzero().flatten()
+        delimiters, latents = own[own < num_und], own[own >= num_und]
+        assert len(latents) == int(layout.mask[i].sum())
+        layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if len(visible):
+            with torch.no_grad():
+                decoder(
+                    und[:, of_und],
+                    gen[:, of_gen - num_und] if len(of_gen) else None,
+                    positions[None, visible],
+                    visibility_mask(*(x[None, visible] for x in (positions, blocks, horizons))),
+                    CachedContext(layers),
+                    prefill=True,
+                )
+        _, output = decoder(
+            und[:, delimiters],
+            gen[:, latents - num_und],
+            positions[None, own],
+            torch.zeros(1, 1, 1, dtype=torch.bool),
+            CachedContext(layers),
+        )
+        image_loss = image_loss + (model.llm2vae(output)[0] * weights[i, : len(latents)]).sum()
+    return gradients(model, text_loss + image_loss)
+
+
+class CachedContext:
+    """Keys and values of what a copy sees, attended to by concatenation: the plainest cache there is."""
+
+    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.layers = layers
+
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        assert layer == len(self.layers)
+        self.layers.append((keys, values))
+
+    def attend(self, layer, query, key, value, bias, scaling) -> torch.Tensor:
+        if self.layers:
+            keys, values = self.layers[layer]
+            key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager", "flex_attention"])
+def test_detached_context(tiny_bagel: BagelModel, trajectories: list[Trajectory], attn_implementation: str) -> None:
+    batch = tiny_bagel.pack(trajectories, CONFIG.guidance)
+    assert {BRANCHES[b] for b in batch.velocities.branch} == set(BRANCHES)
+    expected = tiny_bagel(**batch.inputs)
+    expected_gradients = detached_reference(tiny_bagel, batch)
+    exact_gradients = gradients(tiny_bagel, loss_of(tiny_bagel(**batch.inputs), batch))
+    tiny_bagel.set_attn_implementation(attn_implementation)
+    actual = tiny_bagel(**batch.inputs, context_gradient="detached")
+    torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)
+    mask = batch.velocities.mask
+    torch.testing.assert_close(actual.velocities[mask], expected.velocities[mask], rtol=0, atol=1e-5)
+    actual_gradients = gradients(tiny_bagel, loss_of(actual, batch))
+    assert_equal_gradients(actual_gradients, expected_gradients)
+    name = "language_model.model.layers.0.mlp.down_proj.weight"
+    assert not torch.allclose(actual_gradients[name], exact_gradients[name], rtol=0.05)
+
+
+def test_detached_context_under_gradient_checkpointing(tiny_bagel: BagelModel, trajectories: list[Trajectory]) -> None:
+    batch = tiny_bagel.pack(trajectories, CONFIG.guidance)
+    expected = gradients(tiny_bagel, loss_of(tiny_bagel(**batch.inputs, context_gradient="detached"), batch))
+    tiny_bagel.train()
+    tiny_bagel.gradient_checkpointing_enable({"use_reentrant": False})
+    actual = gradients(tiny_bagel, loss_of(tiny_bagel(**batch.inputs, context_gradient="detached"), batch))
+    assert_equal_gradients(actual, expected)
+
+
+def test_detached_context_without_texts_or_guidance(tiny_bagel: BagelModel, rollout: Callable) -> None:
+    config = replace(CONFIG, guidance=GuidanceConfig(text_scale=1.0))
+    for task in ("t2i", "think"):
+        batch = tiny_bagel.pack(rollout(tiny_bagel, task, config), config.guidance)
+        expected = tiny_bagel(**batch.inputs)
+        actual = tiny_bagel(**batch.inputs, context_gradient="detached")
+        torch.testing.assert_close(actual.velocities, expected.velocities, rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=5e-6)
+
+    def test_equal_texts_are_one_context(self, tiny_bagel: BagelModel, rollout: Callable) -> None:
+        """Whoever encoded them: rollouts that a checkpoint kept are other objects than those they were."""
+        members = rollout(tiny_bagel, "edit", CONFIG)[:2]
+        expected = tiny_bagel.pack(members, CONFIG.guidance).inputs["buckets"]
+        for member in members:
+            (image,) = member.sampled_images
+            image.guidance_contexts["image_dropped"] = copy.deepcopy(image.guidance_contexts["image_dropped"])
+        assert torch.equal(tiny_bagel.pack(members, CONFIG.guidance).inputs["buckets"], expected)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The estimate of memory against what processes took, and against counts that can be done by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from alphagrpo_ext.models.bagel import BagelConfig
+from alphagrpo_ext.shapes.model import build_config, build_processor
+from recipe_tools.memory import LiveBytes, MemorySettings, estimate_memory
+
+
+TINY = MemorySettings(
+    lora_rank=8,
+    batch_size=32,
+    prompt_tokens=20,
+    thought_tokens=40,
+    height=24,
+    width=24,
+    sde_window_size=3,
+    attn_implementation="sdpa",
+    dtype="float32",
+    autocast=False,
+)
+FULL = replace(TINY, lora_rank=None)
+
+
+def tiny_config() -> BagelConfig:
+    return build_config(build_processor().tokenizer)
+
+
+def mid_size_config() -> BagelConfig:
+    """About 100 million parameters, of images of 8 x 8 tokens."""
+    config = tiny_config().to_dict()
+    config["text_config"] |= {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "layer_types": None,
+    }
+    return BagelConfig.from_dict(config | {"max_latent_size": 8})
+
+
+def measure(config: BagelConfig, settings: MemorySettings) -> int:
+    """Peak of a process, in bytes, that trains for two optimizer steps."""
+    script = Path(__file__).parents[1] / "support" / "measure_update.py"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        # What is freed goes back to the system, so that the peak is that of what is alive.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    arguments = [json.dumps(config.to_dict()), json.dumps(vars(settings))]
+    result = subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.low_priority
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(FULL, id="full"),
+        pytest.param(replace(FULL, gradient_checkpointing=False, sde_window_size=5, num_branches=1), id="kept"),
+    ],
+)
+def test_estimate_of_the_tiny_model(settings: MemorySettings) -> None:
+    estimate = estimate_memory(tiny_config(), settings)
+    assert estimate.total == pytest.approx(measure(tiny_config(), settings), rel=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.low_priority
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"lora_rank": None}, id="full"),
+        pytest.param({"lora_rank": None, "gradient_checkpointing": False}, id="full, kept"),
+        pytest.param({"lora_rank": 32}, id="LoRA"),
+        pytest.param({"lora_rank": 32, "gradient_checkpointing": False, "dtype": "bfloat16"}, id="LoRA, kept, bf16"),
+    ],
+)
+def test_estimate_of_a_model_of_100_million_parameters(settings: dict) -> None:
+    settings = replace(TINY, height=32, width=32, batch_size=8, sde_window_size=5, **settings)
+    estimate = estimate_memory(mid_size_config(), settings)
+    assert estimate.total == pytest.approx(measure(mid_size_config(), settings), rel=0.25)
+
+
+def test_counts() -> None:
+    config = tiny_config()
+    lora = estimate_memory(config, TINY)
+    # Of both experts and 6 layers, a rank of 8: q, k, v, o, gate, up and down.
+    adapter = 2 * 6 * 8 * (4 * (128 + 128) + 3 * (128 + 256))
+    assert lora.gradients == 4 * adapter
+    assert lora.optimizer == 8 * adapter
+    assert (lora.reference, lora.gathered) == (0, 0)
+    full = estimate_memory(config, replace(FULL, with_reference=True))
+    assert lora.weights == full.weights + 4 * adapter
+    assert full.reference == full.weights
+    assert full.gradients < full.weights
+    assert full.optimizer == 2 * full.gradients
+    half = estimate_memory(config, replace(FULL, num_shards=2))
+    assert half.weights == full.weights // 2
+    assert half.optimizer == full.optimizer // 2
+    assert half.activations == full.activations
+    assert 0 < half.gathered < half.weights
+    # Masters in fp32 of what is computed in bf16.
+    masters = estimate_memory(config, replace(FULL, num_shards=2, dtype="bfloat16", autocast=True))
+    assert (masters.gradients, masters.optimizer) == (half.gradients, half.optimizer)
+    assert masters.weights == pytest.approx(half.weights, rel=0.1)
+    # The autoencoder stays fp32.
+    assert masters.gathered < 0.65 * half.gathered
+    generation = estimate_memory(config, replace(TINY, lora_targets="generation"))
+    assert generation.gradients == lora.gradients // 2
+
+
+def test_what_saves_memory_and_what_takes_it() -> None:
+    config = tiny_config()
+
+    def activations(**changes: object) -> int:
+        return estimate_memory(config, replace(TINY, **changes)).activations
+
+    base = activations()
+    assert activations(gradient_checkpointing=False) > 2 * base
+    assert activations(image_steps_per_forward=1) < 0.8 * base
+    assert activations(image_steps_per_forward=3) == base
+    assert activations(attn_implementation="flex_attention") < base < activations(attn_implementation="eager")
+    assert activations(sde_window_size=6) > 1.3 * base
+    assert activations(batch_size=64) == pytest.approx(2 * base, rel=0.1)
+    assert activations(num_branches=1) < base < activations(num_branches=3, context_images=1)
+    assert activations(autocast=True) < base
+
+
+def test_only_what_is_alive_counts() -> None:
+    known = torch.zeros(1000)
+    with LiveBytes([known], ignored_sizes=[12]) as tracker:
+        doubled = known * 2
+        assert tracker.live == 4000
+        view = doubled[:10].t()
+        assert tracker.live == 4000
+        known.add_(1)
+        torch.zeros(3)
+        assert tracker.live == 4000
+        tripled = known * 3
+        del doubled
+        assert tracker.live == 8000
+        del view
+        assert tracker.live == 4000
+        del tripled
+    assert (tracker.live, tracker.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 0}, "lora_rank must be at least 1 or left out, but is 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, but is 0"),
+        ({"num_branches": 4}, "num_branches must be 1 to 3, but is 4"),
+        ({"attn_implementation": "flash"}, "attn_implementation must be one of sdpa"),
+        ({"lora_targets": "all"}, "lora_targets must be one of both"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, but is 'int8'"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes)

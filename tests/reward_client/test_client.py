@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from alphagrpo_ext.openrlhf.environment import PluginConfig
+from alphagrpo_ext.reward_client import client
+from alphagrpo_ext.reward_client.client import (
+    AsyncRewardClient,
+    PaintRequest,
+    RewardClient,
+    RewardServerError,
+    noise_seed,
+    parse_label,
+)
+
+
+@pytest.fixture(params=["sync", "async"])
+def ask(request: pytest.FixtureRequest) -> Any:
+    """Calls a method of either client and closes it."""
+
+    async def ask_async(config: PluginConfig, method: str, *args: Any) -> Any:
+        reward_client = AsyncRewardClient(config)
+        try:
+            return await getattr(reward_client, method)(*args)
+        finally:
+            await reward_client.aclose()
+
+    def call(url: str, method: str, *args: Any, **settings: Any) -> Any:
+        config = PluginConfig(server_url=url, **{"max_retries": 3, "timeout": 60.0, **settings})
+        if request.param == "async":
+            return asyncio.run(ask_async(config, method, *args))
+        reward_client = RewardClient(config)
+        try:
+            return getattr(reward_client, method)(*args)
+        finally:
+            reward_client.close()
+
+    return call
+
+
+def test_generate_sends_everything_and_brings_images(ask, server, example) -> None:
+    image = Image.effect_noise((24, 24), 90).convert("RGB")
+    requests = [PaintRequest("a", example.right, seed=5), PaintRequest("b", "no plan", image)]
+    painted = ask(server.url, "generate", requests)
+    assert [picture.tobytes() for picture in painted] == [
+        server.paint(example.right).tobytes(),
+        server.paint("").tobytes(),
+    ]
+    ((path, body),) = server.requests
+    assert path == "/generate"
+    assert body["items"][0] == {"prompt": "a", "thought": example.right, "image": None, "seed": 5}
+    assert client.decode_image(body["items"][1].pop("image")).tobytes() == image.tobytes()
+    assert body["items"][1] == {"prompt": "b", "thought": "no plan", "seed": None}
+
+
+def test_score_is_the_judges(ask, server, example) -> None:
+    images = [server.paint(example.right), server.paint(example.wrong)]
+    right, wrong = ask(server.url, "score", images, [example.label, example.label])
+    assert right.strict_pass is True and right.reward > 0.9
+    assert wrong.strict_pass is False and wrong.reward < right.reward
+    assert len(right.semantic) == len(example.label.semantic_questions)
+    assert right.logs == {
+        "semantic": pytest.approx(sum(right.semantic) / len(right.semantic)),
+        "quality": pytest.approx(sum(right.quality) / len(right.quality)),
+        "strict_pass": 1.0,
+    }
+
+
+def test_side_without_an_answer_is_not_a_number() -> None:
+    logs = client.ImageScore(0.5, (0.5, None), (), False).logs
+    assert logs["semantic"] == 0.5 and math.isnan(logs["quality"])
+
+
+def test_key_goes_along_and_a_wrong_one_is_refused_at_once(ask, make_server) -> None:
+    server = make_server(key="right")
+    ask(server.url, "generate", [PaintRequest("a")], server_key="right")
+    for settings in ({}, {"server_key": "wrong-key"}):
+        with pytest.raises(RewardServerError, match="set ALPHAGRPO_SERVER_KEY") as caught:
+            ask(server.url, "generate", [PaintRequest("a")], **settings)
+        assert "wrong-key" not in str(caught.value)
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_passing_trouble_passes(ask, server, status: int) -> None:
+    server.faults.extend([(status, {}, {"detail": "later"})] * 2)
+    assert len(ask(server.url, "generate", [PaintRequest("a")])) == 1
+    assert len(server.requests) == 3
+
+
+def test_server_says_when_to_come_back(ask, server) -> None:
+    server.faults.append((429, {"Retry-After": "1"}, {}))
+    start = time.monotonic()
+    ask(server.url, "generate", [PaintRequest("a")])
+    assert time.monotonic() - start >= 1.0
+
+
+def test_lasting_trouble_is_an_error_after_the_last_try(ask, server, example) -> None:
+    server.faults.extend([(503, {}, {"detail": "the judge is down"})] * 9)
+    with pytest.raises(RewardServerError, match="503 after 4 tries.*the judge is down"):
+        ask(server.url, "score", [server.paint("")], [example.label])
+    assert len(server.requests) == 4
+
+
+def test_request_at_fault_is_not_sent_again(ask, server) -> None:
+    server.faults.append((422, {}, {"detail": "items[0]: prompt is empty"}))
+    with pytest.raises(RewardServerError, match="refused a request to /generate.*prompt is empty"):
+        ask(server.url, "generate", [PaintRequest("")])
+    assert len(server.requests) == 1
+
+
+def test_server_out_of_reach_names_the_variable(ask) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(RewardServerError, match=rf":{port} \(ALPHAGRPO_SERVER_URL\) is out of reach after 2 tries"):
+        ask(f"http://127.0.0.1:{port}", "generate", [PaintRequest("a")], max_retries=1)
+
+
+def test_slow_server_names_the_variable(ask, make_server) -> None:
+    server = make_server(delay=1.0)
+    with pytest.raises(RewardServerError, match="did not answer in 0.2 s after 1 try: raise ALPHAGRPO_TIMEOUT"):
+        ask(server.url, "generate", [PaintRequest("a")], timeout=0.2, max_retries=0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("hello", "hardly the reward server"),
+        ({"pictures": []}, "hardly the reward server"),
+        ({"images": []}, "must send 1 images"),
+        ({"images": "aGVsbG8="}, "must send 1 images"),
+        ({"images": ["aGVsbG8="]}, "cannot be read"),
+        ({"images": ["?"]}, "cannot be read"),
+        ({"images": [None]}, "cannot be read"),
+    ],
+)
+def test_strange_image_is_an_error(ask, server, answer: Any, message: str) -> None:
+    server.faults.append((200, {}, answer))
+    with pytest.raises(RewardServerError, match=message):
+        ask(server.url, "generate", [PaintRequest("a")])
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ({"reward": None, "semantic": [None], "quality": [], "strict_pass": None}, "could not score image 0"),
+        ({"reward": 0.5}, "cannot be read"),
+        (0.5, "cannot be read"),
+    ],
+)
+def test_missing_score_is_never_a_reward(ask, server, example, score: Any, message: str) -> None:
+    server.faults.append((200, {}, {"scores": [score]}))
+    with pytest.raises(RewardServerError, match=message):
+        ask(server.url, "score", [server.paint("")], [example.label])
+
+
+def test_no_more_requests_at_once_than_allowed(make_server) -> None:
+    server = make_server(delay=0.05)
+
+    async def many() -> None:
+        reward_client = AsyncRewardClient(PluginConfig(server_url=server.url, max_concurrency=3, timeout=60.0))
+        await asyncio.gather(*(reward_client.generate([PaintRequest(str(i))]) for i in range(12)))
+        await reward_client.aclose()
+
+    asyncio.run(many())
+    assert len(server.requests) == 12 and server.peak == 3
+
+
+def test_threads_share_a_client_and_loops_do_too(server, example) -> None:
+    config = PluginConfig(server_url=server.url)
+    shared = RewardClient(config)
+    painted: list[bytes] = []
+    threads = [
+        threading.Thread(
+            target=lambda: painted.append(shared.generate([PaintRequest("a", example.right)])[0].tobytes())
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert painted == [server.paint(example.right).tobytes()] * 8
+    across_loops = AsyncRewardClient(config)
+    for _ in range(2):
+        assert len(asyncio.run(across_loops.generate([PaintRequest("a")]))) == 1
+
+
+def test_label_is_read(example) -> None:
+    assert parse_label(json.dumps({**vars(example.label), "category": "colors"})) == example.label
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("", "not JSON"),
+        (None, "not JSON"),
+        ("[1]", "JSON of a record"),
+        ('{"semantic_questions": [], "quality_questions": []}', "'prompt' must be a text"),
+        ('{"prompt": " ", "semantic_questions": [], "quality_questions": []}', "'prompt' must be a text"),
+        ('{"prompt": "a", "quality_questions": []}', "'semantic_questions' must be a list"),
+        ('{"prompt": "a", "semantic_questions": [], "quality_questions": "[]"}', "'quality_questions' must be a list"),
+    ],
+)
+def test_bad_label_says_how_to_make_one(label: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*recipes/openrlhf_prompts.py"):
+        parse_label(label)
+
+
+def test_noise_is_a_groups_own() -> None:
+    assert noise_seed(None, "a", 0) is None
+    assert noise_seed(0, "a", 0) == noise_seed(0, "a", 0)
+    seeds = {noise_seed(seed, prompt, turn) for seed in (0, 1) for prompt in "ab" for turn in (0, 1)}
+    assert len(seeds) == 8 and all(0 <= seed < 2**31 for seed in seeds)

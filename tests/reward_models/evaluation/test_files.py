@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from alphagrpo_ext.shapes.editing import editing_rows
+from reward_models.evaluation.files import evaluate_once, load_evaluations, save_evaluations, settings_digest
+from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+
+
+def evaluation(reward: float | None, round: int = 0) -> Evaluation:
+    image = Image.effect_noise((7, 5), 60).convert("RGB")
+    samples = [
+        EvaluatedSample(index, seed, "count", "two circles", "a plan", image, reward, reward and reward > 0.5)
+        for seed in range(2)
+        for index in range(2)
+    ]
+    return Evaluation(samples, round)
+
+
+def test_evaluations_are_read_as_they_were_written(tmp_path: Path) -> None:
+    written = [evaluation(0.1 + 0.2), evaluation(None, round=1)]
+    save_evaluations(tmp_path / "kept", "digest", written)
+    read = load_evaluations(tmp_path / "kept", "digest")
+    for actual, expected in zip(read, written, strict=True):
+        assert actual.summary() == expected.summary()
+        assert actual.round == expected.round
+        for sample, original in zip(actual.samples, expected.samples, strict=True):
+            assert sample.image.tobytes() == original.image.tobytes()
+            parts = [{k: v for k, v in vars(s).items() if k != "image"} for s in (sample, original)]
+            assert parts[0] == parts[1]
+
+
+def test_kept_evaluation_is_taken_only_by_a_run_that_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = []
+
+    def run(reuse: bool, digest: str) -> float:
+        def evaluate() -> list[Evaluation]:
+            made.append(len(made) + 1)
+            return [evaluation(made[-1] / 10)]
+
+        (result,) = evaluate_once(tmp_path / "kept", digest, reuse, evaluate)
+        return result.total.reward
+
+    one, other = settings_digest("model", [1]), settings_digest("model", [2])
+    assert run(True, one) == pytest.approx(0.1)
+    assert run(True, one) == pytest.approx(0.1)
+    assert run(False, one) == pytest.approx(0.2)
+    assert run(True, one) == pytest.approx(0.2)
+    assert run(True, other) == pytest.approx(0.3)
+    assert "made with other settings" in caplog.text
+    assert made == [1, 2, 3]
+
+
+def test_unfinished_folder_is_not_taken(tmp_path: Path) -> None:
+    # As a kill while writing leaves it.
+    (tmp_path / "kept.tmp").mkdir()
+    (tmp_path / "kept.tmp" / "0-0-0.png").write_bytes(b"half")
+    assert load_evaluations(tmp_path / "kept", "digest") is None
+    save_evaluations(tmp_path / "kept", "digest", [evaluation(0.5)])
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert len(list((tmp_path / "kept").glob("*.png"))) == 4
+
+
+def test_digest_of_images_is_the_same_in_every_process() -> None:
+    code = "from alphagrpo_ext.shapes.editing import editing_rows\n"
+    code += "from reward_models.evaluation.files import settings_digest\n"
+    code += "print(settings_digest('model', editing_rows(4, seed=0)))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == settings_digest("model", editing_rows(4, seed=0))
+
+
+def test_digest_tells_pixels_and_fields_apart() -> None:
+    @dataclass
+    class Settings:
+        image: Image.Image
+        sizes: tuple[int, ...] = (1, 2)
+
+    red, other = Image.new("RGB", (3, 2), "red"), Image.new("RGB", (3, 2), (255, 0, 1))
+    assert settings_digest(Settings(red)) == settings_digest(Settings(red.copy()))
+    digests = {settings_digest(s) for s in (Settings(red), Settings(other), Settings(red, (1,)), {"image": red})}
+    assert len(digests) == 4
+
+
+def test_digest_of_what_only_has_an_address_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be compared"):
+        settings_digest({"judge": object()})
+
+
+def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    image = Image.new("RGB", (2, 2))
+    sample = EvaluatedSample(0, 1, "all", "a", "b", image, 0.5, True, (0.1 + 0.2, None), (1.0,))
+    save_evaluations(tmp_path / "kept", "digest", [Evaluation([sample])])
+    (read,) = load_evaluations(tmp_path / "kept", "digest")
+    assert (read.samples[0].semantic, read.samples[0].quality) == ((0.1 + 0.2, None), (1.0,))

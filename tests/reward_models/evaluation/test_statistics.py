@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from reward_models.evaluation.statistics import (
+    bootstrap_mean,
+    paired_difference,
+    sign_flip_p_value,
+    totals_by_prompt,
+)
+
+
+def test_totals_equal_hand_computation() -> None:
+    sums, counts = totals_by_prompt([7, 2, 7, 2, 5], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert sums.tolist() == [6.0, 5.0, 4.0]
+    assert counts.tolist() == [2, 1, 2]
+
+
+def test_interval_is_that_of_all_possible_draws() -> None:
+    # Three prompts can be drawn in 27 ways, which are few enough to write down.
+    values = [0.0, 1.0, 5.0]
+    means = [sum(draw) / 3 for draw in itertools.product(values, repeat=3)]
+    low, high = np.quantile(means, [0.1, 0.9])
+    estimate = bootstrap_mean([0, 1, 2], values, confidence=0.8)
+    assert estimate.value == pytest.approx(2.0)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high))
+
+
+def test_interval_has_the_width_of_the_normal_approximation() -> None:
+    values = np.random.default_rng(0).normal(size=2_000)
+    estimate = bootstrap_mean(range(2_000), values)
+    width = 2 * 1.96 * values.std() / math.sqrt(2_000)
+    assert estimate.high - estimate.low == pytest.approx(width, rel=0.03)
+    assert (estimate.low + estimate.high) / 2 == pytest.approx(values.mean(), abs=0.03 * width)
+
+
+def test_copies_of_a_prompt_do_not_narrow_the_interval() -> None:
+    values = np.random.default_rng(1).normal(size=200)
+    once = bootstrap_mean(range(200), values)
+    often = bootstrap_mean(np.repeat(np.arange(200), 8), np.repeat(values, 8))
+    assert (often.low, often.high) == pytest.approx((once.low, once.high))
+    assert (often.num_prompts, often.num_samples) == (200, 1_600)
+
+
+def test_prompts_with_more_samples_weigh_more() -> None:
+    # A prompt whose samples could not all be scored counts with those that could.
+    assert bootstrap_mean([0, 0, 0, 1], [1.0, 1.0, 1.0, 0.0]).value == 0.75
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        estimate = bootstrap_mean(range(60), rng.random(60), confidence=0.9, num_resamples=400)
+        covered += estimate.low <= 0.5 <= estimate.high
+    # Four standard errors of a binomial of 400.
+    assert covered / 400 == pytest.approx(0.9, abs=4 * math.sqrt(0.09 / 400))
+
+
+def test_equal_values_give_equal_intervals() -> None:
+    values = np.random.default_rng(3).random(50)
+    assert bootstrap_mean(range(50), values) == bootstrap_mean(range(50), values)
+    assert bootstrap_mean(range(50), values, seed=1) != bootstrap_mean(range(50), values)
+
+
+def test_more_prompts_than_a_chunk_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(4).random(30)
+    whole = bootstrap_mean(range(30), values, num_resamples=1_000)
+    flipped = sign_flip_p_value(values - 0.45)
+    monkeypatch.setattr("reward_models.evaluation.statistics._CHUNK_ELEMENTS", 64)
+    parts = bootstrap_mean(range(30), values, num_resamples=1_000)
+    assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), abs=0.02)
+    assert sign_flip_p_value(values - 0.45) == pytest.approx(flipped, abs=0.03)
+
+
+def test_no_samples_have_no_mean() -> None:
+    estimate = bootstrap_mean([], [])
+    assert (estimate.value, estimate.low, estimate.high, estimate.num_samples) == (None, None, None, 0)
+    assert paired_difference([], []).p_value is None
+
+
+@pytest.mark.parametrize("arguments", [{"confidence": 1.0}, {"confidence": 0.0}, {"num_resamples": 0}])
+def test_arguments_out_of_range_are_named(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        bootstrap_mean([0], [1.0], **arguments)
+
+
+@pytest.mark.parametrize("totals", [[1.0], [0.3, 0.2, -0.1], [1.0, -1.0, 2.0, 0.0, 0.5, 0.25], [0.1] * 9])
+def test_p_value_is_the_share_of_all_signs(totals: list[float]) -> None:
+    sums = [
+        abs(sum(s * t for s, t in zip(signs, totals, strict=True)))
+        for signs in itertools.product((-1, 1), repeat=len(totals))
+    ]
+    expected = sum(value >= abs(sum(totals)) - 1e-9 for value in sums) / len(sums)
+    assert sign_flip_p_value(np.array(totals)) == pytest.approx(expected)
+
+
+def test_p_value_of_passes_is_that_of_the_sign_test() -> None:
+    # 15 prompts fixed and 5 broken: McNemar's exact test, twice the upper tail of a fair binomial.
+    expected = 2 * sum(math.comb(20, k) for k in range(15, 21)) / 2**20
+    totals = np.array([1.0] * 15 + [-1.0] * 5 + [0.0] * 100)
+    assert sign_flip_p_value(totals, num_flips=40_000) == pytest.approx(expected, abs=0.005)
+
+
+def test_p_value_is_uniform_without_a_difference() -> None:
+    rng = np.random.default_rng(5)
+    p_values = [sign_flip_p_value(rng.normal(size=25), num_flips=500) for _ in range(400)]
+    for level in (0.1, 0.5):
+        share = np.mean(np.array(p_values) <= level)
+        assert share == pytest.approx(level, abs=4 * math.sqrt(level * (1 - level) / 400))
+
+
+def test_p_value_is_never_zero_and_one_without_differences() -> None:
+    assert sign_flip_p_value(np.ones(100), num_flips=99) == pytest.approx(0.01)
+    assert sign_flip_p_value(np.zeros(5)) == 1.0
+
+
+def test_paired_difference_is_narrower_than_its_parts() -> None:
+    rng = np.random.default_rng(6)
+    difficulty = rng.random(300)
+    old, new = (difficulty + 0.05 * rng.normal(size=300) for _ in range(2))
+    paired = paired_difference(range(300), new - old + 0.02)
+    alone = bootstrap_mean(range(300), new)
+    assert paired.difference.high - paired.difference.low < 0.4 * (alone.high - alone.low)
+    assert paired.difference.low < paired.difference.value < paired.difference.high
+    assert paired.p_value < 0.01

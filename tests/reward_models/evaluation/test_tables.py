@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.statistics import bootstrap_mean, paired_difference
+from reward_models.evaluation.tables import (
+    NamedEvaluation,
+    compare,
+    difference_table,
+    report,
+    save_reports,
+    score_table,
+)
+from reward_models.prompts.questions import PromptRecord, Question
+
+
+RECORDS = [
+    PromptRecord(
+        "two circles",
+        (
+            Question("Are there two circles?", "Count"),
+            Question("Not asked?", "Style", False),
+            Question("Red?", "Attribute"),
+        ),
+        (Question("Sharp?", "Geometry"),),
+    ),
+    PromptRecord("a square", (Question("Is there a square?", "Existence"),), ()),
+    PromptRecord("three squares", (Question("Are there three squares?", "Count"),), ()),
+]
+CATEGORIES = ("colors", "one", "counting")
+
+
+def sample(index: int, seed: int, semantic: tuple, quality: tuple = (), reward: float | None = 0.5) -> EvaluatedSample:
+    answers = (*semantic, *quality)
+    passed = None if None in answers else all(answer >= 0.5 for answer in answers)
+    return EvaluatedSample(
+        index,
+        seed,
+        CATEGORIES[index],
+        RECORDS[index].prompt,
+        f"thought {index}",
+        None,
+        reward,
+        passed,
+        semantic,
+        quality,
+    )
+
+
+OLD = Evaluation(
+    [
+        sample(0, 0, (0.9, 0.2), (0.6,), 0.5),
+        sample(1, 0, (0.1,), (), 0.1),
+        sample(2, 0, (0.4,), (), 0.4),
+        sample(0, 1, (0.7, 0.8), (0.9,), 0.8),
+        sample(1, 1, (None,), (), None),
+        sample(2, 1, (0.6,), (), 0.6),
+    ]
+)
+NEW = Evaluation(
+    [
+        sample(0, 0, (0.9, 0.9), (0.8,), 0.8),
+        sample(1, 0, (0.7,), (), 0.7),
+        sample(2, 0, (None,), (), None),
+        sample(0, 1, (0.8, 0.9), (0.9,), 0.9),
+        sample(1, 1, (0.9,), (), 0.9),
+        sample(2, 1, (0.5,), (), 0.5),
+    ]
+)
+BASELINE, TRAINED = NamedEvaluation("base", "thought", OLD), NamedEvaluation("trained", "thought", NEW)
+
+
+def test_tags_equal_hand_computation() -> None:
+    scores = {tag.name: tag for tag in report(BASELINE, RECORDS).tags}
+    assert list(scores) == ["Count", "Attribute", "Existence", "Geometry"]
+    # Questions that do not count are not asked, so "Red?" is the second answer.
+    assert scores["Attribute"].p_yes.value == pytest.approx((0.2 + 0.8) / 2)
+    assert scores["Count"].p_yes.value == pytest.approx((0.9 + 0.7 + 0.4 + 0.6) / 4)
+    assert scores["Count"].pass_rate.value == pytest.approx(3 / 4)
+    assert (scores["Count"].p_yes.num_prompts, scores["Count"].p_yes.num_samples) == (2, 4)
+    assert scores["Count"].p_yes == bootstrap_mean([0, 2, 0, 2], [0.9, 0.4, 0.7, 0.6])
+    assert (scores["Existence"].p_yes.value, scores["Existence"].num_failed) == (0.1, 1)
+    assert (scores["Geometry"].side, scores["Geometry"].pass_rate.value) == ("quality", 1.0)
+
+
+def test_groups_equal_hand_computation() -> None:
+    scores = report(BASELINE, RECORDS)
+    assert scores.total.reward == bootstrap_mean([0, 1, 2, 0, 2], [0.5, 0.1, 0.4, 0.8, 0.6])
+    assert scores.total.strict_pass_rate.value == pytest.approx(2 / 5)
+    assert scores.total.num_failed == 1
+    assert [group.name for group in scores.categories] == list(CATEGORIES)
+    assert scores.categories[0].reward.value == pytest.approx(0.65)
+    assert scores.refinement is None
+
+
+def test_refined_images_are_compared_with_the_first() -> None:
+    refined = report(replace(TRAINED, mode="round 1", initial=OLD), RECORDS)
+    assert refined.refinement.num_pairs == 4
+    assert refined.refinement.fixed == pytest.approx(2 / 4)
+
+
+def test_comparison_leaves_out_what_one_of_them_lacks() -> None:
+    differences = {entry.name: entry for entry in compare(BASELINE, TRAINED, RECORDS).differences}
+    assert differences["all"].reward == paired_difference([0, 1, 0, 2], [0.8 - 0.5, 0.7 - 0.1, 0.9 - 0.8, 0.5 - 0.6])
+    assert differences["all"].pass_rate.difference.value == pytest.approx(2 / 4)
+    assert differences["counting"].reward.difference.num_samples == 1
+    count = [0.0, 0.1, 0.5 - 0.6]
+    assert differences["Count"].reward.difference.value == pytest.approx(sum(count) / 3)
+    assert differences["Attribute"].pass_rate.difference.value == pytest.approx(0.5)
+
+
+def test_comparison_of_other_samples_is_refused() -> None:
+    fewer = replace(TRAINED, evaluation=Evaluation(NEW.samples[:-1]))
+    with pytest.raises(ValueError, match="base and trained were evaluated on other prompts"):
+        compare(BASELINE, fewer, RECORDS)
+
+
+def test_category_without_scores_has_none() -> None:
+    failed = Evaluation([replace(s, reward=None, strict_pass=None) for s in OLD.samples])
+    scores = report(replace(BASELINE, evaluation=failed), RECORDS)
+    assert scores.total.reward.value is None
+    assert "-" in score_table([scores]).splitlines()[-1].split()
+    assert "-" in difference_table(compare(BASELINE, replace(TRAINED, evaluation=failed), RECORDS)).splitlines()[-1]
+
+
+def test_files_hold_everything(tmp_path: Path) -> None:
+    image_file = tmp_path / "images" / "a.png"
+    image_file.parent.mkdir()
+    Image.new("RGB", (2, 2)).save(image_file)
+    kept = Evaluation([replace(s, image_file=str(image_file)) for s in OLD.samples])
+    evaluations = [
+        replace(BASELINE, evaluation=kept),
+        replace(TRAINED, model="base", mode="round 1", initial=OLD),
+        TRAINED,
+        replace(TRAINED, mode="direct"),
+    ]
+    table = save_reports(tmp_path, evaluations, RECORDS, {"seed": 3})
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["settings"] == {"seed": 3}
+    assert [(e["model"], e["mode"]) for e in content["evaluations"]] == [
+        ("base", "thought"),
+        ("base", "round 1"),
+        ("trained", "thought"),
+        ("trained", "direct"),
+    ]
+    assert content["evaluations"][1]["refinement"]["num_pairs"] == 4
+    # The baseline made no images in the mode "direct".
+    assert [(c["baseline"], c["model"], c["mode"]) for c in content["comparisons"]] == [("base", "trained", "thought")]
+    assert "base -> trained, thought" in table
+
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        rows = {(row["model"], row["mode"], row["scope"], row["name"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 4 * (1 + 3 + 4)
+    total = content["evaluations"][0]["total"]["reward"]
+    assert float(rows["base", "thought", "all", "all"]["reward_low"]) == total["low"]
+    assert rows["base", "thought", "semantic tag", "Count"]["pass_rate_value"] == "0.75"
+    assert rows["base", "thought", "semantic tag", "Count"]["reward_value"] == ""
+
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * 6
+    first = lines[0]
+    assert (first["model"], first["mode"], first["prompt_index"], first["noise_seed"]) == ("base", "thought", 0, 0)
+    assert (first["image"], first["thought"], first["quality"]) == ("images/a.png", "thought 0", 0.6)
+    assert first["semantic"] == pytest.approx(0.55)
+    assert [answer["question"] for answer in first["answers"]] == ["Are there two circles?", "Red?", "Sharp?"]
+    assert lines[4]["semantic"] is None and lines[4]["reward"] is None

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A real vision-language model class, tiny and with random weights: LLaVA, whose processor needs no torchvision."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from reward_models.arguments import RewardArguments
+from reward_models.judges.transformers import TransformersJudge
+from reward_models.judges.yes_no import QUESTION_PROMPT
+
+
+QUESTIONS = [
+    "Is there a cat?",
+    "Is the big cat on the left of the small dog red?",
+    "Yes?",
+    "Is it raining in the image?",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+    "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["Yes No yes no, yes. NO! Look at the image and answer the question"] * 10, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=["<image>"],
+    )
+
+
+@pytest.fixture(scope="module")
+def vlm() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    tokenizer = make_tokenizer()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        ).to_dict(),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=tokenizer.pad_token_id,
+        ).to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger than the usual initialisation, so that images and questions matter to the answer.
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    return model, processor
+
+
+def make_images(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@torch.no_grad()
+def by_hand(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, image: Image.Image, question: str
+) -> float:
+    """P(yes) of one question in a forward of its own, summed over the spellings in the vocabulary."""
+    text = f"USER: <image>{QUESTION_PROMPT.format(question=question)} ASSISTANT:"
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    probabilities = model(**inputs).logits[0, -1].double().softmax(-1)
+    by_word = {"yes": 0.0, "no": 0.0}
+    for token, token_id in processor.tokenizer.get_vocab().items():
+        word = token.replace("Ġ", "").strip(".,!").lower()
+        if word in by_word:
+            by_word[word] += probabilities[token_id].item()
+    return by_word["yes"] / (by_word["yes"] + by_word["no"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_probabilities_equal_a_softmax_by_hand(
+    vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor], batch_size: int
+) -> None:
+    judge = TransformersJudge(*vlm, batch_size=batch_size)
+    images = make_images(3)
+
+    async def ask() -> list[list[float]]:
+        answers = await asyncio.gather(*(judge.answer(image, QUESTIONS) for image in images))
+        await judge.aclose()
+        return answers
+
+    answers = asyncio.run(ask())
+    expected = [[by_hand(*vlm, image, question) for question in QUESTIONS] for image in images]
+    for actual, correct in zip(answers, expected, strict=True):
+        assert actual == pytest.approx(correct, abs=1e-5)
+    spread = np.array(expected)
+    assert spread.std(axis=0).min() > 1e-3, "the image does not matter"
+    assert spread.std(axis=1).min() > 1e-3, "the question does not matter"
+
+
+def test_the_image_is_read_once_for_all_questions(vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor]) -> None:
+    judge = TransformersJudge(*vlm)
+    first, second = make_images(2)
+    judge.probabilities(first, QUESTIONS)
+    assert judge._shares_prefix is True
+    num_images = []
+    tower = vlm[0].model.vision_tower
+    handle = tower.register_forward_pre_hook(
+        lambda module, args, kwargs: num_images.append(len(kwargs.get("pixel_values", args[0] if args else None))),
+        with_kwargs=True,
+    )
+    try:
+        shared = judge.probabilities(second, QUESTIONS)
+        assert num_images == [1]
+        judge._shares_prefix = False
+        padded = judge.probabilities(second, QUESTIONS)
+        assert num_images == [1, 4]
+    finally:
+        handle.remove()
+    assert shared == pytest.approx(padded, abs=1e-5)
+
+
+def test_a_model_that_cannot_share_a_prefix_gets_padded_batches(
+    vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = TransformersJudge(*vlm)
+    (image,) = make_images(1)
+    original = vlm[0].forward
+
+    def forward(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            raise NotImplementedError("no cache")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(vlm[0], "forward", forward)
+    expected = [by_hand(*vlm, image, question) for question in QUESTIONS]
+    for _ in range(2):
+        assert judge.probabilities(image, QUESTIONS) == pytest.approx(expected, abs=1e-5)
+    assert judge._shares_prefix is False
+
+
+def test_a_judge_is_loaded_by_name(vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor], tmp_path: Path) -> None:
+    model, processor = vlm
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    judge = RewardArguments(judge="transformers", judge_model=str(tmp_path), judge_batch_size=2).make_reward().judge
+    (image,) = make_images(1)
+    assert judge.batch_size == 2
+    assert judge.probabilities(image, QUESTIONS[:1]) == pytest.approx([by_hand(*vlm, image, QUESTIONS[0])], abs=1e-4)
+
+
+def test_a_judge_without_a_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs judge_model"):
+        RewardArguments(judge="transformers").make_reward()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from reward_models.files.image_decoding import ImageLimits
+from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.rows import PromptRows
+
+
+def write_prompts(folder: Path, **images: Image.Image) -> Path:
+    rows = []
+    for name, image in images.items():
+        image.save(folder / name.replace("_", "."))
+        question = {"question": "is there a circle ?", "tag": "Existence"}
+        rows.append(
+            {
+                "prompt": "extra circle",
+                "image": name.replace("_", "."),
+                "semantic_questions": [question],
+                "quality_questions": [],
+            }
+        )
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_images_of_files_are_decoded_in_rgb(tmp_path: Path) -> None:
+    path = write_prompts(
+        tmp_path, a_png=Image.new("RGBA", (3, 5), (9, 9, 9, 0)), b_png=Image.new("RGB", (4, 4), "red")
+    )
+    rows = PromptRows(load_prompts(str(path), "evaluation", 0))
+    assert len(rows) == 2
+    assert rows[0]["image"].mode == "RGB" and rows[0]["image"].getpixel((0, 0)) == (255, 255, 255)
+    assert [row["image"].size for row in rows] == [(3, 5), (4, 4)]
+
+
+def test_image_that_is_too_large_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, a_png=Image.new("RGB", (64, 64)), b_png=Image.new("RGB", (65, 64)))
+    rows = PromptRows(load_prompts(str(path), "evaluation", 0), ImageLimits(max_side=64))
+    assert rows[0]["image"].size == (64, 64)
+    with pytest.raises(ValueError, match="row 1: the image has 65 x 64 pixels"):
+        rows[1]
+
+
+def test_format_that_is_not_decoded_is_refused(tmp_path: Path) -> None:
+    rows = PromptRows(load_prompts(str(write_prompts(tmp_path, a_bmp=Image.new("RGB", (4, 4)))), "evaluation", 0))
+    with pytest.raises(ValueError, match="row 0: the image is not a readable PNG, JPEG, WEBP file"):
+        rows[0]
+
+
+def test_rows_without_image_stay_as_they_are() -> None:
+    features = Features({"prompt": Value("string"), "image": ImageFeature()})
+    rows = PromptRows(Dataset.from_dict({"prompt": ["a"], "image": [None]}, features))
+    assert rows[0] == {"prompt": "a", "image": None}
+    assert list(PromptRows(Dataset.from_dict({"prompt": ["a", "b"]}))) == [{"prompt": "a"}, {"prompt": "b"}]

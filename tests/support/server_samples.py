@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the tests of the reward server send to it, painters and judges that they need, and helpers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import random
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from alphagrpo_ext.shapes import (
+    IMAGE_SIZE,
+    parse_thought,
+    quality_questions,
+    render,
+    sample_prompt,
+    sample_scene,
+    sample_spec,
+    sample_violation,
+    semantic_questions,
+    thought,
+)
+from reward_models.dvreward import DVReward
+from reward_models.judges import Judge
+from reward_models.painters.policy import Painter, PainterArguments, PaintRequest
+from reward_models.server.__main__ import ServerArguments, create_app
+from support.loopback import serve
+
+
+KEY = "a-long-key"
+JSON = {"content-type": "application/json"}
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt of the shapes world with its questions, a plan that fulfils it, and an image that does and one that does not."""
+
+    record: dict[str, Any]
+    plan: str
+    right: Image.Image
+    wrong: Image.Image
+
+    def score_item(self, image: Image.Image | None = None) -> dict[str, Any]:
+        return {"image": encode(image or self.right), **self.record}
+
+    def reward_body(self, completion: str | None = None) -> dict[str, Any]:
+        prompt = TEMPLATE.format(self.record["prompt"])
+        query = prompt + (self.plan if completion is None else completion) + "<|im_end|>"
+        return {"query": [query], "prompts": [prompt], "labels": [json.dumps(self.record)]}
+
+
+def make_sample(seed: int) -> Sample:
+    rng = random.Random(seed)
+    spec = sample_spec(rng, "train")
+    scene = sample_scene(spec, rng)
+    record = {
+        "prompt": sample_prompt(spec, rng),
+        "semantic_questions": semantic_questions(spec),
+        "quality_questions": quality_questions(),
+    }
+    return Sample(record, thought(scene), render(scene), render(sample_violation(scene, spec, rng)))
+
+
+SAMPLES = [make_sample(seed) for seed in range(6)]
+SAMPLE = SAMPLES[0]
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def png_file(width: int, height: int, pixels: bytes) -> bytes:
+    """A PNG file with a header and pixel data of one's own, which need not fit each other."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+class ScenePainter(Painter):
+    """Draws the scene that a thought plans, and gray where it plans none; remembers what it was asked for."""
+
+    max_calls = 4
+
+    def __init__(self) -> None:
+        self.requests: list[PaintRequest] = []
+        self.closed = False
+
+    @classmethod
+    def from_arguments(cls, args: PainterArguments) -> ScenePainter:
+        return cls()
+
+    async def paint(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
+        self.requests += requests
+        scenes = [parse_thought(request.thought or "") for request in requests]
+        gray = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "gray")
+        return [gray if scene is None else render(scene) for scene in scenes]
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FailingPainter(ScenePainter):
+    """Fails as it is told to."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    async def paint(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
+        raise self.error
+
+
+class GatedJudge(Judge):
+    """Says yes once its gate is open; counts who waits."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.waiting = self.cancelled = 0
+        self.closed = False
+
+    async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
+        self.waiting += 1
+        try:
+            while not self.gate.is_set():
+                await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.waiting -= 1
+        return [1.0] * len(questions)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class ForgetfulJudge(Judge):
+    """Has no answer to the last question."""
+
+    async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
+        return [1.0] * (len(questions) - 1) + [None]
+
+
+class YesJudge(Judge):
+    """Says yes."""
+
+    async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
+        return [1.0] * len(questions)
+
+
+@contextmanager
+def running(
+    reward: DVReward | None = None, own_painter: Painter | None = None, /, **arguments: Any
+) -> Iterator[httpx.Client]:
+    """A server with these arguments, and perhaps a reward and a painter of the test's own."""
+    with serve(create_app(ServerArguments(**arguments), reward, own_painter)) as server:
+        with httpx.Client(base_url=server.url, timeout=120) as client:
+            yield client
+
+
+def metric(client: httpx.Client, name: str, **labels: str) -> float:
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                return sample.value
+    return 0.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def refusal(response: httpx.Response, status: int) -> str:
+    assert response.status_code == status, response.text
+    detail = response.json()["detail"]
+    assert isinstance(detail, str) and detail
+    return detail

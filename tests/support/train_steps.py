@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trains a few steps, alone or as one of several processes, and saves what came out."""
+
+import itertools
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+
+
+GATHERS = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::allgather_into_tensor_coalesced_")
+SETTINGS = {
+    "image_height": 24,
+    "image_width": 24,
+    "num_timesteps": 6,
+    "timestep_shift": 1.0,
+    "sde_window_size": 2,
+    "sde_window_range": [0, 5],
+    "max_completion_length": 10,
+    "num_generations": 4,
+    "max_steps": 1,
+    # The step of plain gradient descent is the gradient; Adam's first one is only its sign, which turns rounding of
+    # gradients near 0 into whole steps.
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "weight_decay": 0.0,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+
+
+@dataclass
+class Outcome:
+    """
+    What all processes of a run saw.
+
+    Args:
+        rollouts (`list`): Task, reward, start of the window and text of every sample, in order of steps and ranks.
+        num_processes (`int`): Size of the run.
+        distributed_type (`str`): What accelerate made of it.
+        num_parameters (`list[int]`): Elements of parameters that each process holds between two steps.
+        num_wrapped (`int`): Modules that gather their parameters on their own.
+        gathers (`list[int]`): Collective gathers of every rollout of rank 0.
+        sampled_log_probs, scored_log_probs (`list[float]`):
+            Mean log-probability of the transitions of every step, as the rollout and as the packed forward saw it.
+    """
+
+    rollouts: list[Any] = field(default_factory=list)
+    num_processes: int = 1
+    distributed_type: str = ""
+    num_parameters: list[int] = field(default_factory=list)
+    num_wrapped: int = 0
+    gathers: list[int] = field(default_factory=list)
+    sampled_log_probs: list[float] = field(default_factory=list)
+    scored_log_probs: list[float] = field(default_factory=list)
+
+
+def held_elements(parameter: torch.Tensor) -> int:
+    """Elements of a parameter in the memory of this process."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel()
+    return parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
+
+
+class ObservedTrainer(AlphaGRPOTrainer):
+    """Notes what a rollout gathers, and what the packed forward makes of its images."""
+
+    def __init__(self, outcome: Outcome, **kwargs: Any) -> None:
+        self.outcome = outcome
+        super().__init__(**kwargs)
+
+    def _rollout(self, *args: Any) -> dict[str, list[Any]]:
+        parameters = list(self.model.parameters())
+        self.outcome.num_parameters = [sum(held_elements(parameter) for parameter in parameters)]
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            output = super()._rollout(*args)
+        assert self.outcome.num_parameters == [sum(held_elements(parameter) for parameter in parameters)]
+        self.outcome.gathers.append(sum(e.count for e in profiler.key_averages() if e.key in GATHERS))
+        return output
+
+    def _image_loss(self, *args: Any) -> torch.Tensor:
+        loss = super()._image_loss(*args)
+        self.outcome.scored_log_probs.append(self._metrics["train"]["image/log_prob"][-1])
+        return loss
+
+
+def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
+    """
+    Args:
+        model_path (`str`): Checkpoint to start from.
+        output_path (`str`): Folder for `model`, what was trained, and `outcome.json`.
+        settings (`dict`): Of [`AlphaGRPOConfig`], beside those above; `lora` trains an adapter, `resume` names a checkpoint
+            to go on from, and `tasks` those that the prompts are dealt out to, in turn.
+    """
+    outcome = Outcome()
+    lora, resume = settings.pop("lora", False), settings.pop("resume", None)
+    tasks = settings.pop("tasks", None)
+
+    def brightness(images: list, trajectory: list, task: list[str], **kwargs: Any) -> list[float]:
+        rewards = [float(np.asarray(image).mean()) / 255 for image in images]
+        if trajectory[0] is None:
+            # An image that is to be refined: no action.
+            return rewards
+        starts = [t.sampled_images[0].window.start for t in trajectory]
+        texts = [t.sampled_texts[0].token_ids for t in trajectory]
+        local = list(zip(task, rewards, starts, texts, strict=True))
+        outcome.rollouts.extend(gather_object(local))
+        log_probs = [t.sampled_images[0].window.log_probs.mean().item() for t in trajectory]
+        outcome.sampled_log_probs.append(float(np.mean(gather_object(log_probs))))
+        return rewards
+
+    dataset = build_dataset("train", 8, seed=0)
+    if tasks:
+        dataset = dataset.add_column("task", list(itertools.islice(itertools.cycle(tasks), len(dataset))))
+    args = AlphaGRPOConfig(output_dir=f"{output_path}/run", **(SETTINGS | settings))
+    model, processor = load_model(model_path)
+    trainer = ObservedTrainer(
+        outcome,
+        model=model,
+        reward_funcs=brightness,
+        args=args,
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGET_MODULES) if lora else None,
+    )
+    if deepspeed := trainer.accelerator.state.deepspeed_plugin:
+        # Parameters this small would not be given back after the first step.
+        deepspeed.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    trainer.train(resume_from_checkpoint=resume)
+    outcome.num_processes = trainer.accelerator.num_processes
+    outcome.distributed_type = trainer.accelerator.distributed_type.value
+    outcome.num_wrapped = sum(type(module).__name__.startswith("FSDP") for module in trainer.model.modules())
+    outcome.num_parameters = gather_object(outcome.num_parameters)
+    trainer.save_model(f"{output_path}/model")
+    if trainer.accelerator.is_main_process:
+        Path(output_path, "outcome.json").write_text(json.dumps(asdict(outcome)))
+    # Threads of Gloo that outlive the interpreter may abort the process.
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
