@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Rewards of how a text is built, whatever the image: they count for text alone."""
+"""Rewards of the form of a text. They ignore the image and train the text alone."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
+
+from pydantic import Field
 
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.rollout.task import prompt_text
 from alphagrpo_ext.shapes.text import is_reflection
+from reward_models.endpoints.structured_output import StructuredAnswer
 from reward_models.judges import TextJudge
 
 
@@ -22,21 +25,25 @@ logger = logging.getLogger(__name__)
 FORMATS = Registry("format reward", "alphagrpo_ext.formats")
 
 
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion, as TRL passes it: a string, or the messages of a turn."""
-    if isinstance(completion, str):
-        return completion
-    return "".join(message.get("content") or "" for message in completion)
-
-
 def written_texts(completions: Sequence[Any], texts: Sequence[list[str]] | None) -> list[list[str]]:
-    """What each sample wrote in each of its turns; without `texts`, which the trainer gives, a completion is one turn."""
-    return [[completion_text(completion)] for completion in completions] if texts is None else list(texts)
+    """
+    The texts that each sample wrote, one per turn.
+
+    Args:
+        completions (`Sequence`): As TRL passes them: strings, or lists with the messages of a turn.
+        texts (`Sequence[list[str]]`, *optional*): The texts, if the trainer knows them. Without it a completion is one turn.
+    """
+    if texts is not None:
+        return list(texts)
+    return [
+        [completion if isinstance(completion, str) else "".join(part.get("content") or "" for part in completion)]
+        for completion in completions
+    ]
 
 
 class FormatReward(ABC):
     """
-    A reward function of TRL: the share of a sample's texts, one a turn, that have the right form. `text_only` keeps it out
+    A reward function of TRL: the share of a sample's texts, one per turn, that have the right form. `text_only` keeps it out
     of the advantages of images.
     """
 
@@ -47,20 +54,19 @@ class FormatReward(ABC):
 
     @abstractmethod
     def has_form(self, text: str) -> bool:
-        """Whether a text is built as it should be."""
+        """Whether a text has the right form."""
 
     def __call__(
         self, completions: Sequence[Any], texts: Sequence[list[str]] | None = None, **kwargs: Any
     ) -> list[float | None]:
         return [
-            sum(map(self.has_form, written)) / len(written) if written else None
-            for written in written_texts(completions, texts)
+            fmean(map(self.has_form, written)) if written else None for written in written_texts(completions, texts)
         ]
 
 
 @FORMATS.register("think")
 class ThinkFormat(FormatReward):
-    """Text that starts with `<think>`, ends with `</think>`, and has neither in between."""
+    """Rewards a text that starts with `<think>`, ends with `</think>`, and has neither in between."""
 
     def __init__(self, name: str = "think_format") -> None:
         super().__init__(name)
@@ -75,8 +81,8 @@ class ThinkFormat(FormatReward):
 @FORMATS.register("shapes_reflection")
 class ShapesReflectionFormat(FormatReward):
     """
-    Reflections of the shapes world: a verdict that names at most two errors, each with its repair, or says that there is
-    none, and then the plan of a possible scene; nothing else.
+    Rewards a reflection of the shapes world: a verdict that names at most two errors, each with its repair, or that there is
+    no error, followed by the plan of a possible scene and nothing else.
     """
 
     def __init__(self, name: str = "reflection_format") -> None:
@@ -86,26 +92,26 @@ class ShapesReflectionFormat(FormatReward):
         return is_reflection(text)
 
 
-STRUCTURE = {
-    "restates_request": (True, "The text says what the request asks for."),
-    "names_error": (True, "The text names what is wrong in the image, or says that nothing is."),
-    "commands_fix": (True, "The text says concretely what must be changed, or that nothing must be."),
-    "expands_prompt": (False, "The text adds subjects, styles or details that the request does not ask for."),
-    "has_junk": (
-        False,
-        "The text has repetitions, broken sentences or remarks that have nothing to do with the task.",
-    ),
-}
-"""What a reflection is judged by: each property with the answer that is wanted, and its meaning."""
+class ReflectionVerdict(StructuredAnswer):
+    """Properties of a reflection."""
 
-STRUCTURE_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {name: {"type": "boolean", "description": meaning} for name, (_, meaning) in STRUCTURE.items()},
-    "required": list(STRUCTURE),
-    "additionalProperties": False,
-}
+    restates_request: bool = Field(description="The text says what the request asks for.")
+    names_error: bool = Field(description="The text names what is wrong in the image, or says that nothing is.")
+    commands_fix: bool = Field(description="The text says concretely what must be changed, or that nothing must be.")
+    expands_prompt: bool = Field(
+        description="The text adds subjects, styles or details that the request does not ask for."
+    )
+    has_junk: bool = Field(
+        description="The text has repetitions, broken sentences or remarks that have nothing to do with the task."
+    )
 
-_STRUCTURE_REQUEST = """\
+
+WANTED_VERDICT = ReflectionVerdict(
+    restates_request=True, names_error=True, commands_fix=True, expands_prompt=False, has_junk=False
+)
+"""The verdict on a good reflection."""
+
+_VERDICT_REQUEST = """\
 A model painted an image for a request. Then it looked at the image and wrote a reflection, from which it paints the image \
 anew. Judge how the reflection is built, not whether it is right: you do not see the image.
 
@@ -121,13 +127,12 @@ Answer with one JSON object and nothing else. Its fields, all true or false:
 
 class ReflectionStructure:
     """
-    A reward function of TRL, asynchronous: the share of the properties in [`STRUCTURE`] that a reflection has as wanted,
-    by the verdict of a language model, averaged over a sample's turns. A sample with a reflection that has no verdict which
-    fits [`STRUCTURE_SCHEMA`] is `None`.
+    An asynchronous reward function of TRL: the share of properties that a reflection has as in `WANTED_VERDICT`, averaged
+    over a sample's turns. A language model gives the verdict. A sample is `None` if one of its reflections has no verdict.
 
     Args:
-        judge ([`TextJudge`]): Who judges.
-        max_concurrency (`int`, *optional*, defaults to `64`): Reflections that are with the judge at once.
+        judge ([`TextJudge`]): The language model.
+        max_concurrency (`int`, *optional*, defaults to `64`): Largest number of reflections that are judged concurrently.
         name (`str`, *optional*, defaults to `"reflection_structure"`): Name of the reward function.
     """
 
@@ -151,35 +156,18 @@ class ReflectionStructure:
 
         async def judge_sample(prompt: Any, written: list[str]) -> float | None:
             shares = await asyncio.gather(*(self._judge(prompt_text(prompt), text, slots) for text in written))
-            return sum(shares) / len(shares) if shares and None not in shares else None
+            return fmean(shares) if shares and None not in shares else None
 
         return await asyncio.gather(*map(judge_sample, prompts, written_texts(completions, texts)))
 
     async def _judge(self, prompt: str, reflection: str, slots: asyncio.Semaphore) -> float | None:
-        fields = "\n".join(f"- {name}: {meaning}" for name, (_, meaning) in STRUCTURE.items())
-        request = _STRUCTURE_REQUEST.format(prompt=prompt, reflection=reflection, fields=fields)
+        properties = ReflectionVerdict.model_fields
+        fields = "\n".join(f"- {name}: {field.description}" for name, field in properties.items())
+        request = _VERDICT_REQUEST.format(prompt=prompt, reflection=reflection, fields=fields)
         async with slots:
             try:
-                verdict = parse_structure(await self.judge.complete(request, STRUCTURE_SCHEMA))
+                verdict = await self.judge.complete(request, ReflectionVerdict)
             except Exception as error:
-                logger.warning("a reflection was not judged and gets no reward: %s", error)
+                logger.warning("a reflection could not be judged and gets no reward: %s", error)
                 return None
-        return sum(verdict[name] == wanted for name, (wanted, _) in STRUCTURE.items()) / len(STRUCTURE)
-
-
-def parse_structure(answer: str) -> dict[str, bool]:
-    """
-    Read a verdict strictly.
-
-    Raises:
-        `ValueError`: If it is not one JSON object with exactly the fields of [`STRUCTURE`], each a boolean.
-    """
-    verdict = json.loads(answer)
-    if not isinstance(verdict, dict) or verdict.keys() != STRUCTURE.keys():
-        raise ValueError(
-            f"the verdict must be an object with the fields {', '.join(STRUCTURE)}, but is {answer[:200]!r}"
-        )
-    for name, value in verdict.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"field '{name}' of the verdict must be true or false, but is {value!r}")
-    return verdict
+        return fmean(getattr(verdict, name) == getattr(WANTED_VERDICT, name) for name in properties)

@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From a prompt to yes/no questions: decomposers, their requests to a language model, and the file of results."""
+"""Decomposition of prompts into questions: the contract, a file per decomposer, and the file of records."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a language model is asked in order to decompose a prompt into questions: the requests and their schemas."""
+"""Requests to a language model that decomposes a prompt into questions. Their answers are in `answers.py`."""
 
 from __future__ import annotations
 
@@ -8,47 +8,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, Question
+from reward_models.decomposition.answers import CRITERIA
+from reward_models.prompts.questions import Question
 
-
-CRITERIA = {
-    "required": "Every good image that follows the prompt must get the answer yes.",
-    "nothing_added": "The question brings in nothing that the prompt neither says nor strictly implies.",
-    "atomic": "The question asks one thing. Nothing in it could be right while something else in it is wrong.",
-    "visible": "Someone who sees only the image, and never reads the prompt, can answer.",
-    "distinct": "No question before it asks the same.",
-}
-"""What a question must meet in order to count, by the name of the field in the verdict."""
-
-
-def _object(**properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def _array(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
-_TEXT = {"type": "string"}
-
-FACTS_SCHEMA = _object(
-    facts=_array(_object(fact=_TEXT, tag={"type": "string", "enum": [*SEMANTIC_TAGS]}, question=_TEXT))
-)
-QUALITY_SCHEMA = _object(questions=_array(_object(tag={"type": "string", "enum": [*QUALITY_TAGS]}, question=_TEXT)))
-VERDICTS_SCHEMA = _object(
-    verdicts=_array(
-        _object(
-            number={"type": "integer"},
-            **{name: {"type": "boolean", "description": meaning} for name, meaning in CRITERIA.items()},
-            tag={"type": "string", "enum": [*SEMANTIC_TAGS, *QUALITY_TAGS]},
-        )
-    )
-)
 
 _SEMANTIC_MEANINGS = """\
 - Style: medium, art style, rendering, overall palette.
@@ -118,7 +80,7 @@ _VERIFICATION_QUESTIONS = (
     Question("Do the cats have natural faces?", "Anatomy"),
 )
 
-# Criteria that each example fails, and the tag it should have.
+# The criteria that each example fails, and the tag that it should have.
 _VERIFICATION_ANSWERS = (
     ((), "Existence"),
     ((), "Count"),
@@ -235,16 +197,16 @@ _CLOSING = "The JSON object:"
 
 
 def facts_request(prompt: str) -> str:
-    """Asks for the facts in a prompt and a question for each; the answer fits `FACTS_SCHEMA`."""
+    """Return the request for the facts in a prompt with a question each. Its answer is [`Facts`]."""
     return f"{_FACTS_INSTRUCTION}\n\nPrompt: {_to_json(prompt)}\n{_CLOSING}"
 
 
 def quality_request(prompt: str) -> str:
-    """Asks for questions about how well an image is made; the answer fits `QUALITY_SCHEMA`."""
+    """Return the request for questions about the quality of an image. Its answer is [`QualityQuestions`]."""
     return f"{_QUALITY_INSTRUCTION}\n\nPrompt: {_to_json(prompt)}\n{_CLOSING}"
 
 
 def verification_request(prompt: str, questions: Sequence[Question]) -> str:
-    """Asks which questions meet the `CRITERIA`, numbering them from 1; the answer fits `VERDICTS_SCHEMA`."""
+    """Return the request to check numbered questions against the `CRITERIA`. Its answer is [`Verdicts`]."""
     asked = f"Prompt: {_to_json(prompt)}\nQuestions:\n{_numbered(questions)}"
     return f"{_VERIFICATION_INSTRUCTION}\n\n{asked}\n{_CLOSING}"

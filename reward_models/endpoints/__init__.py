@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""OpenAI-compatible endpoints: one request with retries, chat completions, structured output."""
+"""OpenAI-compatible endpoints: requests with retries, chat completions, and answers that fit a pydantic model."""

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""An endpoint that speaks OpenAI's protocol (vLLM, SGLang, OpenAI itself), asked patiently."""
+"""
+Client of an endpoint that speaks OpenAI's protocol: vLLM, SGLang, or OpenAI itself.
+
+The retries are one policy of `tenacity` around the official client, whose own retries are switched off. Those have no
+deadline for a whole try, so a server that answers byte by byte would hold a request for ever, and they accept an answer
+that cannot be read as final.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import random
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from alphagrpo_ext.files import require_extra
@@ -17,43 +22,37 @@ from alphagrpo_ext.files import require_extra
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+    from openai.types.chat import ChatCompletion
     from tenacity import RetryCallState
 
 
 T = TypeVar("T")
 
-RETRIED_STATUS_CODES = (408, 409, 429)
-"""Beside those from 500 on."""
-INITIAL_BACKOFF, MAX_BACKOFF = 0.5, 4.0
-"""Seconds; the server may ask for more."""
-MAX_RETRY_AFTER = 60.0
-
 
 class InvalidAnswerError(ValueError):
-    """The endpoint answered, but not with what was asked for; another try may."""
+    """The endpoint answered, but not with what was asked for. Another try may succeed."""
 
 
 class OpenAIEndpoint:
     """
-    An OpenAI-compatible endpoint, by the official asynchronous client.
+    An OpenAI-compatible endpoint, reached through the official asynchronous client.
 
-    A request is tried again after timeouts, refused and broken connections, the status codes 408, 409, 429 and from 500
-    on, and answers that are not what was asked for, with exponential back-off and jitter, or after the time that the
-    server names. Any other error of the 4xx kind is the request's own fault and is raised at once.
+    A request is retried after a timeout, a refused or broken connection, a status code of 408, 409, 429 or at least 500,
+    and an answer that is not what was asked for. The wait between two tries grows exponentially with jitter, or is the
+    time that the server names. Any other 4xx status code is an error of the request and is raised at once.
 
-    It may be used from several event loops: each gets a connection pool of its own.
+    One object can be used from several event loops: each gets its own connection pool.
 
     Args:
         base_url (`str`, *optional*):
-            Where the endpoint is, e.g. `"http://localhost:8000/v1"`. `None` takes the environment variable
+            URL of the endpoint, e.g. `"http://localhost:8000/v1"`. `None` takes the environment variable
             `OPENAI_BASE_URL`, or OpenAI itself.
         model (`str`, *optional*):
-            Name of the model.
+            Name of the model. A chat completion without it asks the only model that the endpoint serves.
         api_key (`str`, *optional*):
-            Key of the endpoint. `None` takes the environment variable `OPENAI_API_KEY`; servers of one's own often need
-            none.
+            Key of the endpoint. `None` takes the environment variable `OPENAI_API_KEY`. A local server often needs no key.
         max_concurrency (`int`, *optional*, defaults to `64`):
-            Requests at once.
+            Largest number of concurrent requests.
         timeout (`float`, *optional*, defaults to `60.0`):
             Seconds for one try, from connecting to the last byte.
         max_retries (`int`, *optional*, defaults to `8`):
@@ -95,11 +94,11 @@ class OpenAIEndpoint:
 
     async def request(self, attempt: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
         """
-        Make a request until it succeeds, has failed too often, or cannot succeed.
+        Make a request, with retries.
 
         Args:
             attempt (`Callable[[AsyncOpenAI], Awaitable[T]]`):
-                One try, with the client. What it raises as [`InvalidAnswerError`] counts as a fault of the endpoint.
+                Makes one try with the client. An [`InvalidAnswerError`] that it raises is retried.
 
         Raises:
             `openai.OpenAIError`, `TimeoutError` or [`InvalidAnswerError`]: The error of the last try.
@@ -107,18 +106,43 @@ class OpenAIEndpoint:
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
         client, slots = self._connection()
+
+        async def attempt_in_time() -> T:
+            # A request that waits for its next try holds no slot.
+            async with slots, asyncio.timeout(self.timeout):
+                return await attempt(client)
+
         retrying = AsyncRetrying(
-            retry=retry_if_exception(is_transient),
+            retry=retry_if_exception(_is_transient),
             wait=_seconds_to_wait,
             stop=stop_after_attempt(self.max_retries + 1),
             reraise=True,
         )
-        async for trial in retrying:
-            with trial:
-                # A request that waits for its next try holds no slot.
-                async with slots, asyncio.timeout(self.timeout):
-                    result = await attempt(client)
-        return result
+        return await retrying(attempt_in_time)
+
+    async def complete_chat(self, read: Callable[[ChatCompletion], T], **arguments: Any) -> T:
+        """
+        Ask for a chat completion and read the answer, with retries.
+
+        Args:
+            read (`Callable[[ChatCompletion], T]`):
+                Extracts the result from the completion. An [`InvalidAnswerError`] that it raises is retried.
+            arguments:
+                Arguments of OpenAI's `chat.completions.create` except for `model`, e.g. `messages` and `max_tokens`.
+
+        Raises:
+            `openai.OpenAIError`, `TimeoutError` or [`InvalidAnswerError`]: The error of the last try.
+        """
+        from openai.types.chat import ChatCompletion
+
+        async def attempt(client: AsyncOpenAI) -> T:
+            completion = await client.chat.completions.create(model=await self._chat_model(client), **arguments)
+            # The client returns a body that is not declared as JSON as a plain string.
+            if not isinstance(completion, ChatCompletion) or not completion.choices:
+                raise InvalidAnswerError(f"expected a chat completion, got {str(completion)[:200]!r}")
+            return read(completion)
+
+        return await self.request(attempt)
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
@@ -126,38 +150,46 @@ class OpenAIEndpoint:
         if connection is not None:
             await connection[0].close()
 
+    async def _chat_model(self, client: AsyncOpenAI) -> str:
+        if self.model is None:
+            names = [model.id async for model in client.models.list()]
+            if len(names) != 1:
+                raise ValueError(
+                    f"{client.base_url} serves {len(names)} models ({', '.join(names)}): name one of them"
+                )
+            self.model = names[0]
+        return self.model
+
     def _connection(self) -> tuple[AsyncOpenAI, asyncio.Semaphore]:
         from openai import AsyncOpenAI
 
         loop = asyncio.get_running_loop()
         if loop not in self._connections:
-            client = AsyncOpenAI(
-                base_url=self.base_url,
-                # The client insists on a key.
-                api_key=self._api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY",
-                timeout=self.timeout,
-                # Its own retries know neither a deadline for a whole try nor answers that cannot be read.
-                max_retries=0,
-            )
+            # The client insists on a key.
+            api_key = self._api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
+            client = AsyncOpenAI(base_url=self.base_url, api_key=api_key, timeout=self.timeout, max_retries=0)
             self._connections[loop] = (client, asyncio.Semaphore(self.max_concurrency))
         return self._connections[loop]
 
 
-def is_transient(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether another try may succeed."""
     from openai import APIConnectionError, APIResponseValidationError, APIStatusError
 
     if isinstance(error, APIStatusError):
-        return error.status_code in RETRIED_STATUS_CODES or error.status_code >= 500
+        return error.status_code in (408, 409, 429) or error.status_code >= 500
     faults = (TimeoutError, APIConnectionError, APIResponseValidationError, InvalidAnswerError, json.JSONDecodeError)
     return isinstance(error, faults)
 
 
 def _seconds_to_wait(state: RetryCallState) -> float:
+    """Exponential backoff with jitter, or the time in the header `Retry-After` if that is longer, up to a minute."""
+    from tenacity import wait_exponential, wait_random
+
+    backoff = wait_exponential(multiplier=0.5, max=4.0) + wait_random(0.0, 0.5)
     response = getattr(state.outcome.exception(), "response", None)
     try:
-        asked_for = float(response.headers["retry-after"])
+        retry_after = float(response.headers["retry-after"])
     except (AttributeError, KeyError, ValueError):
-        asked_for = 0.0
-    backoff = min(INITIAL_BACKOFF * 2 ** (state.attempt_number - 1), MAX_BACKOFF) + random.uniform(0, INITIAL_BACKOFF)
-    return max(backoff, min(asked_for, MAX_RETRY_AFTER))
+        retry_after = 0.0
+    return max(backoff(state), min(retry_after, 60.0))

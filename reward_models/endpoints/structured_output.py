@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Answers in JSON from a chat endpoint, whether or not it can be held to a schema."""
+"""Answers of a chat endpoint as pydantic models, whether or not the endpoint can be constrained to a JSON schema."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from reward_models.endpoints.chat import ChatEndpoint
-from reward_models.endpoints.endpoint import InvalidAnswerError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
 
 
 if TYPE_CHECKING:
@@ -19,35 +20,62 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-REFUSAL_STATUS_CODES = (400, 404, 422)
-"""With which endpoints answer that they do not know a field of a request."""
-
-_PYTHON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
-# The request comes last, so that what it asks about stands nearest to the answer.
-_PLAIN_REQUEST = """\
+_REFUSAL_STATUS_CODES = (400, 404, 422)
+# The request comes last, so that what it asks about is next to the answer.
+_REQUEST_WITH_SCHEMA = """\
 Answer with one JSON object and nothing else. It fits this JSON schema:
 {schema}
 
 {request}"""
 
 
+def check_unicode(text: str) -> str:
+    """
+    Return the text unchanged if it is valid Unicode. JSON can encode half a surrogate pair, but no tokenizer and no file in
+    UTF-8 can hold it.
+
+    Raises:
+        `ValueError`: If it holds half a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text is not valid Unicode: it holds half a surrogate pair") from error
+    return text
+
+
+UnicodeText = Annotated[str, AfterValidator(check_unicode)]
+
+
+class StructuredAnswer(BaseModel):
+    """
+    Base class of the answers that [`StructuredChat`] asks for. Types are strict. The schema allows no other fields, but an
+    answer may have them: they are dropped. The docstring of a subclass and the descriptions of its fields are part of the
+    schema that the endpoint receives.
+    """
+
+    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
+
+
+AnswerT = TypeVar("AnswerT", bound=StructuredAnswer)
+T = TypeVar("T")
+
+
 class StructuredChat:
     """
-    Asks a chat endpoint for JSON that fits a schema.
+    Asks a chat endpoint for JSON that fits a pydantic model.
 
-    The schema goes along as `response_format`. Where the endpoint refuses that, the request says in words what is wanted,
-    then and from then on. Either way an answer is read tolerantly, with text around the JSON, and checked strictly: one
-    that does not fit is asked for again, as often as the endpoint's `max_retries` says.
+    The schema is sent as `response_format`. If the endpoint refuses that, this request and all later ones state the schema
+    in words instead. In both cases an answer may have text around the JSON, but the JSON must fit the model. An answer that
+    does not fit is asked for again, up to the endpoint's `max_retries`.
 
     Args:
-        endpoint ([`ChatEndpoint`]):
-            Who is asked.
+        endpoint ([`OpenAIEndpoint`]):
+            The endpoint.
         max_tokens (`int`, *optional*):
-            Longest answer, in tokens. `None` leaves it to the endpoint.
+            Longest answer, in tokens. `None` leaves the limit to the endpoint.
         temperature (`float`, *optional*, defaults to `0.0`):
-            Temperature of the answers. Only above 0 can another try differ from the one before.
+            Temperature of the answers. At 0 a retry may get the same answer again.
         extra_body (`dict`, *optional*):
             Further fields of a request.
 
@@ -57,7 +85,7 @@ class StructuredChat:
 
     def __init__(
         self,
-        endpoint: ChatEndpoint,
+        endpoint: OpenAIEndpoint,
         max_tokens: int | None = None,
         temperature: float = 0.0,
         extra_body: dict[str, Any] | None = None,
@@ -75,25 +103,24 @@ class StructuredChat:
     async def ask(
         self,
         request: str,
-        name: str,
-        schema: dict[str, Any],
-        read: Callable[[Any], T] = lambda value: value,
-        shows_answer: bool = False,
+        answer_type: type[AnswerT],
+        read: Callable[[AnswerT], T] = lambda answer: answer,
+        has_example: bool = False,
     ) -> T:
         """
+        Ask for an answer that fits a model.
+
         Args:
             request (`str`):
-                What is asked.
-            name (`str`):
-                Name of the schema: letters, digits, `_` and `-`.
-            schema (`dict[str, Any]`):
-                JSON schema of the answer, an object; see [`fit_to_schema`] for what it may say.
-            read (`Callable[[Any], T]`, *optional*):
-                Checks and converts an answer that fits the schema. Where it raises [`InvalidAnswerError`], the endpoint is
-                asked again. The default leaves the answer as it is.
-            shows_answer (`bool`, *optional*, defaults to `False`):
-                Whether the request shows by an example what the answer looks like. It then never needs the schema in words,
-                which small models rather copy than follow.
+                The request.
+            answer_type (`type[StructuredAnswer]`):
+                Model of the answer.
+            read (`Callable[[StructuredAnswer], T]`, *optional*):
+                Checks and converts an answer that fits the model. If it raises [`InvalidAnswerError`], the endpoint is asked
+                again. The default returns the answer unchanged.
+            has_example (`bool`, *optional*, defaults to `False`):
+                Whether the request contains an example of an answer. The schema is then never stated in words, because small
+                models tend to copy it instead of following it.
 
         Raises:
             `openai.OpenAIError`, `TimeoutError` or [`InvalidAnswerError`]: The error of the last try.
@@ -101,73 +128,54 @@ class StructuredChat:
         from openai import APIStatusError
 
         def read_completion(completion: ChatCompletion) -> T:
-            return read(read_answer(completion, schema))
+            return read(_parse_completion(completion, answer_type))
 
         refusal: APIStatusError | None = None
         if self.takes_schema:
-            json_schema = {"name": name, "strict": True, "schema": schema}
+            json_schema = {"name": answer_type.__name__, "strict": True, "schema": answer_type.model_json_schema()}
             response_format = {"type": "json_schema", "json_schema": json_schema}
             try:
-                return await self._create(read_completion, request, response_format=response_format)
+                return await self._complete(read_completion, request, response_format=response_format)
             except APIStatusError as error:
                 # Some servers fail with a 500 where they should refuse.
-                if error.status_code not in REFUSAL_STATUS_CODES and "response_format" not in str(error):
+                if error.status_code not in _REFUSAL_STATUS_CODES and "response_format" not in str(error):
                     raise
                 refusal = error
 
         def read_plain_completion(completion: ChatCompletion) -> T:
-            # Any answer shows that the schema was what the endpoint had refused, and not the rest of the request.
+            # An answer shows that the endpoint had refused the schema and not the rest of the request.
             if refusal is not None:
-                self._give_up_schema(refusal)
+                self._stop_sending_schema(refusal)
             return read_completion(completion)
 
-        if not shows_answer:
-            request = _PLAIN_REQUEST.format(request=request, schema=json.dumps(schema))
-        return await self._create(read_plain_completion, request)
+        if not has_example:
+            schema = json.dumps(answer_type.model_json_schema())
+            request = _REQUEST_WITH_SCHEMA.format(request=request, schema=schema)
+        return await self._complete(read_plain_completion, request)
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
         await self.endpoint.aclose()
 
-    async def _create(self, read: Callable[[ChatCompletion], T], request: str, **settings: Any) -> T:
+    async def _complete(self, read: Callable[[ChatCompletion], T], request: str, **arguments: Any) -> T:
         messages = [{"role": "user", "content": request}]
-        return await self.endpoint.create(read, messages=messages, **self._settings, **settings)
+        return await self.endpoint.complete_chat(read, messages=messages, **self._settings, **arguments)
 
-    def _give_up_schema(self, refusal: Exception) -> None:
+    def _stop_sending_schema(self, refusal: Exception) -> None:
         if self.takes_schema:
             self.takes_schema = False
             logger.warning(
-                "%r does not take a JSON schema as response_format (%s); from now on requests do without",
+                "%r does not accept a JSON schema as response_format (%s); later requests are sent without it",
                 self.endpoint,
                 str(refusal)[:300],
             )
 
 
-def read_answer(completion: ChatCompletion, schema: dict[str, Any]) -> Any:
-    """
-    The JSON object in an answer; see [`fit_any_to_schema`].
-
-    Raises:
-        [`InvalidAnswerError`]: If there is none that fits.
-    """
-    choice = completion.choices[0]
-    if not choice.message.content:
-        raise InvalidAnswerError(f"the answer has no text ({choice.message.refusal or choice.finish_reason})")
-    try:
-        return fit_any_to_schema(choice.message.content, schema)
-    except InvalidAnswerError as error:
-        if choice.finish_reason == "length":
-            raise InvalidAnswerError(
-                f"the answer was cut off, at max_tokens or at the end of the model's context: {error}"
-            ) from error
-        raise
-
-
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """All JSON objects in a text that are not part of another one, in order, whatever stands around them."""
-    # Reasoning models that are not told otherwise think aloud first, often in drafts of the answer.
+    """Yield the outermost JSON objects in a text, in order, whatever text is around them."""
+    # A reasoning model may think aloud first, often in drafts of the answer.
     text = text.rpartition("</think>")[2]
-    # Models write line breaks into strings as they are.
+    # Models write line breaks into strings without escaping them.
     decoder = json.JSONDecoder(strict=False)
     position = text.find("{")
     while position != -1:
@@ -180,73 +188,39 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
         position = text.find("{", end)
 
 
-def fit_any_to_schema(text: str, schema: dict[str, Any]) -> Any:
+def parse_answer(text: str, answer_type: type[AnswerT]) -> AnswerT:
     """
-    The first JSON object in a text that fits a schema, as [`fit_to_schema`] makes it.
+    Return the first JSON object in a text that fits a model, as an instance of the model.
 
     Raises:
-        [`InvalidAnswerError`]: If none does. The message says what is wrong with the longest.
+        [`InvalidAnswerError`]: If no object fits. The message names the fields that are wrong in the longest object.
     """
     mismatches = []
     for value in json_objects(text):
         try:
-            return fit_to_schema(value, schema)
-        except InvalidAnswerError as error:
-            mismatches.append((len(str(value)), str(error)))
+            return answer_type.model_validate(value)
+        except ValidationError as error:
+            mismatches.append((len(str(value)), _describe_mismatch(error)))
     if not mismatches:
         raise InvalidAnswerError(f"the answer holds no JSON object: {text[:200]!r}")
     raise InvalidAnswerError(max(mismatches)[1])
 
 
-def fit_to_schema(value: Any, schema: dict[str, Any], where: str = "the answer") -> Any:
-    """
-    Check a JSON value against a schema. What a schema says besides `type` (one of object, array, string, boolean, integer),
-    `properties`, `items` and `enum` is not looked at.
-
-    Args:
-        value (`Any`): The value.
-        schema (`dict[str, Any]`): The schema. All its properties are required.
-        where (`str`, *optional*, defaults to `"the answer"`): How error messages call the value.
-
-    Returns:
-        `Any`: The value without fields that are not in the schema, and with the schema's own spelling where a string differs
-        from an entry of `enum` in case or surrounding blanks only.
-
-    Raises:
-        [`InvalidAnswerError`]: If it does not fit. The message names the field.
-    """
-    kind = schema["type"]
-    # In Python a truth value is an integer, too.
-    if not isinstance(value, _PYTHON_TYPES[kind]) or (kind == "integer" and isinstance(value, bool)):
-        raise InvalidAnswerError(f"{where} must be of type {kind}, but is {_excerpt(value)}")
-    if kind == "object":
-        missing = [name for name in schema["properties"] if name not in value]
-        if missing:
-            raise InvalidAnswerError(f"{where} has no field '{missing[0]}': {_excerpt(value)}")
-        return {
-            name: fit_to_schema(value[name], part, f"{where}, field '{name}'")
-            for name, part in schema["properties"].items()
-        }
-    if kind == "array":
-        return [fit_to_schema(item, schema["items"], f"{where}[{index}]") for index, item in enumerate(value)]
-    if kind == "string":
-        return _fit_string(value, schema.get("enum"), where)
-    return value
-
-
-def _fit_string(value: str, allowed: list[str] | None, where: str) -> str:
+def _parse_completion(completion: ChatCompletion, answer_type: type[AnswerT]) -> AnswerT:
+    choice = completion.choices[0]
+    if not choice.message.content:
+        raise InvalidAnswerError(f"the answer has no text ({choice.message.refusal or choice.finish_reason})")
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a character, which no file in UTF-8 can hold.
-        raise InvalidAnswerError(f"{where} has half of a character: {value[:200]!a}") from error
-    if allowed is None:
-        return value
-    for entry in allowed:
-        if entry.lower() == value.strip().lower():
-            return entry
-    raise InvalidAnswerError(f"{where} must be one of {', '.join(allowed)}, but is {_excerpt(value)}")
+        return parse_answer(choice.message.content, answer_type)
+    except InvalidAnswerError as error:
+        if choice.finish_reason == "length":
+            raise InvalidAnswerError(
+                f"the answer was cut off, at max_tokens or at the end of the model's context: {error}"
+            ) from error
+        raise
 
 
-def _excerpt(value: Any) -> str:
-    return repr(value)[:200]
+def _describe_mismatch(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"the answer, field '{place}': {first['msg']}, but is {ascii(first['input'])[:200]}"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from .base import JUDGES, Judge, TextJudge
+from reward_models.judges.base import JUDGES, Judge, TextJudge
 
 
 __all__ = ["JUDGES", "Judge", "TextJudge"]

@@ -6,12 +6,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from alphagrpo_ext.registry import Registry
 from reward_models.judges.arguments import JudgeArguments
+
+
+if TYPE_CHECKING:
+    from reward_models.endpoints.structured_output import AnswerT
 
 
 JUDGES = Registry(
@@ -31,25 +35,25 @@ class Judge(ABC):
     """
     Answers yes/no questions about images.
 
-    A judge fails in one of two ways. A question that it could not get an answer for, say because the network timed out
-    after its retries, is `None`. Anything worse may be raised: the caller logs it and treats the whole image as not
-    scored. A failure is never an answer of 0.
+    A judge fails in one of two ways. If one question gets no answer, e.g. after a timeout and its retries, its answer is
+    `None`. Any other failure may be raised: the caller logs it and the whole image is not scored. A failure is never an
+    answer of 0.
 
-    A judge is called for many images at once from one event loop. It may be used from another event loop later, so it
-    should not tie itself to one when it is created.
+    A judge is called for many images concurrently from one event loop. It may be used from another event loop later, so it
+    must not bind itself to one when it is created.
     """
 
     @classmethod
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> Judge:
         """
-        Build the judge from a recipe's arguments. The default takes none of them.
+        Build the judge from a recipe's arguments. The default uses none of them.
 
         Args:
             args ([`JudgeArguments`]): The arguments.
-            policy (`tuple[UnifiedModel, ProcessorMixin]`, *optional*): The model that is trained and its processor.
+            policy (`tuple[UnifiedModel, ProcessorMixin]`, *optional*): The model in training and its processor.
 
         Raises:
-            `ValueError`: If something is missing; the message names the argument.
+            `ValueError`: If an argument is missing. The message names it.
         """
         return cls()
 
@@ -65,37 +69,39 @@ class Judge(ABC):
                 At least one yes/no question.
 
         Returns:
-            `list[float | None]`: For each question P(yes) in [0, 1], or `None` where no answer could be had. A judge
+            `list[float | None]`: P(yes) in [0, 1] per question, or `None` for a question without an answer. A judge
             without probabilities returns 0 and 1.
         """
 
     def validate_image_size(self, height: int, width: int) -> None:
         """
-        Asked before training whether the judge takes images of this size, in pixels. The default takes any.
+        Check before training that the judge can read images of this size, in pixels. The default accepts any size.
 
         Raises:
-            `ValueError`: If it does not.
+            `ValueError`: If it cannot.
         """
         return
 
     async def aclose(self) -> None:
-        """Release what the judge holds, e.g. network connections. The default does nothing."""
+        """Release resources of the judge, e.g. network connections. The default does nothing."""
         return
 
 
 class TextJudge(ABC):
     """
-    Answers a request about texts with JSON: a language model behind an endpoint, say. As with [`Judge`], anything that
-    goes wrong may be raised, and what was asked about is then not scored.
+    Answers a request about texts, e.g. with a language model behind an endpoint. As with [`Judge`], an error may be raised,
+    and the text is then not scored.
     """
 
     @abstractmethod
-    async def complete(self, request: str, schema: dict[str, Any]) -> str:
+    async def complete(self, request: str, answer_type: type[AnswerT]) -> AnswerT:
         """
+        Answer one request.
+
         Args:
-            request (`str`): What is asked.
-            schema (`dict[str, Any]`): JSON schema of the answer.
+            request (`str`): The request.
+            answer_type (`type[pydantic.BaseModel]`): Model of the answer.
 
         Returns:
-            `str`: JSON that fits the schema; the caller checks it.
+            `pydantic.BaseModel`: An instance of the model.
         """

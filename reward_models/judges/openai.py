@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A judge behind an OpenAI-compatible endpoint: a vision-language model that vLLM or SGLang serves, or OpenAI's own."""
+"""
+A judge behind an OpenAI-compatible endpoint: a vision-language model that vLLM or SGLang serves, or OpenAI's own.
+
+The judge never falls back from probabilities to a plain yes or no. An endpoint that loses its log-probabilities now and
+then would change the scale of the rewards in the middle of a run. `judge_binary` asks for plain answers explicitly.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from reward_models.endpoints.chat import ChatEndpoint
-from reward_models.endpoints.endpoint import InvalidAnswerError
+from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
-from reward_models.judges.yes_no import QUESTION_PROMPT, read_answer, yes_probability
+from reward_models.judges.yes_no import QUESTION_PROMPT, read_plain_answer, yes_probability
 
 
 if TYPE_CHECKING:
@@ -28,32 +32,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_Key = tuple[bytes, str]
+_ImageQuestion = tuple[bytes, str]
 
 
 @JUDGES.register("openai")
 class OpenAIJudge(Judge):
     """
-    Asks a vision-language model one question a call. P(yes) comes from the log-probabilities of the first token.
+    Asks a vision-language model one question per request. P(yes) comes from the log-probabilities of the first token.
 
-    Images travel as PNG, which loses nothing. The image stands before the question, so that a server with a prefix cache
-    reads it once. Equal questions about equal images are asked once, even at the same time.
+    Images are sent as PNG, which is lossless. The image precedes the question, so that a server with a prefix cache encodes
+    it once. Equal questions about equal images are asked once, also if they are asked concurrently.
 
     Args:
         base_url, model, api_key, max_concurrency, timeout, max_retries:
-            As in [`ChatEndpoint`]; `max_concurrency` counts questions.
+            As in [`OpenAIEndpoint`]. `max_concurrency` counts questions.
         binary (`bool`, *optional*, defaults to `False`):
-            Whether the answer itself counts, as 0 or 1: for an endpoint without log-probabilities.
+            Whether to count the answer itself, as 0 or 1, for an endpoint without log-probabilities.
         image_first (`bool`, *optional*, defaults to `False`):
-            Whether the first question about an image is answered before the others are asked. They then find the image in
-            the server's prefix cache, where they would all miss it if they came at the same time.
+            Whether to wait for the answer to the first question about an image before asking the others. They then find the
+            image in the server's prefix cache. If all were sent at the same time, all would miss it.
         top_logprobs (`int`, *optional*, defaults to `20`):
             Candidates for the first token that the server lists. OpenAI and vLLM allow 20.
         cache_size (`int`, *optional*, defaults to `65536`):
-            Answers that are remembered. 0 remembers none.
+            Answers that are cached. 0 caches none.
         extra_body (`dict`, *optional*):
-            Further fields of a request, e.g. `{"chat_template_kwargs": {"enable_thinking": False}}` for a model that would
-            think before it answers.
+            Further fields of a request, e.g. `{"chat_template_kwargs": {"enable_thinking": False}}` for a model that
+            otherwise thinks before it answers.
     """
 
     def __init__(
@@ -70,14 +74,14 @@ class OpenAIJudge(Judge):
         cache_size: int = 65536,
         extra_body: dict[str, Any] | None = None,
     ) -> None:
-        self.endpoint = ChatEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
+        self.endpoint = OpenAIEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
         self.binary = binary
         self.image_first = image_first
         self.top_logprobs = top_logprobs
         self.cache_size = cache_size
         self.extra_body = extra_body
-        self._answers: OrderedDict[_Key, float] = OrderedDict()
-        self._asking: dict[tuple[asyncio.AbstractEventLoop, _Key], asyncio.Task] = {}
+        self._answers: OrderedDict[_ImageQuestion, float] = OrderedDict()
+        self._asking: dict[tuple[asyncio.AbstractEventLoop, _ImageQuestion], asyncio.Task] = {}
 
     @classmethod
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> OpenAIJudge:
@@ -93,7 +97,7 @@ class OpenAIJudge(Judge):
         )
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
-        # Compression takes milliseconds, in which the event loop would stand still.
+        # Compression takes milliseconds, which would block the event loop.
         png = await asyncio.to_thread(png_bytes, image)
         digest = hashlib.sha256(png).digest()
         url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -105,7 +109,7 @@ class OpenAIJudge(Judge):
 
     async def aclose(self) -> None:
         loop = asyncio.get_running_loop()
-        running = [task for (of_loop, _), task in self._asking.items() if of_loop is loop]
+        running = [task for (task_loop, _), task in self._asking.items() if task_loop is loop]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -122,7 +126,7 @@ class OpenAIJudge(Judge):
             self._asking[slot] = task
             task.add_done_callback(lambda _: self._asking.pop(slot, None))
         try:
-            # Whoever else waits for the answer still gets it if this caller gives up.
+            # If this caller is cancelled, other callers still get the answer.
             probability = await asyncio.shield(self._asking[slot])
         except Exception as error:
             logger.warning("no answer to %r: %s: %s", question, type(error).__name__, str(error)[:300])
@@ -137,11 +141,11 @@ class OpenAIJudge(Judge):
             {"type": "image_url", "image_url": {"url": url}},
             {"type": "text", "text": QUESTION_PROMPT.format(question=question)},
         ]
-        # A binary answer may be preceded by a mark or a line break.
+        # A quotation mark or a line break may precede the yes or no.
         settings = {"max_tokens": 8} if self.binary else {"max_tokens": 1, "logprobs": True}
         if not self.binary:
             settings["top_logprobs"] = self.top_logprobs
-        return await self.endpoint.create(
+        return await self.endpoint.complete_chat(
             self._read_binary if self.binary else self._read_probability,
             messages=[{"role": "user", "content": content}],
             temperature=0.0,
@@ -152,7 +156,7 @@ class OpenAIJudge(Judge):
     @staticmethod
     def _read_binary(completion: ChatCompletion) -> float:
         text = completion.choices[0].message.content or ""
-        answer = read_answer(text)
+        answer = read_plain_answer(text)
         if answer is None:
             raise InvalidAnswerError(f"the answer is neither yes nor no: {text[:100]!r}")
         return answer
@@ -162,20 +166,20 @@ class OpenAIJudge(Judge):
         logprobs = completion.choices[0].logprobs
         if logprobs is None or not logprobs.content or not logprobs.content[0].top_logprobs:
             raise InvalidAnswerError(
-                "the endpoint sent no log-probabilities; if it never does, take its yes or no as they are (judge_binary)"
+                "the endpoint sent no log-probabilities; if it never does, count its plain yes or no instead (judge_binary)"
             )
         candidates = logprobs.content[0].top_logprobs
         probability = yes_probability((candidate.token, candidate.logprob) for candidate in candidates)
         if probability is None:
             raise InvalidAnswerError(
-                f"neither yes nor no is among the {len(candidates)} likeliest first tokens, such as "
-                f"{candidates[0].token!r}: a model that thinks first has to be told not to (judge_extra_body)"
+                f"neither yes nor no is among the {len(candidates)} likeliest first tokens, e.g. "
+                f"{candidates[0].token!r}: a model that thinks first must be told not to (judge_extra_body)"
             )
         return probability
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """An image as PNG, without transparency."""
+    """Encode an image as PNG, without transparency."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -4,28 +4,23 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from reward_models.endpoints.chat import ChatEndpoint
-from reward_models.endpoints.structured_output import StructuredChat
+from reward_models.endpoints.endpoint import OpenAIEndpoint
+from reward_models.endpoints.structured_output import AnswerT, StructuredChat
 from reward_models.judges.base import TextJudge
 
 
 class OpenAITextJudge(TextJudge):
     """
     Asks a language model behind an OpenAI-compatible endpoint, e.g. for [`~reward_models.format.ReflectionStructure`]. See
-    [`StructuredChat`] for how its answers get their form; one that does not fit the schema is asked for again.
+    [`StructuredChat`] for the format of the answers.
 
     Args:
         base_url, model, api_key, max_concurrency, timeout, max_retries:
-            As in [`ChatEndpoint`].
-        max_tokens (`int`, *optional*, defaults to `1024`):
-            Longest answer, in tokens. `None` leaves it to the endpoint.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            Temperature of the answers. At 0 equal texts get equal verdicts, as far as the endpoint allows.
-        extra_body (`dict`, *optional*):
-            Further fields of a request, e.g. `{"chat_template_kwargs": {"enable_thinking": False}}`.
+            As in [`OpenAIEndpoint`].
+        max_tokens, temperature, extra_body:
+            As in [`StructuredChat`]. At temperature 0 equal texts get equal verdicts, as far as the endpoint allows.
 
     Example:
 
@@ -46,11 +41,11 @@ class OpenAITextJudge(TextJudge):
         temperature: float = 0.0,
         extra_body: dict[str, Any] | None = None,
     ) -> None:
-        endpoint = ChatEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
+        endpoint = OpenAIEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
         self.chat = StructuredChat(endpoint, max_tokens, temperature, extra_body)
 
-    async def complete(self, request: str, schema: dict[str, Any]) -> str:
-        return json.dumps(await self.chat.ask(request, "answer", schema), ensure_ascii=False)
+    async def complete(self, request: str, answer_type: type[AnswerT]) -> AnswerT:
+        return await self.chat.ask(request, answer_type)
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The judge behind a reward server: `python -m reward_models.server` on a machine with resources of its own."""
+"""The judge of a reward server (`python -m reward_models.server`), which may run on another machine."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from reward_models.judges.base import JUDGES, Judge
 from reward_models.prompts.questions import SEMANTIC_TAGS
 
 
-# The server asks its judge the questions alone; prompt and tag only have to be well-formed.
-PROMPT, TAG = "an image", SEMANTIC_TAGS[0]
+# The server passes only the questions to its judge. Prompt and tag have to be valid, but do not matter.
+_PROMPT, _TAG = "an image", SEMANTIC_TAGS[0]
 
 
 @JUDGES.register("server")
 class ServerJudge(Judge):
     """
-    Has the judge of a reward server answer. Images travel as PNG, which loses nothing; one image is one request, with all its
-    questions. If one of them has no answer, the server scores none of the image, and it has no reward here either. The server's
-    key comes from the environment variable `ALPHAGRPO_SERVER_KEY`.
+    Asks the judge of a reward server. One request holds one image, as lossless PNG, and all questions about it. If one of
+    them has no answer, the server does not score the image, and the image has no reward here either. The key of the server
+    comes from the environment variable `ALPHAGRPO_SERVER_KEY`.
 
     Args:
         base_url (`str`):
-            Where the server is, e.g. `"http://localhost:8001"`.
+            URL of the server, e.g. `"http://localhost:8001"`.
         max_concurrency (`int`, *optional*, defaults to `64`):
-            Requests that are with the server at once; it takes `max_queue` of them, of all processes together.
+            Largest number of concurrent requests. The server accepts `max_queue` requests from all processes together.
         timeout (`float`, *optional*, defaults to `60.0`):
             Seconds for one try of a request.
         max_retries (`int`, *optional*, defaults to `8`):
@@ -60,7 +60,7 @@ class ServerJudge(Judge):
         return cls(args.judge_base_url, args.judge_max_concurrency, args.judge_timeout, args.judge_max_retries)
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
-        label = Label(PROMPT, [{"question": question, "tag": TAG} for question in questions], [])
+        label = Label(_PROMPT, [{"question": question, "tag": _TAG} for question in questions], [])
         (score,) = await self.client.score([image], [label])
         return list(score.semantic)
 

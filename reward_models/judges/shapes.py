@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The judge of the shapes world: it reads the answer off the pixels."""
+"""The judge of the shapes world, which reads the answers from the pixels."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,14 @@ from PIL import Image
 
 from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
-
-from .base import JUDGES, Judge
+from reward_models.judges.base import JUDGES, Judge
 
 
 @JUDGES.register("shapes")
 class ShapesJudge(Judge):
     """
-    Answers the questions of the shapes world from the pixels of 24x24 images. A question outside its templates is
-    `None`; an image of another size is an error. It needs neither network nor model.
+    Answers the questions of the shapes world from the pixels of 24 x 24 images. The answer to a question outside its
+    templates is `None`. An image of another size is an error. The judge needs neither a network nor a model.
     """
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A judge on this machine: a vision-language model of Transformers."""
+"""
+A judge in this process: a vision-language model of Transformers.
+
+Whether the questions about an image can share its prefix is tested, not configured. The judge answers the first image in
+both ways. If P(yes) differs, or if the model cannot continue from a cache, it uses padded batches.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ from reward_models.judges.yes_no import QUESTION_PROMPT, yes_no_token_ids, yes_p
 logger = logging.getLogger(__name__)
 
 SHARING_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.05
-"""Largest difference of P(yes) at which sharing a prefix counts as the same computation: in fp32, and below."""
+"""Largest difference of P(yes) at which sharing a prefix counts as exact, in fp32 and in lower precision."""
 
 
 @JUDGES.register("transformers")
@@ -32,23 +37,22 @@ class TransformersJudge(Judge):
     Asks a vision-language model in this process. P(yes) comes from the next-token distribution over the whole vocabulary,
     summed over all spellings of yes and of no.
 
-    All questions about an image are answered in one forward, which the image enters once: the common prefix of the questions
-    is computed alone and its cache shared. Whether a model allows that is tried out on the first image; one that does not
-    gets padded batches.
+    All questions about an image are answered in one forward pass that encodes the image once: the common prefix of the
+    questions is computed alone, and its cache is shared. A model that does not support this gets padded batches.
 
-    Images are answered one after the other, in a thread of the judge's own, so that the event loop never waits.
+    Images are processed one after the other in a thread of the judge, so that the event loop is never blocked.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             Name or folder of an image-text-to-text model, or such a model.
         processor ([`~transformers.ProcessorMixin`], *optional*):
-            Its processor. Loaded with the model if that is given by name.
+            Its processor. Loaded together with a model that is given by name.
         batch_size (`int`, *optional*, defaults to `32`):
-            Questions at once.
+            Questions per batch.
         device (`str` or `torch.device`, *optional*):
-            Where a model that is given by name goes. `None` takes the accelerator, if there is one.
+            Device of a model that is given by name. `None` takes the accelerator if there is one.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the weights of a model that is given by name.
+            Data type of the weights of a model that is given by name.
 
     Raises:
         `ValueError`: If an argument is out of range, or the vocabulary has no single token for yes or for no.
@@ -71,12 +75,12 @@ class TransformersJudge(Judge):
                 device = torch.accelerator.current_accelerator()
             model = model.to(device or "cpu")
         if processor is None:
-            raise ValueError("a model that is not given by name needs its processor")
+            raise ValueError("processor is required for a model that is not given by name")
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
         self.yes_ids, self.no_ids = yes_no_token_ids(processor.tokenizer)
-        # Unknown until two questions about an image have been answered both ways.
+        # None until two questions about an image have been answered in both ways.
         self._shares_prefix: bool | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
 
@@ -92,7 +96,7 @@ class TransformersJudge(Judge):
 
     @torch.inference_mode()
     def probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
-        """P(yes) of each question, in this thread."""
+        """Compute P(yes) of each question in the calling thread."""
         result: list[float] = []
         for start in range(0, len(questions), self.batch_size):
             inputs = self._inputs(image, questions[start : start + self.batch_size])
@@ -100,7 +104,7 @@ class TransformersJudge(Judge):
         return result
 
     def _inputs(self, image: Image.Image, questions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Model inputs, a row a question, padded on the left."""
+        """Model inputs with one row per question, padded on the left: `input_ids` of shape `(questions, tokens)` etc."""
         texts = []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": QUESTION_PROMPT.format(question=question)}]
@@ -128,10 +132,10 @@ class TransformersJudge(Judge):
             self._shares_prefix = error <= (SHARING_TOLERANCE if is_exact else LOW_PRECISION_TOLERANCE)
             reason = f"its answers would change by {error:.3g}"
         except Exception as cause:
-            # Whatever it is that the model cannot do, padded batches need none of it.
+            # Padded batches work with every model, so no error here is fatal.
             self._shares_prefix, reason = False, f"{type(cause).__name__}: {cause}"
         if not self._shares_prefix:
-            logger.info("%s reads the image once a question (%s)", type(self.model).__name__, reason)
+            logger.info("%s encodes the image once per question (%s)", type(self.model).__name__, reason)
         return expected
 
     def _padded(self, inputs: dict[str, torch.Tensor]) -> list[float]:
@@ -141,13 +145,13 @@ class TransformersJudge(Judge):
     def _shared(self, inputs: dict[str, torch.Tensor]) -> list[float]:
         rows = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         num_rows, width = inputs["input_ids"].shape
-        # At least one token of every question is left for the second forward.
+        # The second forward pass needs at least one token of every question.
         shortest = min(len(row) for row in rows) - 1
         equal = torch.stack([row[:shortest] for row in rows]).eq(rows[0][:shortest]).all(dim=0)
         length = int(equal.long().cumprod(dim=0).sum())
         pads = width - len(rows[0])
         prefix = {
-            # Images are equal, so the first row's share of their inputs stands for all.
+            # All rows have the same image, so the first row's share of the image inputs is enough.
             name: value[:1, pads : pads + length]
             if value.shape[:2] == (num_rows, width)
             else value[: len(value) // num_rows]
@@ -158,7 +162,7 @@ class TransformersJudge(Judge):
         suffixes = [row[length:] for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(suffixes, batch_first=True)
         last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=ids.device)
-        # Padding comes after what is read, so causality hides it, and the model finds the positions by itself.
+        # Causal attention hides the padding, which comes last, and the model computes the positions itself.
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
         return yes_probability_of_logits(logits[torch.arange(num_rows), last], self.yes_ids, self.no_ids)
 

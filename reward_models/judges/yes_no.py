@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From the distribution of an answer's first token to P(yes)."""
+"""P(yes) from the distribution of an answer's first token."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ QUESTION_PROMPT = (
     "Question: {question}\n"
     "Answer with one word, yes or no."
 )
-"""What a judge is asked, after the image."""
+"""Text that follows the image in a request to a judge."""
 
-# Beside spaces and punctuation, what tokenizers write for a space or a line break.
+# Spaces, punctuation, and the characters that tokenizers write for a space or a line break.
 _SURROUNDING = " \t\r\n.,;:!?'\"`*_()[]{}<>-|\u2581\u0120\u010a"
 
 
 def read_word(text: str) -> bool | None:
-    """Whether a token is a yes or a no, whatever its case, spaces and punctuation; `None` if neither."""
+    """Return `True` for a yes and `False` for a no, ignoring case, spaces and punctuation; else `None`."""
     return {"yes": True, "no": False}.get(text.strip(_SURROUNDING).lower())
 
 
-def read_answer(text: str) -> float | None:
-    """1 if a whole answer starts with the word yes, 0 if it starts with no, else `None`."""
+def read_plain_answer(text: str) -> float | None:
+    """Return 1 for an answer that starts with the word yes, 0 for one that starts with no, else `None`."""
     words = text.strip(_SURROUNDING).split()
     word = read_word(words[0]) if words else None
     return None if word is None else float(word)
@@ -36,7 +36,7 @@ def read_answer(text: str) -> float | None:
 
 def yes_probability(log_probs: Iterable[tuple[str, float]]) -> float | None:
     """
-    `p_yes / (p_yes + p_no)`, each summed over its spellings.
+    Compute `p_yes / (p_yes + p_no)`, each summed over its spellings.
 
     Args:
         log_probs (`Iterable[tuple[str, float]]`):
@@ -52,7 +52,7 @@ def yes_probability(log_probs: Iterable[tuple[str, float]]) -> float | None:
             by_word[word].append(log_prob)
     if not by_word[True] and not by_word[False]:
         return None
-    # Relative to the largest: some engines send -9999 for tokens that they did not consider.
+    # Relative to the largest, because some engines send -9999 for tokens that they did not consider.
     largest = max(by_word[True] + by_word[False])
     yes, no = (math.fsum(math.exp(value - largest) for value in by_word[word]) for word in (True, False))
     return yes / (yes + no)
@@ -60,10 +60,10 @@ def yes_probability(log_probs: Iterable[tuple[str, float]]) -> float | None:
 
 def yes_no_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """
-    Ids of all spellings of yes and of no in a vocabulary.
+    Return the ids of all spellings of yes and of no in a vocabulary.
 
     Raises:
-        `ValueError`: If it lacks one of them, so that nothing can be read off one token.
+        `ValueError`: If it has no single token for one of them, so that one token cannot tell the answer.
     """
     ids: dict[bool, list[int]] = {True: [], False: []}
     for token, token_id in tokenizer.get_vocab().items():
@@ -78,11 +78,14 @@ def yes_no_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], lis
 
 def yes_probability_of_logits(logits: torch.Tensor, yes_ids: list[int], no_ids: list[int]) -> list[float]:
     """
-    P(yes) from whole next-token distributions.
+    Compute P(yes) from whole next-token distributions.
 
     Args:
         logits (`torch.Tensor` of shape `(questions, vocabulary)`): Logits of the first token of each answer.
-        yes_ids, no_ids (`list[int]`): Of [`yes_no_token_ids`].
+        yes_ids, no_ids (`list[int]`): Token ids from [`yes_no_token_ids`].
+
+    Returns:
+        `list[float]`: P(yes) per question.
     """
     logits = logits.float()
     yes, no = (logits[:, ids].logsumexp(dim=-1) for ids in (yes_ids, no_ids))

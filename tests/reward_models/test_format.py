@@ -3,18 +3,17 @@
 import asyncio
 import json
 import random
-from typing import Any
 
 import pytest
 
 from alphagrpo_ext.shapes import reflection, repair, sample_scene, sample_spec, sample_violation
 from reward_models.format import (
     FORMATS,
-    STRUCTURE,
+    WANTED_VERDICT,
     ReflectionStructure,
+    ReflectionVerdict,
     ShapesReflectionFormat,
     ThinkFormat,
-    parse_structure,
 )
 from reward_models.judges import TextJudge
 
@@ -79,7 +78,7 @@ def test_formats_count_for_text_alone() -> None:
     assert all(FORMATS.get(name)().text_only for name in FORMATS.names())
 
 
-GOOD = {name: wanted for name, (wanted, _) in STRUCTURE.items()}
+GOOD = WANTED_VERDICT.model_dump()
 
 
 class Scripted(TextJudge):
@@ -89,15 +88,14 @@ class Scripted(TextJudge):
         self.answers = answers
         self.requests: list[str] = []
 
-    async def complete(self, request: str, schema: dict[str, Any]) -> str:
-        assert schema["required"] == list(STRUCTURE) and schema["additionalProperties"] is False
+    async def complete(self, request: str, answer_type: type[ReflectionVerdict]) -> ReflectionVerdict:
         self.requests.append(request)
         (answer,) = [
             answer for reflection, answer in self.answers.items() if f"Reflection:\n{reflection}\n" in request
         ]
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return answer_type.model_validate_json(answer)
 
 
 def test_reflection_structure_is_the_share_of_what_is_wanted() -> None:
@@ -124,13 +122,12 @@ def test_reflection_structure_is_the_share_of_what_is_wanted() -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("[]", "must be an object with the fields restates_request"),
-        (json.dumps({**GOOD, "more": True}), "must be an object"),
-        (json.dumps({"has_junk": True}), "must be an object"),
-        (json.dumps(GOOD | {"has_junk": 0}), "field 'has_junk' of the verdict must be true or false, but is 0"),
-        ("{", "Expecting"),
+        ("[]", "Input should be an object"),
+        (json.dumps({"has_junk": True}), "restates_request\n  Field required"),
+        (json.dumps(GOOD | {"has_junk": 0}), "has_junk\n  Input should be a valid boolean"),
+        ("{", "Invalid JSON"),
     ],
 )
 def test_verdicts_are_read_strictly(answer: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_structure(answer)
+        ReflectionVerdict.model_validate_json(answer)

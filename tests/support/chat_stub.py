@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from reward_models.decomposition.requests import CRITERIA
+from reward_models.decomposition.answers import CRITERIA
 from reward_models.endpoints.structured_output import json_objects
 from support.loopback import serve
 

@@ -9,32 +9,24 @@ from typing import Any
 import pytest
 from fastapi.responses import JSONResponse
 from openai import APIStatusError
+from pydantic import ValidationError
 
 from alphagrpo_ext.shapes import CATEGORIES, prompt_rows
-from reward_models.decomposition.decomposers import (
-    DECOMPOSERS,
-    MAX_QUALITY_QUESTIONS,
-    DecomposerArguments,
-    DecompositionError,
-    OpenAIDecomposer,
-    ShapesDecomposer,
-    apply_verdicts,
-    failure_reason,
-    read_facts,
-    read_quality_questions,
-)
-from reward_models.decomposition.requests import (
+from reward_models.decomposition.answers import (
     CRITERIA,
-    FACTS_SCHEMA,
-    QUALITY_SCHEMA,
-    VERDICTS_SCHEMA,
-    facts_request,
-    quality_request,
-    verification_request,
+    MAX_QUALITY_QUESTIONS,
+    Facts,
+    QualityQuestions,
+    Verdict,
+    Verdicts,
 )
+from reward_models.decomposition.base import DECOMPOSERS, DecomposerArguments, DecompositionError, failure_reason
+from reward_models.decomposition.openai import OpenAIDecomposer, apply_verdicts
+from reward_models.decomposition.requests import facts_request, quality_request, verification_request
+from reward_models.decomposition.shapes import ShapesDecomposer
 from reward_models.endpoints.endpoint import InvalidAnswerError
-from reward_models.endpoints.structured_output import fit_to_schema, json_objects
-from reward_models.format import STRUCTURE, ReflectionStructure
+from reward_models.endpoints.structured_output import StructuredAnswer, json_objects
+from reward_models.format import WANTED_VERDICT, ReflectionStructure, ReflectionVerdict
 from reward_models.judges.openai_text import OpenAITextJudge
 from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, PromptRecord, Question, from_row
 from support.chat_stub import INVENTED, ChatRequest, chat_stub, completion, good_answer
@@ -156,21 +148,21 @@ def accept_all(request: ChatRequest) -> dict[str, Any]:
         ("I cannot help with that.", "the answer holds no JSON object: 'I cannot help"),
         ("[1, 2]", "the answer holds no JSON object"),
         ("{" * 50_000, "the answer holds no JSON object"),
-        (json.dumps({"questions": [FACT]}), "the answer has no field 'facts'"),
-        (json.dumps({"facts": FACT}), "the answer, field 'facts' must be of type array, but is {"),
-        (facts("a cat"), "the answer, field 'facts'[0] must be of type object, but is 'a cat'"),
-        (facts(FACT, {"fact": "a cat", "tag": "Count"}), "the answer, field 'facts'[1] has no field 'question'"),
-        (facts(FACT | {"tag": "Color"}), "field 'tag' must be one of Style, "),
-        (facts(FACT | {"tag": "Anatomy"}), "field 'tag' must be one of Style, "),
-        (facts(FACT | {"question": 5}), "field 'question' must be of type string, but is 5"),
-        (facts(FACT | {"question": "There is a cat."}), "'There is a cat.' is no question"),
-        (facts(FACT | {"question": "Is it \ud83d?"}), "has half of a character"),
+        (json.dumps({"questions": [FACT]}), "the answer, field 'facts': Field required"),
+        (json.dumps({"facts": FACT}), "the answer, field 'facts': Input should be a valid list, but is {"),
+        (facts("a cat"), "the answer, field 'facts.0': Input should be a valid dictionary"),
+        (facts(FACT, {"fact": "a cat", "tag": "Count"}), "the answer, field 'facts.1.question': Field required"),
+        (facts(FACT | {"tag": "Color"}), "field 'facts.0.tag': Input should be 'Style', "),
+        (facts(FACT | {"tag": "Anatomy"}), "field 'facts.0.tag': Input should be 'Style', "),
+        (facts(FACT | {"question": 5}), "field 'facts.0.question': Input should be a valid string, but is 5"),
+        (facts(FACT | {"question": "There is a cat."}), "must end with a question mark, but is 'There is a cat.'"),
+        (facts(FACT | {"question": "Is it \ud83d?"}), "holds half a surrogate pair"),
         (facts(), "expected 1 to 64 different questions, got 0"),
         (
             facts(*({**FACT, "question": f"Is it {n}?"} for n in range(65))),
             "expected 1 to 64 different questions, got",
         ),
-        (facts(FACT)[:-1], "the answer has no field 'facts'"),
+        (facts(FACT)[:-1], "the answer, field 'facts': Field required"),
     ],
     ids=(
         "prose array braces other-field no-list no-object no-question unknown-tag other-side number statement surrogate "
@@ -266,44 +258,54 @@ def test_an_empty_prompt_is_a_failure_without_a_request(prompt: str) -> None:
 QUESTIONS = (Question("Is there a cat?", "Existence"), Question("Is it sharp?", "Geometry"))
 
 
+def verdicts(*items: dict[str, Any]) -> list[Verdict]:
+    return Verdicts(verdicts=[Verdict(**item) for item in items]).verdicts
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_question_that_misses_a_criterion_stays_but_is_not_valid(criterion: str) -> None:
-    verdicts = [verdict(2, "Texture"), verdict(1, "Count", **{criterion: False})]
-    assert apply_verdicts(QUESTIONS, {"verdicts": verdicts}) == (
+    given = verdicts(verdict(2, "Texture"), verdict(1, "Count", **{criterion: False}))
+    assert apply_verdicts(QUESTIONS, given) == (
         Question("Is there a cat?", "Count", is_valid=False),
         Question("Is it sharp?", "Texture"),
     )
 
 
 def test_a_tag_of_the_other_side_is_not_taken() -> None:
-    assert apply_verdicts(QUESTIONS, {"verdicts": [verdict(1, "Anatomy"), verdict(2, "Style")]}) == QUESTIONS
+    assert apply_verdicts(QUESTIONS, verdicts(verdict(1, "Anatomy"), verdict(2, "Style"))) == QUESTIONS
 
 
 @pytest.mark.parametrize("numbers", [(), (1,), (1, 2, 3), (1, 1), (0, 1), (1, 2, 2)])
-def test_verdicts_must_be_one_a_question(numbers: tuple[int, ...]) -> None:
+def test_verdicts_must_be_one_per_question(numbers: tuple[int, ...]) -> None:
     with pytest.raises(InvalidAnswerError, match="must be for questions 1 to 2, but are for"):
-        apply_verdicts(QUESTIONS, {"verdicts": [verdict(number) for number in numbers]})
+        apply_verdicts(QUESTIONS, verdicts(*map(verdict, numbers)))
 
 
 def test_too_many_quality_questions_are_refused() -> None:
     rows = [{"tag": "Texture", "question": f"Is it {n}?"} for n in range(MAX_QUALITY_QUESTIONS + 1)]
-    assert len(read_quality_questions({"questions": rows[:-1]})) == MAX_QUALITY_QUESTIONS
-    with pytest.raises(InvalidAnswerError, match="expected 1 to 16"):
-        read_quality_questions({"questions": rows})
+    assert len(QualityQuestions.model_validate({"questions": rows[:-1]}).questions) == MAX_QUALITY_QUESTIONS
+    with pytest.raises(ValidationError, match="expected 1 to 16"):
+        QualityQuestions.model_validate({"questions": rows})
 
 
-def test_worked_examples_fit_their_schemas_and_show_every_semantic_tag() -> None:
+def test_worked_examples_fit_their_schemas_and_show_every_tag_and_criterion() -> None:
     (example,) = json_objects(facts_request("no braces here"))
-    semantic = read_facts(fit_to_schema(example, FACTS_SCHEMA))
-    assert {question.tag for question in semantic} == set(SEMANTIC_TAGS)
+    assert {fact.tag for fact in Facts.model_validate(example).facts} == set(SEMANTIC_TAGS)
     (example,) = json_objects(quality_request("no braces here"))
-    quality = read_quality_questions(fit_to_schema(example, QUALITY_SCHEMA))
-    assert {question.tag for question in quality} == set(QUALITY_TAGS)
+    assert {question.tag for question in QualityQuestions.model_validate(example).questions} == set(QUALITY_TAGS)
     request = verification_request("no braces here", QUESTIONS)
     (example,) = json_objects(request)
-    verdicts = fit_to_schema(example, VERDICTS_SCHEMA)["verdicts"]
-    assert {name for name in CRITERIA for verdict in verdicts if not verdict[name]} == set(CRITERIA)
+    given = Verdicts.model_validate(example).verdicts
+    assert {name for name in CRITERIA for verdict in given if not getattr(verdict, name)} == set(CRITERIA)
     assert '1. [Existence] "Is there a cat?"\n2. [Geometry] "Is it sharp?"\n' in request
+
+
+@pytest.mark.parametrize("answer_type", [Facts, QualityQuestions, Verdicts, ReflectionVerdict])
+def test_schemas_require_every_field_and_allow_no_other(answer_type: type[StructuredAnswer]) -> None:
+    schema = answer_type.model_json_schema()
+    for part in (schema, *schema.get("$defs", {}).values()):
+        assert part["additionalProperties"] is False
+        assert part["required"] == list(part["properties"])
 
 
 def test_json_objects_are_found_whole() -> None:
@@ -311,9 +313,10 @@ def test_json_objects_are_found_whole() -> None:
     assert list(json_objects(text)) == [{"x": {"y": "}"}}]
 
 
-def test_a_truth_value_is_no_number() -> None:
-    with pytest.raises(InvalidAnswerError, match="must be of type integer, but is True"):
-        fit_to_schema(True, {"type": "integer"})
+def test_a_truth_value_is_no_number_and_a_number_no_truth_value() -> None:
+    for changes in ({"number": True}, {"atomic": 1}):
+        with pytest.raises(ValidationError, match=next(iter(changes))):
+            Verdict(**verdict(1) | changes)
 
 
 def test_the_shapes_decomposer_inverts_the_grammar() -> None:
@@ -327,8 +330,11 @@ def test_the_shapes_decomposer_inverts_the_grammar() -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("a red cat on a white background", "not a prompt of the shapes world: the word 'cat' is unknown there"),
-        ("circle a", "the words are known there, but not in this order; a prompt reads, for example, 'a "),
+        (
+            "a red cat on a white background",
+            "not a prompt of the shapes world: its grammar does not have the word 'cat'",
+        ),
+        ("circle a", "these words, but not in this order; a valid prompt is, for example, 'a "),
         ("", "not in this order"),
     ],
 )
@@ -354,7 +360,7 @@ def test_settings_out_of_range_are_named(changes: dict[str, Any], message: str) 
 
 @pytest.mark.parametrize("format_status", [None, 400], ids=["structured", "plain"])
 def test_a_text_judge_answers_for_reflection_structure(format_status: int | None) -> None:
-    good = {name: wanted for name, (wanted, _) in STRUCTURE.items()}
+    good = WANTED_VERDICT.model_dump()
 
     def judge_reflection(request: ChatRequest) -> Any:
         assert "Request:\na cat\n" in request.text

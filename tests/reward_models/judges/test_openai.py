@@ -16,7 +16,7 @@ from PIL import Image
 from reward_models import DVReward, PromptRecord, Question
 from reward_models.arguments import RewardArguments
 from reward_models.dvreward import JudgeFailedError
-from reward_models.endpoints.chat import ChatEndpoint
+from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.judges.openai import OpenAIJudge, png_bytes
 from support.faulty_endpoint import Faults, faulty_endpoint, true_probability
 
@@ -62,8 +62,8 @@ def test_answers_are_read_from_log_probabilities() -> None:
     images = make_images(3)
     with faulty_endpoint(Faults()) as (endpoint, _):
         answers = score(OpenAIJudge(endpoint.url, "judge"), images, QUESTIONS)
-    for image, of_image in zip(images, answers, strict=True):
-        assert of_image == pytest.approx([expected(image, question) for question in QUESTIONS], abs=1e-9)
+    for image, image_answers in zip(images, answers, strict=True):
+        assert image_answers == pytest.approx([expected(image, question) for question in QUESTIONS], abs=1e-9)
     request = endpoint.requests[0]
     assert (request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (1, True, 20)
     assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
@@ -109,8 +109,8 @@ def test_binary_answers_are_0_and_1() -> None:
     with faulty_endpoint(Faults(empty=1.0)) as (endpoint, _):
         answers = score(OpenAIJudge(endpoint.url, "judge", binary=True), images, QUESTIONS)
     assert "logprobs" not in endpoint.requests[0]
-    for image, of_image in zip(images, answers, strict=True):
-        assert of_image == tuple(float(expected(image, question) > 0.5) for question in QUESTIONS)
+    for image, image_answers in zip(images, answers, strict=True):
+        assert image_answers == tuple(float(expected(image, question) > 0.5) for question in QUESTIONS)
 
 
 @pytest.mark.parametrize("fault", ["error", "hang", "garbage", "empty", "trickle"])
@@ -136,7 +136,7 @@ def test_a_fault_of_the_request_is_not_retried() -> None:
 
 def test_a_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    endpoint = ChatEndpoint("http://127.0.0.1:9", "judge")
+    endpoint = OpenAIEndpoint("http://127.0.0.1:9", "judge")
 
     async def key() -> str:
         client, _ = endpoint._connection()
@@ -215,8 +215,11 @@ def test_a_batch_survives_an_endpoint_that_misbehaves() -> None:
             truth = [tuple(expected(image, question) for question in QUESTIONS) for image in images]
             digests = [hashlib.sha256(png_bytes(image)).hexdigest() for image in images]
             known = [
-                tuple(None if endpoint.is_cursed((digest, q)) else p for q, p in zip(QUESTIONS, of_image, strict=True))
-                for digest, of_image in zip(digests, truth, strict=True)
+                tuple(
+                    None if endpoint.is_cursed((digest, q)) else p
+                    for q, p in zip(QUESTIONS, image_answers, strict=True)
+                )
+                for digest, image_answers in zip(digests, truth, strict=True)
             ]
             assert open_sockets(server.port) == []
         return answers, elapsed, known
@@ -226,13 +229,13 @@ def test_a_batch_survives_an_endpoint_that_misbehaves() -> None:
     answers, faulty_seconds, truth = timed(faults, dead=10.0)
     print(f"sound {healthy_seconds:.1f} s, faulty {faulty_seconds:.1f} s")  # noqa: T201
     num_missing = 0
-    for of_image, of_truth in zip(answers, truth, strict=True):
-        for answer, correct in zip(of_image, of_truth, strict=True):
+    for image_answers, image_truth in zip(answers, truth, strict=True):
+        for answer, correct in zip(image_answers, image_truth, strict=True):
             if answer is None:
                 num_missing += correct is not None
             else:
                 assert answer == pytest.approx(correct, abs=1e-9)
-    assert any(None in of_truth for of_truth in truth)
+    assert any(None in image_truth for image_truth in truth)
     # Nine tries, each of which fails with 0.4, leave one question in 4,000; those under way when the endpoint died have fewer.
     assert num_missing < 0.05 * len(images) * len(QUESTIONS)
     assert threading.active_count() <= num_threads + 1

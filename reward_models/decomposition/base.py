@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The contract of decomposers, which turn a prompt into questions, and the registry that names them."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from alphagrpo_ext.registry import Registry
+from reward_models.endpoints.endpoint import InvalidAnswerError
+from reward_models.prompts.questions import PromptRecord
+
+
+DECOMPOSERS = Registry(
+    "decomposer",
+    "alphagrpo_ext.decomposers",
+    {
+        "openai": "reward_models.decomposition.openai:OpenAIDecomposer",
+        "shapes": "reward_models.decomposition.shapes:ShapesDecomposer",
+    },
+)
+
+
+class DecompositionError(ValueError):
+    """
+    Raised for a prompt that cannot be decomposed, where a retry would not help.
+
+    Args:
+        reason (`str`): Kind of the failure in a few words, the same for all failures of the kind.
+        detail (`str`): What is wrong with this prompt.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def failure_reason(error: Exception) -> str:
+    """Return the kind of a failure in a few words, so that failures can be counted by kind."""
+    if isinstance(error, DecompositionError):
+        return error.reason
+    if isinstance(error, InvalidAnswerError):
+        return "unusable answer"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    status_code = getattr(error, "status_code", None)
+    return type(error).__name__ if status_code is None else f"HTTP status {status_code}"
+
+
+@dataclass
+class DecomposerArguments:
+    """
+    Which decomposer to use, and its settings; the help text of a field describes it. The key of an endpoint comes from the
+    environment variable `OPENAI_API_KEY` alone.
+    """
+
+    decomposer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Decomposer: 'openai', 'shapes' or a registered one. Default: 'openai' with an input, else 'shapes'."
+        },
+    )
+    base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "OpenAI-compatible endpoint, e.g. http://localhost:8000/v1. Default: the environment variable "
+            "OPENAI_BASE_URL, or OpenAI itself."
+        },
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Name of the model at the endpoint. Default: the only one that it serves."}
+    )
+    max_concurrency: int = field(default=64, metadata={"help": "Prompts that are decomposed concurrently."})
+    timeout: float = field(default=120.0, metadata={"help": "Seconds for one try of a request."})
+    max_retries: int = field(default=8, metadata={"help": "Further tries of a request."})
+    max_tokens: int = field(
+        default=4096, metadata={"help": "Longest answer, in tokens. 0 leaves the limit to the endpoint."}
+    )
+    temperature: float = field(
+        default=0.3, metadata={"help": "Temperature of the answers. At 0 a retry may get the same answer again."}
+    )
+    extra_body: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further fields of a request to the endpoint, as JSON."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.extra_body, str):
+            try:
+                self.extra_body = json.loads(self.extra_body)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"extra_body must be a JSON object, but is not JSON ({error})") from error
+        if self.extra_body is not None and not isinstance(self.extra_body, dict):
+            raise ValueError(f"extra_body must be a JSON object, but is {self.extra_body!r}")
+
+
+class Decomposer(ABC):
+    """
+    Decomposes prompts into questions, many concurrently in one event loop. A failure is raised: as [`DecompositionError`]
+    if no other error describes it.
+    """
+
+    @classmethod
+    def from_arguments(cls, args: DecomposerArguments) -> Decomposer:
+        """
+        Build the decomposer from a recipe's arguments. The default uses none of them.
+
+        Raises:
+            `ValueError`: If an argument is missing or out of range. The message names the argument.
+        """
+        return cls()
+
+    @abstractmethod
+    async def decompose(self, prompt: str) -> PromptRecord:
+        """
+        Decompose one prompt.
+
+        Args:
+            prompt (`str`): The prompt.
+
+        Returns:
+            `PromptRecord`: The unchanged prompt, with at least one valid semantic question.
+
+        Raises:
+            [`DecompositionError`]: If the prompt cannot be decomposed.
+        """
+
+    async def aclose(self) -> None:
+        """Release resources of the decomposer, e.g. network connections. The default does nothing."""
+        return
