@@ -11,13 +11,13 @@ from PIL import Image
 
 from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
 from reward_models.files.image_decoding import EncodedImage, ImageLimits
-from reward_models.painters.policy import (
+from reward_models.painters.base import (
     DEFAULT_PAINTER_MODEL,
     PAINTERS,
+    ImageRequest,
     Painter,
     PainterArguments,
     PaintError,
-    PaintRequest,
     UnpaintableError,
 )
 
@@ -27,29 +27,17 @@ class OpenAIPainter(Painter):
     """
     Paints with a model behind an OpenAI-compatible images endpoint.
 
-    The endpoint gets one text. Without an image to refine that is the thought, which stands for the prompt, or the prompt
-    where there is none or a blank one. It cannot refine a given image: it then paints anew, from prompt and reflection.
-    Seeds are not passed on, since the protocol has none.
+    The endpoint receives one text. Without an image to refine, that is the thought in place of the prompt, or the prompt if
+    there is no thought or a blank one. The protocol has no image to refine: the endpoint paints a new image from prompt and
+    reflection. It has no seeds either, so those are ignored.
 
     Args:
-        base_url (`str`, *optional*):
-            Where the endpoint is, e.g. `"http://localhost:8000/v1"`. `None` takes the environment variable
-            `OPENAI_BASE_URL`, or OpenAI itself.
-        model (`str`, *optional*):
-            Name of the model. `None` leaves it to the endpoint.
-        api_key (`str`, *optional*):
-            Key of the endpoint. `None` takes the environment variable `OPENAI_API_KEY`; servers of one's own often need
-            none.
+        base_url, model, api_key, max_concurrency, timeout, max_retries:
+            As in [`~reward_models.endpoints.endpoint.OpenAIEndpoint`]. Without `model` the endpoint chooses.
         height, width (`int`, *optional*, defaults to `1024`):
-            Size that is asked for, in pixels. What the endpoint sends is taken as it is, within `limits`.
-        max_concurrency (`int`, *optional*, defaults to `16`):
-            Images that are with the endpoint at once.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds for one try of an image.
-        max_retries (`int`, *optional*, defaults to `2`):
-            Further tries of an image, after faults that may pass.
+            Requested size, in pixels. An image of another size is accepted within `limits`.
         limits ([`ImageLimits`], *optional*):
-            Of the images that the endpoint sends.
+            Largest image that the endpoint may send.
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -91,19 +79,19 @@ class OpenAIPainter(Painter):
             max_retries=args.painter_max_retries,
         )
 
-    async def paint(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
+    async def paint(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         tasks = [asyncio.create_task(self._paint_one(request, index)) for index, request in enumerate(requests)]
         try:
             return await asyncio.gather(*tasks)
         finally:
-            # The rest of a request that has failed is not worth its price.
+            # After one failure the other images are not needed, and may cost money.
             for task in tasks:
                 task.cancel()
 
     async def aclose(self) -> None:
         await self.endpoint.aclose()
 
-    async def _paint_one(self, request: PaintRequest, index: int) -> Image.Image:
+    async def _paint_one(self, request: ImageRequest, index: int) -> Image.Image:
         from openai import AsyncOpenAI, BadRequestError, OpenAIError, UnprocessableEntityError, omit
 
         async def attempt(client: AsyncOpenAI) -> str:
@@ -116,9 +104,7 @@ class OpenAIPainter(Painter):
             )
             data = getattr(response, "data", None)
             if not data or not data[0].b64_json:
-                raise InvalidAnswerError(
-                    "the images endpoint sent no b64_json; it has to support that response_format"
-                )
+                raise InvalidAnswerError("the images endpoint sent no b64_json; it must support that response_format")
             return data[0].b64_json
 
         try:
@@ -130,21 +116,17 @@ class OpenAIPainter(Painter):
         except (OpenAIError, TimeoutError) as error:
             raise PaintError(f"request {index}: {type(error).__name__}: {error}") from error
         try:
-            return await asyncio.to_thread(_decode, encoded, self.limits)
+            return await asyncio.to_thread(lambda: EncodedImage.from_base64(encoded, self.limits).decode())
         except ValueError as error:
             raise PaintError(f"request {index}: from the images endpoint: {error}") from error
 
 
-def endpoint_prompt(request: PaintRequest) -> str:
+def endpoint_prompt(request: ImageRequest) -> str:
     """
-    The one text that an images endpoint gets, without the tags of a thought: thought or prompt, or with an image to refine
-    prompt and reflection.
+    Return the text that an images endpoint receives: the thought or else the prompt, or for an image to refine both prompt and
+    reflection. The tags of a thought are removed.
     """
     thought = (request.thought or "").replace("<think>", " ").replace("</think>", " ").strip()
     if request.image is None:
         return thought or request.prompt
     return f"{request.prompt}\n{thought}".strip()
-
-
-def _decode(text: str, limits: ImageLimits) -> Image.Image:
-    return EncodedImage.from_base64(text, limits).decode()

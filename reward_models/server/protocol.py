@@ -1,179 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The messages of the reward server, as JSON carries them."""
+"""Messages of the reward server as pydantic models, which are also its OpenAPI description."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from reward_models.dvreward import Score
-
-
-MAX_DETAIL = 1000
-"""Characters of an error message; messages quote what was sent, which may be large."""
+from reward_models.endpoints.structured_output import UnicodeText
 
 
-def check_unicode(text: str) -> str:
-    """
-    The text, unless it holds half a surrogate pair: JSON can write that, but no model can read it.
-
-    Raises:
-        `ValueError`: If it does.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("the text is not valid Unicode: it holds half a surrogate pair") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(check_unicode)]
-
-
-class ScoreItem(BaseModel):
-    """
-    Args:
-        image (`str`): PNG, JPEG or WebP file in base64, bare or as a data URL.
-        prompt (`str`): What the image was made for.
-        semantic_questions, quality_questions (`list[dict]` or `str`): As in [`~reward_models.prompts.questions.from_row`].
-    """
+class StrictMessage(BaseModel):
+    """Base class of requests: types are strict, and unknown fields are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    image: Text
-    prompt: Text
-    # Checked by `from_row`, which knows more than a type says.
-    semantic_questions: Any
-    quality_questions: Any
+
+class ScoreItem(StrictMessage):
+    """An image to score."""
+
+    image: UnicodeText = Field(description="PNG, JPEG or WebP file in base64, bare or as a data URL.")
+    prompt: UnicodeText = Field(description="Prompt of the image.")
+    # `from_row` checks these, because a type cannot express their rules.
+    semantic_questions: Any = Field(description="List of {question, tag, is_valid?}, or that list as JSON.")
+    quality_questions: Any = Field(description="Likewise.")
 
 
-class ScoreRequest(BaseModel):
-    """
-    Args:
-        items (`list[ScoreItem]`): Images with their questions.
-    """
+class ScoreRequest(StrictMessage):
+    """Images to score."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    # A list of a million errors would be no help to anybody.
+    # Without FailFast a list of a million wrong items would produce a million errors.
     items: Annotated[list[ScoreItem], FailFast()]
 
 
 class ItemScore(BaseModel):
-    """
-    Args:
-        reward (`float` or `None`): In [0, 1]; `None` if the image could not be scored.
-        semantic, quality (`list[float | None]`): P(yes) of the valid questions; `None` where there is no answer.
-        strict_pass (`bool` or `None`): Whether every answer is yes.
-    """
+    """Score of one image, made from a [`~reward_models.dvreward.Score`]."""
 
-    reward: float | None
-    semantic: list[float | None]
-    quality: list[float | None]
-    strict_pass: bool | None
+    model_config = ConfigDict(from_attributes=True)
+
+    reward: float | None = Field(description="Reward in [0, 1]; null if the image could not be scored.")
+    semantic: list[float | None] = Field(description="P(yes) per valid semantic question; null without an answer.")
+    quality: list[float | None] = Field(description="P(yes) per valid quality question; null without an answer.")
+    strict_pass: bool | None = Field(description="Whether every answer is yes; null if the image could not be scored.")
 
 
 class ScoreResponse(BaseModel):
-    """
-    Args:
-        scores (`list[ItemScore]`): One an item.
-    """
+    """One score per item."""
 
     scores: list[ItemScore]
 
 
-class GenerateItem(BaseModel):
-    """
-    Args:
-        prompt (`str`): What to paint.
-        thought (`str`, *optional*): What the policy wrote before the image; with `image` its reflection.
-        image (`str`, *optional*): An image to refine, as in [`ScoreItem`].
-        seed (`int`, *optional*): Of the noise, in [0, 2^63).
-    """
+class GenerateItem(StrictMessage):
+    """An image to paint."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    prompt: Text
-    thought: Text | None = None
-    image: Text | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    prompt: UnicodeText = Field(description="Prompt of the image.")
+    thought: UnicodeText | None = Field(
+        default=None, description="Text that the policy wrote before the image; with `image`, its reflection."
+    )
+    image: UnicodeText | None = Field(default=None, description="An image to refine, encoded as in ScoreItem.")
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Seed of the noise.")
 
 
-class GenerateRequest(BaseModel):
-    """
-    Args:
-        items (`list[GenerateItem]`): Images to paint.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid")
+class GenerateRequest(StrictMessage):
+    """Images to paint."""
 
     items: Annotated[list[GenerateItem], FailFast()]
 
 
 class GenerateResponse(BaseModel):
-    """
-    Args:
-        images (`list[str]`): PNG files in base64, one an item.
-    """
+    """One PNG file in base64 per item."""
 
     images: list[str]
 
 
 class RemoteRewardRequest(BaseModel):
-    """
-    OpenRLHF's request for rewards. Fields that later versions may add are ignored.
-
-    Args:
-        query (`list[str]`): Prompt and completion, with special tokens.
-        prompts (`list[str]`): The prompts as the policy got them.
-        labels (`list[str]`): JSON of records: `prompt`, `semantic_questions` and `quality_questions`.
-    """
+    """OpenRLHF's request for rewards. Unknown fields are ignored, because later versions may add some."""
 
     model_config = ConfigDict(strict=True)
 
-    query: Annotated[list[Text], FailFast()]
-    prompts: Annotated[list[Text], FailFast()]
-    labels: Annotated[list[Text], FailFast()]
+    query: Annotated[list[UnicodeText], FailFast()] = Field(description="Prompt and completion with special tokens.")
+    prompts: Annotated[list[UnicodeText], FailFast()] = Field(description="The prompts as the policy received them.")
+    labels: Annotated[list[UnicodeText], FailFast()] = Field(
+        description="Records as JSON: prompt, semantic_questions and quality_questions."
+    )
 
 
 class RemoteRewardResponse(BaseModel):
-    """
-    OpenRLHF's rewards.
-
-    Args:
-        rewards, scores (`list[float]`): In [0, 1], both the same, one a query.
-        extra_logs (`dict[str, list[float]]`): Metrics, one value a query.
-    """
+    """OpenRLHF's rewards: `rewards` and `scores` are the same, in [0, 1]; every list has one value per query."""
 
     rewards: list[float]
     scores: list[float]
     extra_logs: dict[str, list[float]]
-
-
-def to_item_score(score: Score) -> ItemScore:
-    """A [`~reward_models.dvreward.Score`] as it is sent."""
-    return ItemScore(
-        reward=score.reward,
-        semantic=list(score.semantic),
-        quality=list(score.quality),
-        strict_pass=score.strict_pass,
-    )
-
-
-def printable(message: str) -> str:
-    """A message that any client can read: valid Unicode, and not too long."""
-    message = message.encode("utf-8", "backslashreplace").decode()
-    return message if len(message) <= MAX_DETAIL else message[:MAX_DETAIL] + "..."
-
-
-def describe_errors(errors: Sequence[Any]) -> str:
-    """Fields that have the wrong type, from the errors of pydantic; what was sent is not repeated."""
-    described = []
-    for error in errors:
-        # The first part says that it is the body.
-        place = ".".join(str(part) for part in error["loc"][1:]) or "the body"
-        described.append(f"{place}: {error['msg']}")
-    return "; ".join(described)

@@ -36,8 +36,9 @@ from alphagrpo_ext.shapes import (
 )
 from reward_models.dvreward import DVReward
 from reward_models.judges import Judge
-from reward_models.painters.policy import Painter, PainterArguments, PaintRequest
-from reward_models.server.__main__ import ServerArguments, create_app
+from reward_models.painters.base import ImageRequest, Painter, PainterArguments
+from reward_models.server.app import create_app
+from reward_models.server.arguments import ServerArguments
 from support.loopback import serve
 
 
@@ -102,14 +103,14 @@ class ScenePainter(Painter):
     max_calls = 4
 
     def __init__(self) -> None:
-        self.requests: list[PaintRequest] = []
+        self.requests: list[ImageRequest] = []
         self.closed = False
 
     @classmethod
     def from_arguments(cls, args: PainterArguments) -> ScenePainter:
         return cls()
 
-    async def paint(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
+    async def paint(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         self.requests += requests
         scenes = [parse_thought(request.thought or "") for request in requests]
         gray = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "gray")
@@ -126,7 +127,7 @@ class FailingPainter(ScenePainter):
         super().__init__()
         self.error = error
 
-    async def paint(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
+    async def paint(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         raise self.error
 
 

@@ -14,7 +14,8 @@ from reward_models.arguments import RewardArguments
 from reward_models.dvreward import DVReward
 from reward_models.judges.server import ServerJudge
 from reward_models.prompts.questions import from_row
-from reward_models.server.__main__ import KEY_VARIABLE, ServerArguments, create_app
+from reward_models.server.app import create_app
+from reward_models.server.arguments import KEY_VARIABLE, ServerArguments
 from support.loopback import LoopbackServer, serve
 
 

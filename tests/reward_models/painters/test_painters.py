@@ -24,15 +24,15 @@ from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.rollout.generator import sample_generator
-from reward_models.painters.openai import OpenAIPainter, endpoint_prompt
-from reward_models.painters.policy import (
+from reward_models.painters.base import (
     PAINTERS,
+    ImageRequest,
     Painter,
     PainterArguments,
     PaintError,
-    PaintRequest,
     UnpaintableError,
 )
+from reward_models.painters.openai import OpenAIPainter, endpoint_prompt
 from reward_models.painters.policy import PolicyPainter as Policy
 from support.loopback import serve
 
@@ -62,7 +62,7 @@ def flawed() -> Image.Image:
     return image
 
 
-def paint(painter: Painter, *requests: PaintRequest) -> list[np.ndarray]:
+def paint(painter: Painter, *requests: ImageRequest) -> list[np.ndarray]:
     async def run() -> list[Image.Image]:
         try:
             return await painter.paint(requests)
@@ -109,7 +109,7 @@ def test_policy_paints_a_thought_as_it_does_after_sampling_it(
     image = flawed if refines else None
     thought, expected = roll_out(policy, {"prompt": PROMPT, "image": image}, config, seed=5)
     assert thought.startswith("<think>")
-    request = PaintRequest(PROMPT, thought, image, seed=5)
+    request = ImageRequest(PROMPT, thought, image, seed=5)
     (actual,) = paint(Policy(*policy, config), request)
     assert_same_picture(actual, expected)
     others = [replace(request, thought=None), replace(request, thought=THOUGHT), replace(request, seed=6)]
@@ -125,12 +125,12 @@ def test_without_a_thought_policy_paints_as_the_task_without_thinking(
     task = TASKS.get("self_reflection" if refines else "reasoning_t2i")(think=False)
     row = {"prompt": PROMPT, "image": image}
     (trajectory,) = RolloutGenerator(*policy, task)([row], [sample_generator(7, 0, 0)], GUIDED)
-    (actual,) = paint(Policy(*policy, GUIDED), PaintRequest(PROMPT, image=image, seed=7))
+    (actual,) = paint(Policy(*policy, GUIDED), ImageRequest(PROMPT, image=image, seed=7))
     assert (actual == np.asarray(trajectory.final_image)).all()
 
 
 def test_same_seed_same_image_and_no_seed_another_each_time(policy: tuple[Any, Any]) -> None:
-    seeded, free = PaintRequest(PROMPT, THOUGHT, seed=3), PaintRequest("draw a circle")
+    seeded, free = ImageRequest(PROMPT, THOUGHT, seed=3), ImageRequest("draw a circle")
     first = paint(Policy(*policy, CONFIG), seeded, *[free] * 3)
     second = paint(Policy(*policy, CONFIG), seeded, *[free] * 3)
     assert (first[0] == second[0]).all()
@@ -144,14 +144,14 @@ def test_requests_of_every_kind_are_painted_together_as_they_are_alone(
 ) -> None:
     blue = "<think> white : blue circle top left </think>"
     requests = [
-        PaintRequest(PROMPT, THOUGHT, seed=0),
-        PaintRequest(PROMPT, THOUGHT, seed=0),
-        PaintRequest(PROMPT, blue, seed=0),
-        PaintRequest("two blue circles", seed=1),
-        PaintRequest("a red square", "", seed=2),
-        PaintRequest(PROMPT, blue, flawed, seed=3),
-        PaintRequest("three green squares", None, flawed, seed=4),
-        PaintRequest(
+        ImageRequest(PROMPT, THOUGHT, seed=0),
+        ImageRequest(PROMPT, THOUGHT, seed=0),
+        ImageRequest(PROMPT, blue, seed=0),
+        ImageRequest("two blue circles", seed=1),
+        ImageRequest("a red square", "", seed=2),
+        ImageRequest(PROMPT, blue, flawed, seed=3),
+        ImageRequest("three green squares", None, flawed, seed=4),
+        ImageRequest(
             "a yellow triangle", "<think> red : yellow triangle top left </think>", flawed.resize((60, 30)), seed=5
         ),
     ]
@@ -170,7 +170,7 @@ def test_event_loop_goes_on_while_policy_paints(policy: tuple[Any, Any]) -> None
 
     async def run() -> set[str]:
         nonlocal ticks
-        task = asyncio.create_task(painter.paint([PaintRequest(PROMPT, THOUGHT, seed=i) for i in range(8)]))
+        task = asyncio.create_task(painter.paint([ImageRequest(PROMPT, THOUGHT, seed=i) for i in range(8)]))
         names = set()
         while not task.done():
             await asyncio.sleep(0.001)
@@ -200,11 +200,11 @@ def test_cancelled_call_leaves_the_thread_to_the_next(
     monkeypatch.setattr(model, "prefill", count)
 
     async def run() -> None:
-        abandoned = asyncio.create_task(painter.paint([PaintRequest(f"red {i}", seed=i) for i in range(400)]))
+        abandoned = asyncio.create_task(painter.paint([ImageRequest(f"red {i}", seed=i) for i in range(400)]))
         while batches < 2:
             await asyncio.sleep(0.001)
         abandoned.cancel()
-        assert len(await painter.paint([PaintRequest(PROMPT, seed=0)])) == 1
+        assert len(await painter.paint([ImageRequest(PROMPT, seed=0)])) == 1
         assert abandoned.cancelled()
         await painter.aclose()
 
@@ -214,28 +214,28 @@ def test_cancelled_call_leaves_the_thread_to_the_next(
 
 def test_closed_painter_has_no_thread_left_and_paints_no_more(policy: tuple[Any, Any]) -> None:
     painter = Policy(*policy, CONFIG)
-    paint(painter, PaintRequest(PROMPT))
+    paint(painter, ImageRequest(PROMPT))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("policy-painter")]
     with pytest.raises(RuntimeError, match="shutdown"):
-        paint(painter, PaintRequest(PROMPT))
+        paint(painter, ImageRequest(PROMPT))
 
 
 @pytest.mark.parametrize(
-    "long", [PaintRequest(PROMPT, "red " * 600), PaintRequest("red " * 600), PaintRequest("red " * 510)]
+    "long", [ImageRequest(PROMPT, "red " * 600), ImageRequest("red " * 600), ImageRequest("red " * 510)]
 )
-def test_text_that_does_not_fit_the_model_is_named(policy: tuple[Any, Any], long: PaintRequest) -> None:
+def test_text_that_does_not_fit_the_model_is_named(policy: tuple[Any, Any], long: ImageRequest) -> None:
     with pytest.raises(UnpaintableError, match=r"request 1: .* more than the 512 of the model"):
-        paint(Policy(*policy, CONFIG), PaintRequest(PROMPT), long)
+        paint(Policy(*policy, CONFIG), ImageRequest(PROMPT), long)
 
 
 def test_longest_thought_that_fits_is_painted(policy: tuple[Any, Any]) -> None:
-    (image,) = paint(Policy(*policy, CONFIG), PaintRequest(PROMPT, "red " * 480, seed=0))
+    (image,) = paint(Policy(*policy, CONFIG), ImageRequest(PROMPT, "red " * 480, seed=0))
     assert image.shape == (SIZE, SIZE, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (25, 23)])
 def test_images_of_any_shape_can_be_refined(policy: tuple[Any, Any], size: tuple[int, int]) -> None:
-    (image,) = paint(Policy(*policy, CONFIG), PaintRequest(PROMPT, THOUGHT, Image.new("RGB", size), seed=0))
+    (image,) = paint(Policy(*policy, CONFIG), ImageRequest(PROMPT, THOUGHT, Image.new("RGB", size), seed=0))
     assert image.shape == (SIZE, SIZE, 3)
 
 
@@ -252,7 +252,7 @@ def test_arguments_make_the_painter_they_name() -> None:
     guidance = GuidanceConfig(3.0, 2.0, (0.4, 1.0), "global")
     assert painter.config == RolloutConfig(SIZE, SIZE, denoising=DenoisingConfig(6, 1.0, guidance), batch_size=4)
     assert not painter.policy[0].training
-    (image,) = paint(painter, PaintRequest(PROMPT, THOUGHT, seed=0))
+    (image,) = paint(painter, ImageRequest(PROMPT, THOUGHT, seed=0))
     assert image.shape == (SIZE, SIZE, 3)
     with pytest.raises(UnknownNameError, match="unknown painter 'polcy'. Did you mean 'policy'"):
         PainterArguments(painter="polcy").make_painter()
@@ -268,7 +268,7 @@ def test_packages_can_add_painters() -> None:
         async def paint(self, requests: Any) -> list[Image.Image]:
             return [Image.new("RGB", (2, 2), "gray") for _ in requests]
 
-    (image,) = paint(PainterArguments(painter="gray").make_painter(), PaintRequest("x"))
+    (image,) = paint(PainterArguments(painter="gray").make_painter(), ImageRequest("x"))
     assert (image == 128).all()
     assert PAINTERS.names() == ["gray", "openai", "policy"]
 
@@ -351,7 +351,7 @@ def test_openai_painter_asks_for_the_thought_and_keeps_the_order(endpoint: Image
         painter="openai", painter_model="brush", painter_base_url=url, image_height=4, image_width=6
     )
     prompts = ["x" * (i + 1) for i in range(10)]
-    requests = [PaintRequest("not this", f"<think> {prompt} </think>") for prompt in prompts]
+    requests = [ImageRequest("not this", f"<think> {prompt} </think>") for prompt in prompts]
     images = paint(arguments.make_painter(), *requests)
     assert [image.shape for image in images] == [(4, 6, 3)] * 10
     assert [image[0, 0].tolist() for image in images] == [[i + 1, 0, 0] for i in range(10)]
@@ -367,7 +367,7 @@ def test_openai_painter_bounds_its_concurrency_and_takes_its_key_from_the_enviro
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_BASE_URL", url)
-    assert len(paint(OpenAIPainter(height=2, width=2, max_concurrency=2), *[PaintRequest("x")] * 8)) == 8
+    assert len(paint(OpenAIPainter(height=2, width=2, max_concurrency=2), *[ImageRequest("x")] * 8)) == 8
     assert endpoint.peak == 2
     assert set(endpoint.keys) == {"Bearer secret"}
     assert "model" not in endpoint.bodies[0]
@@ -375,7 +375,7 @@ def test_openai_painter_bounds_its_concurrency_and_takes_its_key_from_the_enviro
 
 def test_openai_painter_tries_again_after_faults_that_pass(endpoint: ImagesEndpoint, url: str) -> None:
     endpoint.faults = [(500, {}), (429, {})]
-    (image,) = paint(OpenAIPainter(url, "brush", height=2, width=2), PaintRequest("abc"))
+    (image,) = paint(OpenAIPainter(url, "brush", height=2, width=2), ImageRequest("abc"))
     assert image[0, 0, 0] == 3
     assert len(endpoint.bodies) == 3
 
@@ -399,18 +399,18 @@ def test_faults_of_the_endpoint_are_told_from_those_of_the_request(
 ) -> None:
     endpoint.faults = [fault]
     with pytest.raises(error, match=message):
-        paint(OpenAIPainter(url, "brush", height=2, width=2, max_retries=0), PaintRequest("abc"))
+        paint(OpenAIPainter(url, "brush", height=2, width=2, max_retries=0), ImageRequest("abc"))
 
 
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        (PaintRequest("a cat"), "a cat"),
-        (PaintRequest("a cat", "<think> a black cat on a mat </think>"), "a black cat on a mat"),
-        (PaintRequest("a cat", " <think> </think> "), "a cat"),
-        (PaintRequest("a cat", "the tail is missing", Image.new("RGB", (2, 2))), "a cat\nthe tail is missing"),
-        (PaintRequest("a cat", None, Image.new("RGB", (2, 2))), "a cat"),
+        (ImageRequest("a cat"), "a cat"),
+        (ImageRequest("a cat", "<think> a black cat on a mat </think>"), "a black cat on a mat"),
+        (ImageRequest("a cat", " <think> </think> "), "a cat"),
+        (ImageRequest("a cat", "the tail is missing", Image.new("RGB", (2, 2))), "a cat\nthe tail is missing"),
+        (ImageRequest("a cat", None, Image.new("RGB", (2, 2))), "a cat"),
     ],
 )
-def test_text_that_an_endpoint_gets(request_: PaintRequest, text: str) -> None:
+def test_text_that_an_endpoint_gets(request_: ImageRequest, text: str) -> None:
     assert endpoint_prompt(request_) == text

@@ -7,7 +7,8 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from reward_models.server.__main__ import KEY_VARIABLE, ServerArguments, create_app, is_loopback
+from reward_models.server.app import create_app
+from reward_models.server.arguments import KEY_VARIABLE, ServerArguments, is_loopback
 from support.server_samples import KEY, SAMPLE, ScenePainter, refusal, running
 
 

@@ -90,7 +90,7 @@ def test_thought_is_what_follows_the_prompt(query: str, prompt: str, expected: s
     ("changes", "message"),
     [
         ({"query": ["something else"]}, r"query[0] does not begin with the prompt"),
-        ({"labels": []}, "must be of one length"),
+        ({"labels": []}, "must have the same length"),
         ({"labels": ["{"]}, "labels[0] must be the JSON of a record"),
         ({"labels": ["[]"]}, "labels[0]: expected a mapping, got list"),
         ({"labels": [json.dumps({"prompt": "x"})]}, "labels[0] has no 'semantic_questions'"),

@@ -13,7 +13,8 @@ import pytest
 from trl import TrlParser
 
 from alphagrpo_ext import __version__
-from reward_models.server.__main__ import KEY_VARIABLE, ServerArguments, create_app
+from reward_models.server.app import create_app
+from reward_models.server.arguments import KEY_VARIABLE, ServerArguments
 from support.server_samples import KEY, SAMPLE, ScenePainter, metric, running, wait_until
 
 
@@ -101,8 +102,8 @@ def test_every_request_is_one_line_without_secrets(
         client.post("/score", json={"items": 3}, headers=headers)
         client.get("/" + "x" * 300 + "%0A", headers={"authorization": "Bearer wrong-key"})
         client.get("/health")
-        wait_until(lambda: len([r for r in caplog.records if r.name == "reward_models.server.__main__"]) == 7)
-    lines = [record.getMessage() for record in caplog.records if record.name == "reward_models.server.__main__"]
+        wait_until(lambda: len([r for r in caplog.records if r.name == "reward_models.server.request_log"]) == 7)
+    lines = [record.getMessage() for record in caplog.records if record.name == "reward_models.server.request_log"]
     records = [json.loads(line) for line in lines]
     assert not any("\n" in line for line in lines)
     assert [(r["path"], r["status"], r["items"]) for r in records] == [

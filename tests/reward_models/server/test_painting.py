@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reward_models.painters.policy import PaintError, PaintRequest, UnpaintableError
-from reward_models.server.__main__ import ServerArguments
+from reward_models.painters.base import ImageRequest, PaintError, UnpaintableError
+from reward_models.server.arguments import ServerArguments
 from support.server_samples import SAMPLE, SAMPLES, FailingPainter, encode, metric, refusal, running
 
 
 def test_generate_paints_with_the_policy(shapes: httpx.Client) -> None:
     requests = [
-        PaintRequest(SAMPLE.record["prompt"], SAMPLE.plan, seed=3),
-        PaintRequest(SAMPLE.record["prompt"], seed=3),
-        PaintRequest(SAMPLE.record["prompt"], SAMPLE.plan, SAMPLE.wrong, seed=2**63 - 1),
+        ImageRequest(SAMPLE.record["prompt"], SAMPLE.plan, seed=3),
+        ImageRequest(SAMPLE.record["prompt"], seed=3),
+        ImageRequest(SAMPLE.record["prompt"], SAMPLE.plan, SAMPLE.wrong, seed=2**63 - 1),
     ]
     items = [vars(request) | {"image": request.image and encode(request.image)} for request in requests]
     responses = [shapes.post("/generate", json={"items": items}) for _ in range(2)]

@@ -24,7 +24,8 @@ import pytest
 import uvicorn
 
 from reward_models.dvreward import DVReward
-from reward_models.server.__main__ import KEY_VARIABLE, ServerArguments, create_app
+from reward_models.server.app import create_app
+from reward_models.server.arguments import KEY_VARIABLE, ServerArguments
 from support.server_samples import JSON, SAMPLE, SAMPLES, GatedJudge, ScenePainter, wait_until
 
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The contract of painters, which turn prompts and thoughts into images, their arguments, and the registry that names them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from alphagrpo_ext.registry import Registry
+
+
+if TYPE_CHECKING:
+    from transformers.processing_utils import ProcessorMixin
+
+    from alphagrpo_ext.models.contract import UnifiedModel
+
+
+PAINTERS = Registry(
+    "painter",
+    "alphagrpo_ext.painters",
+    {
+        "openai": "reward_models.painters.openai:OpenAIPainter",
+        "policy": "reward_models.painters.policy:PolicyPainter",
+    },
+)
+
+DEFAULT_PAINTER_MODEL = "bagel-shapes"
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """
+    A request for one image.
+
+    Args:
+        prompt (`str`):
+            Prompt of the user.
+        thought (`str`, *optional*):
+            Text that was written before the image: a plan, or the reflection on `image`. `None` paints without a thought. An
+            empty string is a thought.
+        image (`PIL.Image.Image`, *optional*):
+            An image in RGB to refine. `None` paints a new image.
+        seed (`int`, *optional*):
+            Seed of the noise. `None` draws one.
+    """
+
+    prompt: str
+    thought: str | None = None
+    image: Image.Image | None = None
+    seed: int | None = None
+
+
+class UnpaintableError(ValueError):
+    """Raised for a request that cannot be painted as it is, where a retry would not help."""
+
+
+class PaintError(RuntimeError):
+    """Raised when a painter failed. Another try may succeed."""
+
+
+@dataclass
+class PainterArguments:
+    """
+    Which painter to use, and its settings; the help text of a field describes it. The defaults suit the packaged model. For
+    BAGEL set size, steps and guidance. Keys of endpoints come from the environment alone.
+    """
+
+    painter: str = field(
+        default="none", metadata={"help": "Painter of images: 'none', 'policy', 'openai' or a registered one."}
+    )
+    painter_model: str = field(
+        default=DEFAULT_PAINTER_MODEL,
+        metadata={"help": "Name or folder of the policy, or name of the model at the endpoint."},
+    )
+    painter_dtype: str = field(default="float32", metadata={"help": "Data type of the policy's weights."})
+    painter_batch_size: int = field(default=16, metadata={"help": "Images per batch of the policy."})
+    painter_base_url: str | None = field(
+        default=None,
+        metadata={"help": "OpenAI-compatible endpoint of the painter 'openai', e.g. http://localhost:8000/v1."},
+    )
+    painter_max_concurrency: int = field(
+        default=16, metadata={"help": "Largest number of images that the endpoint paints concurrently."}
+    )
+    painter_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds for one try of an image at the endpoint."}
+    )
+    painter_max_retries: int = field(default=2, metadata={"help": "Further tries of an image at the endpoint."})
+    image_height: int = field(default=24, metadata={"help": "Height of painted images, in pixels."})
+    image_width: int = field(default=24, metadata={"help": "Width of painted images, in pixels."})
+    num_timesteps: int = field(default=11, metadata={"help": "Number of points of the policy's denoising schedule."})
+    timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
+    cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
+    cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
+    cfg_interval: list[float] = field(
+        default_factory=lambda: [0.4, 1.0], metadata={"help": "Half-open interval of guided times."}
+    )
+    cfg_renorm_type: str = field(
+        default="global", metadata={"help": "Renormalisation of the guidance: 'global', 'channel' or 'text_channel'."}
+    )
+
+    def make_painter(self) -> Painter | None:
+        """
+        Build the painter; `None` for `"none"`.
+
+        Raises:
+            `ValueError`: If there is no such painter, or an argument is out of range.
+        """
+        return None if self.painter == "none" else PAINTERS.get(self.painter).from_arguments(self)
+
+
+class Painter(ABC):
+    """
+    Paints images. Register a painter with `@PAINTERS.register("name")`.
+
+    A painter is called from one event loop, for several requests of a server concurrently. It must not block that loop.
+    """
+
+    max_calls: int = 1
+    """Largest number of concurrent calls of [`paint`]. Further calls wait, and their images stay undecoded meanwhile."""
+
+    policy: tuple[UnifiedModel, ProcessorMixin] | None = None
+    """The model that paints and its processor, if they are in this process, so that a judge can use them too."""
+
+    @classmethod
+    @abstractmethod
+    def from_arguments(cls, args: PainterArguments) -> Painter:
+        """
+        Build the painter.
+
+        Args:
+            args ([`PainterArguments`]): The arguments.
+
+        Raises:
+            `ValueError`: If an argument is missing or out of range. The message names the argument.
+        """
+
+    @abstractmethod
+    async def paint(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
+        """
+        Paint one RGB image per request.
+
+        Raises:
+            [`UnpaintableError`]: If a request cannot be painted as it is. The message names its index.
+            [`PaintError`]: If the painter failed.
+        """
+
+    async def aclose(self) -> None:
+        """Release resources of the painter, e.g. threads and connections. The default does nothing."""
+        return

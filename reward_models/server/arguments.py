@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Arguments of the reward server, its limits among them, and its key."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+
+from reward_models.arguments import RewardArguments
+from reward_models.files.image_decoding import ImageLimits
+from reward_models.painters.base import PainterArguments
+
+
+KEY_VARIABLE = "ALPHAGRPO_SERVER_KEY"
+
+
+@dataclass
+class ServerArguments(RewardArguments, PainterArguments):
+    """
+    Arguments of the reward server: the judge (see [`RewardArguments`]), the painter (see [`PainterArguments`]), the address,
+    and the limits; the help text of a field describes it.
+
+    The limits bound the memory. The server holds at most `max_queue` bodies of `max_body_bytes`. A file of a few kilobytes
+    can decode to megabytes, so an image is decoded only when its turn comes: at most 64 images are decoded for the judge,
+    and for the painter those of the requests that it works on (one for the policy, 16 for an endpoint).
+    """
+
+    host: str = field(
+        default="127.0.0.1",
+        metadata={
+            "help": f"Address to listen at. An address that other machines can reach needs a key in {KEY_VARIABLE}."
+        },
+    )
+    port: int = field(default=8001, metadata={"help": "Port to listen at."})
+    max_body_bytes: int = field(default=2**25, metadata={"help": "Largest body of a request; a larger one gets 413."})
+    max_image_side: int = field(
+        default=ImageLimits.max_side,
+        metadata={"help": "Largest width and height of an image in a request, in pixels; a larger one gets 422."},
+    )
+    max_image_pixels: int = field(
+        default=ImageLimits.max_pixels,
+        metadata={"help": "Largest number of pixels of an image in a request; a larger one gets 422."},
+    )
+    max_items: int = field(default=64, metadata={"help": "Largest number of items per request; more get 422."})
+    max_questions: int = field(
+        default=64,
+        metadata={"help": "Largest number of questions per item, including those that are not valid; more get 422."},
+    )
+    max_queue: int = field(
+        default=64, metadata={"help": "Largest number of requests that run or wait; a further one gets 429."}
+    )
+    request_timeout: float = field(
+        default=150.0,
+        metadata={"help": "Seconds for a request, from its first byte; then it gets 504. OpenRLHF waits for 180."},
+    )
+    shutdown_timeout: int = field(
+        default=30, metadata={"help": "Seconds to finish running requests after the server is told to stop."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_body_bytes", "max_items", "max_questions", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if not self.request_timeout > 0:
+            raise ValueError(f"request_timeout must be positive, but is {self.request_timeout}")
+        self.image_limits = ImageLimits(self.max_image_side, self.max_image_pixels)
+
+
+def server_key(host: str) -> str | None:
+    """
+    Return the key from the environment, or `None` if there is none.
+
+    Args:
+        host (`str`): Address to listen at.
+
+    Raises:
+        `ValueError`: If there is no key and other machines can reach the address.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip() or None
+    if key is None and not is_loopback(host):
+        raise ValueError(
+            f"other machines can reach host {host}: set {KEY_VARIABLE} to a key that clients must send, or "
+            "listen at 127.0.0.1"
+        )
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
