@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from reward_models.prompts.questions import PromptRecord, Question, from_row, load_records, validate_dataset
+"""DVReward and what it consists of: questions about images, judges that answer them, and aggregations of the answers."""
 
-from .aggregation import AGGREGATIONS, aggregate, strict_pass
-from .dvreward import DVReward, Score
-from .judges import JUDGES, Judge
+from reward_models.aggregation import AGGREGATIONS, aggregate, all_yes
+from reward_models.dvreward import DVReward, Score
+from reward_models.judges import JUDGES, Judge
+from reward_models.prompts.questions import PromptRecord, Question, from_row, load_records, validate_dataset
 
 
 __all__ = [
@@ -16,8 +17,8 @@ __all__ = [
     "Question",
     "Score",
     "aggregate",
+    "all_yes",
     "from_row",
     "load_records",
-    "strict_pass",
     "validate_dataset",
 ]

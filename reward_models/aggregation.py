@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From the answers about one image to its reward. Pure functions of P(yes) values."""
+"""The reward of one image from the answers about it: pure functions of P(yes) values."""
 
 import math
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ def geometric(semantic: Sequence[float], quality: Sequence[float]) -> float:
 
 @AGGREGATIONS.register("mean")
 def mean(semantic: Sequence[float], quality: Sequence[float]) -> float:
-    """The mean of the two means: both sides weigh the same, however many questions they have."""
+    """The mean of the two means. Both sides have the same weight, whatever their number of questions."""
     return (fmean(semantic) + fmean(quality)) / 2
 
 
 @AGGREGATIONS.register("pooled")
 def pooled(semantic: Sequence[float], quality: Sequence[float]) -> float:
-    """The mean over all questions: every question weighs the same."""
+    """The mean over all questions. Every question has the same weight."""
     return fmean([*semantic, *quality])
 
 
@@ -34,16 +34,14 @@ def aggregate(
     semantic: Sequence[float | None], quality: Sequence[float | None], aggregation: str = "geometric"
 ) -> float | None:
     """
-    Reward of one image.
+    Compute the reward of one image.
 
     Args:
-        semantic (`Sequence[float | None]`):
-            P(yes) of the semantic questions, in [0, 1]; `None` where the judge gave no answer.
-        quality (`Sequence[float | None]`):
-            P(yes) of the quality questions, likewise.
+        semantic, quality (`Sequence[float | None]`):
+            P(yes) of the semantic and of the quality questions, in [0, 1]; `None` for a question without an answer.
         aggregation (`str`, *optional*, defaults to `"geometric"`):
-            Name in `AGGREGATIONS`: `"geometric"`, `"mean"` or `"pooled"`. When one of the two sequences is empty, the
-            mean of the other is the reward, whatever the aggregation.
+            Name in `AGGREGATIONS`: `"geometric"`, `"mean"` or `"pooled"`. If one of the two sequences is empty, the reward is
+            the mean of the other.
 
     Returns:
         `float` or `None`: The reward in [0, 1], or `None` if any answer is missing.
@@ -59,22 +57,13 @@ def aggregate(
     return combine(semantic, quality)
 
 
-def strict_pass(
-    semantic: Sequence[float | None], quality: Sequence[float | None], threshold: float = 0.5
-) -> bool | None:
+def all_yes(semantic: Sequence[float | None], quality: Sequence[float | None], threshold: float = 0.5) -> bool | None:
     """
-    Whether every question is answered with yes, i.e. `P(yes) >= threshold`.
+    Whether the answer to every question is yes, i.e. `P(yes) >= threshold`; `None` if any answer is missing.
 
     Args:
-        semantic (`Sequence[float | None]`):
-            P(yes) of the semantic questions, in [0, 1]; `None` where the judge gave no answer.
-        quality (`Sequence[float | None]`):
-            P(yes) of the quality questions, likewise.
-        threshold (`float`, *optional*, defaults to `0.5`):
-            What P(yes) has to reach.
-
-    Returns:
-        `bool` or `None`: `None` if any answer is missing.
+        semantic, quality (`Sequence[float | None]`): As in [`aggregate`].
+        threshold (`float`, *optional*, defaults to `0.5`): Smallest P(yes) of a yes.
 
     Raises:
         `ValueError`: If both sequences are empty.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The arguments that recipes share: prompts, judge and reward."""
+"""Arguments that recipes share: prompts, judge and reward."""
 
 from __future__ import annotations
 
@@ -13,38 +13,34 @@ from reward_models.judges import JUDGES
 from reward_models.judges.arguments import JudgeArguments
 
 
-_HOW_TO_ASK = ("judge_max_concurrency", "judge_timeout", "judge_max_retries", "judge_max_failed_frac")
+_CANNOT_CHANGE_ANSWERS = ("judge_max_concurrency", "judge_timeout", "judge_max_retries", "judge_max_failed_frac")
 
 
 @dataclass
 class RewardArguments(JudgeArguments):
     """
-    Who judges images (see [`JudgeArguments`]), and how answers become a reward.
-
-    Args:
-        judge_max_failed_frac (`float`, *optional*, defaults to `0.5`):
-            Share of a batch's images that may stay without a score; more stops the run.
-        aggregation (`str`, *optional*, defaults to `"geometric"`):
-            How answers become a reward: `"geometric"`, `"mean"` or `"pooled"`.
+    The judge (see [`JudgeArguments`]), and how its answers become a reward; the help text of a field describes it.
     """
 
     judge_max_failed_frac: float = field(
         default=0.5,
-        metadata={"help": "Share of a batch's images that may stay without a score; more stops the run."},
+        metadata={"help": "Share of a batch's images that may stay without a score. If more fail, the run stops."},
     )
     aggregation: str = field(
         default="geometric", metadata={"help": "How answers become a reward: 'geometric', 'mean' or 'pooled'."}
     )
 
     def answer_settings(self) -> list[Any]:
-        """All values but those that cannot change an answer."""
-        return [getattr(self, f.name) for f in fields(RewardArguments) if f.name not in _HOW_TO_ASK]
+        """Return the values of all arguments that can change an answer or a reward."""
+        return [getattr(self, f.name) for f in fields(RewardArguments) if f.name not in _CANNOT_CHANGE_ANSWERS]
 
     def make_reward(self, policy: Any = None) -> DVReward:
         """
+        Build the reward with its judge.
+
         Args:
             policy (`tuple[UnifiedModel, ProcessorMixin]`, *optional*):
-                The model that is trained and its processor, for a judge that asks it.
+                The model in training and its processor, for a judge that asks it.
 
         Raises:
             `ValueError`: If there is no such judge, or an argument is out of range.
@@ -56,30 +52,30 @@ class RewardArguments(JudgeArguments):
 @dataclass
 class PromptArguments(HoldoutArguments, RewardArguments):
     """
-    Which prompts a recipe trains and evaluates on; and who judges, see [`RewardArguments`] and [`HoldoutArguments`].
-
-    Args:
-        train_file, eval_file (`str`, *optional*):
-            Prompts with questions: a file of JSON lines, a folder of such files, or a dataset. `None` takes the prompts of
-            the shapes world.
-        num_train_prompts, num_eval_prompts (`int`, *optional*, defaults to `2048` and `504`):
-            Prompts drawn from the shapes world.
-        eval_seeds (`int`, *optional*, defaults to `2`):
-            Noise seeds every evaluation prompt is painted with. 0 skips the evaluations.
-        eval_batch_size (`int`, *optional*, defaults to `128`):
-            Samples that an evaluation paints at once.
+    The prompts that a recipe trains and evaluates on, the judge and the reward (see [`RewardArguments`]), and a second judge
+    for comparison (see [`HoldoutArguments`]); the help text of a field describes it.
     """
 
     train_file: str | None = field(
-        default=None, metadata={"help": "Training prompts with questions: JSON lines, a folder of them, or a dataset."}
+        default=None,
+        metadata={
+            "help": "Training prompts with questions: a file of JSON lines, a folder of such files, or a dataset. Default: "
+            "prompts of the shapes world."
+        },
     )
     eval_file: str | None = field(
-        default=None, metadata={"help": "Evaluation prompts with questions: JSON lines, a folder, or a dataset."}
+        default=None, metadata={"help": "Evaluation prompts with questions, in the formats of train_file."}
     )
-    num_train_prompts: int = field(default=2048, metadata={"help": "Training prompts drawn from the shapes world."})
-    num_eval_prompts: int = field(default=504, metadata={"help": "Evaluation prompts drawn from the shapes world."})
-    eval_seeds: int = field(default=2, metadata={"help": "Noise seeds of an evaluation; 0 skips the evaluations."})
-    eval_batch_size: int = field(default=128, metadata={"help": "Samples that an evaluation paints at once."})
+    num_train_prompts: int = field(
+        default=2048, metadata={"help": "Number of training prompts drawn from the shapes world."}
+    )
+    num_eval_prompts: int = field(
+        default=504, metadata={"help": "Number of evaluation prompts drawn from the shapes world."}
+    )
+    eval_seeds: int = field(
+        default=2, metadata={"help": "Noise seeds per evaluation prompt. 0 skips the evaluations."}
+    )
+    eval_batch_size: int = field(default=128, metadata={"help": "Samples per batch of an evaluation."})
 
     def __post_init__(self) -> None:
         RewardArguments.__post_init__(self)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -16,34 +16,31 @@ from PIL import Image
 
 from alphagrpo_ext.report.answers import COLUMN_SUFFIX, format_answers
 from alphagrpo_ext.report.records import Answer
-from reward_models.prompts.questions import PromptRecord, from_row, validate_dataset
-
-from .aggregation import AGGREGATIONS, aggregate, strict_pass
-from .judges import JUDGES, Judge
+from reward_models.aggregation import AGGREGATIONS, aggregate, all_yes
+from reward_models.judges import JUDGES, Judge
+from reward_models.prompts.questions import PromptRecord, Question, from_row, validate_dataset
 
 
 logger = logging.getLogger(__name__)
 
 PASS_THRESHOLD = 0.5
+"""Smallest P(yes) that counts as a yes."""
 
 
 @dataclass(frozen=True)
 class Score:
     """
-    How one image did.
+    Score of one image.
 
     Args:
         reward (`float` or `None`):
             The reward in [0, 1]; `None` if the image could not be scored.
-        semantic (`tuple[float | None, ...]`):
-            P(yes) of the valid semantic questions, in their order; `None` where there is no answer.
-        quality (`tuple[float | None, ...]`):
-            P(yes) of the valid quality questions, likewise.
+        semantic, quality (`tuple[float | None, ...]`):
+            P(yes) of the valid semantic and quality questions, in their order; `None` for a question without an answer.
         strict_pass (`bool` or `None`):
             Whether every answer is yes; `None` if the image could not be scored.
         asked_at, answered_at (`float`, *optional*):
-            When the judge got the image and when it was done with it, in seconds of a clock of its own; `None` if there was
-            no image.
+            When the judge received the image and when it was done, in seconds of a monotonic clock; `None` without an image.
     """
 
     reward: float | None
@@ -55,13 +52,13 @@ class Score:
 
 
 class JudgeFailedError(RuntimeError):
-    """Raised when a judge leaves more images without a score than it may."""
+    """Raised when a judge leaves more images without a score than `max_failed_frac` allows."""
 
 
 class DVReward:
     """
     Decompositional verifiable reward (https://huggingface.co/papers/2605.12495). A judge answers atomic yes/no
-    questions about an image; the reward is built from its P(yes), by default
+    questions about an image. The reward aggregates its P(yes), by default as
     `sqrt(mean semantic P(yes) * mean quality P(yes))`.
 
     An instance is an asynchronous reward function for TRL, which reads the dataset columns `semantic_questions` and
@@ -69,16 +66,16 @@ class DVReward:
 
     Args:
         judge ([`Judge`] or `str`):
-            Who answers, or a name in `JUDGES` of a judge that needs no arguments.
+            The judge, or the name in `JUDGES` of a judge that needs no arguments.
         aggregation (`str`, *optional*, defaults to `"geometric"`):
-            How answers make a reward: `"geometric"`, `"mean"` or `"pooled"`. See [`aggregate`].
+            How answers become a reward: `"geometric"`, `"mean"` or `"pooled"`. See [`aggregate`].
         max_concurrency (`int`, *optional*, defaults to `64`):
-            How many images are with the judge at once. Holds across concurrent calls in one event loop.
+            Largest number of images that are judged concurrently, over all calls in one event loop.
         timeout (`float`, *optional*):
-            Seconds that the judge has for one image, after which the image is not scored. `None` waits forever.
+            Seconds that the judge has per image. Then the image is not scored. `None` waits without limit.
         max_failed_frac (`float`, *optional*, defaults to `0.5`):
-            Share of a batch's images that may stay without a score, in [0, 1]. Beyond it the reward function raises
-            [`JudgeFailedError`], since what is left would be noise.
+            Share of a batch's images that may stay without a score, in [0, 1]. If more fail, the reward function raises
+            [`JudgeFailedError`], because the remaining rewards would be mostly noise.
         name (`str`, *optional*, defaults to `"dvreward"`):
             Name of the reward function, and prefix of its metrics.
 
@@ -119,7 +116,7 @@ class DVReward:
         self._slots: asyncio.Semaphore | None = None
         self._last_error: Exception | None = None
         self._logged_errors: set[type[Exception]] = set()
-        # By the identity of an image, which is kept alive by its entry.
+        # By the id of an image. The entry keeps the image alive, so that the id stays unique.
         self._started: dict[int, tuple[Image.Image, PromptRecord, asyncio.Task[Score]]] = {}
 
     async def __call__(
@@ -136,21 +133,22 @@ class DVReward:
         **kwargs,
     ) -> list[float | None]:
         """
-        Reward of each completion, as TRL calls it. All sequences have one entry per completion.
+        Compute the reward of each completion, as TRL calls it. All sequences have one entry per completion.
 
         Args:
             prompts, completions, completion_ids (`Sequence`):
-                As TRL passes them. Completions are not read: the image is what counts.
+                As TRL passes them. Completions are ignored: only the image counts.
             images (`Sequence`):
-                The image of each completion, bare or in a sequence of length 1. One without (`None` or an empty
-                sequence) is not scored.
+                The image of each completion, bare or in a sequence of length 1. A completion without an image (`None` or an
+                empty sequence) is not scored.
             semantic_questions, quality_questions (`Sequence`):
                 Questions of each completion, as in [`from_row`].
-            log_extra, log_metric (`Callable`, *optional*):
-                TRL's loggers. Columns, under the function's name: the means `semantic` and `quality` of a sample, and its
-                `answers`, see [`format_answers`]. Metrics, under the function's name: the means over scored images `semantic` and `quality`,
-                the share `strict_pass` of scored images, and for each tag the share of answered questions whose answer is
-                yes, e.g. `semantic/Count`. About the judge, under `judge`: see [`judge_metrics`].
+            log_extra (`Callable`, *optional*):
+                TRL's logger of columns. Under the function's name: the means `semantic` and `quality` of a sample, and its
+                `answers` (see [`format_answers`]).
+            log_metric (`Callable`, *optional*):
+                TRL's logger of metrics. Under the function's name: see [`batch_metrics`]; under `judge`: see
+                [`judge_metrics`].
 
         Returns:
             `list[float | None]`: Rewards in [0, 1]; `None` for an image that could not be scored.
@@ -177,12 +175,8 @@ class DVReward:
                 log_metric(f"judge/{metric}", value)
         self.check_failures(scores)
         if log_extra is not None:
-            log_extra(f"{self.__name__}/semantic", [_mean(score.semantic) for score in scores])
-            log_extra(f"{self.__name__}/quality", [_mean(score.quality) for score in scores])
-            answers = [
-                format_answers(answers_of(score, record)) for score, record in zip(scores, records, strict=True)
-            ]
-            log_extra(f"{self.__name__}{COLUMN_SUFFIX}", answers)
+            for column, values in _columns(scores, records).items():
+                log_extra(f"{self.__name__}{column}", values)
         return [score.reward for score in scores]
 
     def validate_dataset(self, dataset: Iterable[Mapping[str, Any]]) -> None:
@@ -196,10 +190,10 @@ class DVReward:
 
     def validate_image_size(self, height: int, width: int) -> None:
         """
-        Ask the judge whether it takes images of this size, in pixels.
+        Check that the judge can read images of this size, in pixels.
 
         Raises:
-            `ValueError`: If it does not.
+            `ValueError`: If it cannot.
         """
         self.judge.validate_image_size(height, width)
 
@@ -209,8 +203,8 @@ class DVReward:
         rows: Sequence[Mapping[str, Any]],
     ) -> None:
         """
-        Give images to the judge without waiting for it. The next [`~DVReward.score`] in this event loop finds them under
-        way and drops those that it is not asked for.
+        Start judging images without waiting. The next [`~DVReward.score`] in this event loop uses these results, and cancels
+        those for images that it is not asked for.
 
         Args:
             images (`Sequence`): As in [`~DVReward.score`].
@@ -223,7 +217,7 @@ class DVReward:
                 self._started[id(image)] = (image, record, asyncio.create_task(self._score_one(image, record, slots)))
 
     async def aclose(self) -> None:
-        """Drop what is under way and release what the judge holds in this event loop."""
+        """Cancel started judgements and release the resources of the judge in this event loop."""
         await self._drop_started()
         await self.judge.aclose()
 
@@ -231,11 +225,11 @@ class DVReward:
         self, images: Sequence[Image.Image | Sequence[Image.Image] | None], records: Sequence[PromptRecord]
     ) -> list[Score]:
         """
-        Score images, each by the valid questions of its record.
+        Score each image by the valid questions of its record.
 
         Args:
             images (`Sequence`):
-                One entry per record: an image, a sequence of length 1 with it, or `None` if there is none.
+                One entry per record: an image, a sequence of length 1 with an image, or `None`.
             records (`Sequence[PromptRecord]`):
                 The questions.
 
@@ -274,8 +268,10 @@ class DVReward:
 
     def check_failures(self, scores: Sequence[Score]) -> None:
         """
+        Check that not too many images of a batch failed.
+
         Args:
-            scores (`Sequence[Score]`): Scores of a batch.
+            scores (`Sequence[Score]`): Scores of the batch.
 
         Raises:
             [`JudgeFailedError`]: If more than `max_failed_frac` of the images could not be scored.
@@ -294,7 +290,7 @@ class DVReward:
         ) from error
 
     def _current_slots(self) -> asyncio.Semaphore:
-        # A semaphore belongs to the event loop that first waits on it; evaluation may run in another than training.
+        # A semaphore belongs to the event loop that first waits on it, and evaluation may run in another loop than training.
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop, self._slots = loop, asyncio.Semaphore(self.max_concurrency)
@@ -315,7 +311,7 @@ class DVReward:
             reward=aggregate(semantic_answers, quality_answers, self.aggregation),
             semantic=semantic_answers,
             quality=quality_answers,
-            strict_pass=strict_pass(semantic_answers, quality_answers, PASS_THRESHOLD),
+            strict_pass=all_yes(semantic_answers, quality_answers, PASS_THRESHOLD),
             asked_at=asked_at,
             answered_at=answered_at,
         )
@@ -334,7 +330,7 @@ class DVReward:
             return
         self._logged_errors.add(type(error))
         logger.warning(
-            "%s could not judge an image, which gets no reward (%s: %s). Further errors of this type are not logged.",
+            "%s could not judge an image, so it has no reward (%s: %s). Further errors of this type are not logged.",
             type(self.judge).__name__,
             type(error).__name__,
             error,
@@ -344,58 +340,68 @@ class DVReward:
 
 def batch_metrics(scores: Sequence[Score], records: Sequence[PromptRecord]) -> dict[str, float]:
     """
-    Summarise scores.
+    Summarise the scores of a batch.
 
     Args:
-        scores (`Sequence[Score]`):
-            Scores of a batch.
-        records (`Sequence[PromptRecord]`):
-            Their records.
+        scores (`Sequence[Score]`): The scores.
+        records (`Sequence[PromptRecord]`): Their records.
 
     Returns:
-        `dict[str, float]`: Of the images that were scored, the share `strict_pass` and the mean P(yes) `semantic` and
-        `quality`; and for each tag that has answers the share of them that are yes, under `semantic/<tag>` or
-        `quality/<tag>`. What has no data is left out.
+        `dict[str, float]`: Over the images with a score, the share `strict_pass` and the mean P(yes) `semantic` and `quality`.
+        For each tag, the share of answered questions whose answer is yes, e.g. `semantic/Count`. A metric without data is left
+        out.
     """
     values: dict[str, list[float]] = defaultdict(list)
     for score, record in zip(scores, records, strict=True):
         if score.reward is not None:
             values["strict_pass"].append(score.strict_pass)
-        for side, answers, questions in (
-            ("semantic", score.semantic, record.valid_semantic_questions),
-            ("quality", score.quality, record.valid_quality_questions),
-        ):
-            if score.reward is not None and answers:
-                values[side].append(fmean(answers))
-            for answer, question in zip(answers, questions, strict=True):
-                if answer is not None:
-                    values[f"{side}/{question.tag}"].append(answer >= PASS_THRESHOLD)
+            for side, answers in (("semantic", score.semantic), ("quality", score.quality)):
+                if answers:
+                    values[side].append(fmean(answers))
+        for side, question, p_yes in _answered_questions(score, record):
+            if p_yes is not None:
+                values[f"{side}/{question.tag}"].append(p_yes >= PASS_THRESHOLD)
     return {metric: fmean(entries) for metric, entries in values.items()}
 
 
 def answers_of(score: Score, record: PromptRecord) -> list[Answer]:
-    """The answers that an image got, with the questions of its record."""
+    """Return the answers about an image together with the questions of its record."""
     return [
-        Answer(question.question, question.tag, kind, p_yes)
-        for kind, answers, questions in (
-            ("semantic", score.semantic, record.valid_semantic_questions),
-            ("quality", score.quality, record.valid_quality_questions),
-        )
-        for p_yes, question in zip(answers, questions, strict=True)
+        Answer(question.question, question.tag, side, p_yes)
+        for side, question, p_yes in _answered_questions(score, record)
     ]
+
+
+def _answered_questions(score: Score, record: PromptRecord) -> Iterator[tuple[str, Question, float | None]]:
+    """Yield the side of each valid question, the question, and P(yes)."""
+    for side, questions, answers in (
+        ("semantic", record.valid_semantic_questions, score.semantic),
+        ("quality", record.valid_quality_questions, score.quality),
+    ):
+        for question, p_yes in zip(questions, answers, strict=True):
+            yield side, question, p_yes
+
+
+def _columns(scores: Sequence[Score], records: Sequence[PromptRecord]) -> dict[str, list[Any]]:
+    """Columns of TRL's table of completions, by the end of their names."""
+    return {
+        "/semantic": [_mean(score.semantic) for score in scores],
+        "/quality": [_mean(score.quality) for score in scores],
+        COLUMN_SUFFIX: [format_answers(answers_of(*pair)) for pair in zip(scores, records, strict=True)],
+    }
 
 
 def judge_metrics(scores: Sequence[Score]) -> dict[str, float]:
     """
-    How a judge did on a batch.
+    Summarise the reliability and the speed of a judge on a batch.
 
     Args:
-        scores (`Sequence[Score]`): Scores of a batch.
+        scores (`Sequence[Score]`): Scores of the batch.
 
     Returns:
-        `dict[str, float]`: `failed_frac`, the share of images without a score; `latency_p50` and `latency_p99`, seconds
-        that the judge had an image, and `questions_per_second`, answered ones over the time from the first image to the
-        last answer. What has no data is left out.
+        `dict[str, float]`: `failed_frac`, the share of images without a score; `latency_p50` and `latency_p99`, the seconds
+        per image; and `questions_per_second`, the answered questions over the time from the first image to the last answer. A
+        metric without data is left out.
     """
     judged = [score for score in scores if score.asked_at is not None]
     if not judged:

@@ -16,8 +16,7 @@ from pydantic import Field
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.rollout.task import prompt_text
 from alphagrpo_ext.shapes.text import is_reflection
-from reward_models.endpoints.structured_output import StructuredAnswer
-from reward_models.judges import TextJudge
+from reward_models.endpoints.structured_output import StructuredAnswer, StructuredChat
 
 
 logger = logging.getLogger(__name__)
@@ -49,8 +48,8 @@ class FormatReward(ABC):
 
     text_only = True
 
-    def __init__(self, name: str) -> None:
-        self.__name__ = name
+    __name__: str
+    """TRL takes the name of a reward function from its `__name__`."""
 
     @abstractmethod
     def has_form(self, text: str) -> bool:
@@ -68,8 +67,7 @@ class FormatReward(ABC):
 class ThinkFormat(FormatReward):
     """Rewards a text that starts with `<think>`, ends with `</think>`, and has neither in between."""
 
-    def __init__(self, name: str = "think_format") -> None:
-        super().__init__(name)
+    __name__ = "think_format"
 
     def has_form(self, text: str) -> bool:
         text = text.strip()
@@ -85,8 +83,7 @@ class ShapesReflectionFormat(FormatReward):
     no error, followed by the plan of a possible scene and nothing else.
     """
 
-    def __init__(self, name: str = "reflection_format") -> None:
-        super().__init__(name)
+    __name__ = "reflection_format"
 
     def has_form(self, text: str) -> bool:
         return is_reflection(text)
@@ -131,17 +128,23 @@ class ReflectionStructure:
     over a sample's turns. A language model gives the verdict. A sample is `None` if one of its reflections has no verdict.
 
     Args:
-        judge ([`TextJudge`]): The language model.
+        chat ([`~reward_models.endpoints.structured_output.StructuredChat`]): The language model.
         max_concurrency (`int`, *optional*, defaults to `64`): Largest number of reflections that are judged concurrently.
         name (`str`, *optional*, defaults to `"reflection_structure"`): Name of the reward function.
+
+    Example:
+
+    ```python
+    >>> reward = ReflectionStructure(StructuredChat(OpenAIEndpoint("http://localhost:8000/v1")))
+    ```
     """
 
     text_only = True
 
-    def __init__(self, judge: TextJudge, max_concurrency: int = 64, name: str = "reflection_structure") -> None:
+    def __init__(self, chat: StructuredChat, max_concurrency: int = 64, name: str = "reflection_structure") -> None:
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
-        self.judge = judge
+        self.chat = chat
         self.max_concurrency = max_concurrency
         self.__name__ = name
 
@@ -166,7 +169,7 @@ class ReflectionStructure:
         request = _VERDICT_REQUEST.format(prompt=prompt, reflection=reflection, fields=fields)
         async with slots:
             try:
-                verdict = await self.judge.complete(request, ReflectionVerdict)
+                verdict = await self.chat.ask(request, ReflectionVerdict)
             except Exception as error:
                 logger.warning("a reflection could not be judged and gets no reward: %s", error)
                 return None

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ class InvalidAnswerError(ValueError):
     """The endpoint answered, but not with what was asked for. Another try may succeed."""
 
 
+@dataclass(eq=False)
 class OpenAIEndpoint:
     """
     An OpenAI-compatible endpoint, reached through the official asynchronous client.
@@ -62,35 +64,25 @@ class OpenAIEndpoint:
         `ValueError`: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        model: str | None = None,
-        api_key: str | None = None,
-        max_concurrency: int = 64,
-        timeout: float = 60.0,
-        max_retries: int = 8,
-    ) -> None:
+    base_url: str | None = None
+    model: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    max_concurrency: int = field(default=64, repr=False)
+    timeout: float = field(default=60.0, repr=False)
+    max_retries: int = field(default=8, repr=False)
+
+    def __post_init__(self) -> None:
         require_extra("openai", "judge")
         require_extra("tenacity", "judge")
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, but is {max_concurrency}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive, but is {timeout}")
-        if max_retries < 0:
-            raise ValueError(f"max_retries must not be negative, but is {max_retries}")
-        self.base_url = base_url
-        self.model = model
-        self._api_key = api_key
-        self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
+        if self.max_concurrency < 1:
+            raise ValueError(f"max_concurrency must be at least 1, but is {self.max_concurrency}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be positive, but is {self.timeout}")
+        if self.max_retries < 0:
+            raise ValueError(f"max_retries must not be negative, but is {self.max_retries}")
         self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, asyncio.Semaphore]] = (
             WeakKeyDictionary()
         )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(base_url={self.base_url!r}, model={self.model!r})"
 
     async def request(self, attempt: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
         """
@@ -166,7 +158,7 @@ class OpenAIEndpoint:
         loop = asyncio.get_running_loop()
         if loop not in self._connections:
             # The client insists on a key.
-            api_key = self._api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
+            api_key = self.api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
             client = AsyncOpenAI(base_url=self.base_url, api_key=api_key, timeout=self.timeout, max_retries=0)
             self._connections[loop] = (client, asyncio.Semaphore(self.max_concurrency))
         return self._connections[loop]

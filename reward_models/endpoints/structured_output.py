@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -61,6 +62,7 @@ AnswerT = TypeVar("AnswerT", bound=StructuredAnswer)
 T = TypeVar("T")
 
 
+@dataclass
 class StructuredChat:
     """
     Asks a chat endpoint for JSON that fits a pydantic model.
@@ -83,22 +85,17 @@ class StructuredChat:
         `ValueError`: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        endpoint: OpenAIEndpoint,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        extra_body: dict[str, Any] | None = None,
-    ) -> None:
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1 or None, but is {max_tokens}")
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, but is {temperature}")
-        self.endpoint = endpoint
-        self.takes_schema = True
-        self._settings: dict[str, Any] = {"temperature": temperature, "extra_body": extra_body}
-        if max_tokens is not None:
-            self._settings["max_tokens"] = max_tokens
+    endpoint: OpenAIEndpoint
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    extra_body: dict[str, Any] | None = None
+    takes_schema: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1 or None, but is {self.max_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, but is {self.temperature}")
 
     async def ask(
         self,
@@ -158,8 +155,15 @@ class StructuredChat:
         await self.endpoint.aclose()
 
     async def _complete(self, read: Callable[[ChatCompletion], T], request: str, **arguments: Any) -> T:
-        messages = [{"role": "user", "content": request}]
-        return await self.endpoint.complete_chat(read, messages=messages, **self._settings, **arguments)
+        if self.max_tokens is not None:
+            arguments["max_tokens"] = self.max_tokens
+        return await self.endpoint.complete_chat(
+            read,
+            messages=[{"role": "user", "content": request}],
+            temperature=self.temperature,
+            extra_body=self.extra_body,
+            **arguments,
+        )
 
     def _stop_sending_schema(self, refusal: Exception) -> None:
         if self.takes_schema:

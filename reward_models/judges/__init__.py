@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from reward_models.judges.base import JUDGES, Judge, TextJudge
+"""Judges answer yes/no questions about images: the contract, and one file per judge."""
+
+from reward_models.judges.base import JUDGES, Judge
 
 
-__all__ = ["JUDGES", "Judge", "TextJudge"]
+__all__ = ["JUDGES", "Judge"]

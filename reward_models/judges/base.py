@@ -6,16 +6,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from alphagrpo_ext.registry import Registry
 from reward_models.judges.arguments import JudgeArguments
-
-
-if TYPE_CHECKING:
-    from reward_models.endpoints.structured_output import AnswerT
 
 
 JUDGES = Registry(
@@ -85,23 +81,3 @@ class Judge(ABC):
     async def aclose(self) -> None:
         """Release resources of the judge, e.g. network connections. The default does nothing."""
         return
-
-
-class TextJudge(ABC):
-    """
-    Answers a request about texts, e.g. with a language model behind an endpoint. As with [`Judge`], an error may be raised,
-    and the text is then not scored.
-    """
-
-    @abstractmethod
-    async def complete(self, request: str, answer_type: type[AnswerT]) -> AnswerT:
-        """
-        Answer one request.
-
-        Args:
-            request (`str`): The request.
-            answer_type (`type[pydantic.BaseModel]`): Model of the answer.
-
-        Returns:
-            `pydantic.BaseModel`: An instance of the model.
-        """

@@ -35,9 +35,7 @@ class OpenAIPainter(Painter):
         base_url, model, api_key, max_concurrency, timeout, max_retries:
             As in [`~reward_models.endpoints.endpoint.OpenAIEndpoint`]. Without `model` the endpoint chooses.
         height, width (`int`, *optional*, defaults to `1024`):
-            Requested size, in pixels. An image of another size is accepted within `limits`.
-        limits ([`ImageLimits`], *optional*):
-            Largest image that the endpoint may send.
+            Requested size, in pixels. An image of another size is accepted within the default [`ImageLimits`].
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -55,7 +53,6 @@ class OpenAIPainter(Painter):
         max_concurrency: int = 16,
         timeout: float = 120.0,
         max_retries: int = 2,
-        limits: ImageLimits | None = None,
     ) -> None:
         for name, side in (("height", height), ("width", width)):
             if side < 1:
@@ -63,7 +60,6 @@ class OpenAIPainter(Painter):
         self.endpoint = OpenAIEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
         self.height = height
         self.width = width
-        self.limits = limits or ImageLimits()
 
     @classmethod
     def from_arguments(cls, args: PainterArguments) -> OpenAIPainter:
@@ -116,7 +112,7 @@ class OpenAIPainter(Painter):
         except (OpenAIError, TimeoutError) as error:
             raise PaintError(f"request {index}: {type(error).__name__}: {error}") from error
         try:
-            return await asyncio.to_thread(lambda: EncodedImage.from_base64(encoded, self.limits).decode())
+            return await asyncio.to_thread(lambda: EncodedImage.from_base64(encoded, ImageLimits()).decode())
         except ValueError as error:
             raise PaintError(f"request {index}: from the images endpoint: {error}") from error
 

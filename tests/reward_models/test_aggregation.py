@@ -4,7 +4,7 @@ import random
 import pytest
 
 from alphagrpo_ext.registry import UnknownNameError
-from reward_models.aggregation import AGGREGATIONS, aggregate, strict_pass
+from reward_models.aggregation import AGGREGATIONS, aggregate, all_yes
 
 
 NAMES = ["geometric", "mean", "pooled"]
@@ -54,24 +54,24 @@ def test_an_empty_side_leaves_the_mean_of_the_other(name):
 def test_a_missing_answer_is_none_wherever_it_is(name):
     for semantic, quality in [([None, 1.0], [1.0]), ([1.0], [0.0, None]), ([None], []), ([], [None])]:
         assert aggregate(semantic, quality, name) is None
-        assert strict_pass(semantic, quality) is None
+        assert all_yes(semantic, quality) is None
 
 
 def test_a_zero_is_an_answer():
     assert aggregate([0.0], [1.0], "geometric") == 0.0
-    assert strict_pass([0.0], [1.0]) is False
+    assert all_yes([0.0], [1.0]) is False
 
 
 def test_no_questions_is_an_error():
     with pytest.raises(ValueError, match="both empty"):
         aggregate([], [])
     with pytest.raises(ValueError, match="both empty"):
-        strict_pass([], [])
+        all_yes([], [])
 
 
-def test_strict_pass_needs_every_answer_to_reach_the_threshold():
-    assert strict_pass([0.6, 0.9], [0.5]) is True
-    assert strict_pass([0.6, 0.9], [0.49]) is False
-    assert strict_pass([0.6, 0.4], []) is False
-    assert strict_pass([0.6, 0.9], [0.7], threshold=0.65) is False
-    assert strict_pass([0.66, 0.9], [0.7], threshold=0.65) is True
+def test_all_yes_needs_every_answer_to_reach_the_threshold():
+    assert all_yes([0.6, 0.9], [0.5]) is True
+    assert all_yes([0.6, 0.9], [0.49]) is False
+    assert all_yes([0.6, 0.4], []) is False
+    assert all_yes([0.6, 0.9], [0.7], threshold=0.65) is False
+    assert all_yes([0.66, 0.9], [0.7], threshold=0.65) is True

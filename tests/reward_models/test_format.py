@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from trl.trainer.utils import get_callable_name
 
 from alphagrpo_ext.shapes import reflection, repair, sample_scene, sample_spec, sample_violation
 from reward_models.format import (
@@ -15,7 +16,6 @@ from reward_models.format import (
     ShapesReflectionFormat,
     ThinkFormat,
 )
-from reward_models.judges import TextJudge
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,7 @@ from reward_models.judges import TextJudge
 def test_think_format(text: str, expected: float) -> None:
     assert ThinkFormat()(completions=[text]) == [expected]
     assert ThinkFormat()(completions=[[{"role": "assistant", "content": text}]]) == [expected]
+    assert get_callable_name(ThinkFormat()) == "think_format"
 
 
 def test_every_reflection_of_the_shapes_world_has_the_form() -> None:
@@ -81,14 +82,14 @@ def test_formats_count_for_text_alone() -> None:
 GOOD = WANTED_VERDICT.model_dump()
 
 
-class Scripted(TextJudge):
+class Scripted:
     """Stands in for a language model, which cannot run here: answers by the reflection in the request."""
 
     def __init__(self, answers: dict[str, str | Exception]) -> None:
         self.answers = answers
         self.requests: list[str] = []
 
-    async def complete(self, request: str, answer_type: type[ReflectionVerdict]) -> ReflectionVerdict:
+    async def ask(self, request: str, answer_type: type[ReflectionVerdict]) -> ReflectionVerdict:
         self.requests.append(request)
         (answer,) = [
             answer for reflection, answer in self.answers.items() if f"Reflection:\n{reflection}\n" in request
@@ -99,7 +100,7 @@ class Scripted(TextJudge):
 
 
 def test_reflection_structure_is_the_share_of_what_is_wanted() -> None:
-    judge = Scripted(
+    chat = Scripted(
         {
             "good": json.dumps(GOOD),
             "rambling": json.dumps(GOOD | {"expands_prompt": True, "has_junk": True}),
@@ -108,12 +109,12 @@ def test_reflection_structure_is_the_share_of_what_is_wanted() -> None:
             "vague": json.dumps(GOOD | {"commands_fix": None}),
         }
     )
-    reward = ReflectionStructure(judge, max_concurrency=2)
+    reward = ReflectionStructure(chat, max_concurrency=2)
     prompts = ["a cat", [{"role": "user", "content": "a dog"}], "a cat", "a cat", "a cat"]
     completions = ["good", [{"role": "assistant", "content": "rambling"}], "broken", "unlucky", "vague"]
     rewards = asyncio.run(reward(prompts=prompts, completions=completions, trainer_state=None))
     assert rewards == [1.0, pytest.approx(0.6), None, None, None]
-    assert "Request:\na dog\n" in judge.requests[1]
+    assert "Request:\na dog\n" in chat.requests[1]
     assert reward.text_only
     turns = asyncio.run(reward(prompts=["a cat"] * 2, completions=[""] * 2, texts=[["good", "rambling"], []]))
     assert turns == [pytest.approx(0.8), None]

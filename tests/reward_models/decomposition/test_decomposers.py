@@ -24,10 +24,9 @@ from reward_models.decomposition.base import DECOMPOSERS, DecomposerArguments, D
 from reward_models.decomposition.openai import OpenAIDecomposer, apply_verdicts
 from reward_models.decomposition.requests import facts_request, quality_request, verification_request
 from reward_models.decomposition.shapes import ShapesDecomposer
-from reward_models.endpoints.endpoint import InvalidAnswerError
-from reward_models.endpoints.structured_output import StructuredAnswer, json_objects
+from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
+from reward_models.endpoints.structured_output import StructuredAnswer, StructuredChat, json_objects
 from reward_models.format import WANTED_VERDICT, ReflectionStructure, ReflectionVerdict
-from reward_models.judges.openai_text import OpenAITextJudge
 from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, PromptRecord, Question, from_row
 from support.chat_stub import INVENTED, ChatRequest, chat_stub, completion, good_answer
 
@@ -359,7 +358,7 @@ def test_settings_out_of_range_are_named(changes: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("format_status", [None, 400], ids=["structured", "plain"])
-def test_a_text_judge_answers_for_reflection_structure(format_status: int | None) -> None:
+def test_a_chat_endpoint_answers_for_reflection_structure(format_status: int | None) -> None:
     good = WANTED_VERDICT.model_dump()
 
     def judge_reflection(request: ChatRequest) -> Any:
@@ -371,9 +370,9 @@ def test_a_text_judge_answers_for_reflection_structure(format_status: int | None
         return good | {"has_junk": "maybe"}
 
     async def run(url: str) -> list[float | None]:
-        judge = OpenAITextJudge(url, "stub", max_retries=1)
-        rewards = await ReflectionStructure(judge)(["a cat"] * 3, ["good", "rambling", "vague"])
-        await judge.aclose()
+        chat = StructuredChat(OpenAIEndpoint(url, "stub", max_retries=1))
+        rewards = await ReflectionStructure(chat)(["a cat"] * 3, ["good", "rambling", "vague"])
+        await chat.aclose()
         return rewards
 
     with chat_stub(judge_reflection, format_status) as stub:
