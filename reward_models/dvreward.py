@@ -364,14 +364,6 @@ def batch_metrics(scores: Sequence[Score], records: Sequence[PromptRecord]) -> d
     return {metric: fmean(entries) for metric, entries in values.items()}
 
 
-def answers_of(score: Score, record: PromptRecord) -> list[Answer]:
-    """Return the answers about an image together with the questions of its record."""
-    return [
-        Answer(question.question, question.tag, side, p_yes)
-        for side, question, p_yes in _answered_questions(score, record)
-    ]
-
-
 def _answered_questions(score: Score, record: PromptRecord) -> Iterator[tuple[str, Question, float | None]]:
     """Yield the side of each valid question, the question, and P(yes)."""
     for side, questions, answers in (
@@ -387,7 +379,12 @@ def _columns(scores: Sequence[Score], records: Sequence[PromptRecord]) -> dict[s
     return {
         "/semantic": [_mean(score.semantic) for score in scores],
         "/quality": [_mean(score.quality) for score in scores],
-        COLUMN_SUFFIX: [format_answers(answers_of(*pair)) for pair in zip(scores, records, strict=True)],
+        COLUMN_SUFFIX: [
+            format_answers(
+                [Answer(question.question, question.tag, side, p_yes) for side, question, p_yes in answered]
+            )
+            for answered in map(_answered_questions, scores, records)
+        ],
     }
 
 

@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
 from alphagrpo_ext.registry import Registry
-from reward_models.endpoints.endpoint import InvalidAnswerError
+from reward_models.endpoints.endpoint import InvalidAnswerError, parse_extra_body
 from reward_models.prompts.questions import PromptRecord
 
 
@@ -88,13 +87,7 @@ class DecomposerArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.extra_body, str):
-            try:
-                self.extra_body = json.loads(self.extra_body)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"extra_body must be a JSON object, but is not JSON ({error})") from error
-        if self.extra_body is not None and not isinstance(self.extra_body, dict):
-            raise ValueError(f"extra_body must be a JSON object, but is {self.extra_body!r}")
+        self.extra_body = parse_extra_body("extra_body", self.extra_body)
 
 
 class Decomposer(ABC):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from reward_models.decomposition.answers import CRITERIA, Facts, QualityQuestions, Verdict, Verdicts
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, DecompositionError
@@ -24,51 +23,33 @@ class OpenAIDecomposer(Decomposer):
     stays in the record and is marked as not valid. See [`StructuredChat`] for the format of the answers.
 
     Args:
-        base_url, model, api_key, max_concurrency, timeout, max_retries:
-            As in [`OpenAIEndpoint`].
-        max_tokens, temperature, extra_body:
-            As in [`StructuredChat`].
+        chat ([`StructuredChat`]): The language model.
     """
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        model: str | None = None,
-        api_key: str | None = None,
-        max_concurrency: int = 64,
-        timeout: float = 120.0,
-        max_retries: int = 8,
-        max_tokens: int | None = 4096,
-        temperature: float = 0.3,
-        extra_body: dict[str, Any] | None = None,
-    ) -> None:
-        endpoint = OpenAIEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
-        self.chat = StructuredChat(endpoint, max_tokens, temperature, extra_body)
+    def __init__(self, chat: StructuredChat) -> None:
+        self.chat = chat
 
     @classmethod
     def from_arguments(cls, args: DecomposerArguments) -> OpenAIDecomposer:
-        return cls(
-            base_url=args.base_url,
-            model=args.model,
+        endpoint = OpenAIEndpoint(
+            args.base_url,
+            args.model,
             max_concurrency=args.max_concurrency,
             timeout=args.timeout,
             max_retries=args.max_retries,
-            max_tokens=args.max_tokens or None,
-            temperature=args.temperature,
-            extra_body=args.extra_body,
         )
+        return cls(StructuredChat(endpoint, args.max_tokens or None, args.temperature, args.extra_body))
 
     async def decompose(self, prompt: str) -> PromptRecord:
         if not prompt.strip():
             raise DecompositionError("empty prompt", "there is nothing to ask about")
-        facts = await self.chat.ask(facts_request(prompt), Facts, has_example=True)
-        quality = await self.chat.ask(quality_request(prompt), QualityQuestions, has_example=True)
+        facts = await self.chat.ask(facts_request(prompt), Facts)
+        quality = await self.chat.ask(quality_request(prompt), QualityQuestions)
         questions = tuple(Question(item.question, item.tag) for item in (*facts.facts, *quality.questions))
         verified = await self.chat.ask(
             verification_request(prompt, questions),
             Verdicts,
             lambda answer: apply_verdicts(questions, answer.verdicts),
-            has_example=True,
         )
         num_semantic = len(facts.facts)
         record = PromptRecord(prompt, verified[:num_semantic], verified[num_semantic:])

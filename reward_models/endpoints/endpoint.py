@@ -164,6 +164,23 @@ class OpenAIEndpoint:
         return self._connections[loop]
 
 
+def parse_extra_body(argument: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """
+    Return further fields of a request, from a command line's JSON or as they are.
+
+    Raises:
+        `ValueError`: If the value is not a JSON object. The message names the argument.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{argument} must be a JSON object, but is not JSON ({error})") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{argument} must be a JSON object, but is {value!r}")
+    return value
+
+
 def _is_transient(error: BaseException) -> bool:
     """Whether another try may succeed."""
     from openai import APIConnectionError, APIResponseValidationError, APIStatusError

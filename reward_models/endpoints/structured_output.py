@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REFUSAL_STATUS_CODES = (400, 404, 422)
-# The request comes last, so that what it asks about is next to the answer.
-_REQUEST_WITH_SCHEMA = """\
-Answer with one JSON object and nothing else. It fits this JSON schema:
-{schema}
-
-{request}"""
 
 
 def check_unicode(text: str) -> str:
@@ -67,8 +61,8 @@ class StructuredChat:
     """
     Asks a chat endpoint for JSON that fits a pydantic model.
 
-    The schema is sent as `response_format`. If the endpoint refuses that, this request and all later ones state the schema
-    in words instead. In both cases an answer may have text around the JSON, but the JSON must fit the model. An answer that
+    The schema is sent as `response_format`. If the endpoint refuses that, this request and all later ones are sent without
+    it. In both cases an answer may have text around the JSON, but the JSON must fit the model. An answer that
     does not fit is asked for again, up to the endpoint's `max_retries`.
 
     Args:
@@ -102,22 +96,18 @@ class StructuredChat:
         request: str,
         answer_type: type[AnswerT],
         read: Callable[[AnswerT], T] = lambda answer: answer,
-        has_example: bool = False,
     ) -> T:
         """
         Ask for an answer that fits a model.
 
         Args:
             request (`str`):
-                The request.
+                The request. It describes the answer, at best by an example, since not every endpoint receives the schema.
             answer_type (`type[StructuredAnswer]`):
                 Model of the answer.
             read (`Callable[[StructuredAnswer], T]`, *optional*):
                 Checks and converts an answer that fits the model. If it raises [`InvalidAnswerError`], the endpoint is asked
                 again. The default returns the answer unchanged.
-            has_example (`bool`, *optional*, defaults to `False`):
-                Whether the request contains an example of an answer. The schema is then never stated in words, because small
-                models tend to copy it instead of following it.
 
         Raises:
             `openai.OpenAIError`, `TimeoutError` or [`InvalidAnswerError`]: The error of the last try.
@@ -145,9 +135,6 @@ class StructuredChat:
                 self._stop_sending_schema(refusal)
             return read_completion(completion)
 
-        if not has_example:
-            schema = json.dumps(answer_type.model_json_schema())
-            request = _REQUEST_WITH_SCHEMA.format(request=request, schema=schema)
         return await self._complete(read_plain_completion, request)
 
     async def aclose(self) -> None:

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
+
+from reward_models.endpoints.endpoint import parse_extra_body
 
 
 @dataclass
@@ -56,10 +57,4 @@ class JudgeArguments:
     judge_batch_size: int = field(default=32, metadata={"help": "Questions per batch of a local judge."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.judge_extra_body, str):
-            try:
-                self.judge_extra_body = json.loads(self.judge_extra_body)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"judge_extra_body must be a JSON object, but is not JSON ({error})") from error
-        if self.judge_extra_body is not None and not isinstance(self.judge_extra_body, dict):
-            raise ValueError(f"judge_extra_body must be a JSON object, but is {self.judge_extra_body!r}")
+        self.judge_extra_body = parse_extra_body("judge_extra_body", self.judge_extra_body)

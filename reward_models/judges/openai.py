@@ -16,6 +16,7 @@ import io
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -36,6 +37,7 @@ _ImageQuestion = tuple[bytes, str]
 
 
 @JUDGES.register("openai")
+@dataclass(eq=False)
 class OpenAIJudge(Judge):
     """
     Asks a vision-language model one question per request. P(yes) comes from the log-probabilities of the first token.
@@ -44,15 +46,13 @@ class OpenAIJudge(Judge):
     it once. Equal questions about equal images are asked once, also if they are asked concurrently.
 
     Args:
-        base_url, model, api_key, max_concurrency, timeout, max_retries:
-            As in [`OpenAIEndpoint`]. `max_concurrency` counts questions.
+        endpoint ([`OpenAIEndpoint`]):
+            The endpoint. Its `max_concurrency` counts questions.
         binary (`bool`, *optional*, defaults to `False`):
             Whether to count the answer itself, as 0 or 1, for an endpoint without log-probabilities.
         image_first (`bool`, *optional*, defaults to `False`):
             Whether to wait for the answer to the first question about an image before asking the others. They then find the
             image in the server's prefix cache. If all were sent at the same time, all would miss it.
-        top_logprobs (`int`, *optional*, defaults to `20`):
-            Candidates for the first token that the server lists. OpenAI and vLLM allow 20.
         cache_size (`int`, *optional*, defaults to `65536`):
             Answers that are cached. 0 caches none.
         extra_body (`dict`, *optional*):
@@ -60,41 +60,26 @@ class OpenAIJudge(Judge):
             otherwise thinks before it answers.
     """
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        model: str | None = None,
-        api_key: str | None = None,
-        max_concurrency: int = 64,
-        timeout: float = 60.0,
-        max_retries: int = 8,
-        binary: bool = False,
-        image_first: bool = False,
-        top_logprobs: int = 20,
-        cache_size: int = 65536,
-        extra_body: dict[str, Any] | None = None,
-    ) -> None:
-        self.endpoint = OpenAIEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
-        self.binary = binary
-        self.image_first = image_first
-        self.top_logprobs = top_logprobs
-        self.cache_size = cache_size
-        self.extra_body = extra_body
+    endpoint: OpenAIEndpoint
+    binary: bool = False
+    image_first: bool = False
+    cache_size: int = 65536
+    extra_body: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
         self._answers: OrderedDict[_ImageQuestion, float] = OrderedDict()
         self._asking: dict[tuple[asyncio.AbstractEventLoop, _ImageQuestion], asyncio.Task] = {}
 
     @classmethod
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> OpenAIJudge:
-        return cls(
-            base_url=args.judge_base_url,
-            model=args.judge_model,
+        endpoint = OpenAIEndpoint(
+            args.judge_base_url,
+            args.judge_model,
             max_concurrency=args.judge_max_concurrency,
             timeout=args.judge_timeout,
             max_retries=args.judge_max_retries,
-            binary=args.judge_binary,
-            image_first=args.judge_image_first,
-            extra_body=args.judge_extra_body,
         )
+        return cls(endpoint, args.judge_binary, args.judge_image_first, extra_body=args.judge_extra_body)
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         # Compression takes milliseconds, which would block the event loop.
@@ -141,12 +126,14 @@ class OpenAIJudge(Judge):
             {"type": "image_url", "image_url": {"url": url}},
             {"type": "text", "text": QUESTION_PROMPT.format(question=question)},
         ]
-        # A quotation mark or a line break may precede the yes or no.
-        settings = {"max_tokens": 8} if self.binary else {"max_tokens": 1, "logprobs": True}
-        if not self.binary:
-            settings["top_logprobs"] = self.top_logprobs
+        if self.binary:
+            # A quotation mark or a line break may precede the yes or no.
+            read, settings = self._read_binary, {"max_tokens": 8}
+        else:
+            # OpenAI and vLLM list at most 20 candidates per token.
+            read, settings = self._read_probability, {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         return await self.endpoint.complete_chat(
-            self._read_binary if self.binary else self._read_probability,
+            read,
             messages=[{"role": "user", "content": content}],
             temperature=0.0,
             extra_body=self.extra_body,

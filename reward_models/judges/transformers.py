@@ -44,15 +44,12 @@ class TransformersJudge(Judge):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Name or folder of an image-text-to-text model, or such a model.
+            An image-text-to-text model, or its name or folder. A model that is given by name goes to the accelerator, if there
+            is one, with the data type of its weights.
         processor ([`~transformers.ProcessorMixin`], *optional*):
             Its processor. Loaded together with a model that is given by name.
         batch_size (`int`, *optional*, defaults to `32`):
             Questions per batch.
-        device (`str` or `torch.device`, *optional*):
-            Device of a model that is given by name. `None` takes the accelerator if there is one.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Data type of the weights of a model that is given by name.
 
     Raises:
         `ValueError`: If an argument is out of range, or the vocabulary has no single token for yes or for no.
@@ -63,17 +60,13 @@ class TransformersJudge(Judge):
         model: str | PreTrainedModel,
         processor: ProcessorMixin | None = None,
         batch_size: int = 32,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "auto",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
         if isinstance(model, str):
             processor = processor or AutoProcessor.from_pretrained(model)
-            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-            if device is None and torch.accelerator.is_available():
-                device = torch.accelerator.current_accelerator()
-            model = model.to(device or "cpu")
+            model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+            model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         if processor is None:
             raise ValueError("processor is required for a model that is not given by name")
         self.model = model.eval()

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from PIL import Image
 
@@ -23,6 +25,7 @@ from reward_models.painters.base import (
 
 
 @PAINTERS.register("openai")
+@dataclass(eq=False)
 class OpenAIPainter(Painter):
     """
     Paints with a model behind an OpenAI-compatible images endpoint.
@@ -32,8 +35,8 @@ class OpenAIPainter(Painter):
     reflection. It has no seeds either, so those are ignored.
 
     Args:
-        base_url, model, api_key, max_concurrency, timeout, max_retries:
-            As in [`~reward_models.endpoints.endpoint.OpenAIEndpoint`]. Without `model` the endpoint chooses.
+        endpoint ([`OpenAIEndpoint`]):
+            The endpoint. If it has no `model`, the server chooses one.
         height, width (`int`, *optional*, defaults to `1024`):
             Requested size, in pixels. An image of another size is accepted within the default [`ImageLimits`].
 
@@ -41,39 +44,29 @@ class OpenAIPainter(Painter):
         `ValueError`: If an argument is out of range.
     """
 
-    max_calls = 16
+    max_calls: ClassVar[int] = 16
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        model: str | None = None,
-        api_key: str | None = None,
-        height: int = 1024,
-        width: int = 1024,
-        max_concurrency: int = 16,
-        timeout: float = 120.0,
-        max_retries: int = 2,
-    ) -> None:
-        for name, side in (("height", height), ("width", width)):
-            if side < 1:
-                raise ValueError(f"{name} must be at least 1, but is {side}")
-        self.endpoint = OpenAIEndpoint(base_url, model, api_key, max_concurrency, timeout, max_retries)
-        self.height = height
-        self.width = width
+    endpoint: OpenAIEndpoint
+    height: int = 1024
+    width: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
     @classmethod
     def from_arguments(cls, args: PainterArguments) -> OpenAIPainter:
         if args.painter_model == DEFAULT_PAINTER_MODEL:
             raise ValueError("painter 'openai' needs painter_model, the name of the model at the endpoint")
-        return cls(
-            base_url=args.painter_base_url,
-            model=args.painter_model,
-            height=args.image_height,
-            width=args.image_width,
+        endpoint = OpenAIEndpoint(
+            args.painter_base_url,
+            args.painter_model,
             max_concurrency=args.painter_max_concurrency,
             timeout=args.painter_timeout,
             max_retries=args.painter_max_retries,
         )
+        return cls(endpoint, args.image_height, args.image_width)
 
     async def paint(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         tasks = [asyncio.create_task(self._paint_one(request, index)) for index, request in enumerate(requests)]

@@ -115,8 +115,8 @@ class ChatStub:
             assert body["response_format"]["json_schema"]["strict"] is True
             shown = body["response_format"]["json_schema"]["schema"]
         else:
-            # A schema in words, or else the answer of the worked example.
-            shown = next(json_objects(text))
+            # The answer of the worked example, if there is one.
+            shown = next(json_objects(text), {"": None})
         prompts = re.findall(r'^Prompt: (".*")$', text, flags=re.MULTILINE)
         # The first ones belong to the worked example.
         asked = re.findall(r'^\d+\. \[\w+\] (".*")$', text[text.rfind("\nPrompt: ") :], flags=re.MULTILINE)

@@ -61,7 +61,7 @@ def open_sockets(port: int) -> list:
 def test_answers_are_read_from_log_probabilities() -> None:
     images = make_images(3)
     with faulty_endpoint(Faults()) as (endpoint, _):
-        answers = score(OpenAIJudge(endpoint.url, "judge"), images, QUESTIONS)
+        answers = score(OpenAIJudge(OpenAIEndpoint(endpoint.url, "judge")), images, QUESTIONS)
     for image, image_answers in zip(images, answers, strict=True):
         assert image_answers == pytest.approx([expected(image, question) for question in QUESTIONS], abs=1e-9)
     request = endpoint.requests[0]
@@ -72,7 +72,7 @@ def test_answers_are_read_from_log_probabilities() -> None:
 def test_equal_questions_about_equal_images_are_asked_once() -> None:
     image, other = make_images(2)
     with faulty_endpoint(Faults(seconds=0.05)) as (endpoint, _):
-        judge = OpenAIJudge(endpoint.url)
+        judge = OpenAIJudge(OpenAIEndpoint(endpoint.url))
         first = score(judge, [image, other, image.copy()], QUESTIONS)
         # A second event loop, after the first is gone.
         second = score(judge, [image.copy()], [*QUESTIONS, "Is there a dog?"])
@@ -83,7 +83,7 @@ def test_equal_questions_about_equal_images_are_asked_once() -> None:
 
 def test_nothing_is_remembered_without_a_cache() -> None:
     with faulty_endpoint(Faults()) as (endpoint, _):
-        judge = OpenAIJudge(endpoint.url, "judge", cache_size=0)
+        judge = OpenAIJudge(OpenAIEndpoint(endpoint.url, "judge"), cache_size=0)
         for _ in range(2):
             score(judge, make_images(1), QUESTIONS[:1])
     assert list(endpoint.asked.values()) == [2]
@@ -91,14 +91,14 @@ def test_nothing_is_remembered_without_a_cache() -> None:
 
 def test_requests_at_once_are_bounded() -> None:
     with faulty_endpoint(Faults(seconds=0.05)) as (endpoint, _):
-        score(OpenAIJudge(endpoint.url, "judge", max_concurrency=3), make_images(8), QUESTIONS)
+        score(OpenAIJudge(OpenAIEndpoint(endpoint.url, "judge", max_concurrency=3)), make_images(8), QUESTIONS)
     assert endpoint.peak == 3
 
 
 def test_one_question_goes_ahead_to_fill_the_prefix_cache() -> None:
     with faulty_endpoint(Faults(seconds=0.05)) as (endpoint, _):
         started = time.perf_counter()
-        score(OpenAIJudge(endpoint.url, "judge", image_first=True), make_images(1), QUESTIONS)
+        score(OpenAIJudge(OpenAIEndpoint(endpoint.url, "judge"), image_first=True), make_images(1), QUESTIONS)
         assert time.perf_counter() - started > 0.1
     assert endpoint.peak == len(QUESTIONS) - 1
     assert "Is there a cat?" in endpoint.requests[0]["messages"][0]["content"][1]["text"]
@@ -107,7 +107,7 @@ def test_one_question_goes_ahead_to_fill_the_prefix_cache() -> None:
 def test_binary_answers_are_0_and_1() -> None:
     images = make_images(4)
     with faulty_endpoint(Faults(empty=1.0)) as (endpoint, _):
-        answers = score(OpenAIJudge(endpoint.url, "judge", binary=True), images, QUESTIONS)
+        answers = score(OpenAIJudge(OpenAIEndpoint(endpoint.url, "judge"), binary=True), images, QUESTIONS)
     assert "logprobs" not in endpoint.requests[0]
     for image, image_answers in zip(images, answers, strict=True):
         assert image_answers == tuple(float(expected(image, question) > 0.5) for question in QUESTIONS)
@@ -116,7 +116,7 @@ def test_binary_answers_are_0_and_1() -> None:
 @pytest.mark.parametrize("fault", ["error", "hang", "garbage", "empty", "trickle"])
 def test_a_fault_is_retried_and_then_no_answer(fault: str, caplog: pytest.LogCaptureFixture) -> None:
     with faulty_endpoint(Faults(**{fault: 1.0})) as (endpoint, _):
-        judge = OpenAIJudge(endpoint.url, "judge", max_retries=1, timeout=0.5)
+        judge = OpenAIJudge(OpenAIEndpoint(endpoint.url, "judge", max_retries=1, timeout=0.5))
         with caplog.at_level(logging.WARNING):
             assert score(judge, make_images(1), QUESTIONS[:1]) == [(None,)]
         assert list(endpoint.asked.values()) == [2]
@@ -128,7 +128,7 @@ def test_a_fault_is_retried_and_then_no_answer(fault: str, caplog: pytest.LogCap
 
 def test_a_fault_of_the_request_is_not_retried() -> None:
     with faulty_endpoint(Faults()) as (endpoint, _):
-        judge = OpenAIJudge(endpoint.url.replace("/v1", "/v2"), "judge")
+        judge = OpenAIJudge(OpenAIEndpoint(endpoint.url.replace("/v1", "/v2"), "judge"))
         started = time.perf_counter()
         assert score(judge, make_images(1), QUESTIONS[:1]) == [(None,)]
         assert time.perf_counter() - started < 5
@@ -154,7 +154,7 @@ def test_a_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_arguments_are_checked(argument: str, value: float) -> None:
     with pytest.raises(ValueError, match=argument):
-        OpenAIJudge("http://127.0.0.1:9", **{argument: value})
+        OpenAIEndpoint("http://127.0.0.1:9", **{argument: value})
 
 
 def test_arguments_of_a_recipe_reach_the_judge() -> None:
@@ -183,7 +183,7 @@ def test_too_many_failures_stop_the_run() -> None:
 
     metrics: dict[str, float] = {}
     with faulty_endpoint(Faults(error=1.0)) as (endpoint, _):
-        judge = OpenAIJudge(endpoint.url, "judge", max_retries=0)
+        judge = OpenAIJudge(OpenAIEndpoint(endpoint.url, "judge", max_retries=0))
         with pytest.raises(JudgeFailedError, match="left 4 of 4 images .* judge_max_failed_frac=0.5"):
             asyncio.run(reward(judge, metrics.__setitem__))
     assert metrics["judge/failed_frac"] == 1.0
@@ -204,7 +204,7 @@ def test_a_batch_survives_an_endpoint_that_misbehaves() -> None:
 
     def timed(faults: Faults, dead: float) -> tuple[list[tuple[float | None, ...]], float, list[tuple[float, ...]]]:
         with faulty_endpoint(faults) as (endpoint, server):
-            judge = OpenAIJudge(endpoint.url, "judge", max_concurrency=32, timeout=2.5)
+            judge = OpenAIJudge(OpenAIEndpoint(endpoint.url, "judge", max_concurrency=32, timeout=2.5))
             outage = threading.Timer(3.0, lambda: (server.stop(), time.sleep(dead), server.start()))
             if dead:
                 outage.start()

@@ -24,6 +24,7 @@ from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.rollout.generator import sample_generator
+from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.painters.base import (
     PAINTERS,
     ImageRequest,
@@ -367,7 +368,9 @@ def test_openai_painter_bounds_its_concurrency_and_takes_its_key_from_the_enviro
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_BASE_URL", url)
-    assert len(paint(OpenAIPainter(height=2, width=2, max_concurrency=2), *[ImageRequest("x")] * 8)) == 8
+    assert (
+        len(paint(OpenAIPainter(OpenAIEndpoint(max_concurrency=2), height=2, width=2), *[ImageRequest("x")] * 8)) == 8
+    )
     assert endpoint.peak == 2
     assert set(endpoint.keys) == {"Bearer secret"}
     assert "model" not in endpoint.bodies[0]
@@ -375,7 +378,7 @@ def test_openai_painter_bounds_its_concurrency_and_takes_its_key_from_the_enviro
 
 def test_openai_painter_tries_again_after_faults_that_pass(endpoint: ImagesEndpoint, url: str) -> None:
     endpoint.faults = [(500, {}), (429, {})]
-    (image,) = paint(OpenAIPainter(url, "brush", height=2, width=2), ImageRequest("abc"))
+    (image,) = paint(OpenAIPainter(OpenAIEndpoint(url, "brush"), height=2, width=2), ImageRequest("abc"))
     assert image[0, 0, 0] == 3
     assert len(endpoint.bodies) == 3
 
@@ -399,7 +402,7 @@ def test_faults_of_the_endpoint_are_told_from_those_of_the_request(
 ) -> None:
     endpoint.faults = [fault]
     with pytest.raises(error, match=message):
-        paint(OpenAIPainter(url, "brush", height=2, width=2, max_retries=0), ImageRequest("abc"))
+        paint(OpenAIPainter(OpenAIEndpoint(url, "brush", max_retries=0), height=2, width=2), ImageRequest("abc"))
 
 
 @pytest.mark.parametrize(
