@@ -198,9 +198,7 @@ class DVReward:
         self.judge.validate_image_size(height, width)
 
     async def start(
-        self,
-        images: Sequence[Image.Image | Sequence[Image.Image] | None],
-        rows: Sequence[Mapping[str, Any]],
+        self, images: Sequence[Image.Image | Sequence[Image.Image] | None], rows: Sequence[Mapping[str, Any]]
     ) -> None:
         """
         Start judging images without waiting. The next [`~DVReward.score`] in this event loop uses these results, and cancels
@@ -208,13 +206,12 @@ class DVReward:
 
         Args:
             images (`Sequence`): As in [`~DVReward.score`].
-            rows (`Sequence[Mapping]`): The dataset row of each, with its questions.
+            rows (`Sequence[Mapping]`): The dataset row of each image, with its questions.
         """
-        slots = self._current_slots()
         for i, (image, row) in enumerate(zip(images, rows, strict=True)):
             image, record = _single_image(image, f"images[{i}]"), from_row(row, f"sample {i}")
             if image is not None:
-                self._started[id(image)] = (image, record, asyncio.create_task(self._score_one(image, record, slots)))
+                self._started[id(image)] = (image, record, asyncio.create_task(self._score_one(image, record)))
 
     async def aclose(self) -> None:
         """Cancel started judgements and release the resources of the judge in this event loop."""
@@ -242,9 +239,8 @@ class DVReward:
         if len(images) != len(records):
             raise ValueError(f"images has {len(images)} entries for {len(records)} records")
         images = [_single_image(image, f"images[{i}]") for i, image in enumerate(images)]
-        slots = self._current_slots()
         tasks = [
-            self._started_task(image, record) or asyncio.create_task(self._score_one(image, record, slots))
+            self._started_task(image, record) or asyncio.create_task(self._score_one(image, record))
             for image, record in zip(images, records, strict=True)
         ]
         try:
@@ -281,9 +277,7 @@ class DVReward:
         if num_failed <= self.max_failed_frac * len(judged):
             return
         error = self._last_error
-        cause = (
-            f"{type(error).__name__}: {error}" if error else "single questions stayed without an answer, see the log"
-        )
+        cause = f"{type(error).__name__}: {error}" if error else "single questions have no answer, see the log"
         raise JudgeFailedError(
             f"{type(self.judge).__name__} left {num_failed} of {len(judged)} images without a score, more than "
             f"judge_max_failed_frac={self.max_failed_frac} allows ({cause})"
@@ -296,13 +290,13 @@ class DVReward:
             self._loop, self._slots = loop, asyncio.Semaphore(self.max_concurrency)
         return self._slots
 
-    async def _score_one(self, image: Image.Image | None, record: PromptRecord, slots: asyncio.Semaphore) -> Score:
+    async def _score_one(self, image: Image.Image | None, record: PromptRecord) -> Score:
         semantic, quality = record.valid_semantic_questions, record.valid_quality_questions
         questions = [question.question for question in semantic + quality]
         answers: tuple[float | None, ...] = (None,) * len(questions)
         asked_at = answered_at = None
         if image is not None:
-            async with slots:
+            async with self._current_slots():
                 asked_at = time.perf_counter()
                 answers = await self._ask(image, questions)
                 answered_at = time.perf_counter()
@@ -322,20 +316,16 @@ class DVReward:
             return _checked_answers(answers, len(questions))
         except Exception as error:
             self._last_error = error
-            self._log_once(error)
+            if type(error) not in self._logged_errors:
+                self._logged_errors.add(type(error))
+                logger.warning(
+                    "%s could not judge an image, so it has no reward (%s: %s). Further errors of this type are not logged.",
+                    type(self.judge).__name__,
+                    type(error).__name__,
+                    error,
+                    exc_info=error,
+                )
             return (None,) * len(questions)
-
-    def _log_once(self, error: Exception) -> None:
-        if type(error) in self._logged_errors:
-            return
-        self._logged_errors.add(type(error))
-        logger.warning(
-            "%s could not judge an image, so it has no reward (%s: %s). Further errors of this type are not logged.",
-            type(self.judge).__name__,
-            type(error).__name__,
-            error,
-            exc_info=error,
-        )
 
 
 def batch_metrics(scores: Sequence[Score], records: Sequence[PromptRecord]) -> dict[str, float]:
