@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-
 import asyncio
 import json
 import logging
@@ -9,29 +8,23 @@ from typing import Any
 import pytest
 from fastapi.responses import JSONResponse
 from openai import APIStatusError
-from pydantic import ValidationError
 
-from alphagrpo_ext.shapes import CATEGORIES, prompt_rows
 from reward_models.decomposition.answers import (
     CRITERIA,
-    MAX_QUALITY_QUESTIONS,
-    Facts,
-    QualityQuestions,
     Verdict,
     Verdicts,
 )
 from reward_models.decomposition.base import DECOMPOSERS, DecomposerArguments, DecompositionError, failure_reason
 from reward_models.decomposition.openai import OpenAIDecomposer, apply_verdicts
-from reward_models.decomposition.requests import facts_request, quality_request, verification_request
-from reward_models.decomposition.shapes import ShapesDecomposer
 from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
-from reward_models.endpoints.structured_output import StructuredAnswer, StructuredChat, json_objects
-from reward_models.format import WANTED_VERDICT, ReflectionStructure, ReflectionVerdict
-from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, PromptRecord, Question, from_row
+from reward_models.endpoints.structured_output import StructuredChat
+from reward_models.prompts.questions import PromptRecord, Question, from_row
 from support.chat_stub import INVENTED, ChatRequest, chat_stub, completion, good_answer
 
 
 FACT = {"fact": "a cat", "tag": "Existence", "question": "Is there a cat?"}
+
+
 CAT = (Question("Is there a cat?", "Existence"),)
 
 
@@ -284,74 +277,6 @@ def test_verdicts_must_be_one_per_question(numbers: tuple[int, ...]) -> None:
         apply_verdicts(QUESTIONS, verdicts(*map(verdict, numbers)))
 
 
-def test_too_many_quality_questions_are_refused() -> None:
-    rows = [{"tag": "Texture", "question": f"Is it {n}?"} for n in range(MAX_QUALITY_QUESTIONS + 1)]
-    assert len(QualityQuestions.model_validate({"questions": rows[:-1]}).questions) == MAX_QUALITY_QUESTIONS
-    with pytest.raises(ValidationError, match="expected 1 to 16"):
-        QualityQuestions.model_validate({"questions": rows})
-
-
-def test_worked_examples_fit_their_schemas_and_show_every_tag_and_criterion() -> None:
-    (example,) = json_objects(facts_request("no braces here"))
-    assert {fact.tag for fact in Facts.model_validate(example).facts} == set(SEMANTIC_TAGS)
-    (example,) = json_objects(quality_request("no braces here"))
-    assert {question.tag for question in QualityQuestions.model_validate(example).questions} == set(QUALITY_TAGS)
-    request = verification_request("no braces here", QUESTIONS)
-    (example,) = json_objects(request)
-    given = Verdicts.model_validate(example).verdicts
-    assert {name for name in CRITERIA for verdict in given if not getattr(verdict, name)} == set(CRITERIA)
-    assert '1. [Existence] "Is there a cat?"\n2. [Geometry] "Is it sharp?"\n' in request
-
-
-@pytest.mark.parametrize("answer_type", [Facts, QualityQuestions, Verdicts, ReflectionVerdict])
-def test_schemas_require_every_field_and_allow_no_other(answer_type: type[StructuredAnswer]) -> None:
-    schema = answer_type.model_json_schema()
-    for part in (schema, *schema.get("$defs", {}).values()):
-        assert part["additionalProperties"] is False
-        assert part["required"] == list(part["properties"])
-
-
-def test_json_objects_are_found_whole() -> None:
-    text = 'a {"x": {"y": "}"}} b {broken} {"z": 1'
-    assert list(json_objects(text)) == [{"x": {"y": "}"}}]
-
-
-def test_a_truth_value_is_no_number_and_a_number_no_truth_value() -> None:
-    for changes in ({"number": True}, {"atomic": 1}):
-        with pytest.raises(ValidationError, match=next(iter(changes))):
-            Verdict(**verdict(1) | changes)
-
-
-def test_the_shapes_decomposer_inverts_the_grammar() -> None:
-    rows = [row for split in ("train", "rare", "evaluation") for row in prompt_rows(split, 700, seed=3)]
-    assert {row["category"] for row in rows} == set(CATEGORIES)
-    decomposer = ShapesDecomposer()
-    for row in rows:
-        assert asyncio.run(decomposer.decompose(row["prompt"])) == from_row(row)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        (
-            "a red cat on a white background",
-            "not a prompt of the shapes world: its grammar does not have the word 'cat'",
-        ),
-        ("circle a", "these words, but not in this order; a valid prompt is, for example, 'a "),
-        ("", "not in this order"),
-    ],
-)
-def test_a_prompt_outside_the_grammar_is_a_failure(prompt: str, message: str) -> None:
-    with pytest.raises(DecompositionError, match=message) as error:
-        asyncio.run(ShapesDecomposer().decompose(prompt))
-    assert failure_reason(error.value) == "not a prompt of the shapes world"
-
-
-def test_decomposers_have_names() -> None:
-    assert DECOMPOSERS.names() == ["openai", "shapes"]
-    assert isinstance(DECOMPOSERS.get("shapes").from_arguments(DecomposerArguments()), ShapesDecomposer)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"max_tokens": -1}, "max_tokens must be at least 1"), ({"temperature": -0.1}, "temperature must not be")],
@@ -359,28 +284,3 @@ def test_decomposers_have_names() -> None:
 def test_settings_out_of_range_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OpenAIDecomposer.from_arguments(DecomposerArguments(**changes))
-
-
-@pytest.mark.parametrize("format_status", [None, 400], ids=["structured", "plain"])
-def test_a_chat_endpoint_answers_for_reflection_structure(format_status: int | None) -> None:
-    good = WANTED_VERDICT.model_dump()
-
-    def judge_reflection(request: ChatRequest) -> Any:
-        assert "Request:\na cat\n" in request.text
-        if "Reflection:\ngood" in request.text:
-            return f"My verdict: {json.dumps(good | {'remark': 'fine'})}"
-        if "Reflection:\nrambling" in request.text:
-            return good | {"has_junk": True}
-        return good | {"has_junk": "maybe"}
-
-    async def run(url: str) -> list[float | None]:
-        chat = StructuredChat(OpenAIEndpoint(url, "stub", max_retries=1))
-        rewards = await ReflectionStructure(chat)(["a cat"] * 3, ["good", "rambling", "vague"])
-        await chat.aclose()
-        return rewards
-
-    with chat_stub(judge_reflection, format_status) as stub:
-        assert asyncio.run(run(stub.url)) == [1.0, pytest.approx(0.8), None]
-        answered = [request for request in stub.requests if format_status is None or not request.has_format]
-        assert sum("Reflection:\nvague" in request.text for request in answered) == 2
-    assert {body["temperature"] for body in stub.bodies} == {0.0}

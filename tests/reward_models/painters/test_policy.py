@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from PIL import Image
 
 from alphagrpo_ext.flow import GuidanceConfig
@@ -24,26 +19,30 @@ from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.rollout.generator import sample_generator
-from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.painters.base import (
     PAINTERS,
     ImageRequest,
     Painter,
     PainterArguments,
-    PaintError,
     UnpaintableError,
 )
-from reward_models.painters.openai import OpenAIPainter, endpoint_prompt
 from reward_models.painters.policy import PolicyPainter as Policy
-from support.loopback import serve
 
 
 PROMPT = "draw a cross on a black background"
+
+
 THOUGHT = "<think> black : red cross center </think>"
+
+
 SIZE = 24
+
+
 CONFIG = RolloutConfig(
     SIZE, SIZE, max_new_tokens=48, temperature=0.0, denoising=DenoisingConfig(6, 1.0, GuidanceConfig(1.0))
 )
+
+
 GUIDED = replace(
     CONFIG, denoising=DenoisingConfig(6, 1.0, GuidanceConfig(3.0, 2.0, (0.0, 1.0), renorm_type="text_channel"))
 )
@@ -293,127 +292,3 @@ def test_packages_can_add_painters() -> None:
 def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PainterArguments(**{"painter": "policy", **changes}).make_painter()
-
-
-@dataclass
-class ImagesEndpoint:
-    """An images endpoint that paints the length of a prompt as red, and answers with `faults` first."""
-
-    faults: list[tuple[int, Any]] = field(default_factory=list)
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    running: int = 0
-    peak: int = 0
-
-    async def answer(self, request: Request) -> JSONResponse:
-        body = await request.json()
-        self.bodies.append(body)
-        self.keys.append(request.headers["authorization"])
-        if self.faults:
-            status, content = self.faults.pop(0)
-            return JSONResponse(content, status)
-        self.running += 1
-        self.peak = max(self.peak, self.running)
-        await asyncio.sleep(0.02)
-        self.running -= 1
-        width, height = map(int, body["size"].split("x"))
-        return JSONResponse(images_of(png(Image.new("RGB", (width, height), (len(body["prompt"]), 0, 0)))))
-
-    @property
-    def app(self) -> FastAPI:
-        app = FastAPI()
-        app.add_route("/v1/images/generations", self.answer, methods=["POST"])
-        return app
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def images_of(data: bytes) -> dict[str, Any]:
-    return {"created": 0, "data": [{"b64_json": base64.b64encode(data).decode()}]}
-
-
-@pytest.fixture
-def endpoint() -> ImagesEndpoint:
-    return ImagesEndpoint()
-
-
-@pytest.fixture
-def url(endpoint: ImagesEndpoint) -> Iterator[str]:
-    with serve(endpoint.app) as server:
-        yield f"{server.url}/v1"
-
-
-def test_openai_painter_asks_for_the_thought_and_keeps_the_order(endpoint: ImagesEndpoint, url: str) -> None:
-    arguments = PainterArguments(
-        painter="openai", painter_model="brush", painter_base_url=url, image_height=4, image_width=6
-    )
-    prompts = ["x" * (i + 1) for i in range(10)]
-    requests = [ImageRequest("not this", f"<think> {prompt} </think>") for prompt in prompts]
-    images = paint(arguments.make_painter(), *requests)
-    assert [image.shape for image in images] == [(4, 6, 3)] * 10
-    assert [image[0, 0].tolist() for image in images] == [[i + 1, 0, 0] for i in range(10)]
-    assert sorted(body["prompt"] for body in endpoint.bodies) == prompts
-    settings = {"model": "brush", "n": 1, "size": "6x4", "response_format": "b64_json"}
-    assert all(body == {**settings, "prompt": body["prompt"]} for body in endpoint.bodies)
-    assert set(endpoint.keys) == {"Bearer EMPTY"}
-    assert 1 < endpoint.peak <= 10
-
-
-def test_openai_painter_bounds_its_concurrency_and_takes_its_key_from_the_environment(
-    endpoint: ImagesEndpoint, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setenv("OPENAI_BASE_URL", url)
-    assert (
-        len(paint(OpenAIPainter(OpenAIEndpoint(max_concurrency=2), height=2, width=2), *[ImageRequest("x")] * 8)) == 8
-    )
-    assert endpoint.peak == 2
-    assert set(endpoint.keys) == {"Bearer secret"}
-    assert "model" not in endpoint.bodies[0]
-
-
-def test_openai_painter_tries_again_after_faults_that_pass(endpoint: ImagesEndpoint, url: str) -> None:
-    endpoint.faults = [(500, {}), (429, {})]
-    (image,) = paint(OpenAIPainter(OpenAIEndpoint(url, "brush"), height=2, width=2), ImageRequest("abc"))
-    assert image[0, 0, 0] == 3
-    assert len(endpoint.bodies) == 3
-
-
-@pytest.mark.parametrize(
-    ("fault", "error", "message"),
-    [
-        ((400, {"error": {"message": "forbidden words"}}), UnpaintableError, "request 0: .*forbidden words"),
-        ((422, {"error": {"message": "odd size"}}), UnpaintableError, "request 0: .*odd size"),
-        ((401, {"error": {"message": "no key"}}), PaintError, "request 0: AuthenticationError: .*no key"),
-        ((503, {}), PaintError, "request 0: InternalServerError"),
-        ((200, {"created": 0, "data": [{"url": "http://x/y.png"}]}), PaintError, "sent no b64_json"),
-        ((200, {"created": 0}), PaintError, "sent no b64_json"),
-        ((200, "hello"), PaintError, "sent no b64_json"),
-        ((200, images_of(b"hello")), PaintError, "not a readable PNG, JPEG, WEBP file"),
-        ((200, images_of(png(Image.new("RGB", (5000, 2))))), PaintError, "5000 x 2 pixels, more than 4096"),
-    ],
-)
-def test_faults_of_the_endpoint_are_told_from_those_of_the_request(
-    endpoint: ImagesEndpoint, url: str, fault: tuple[int, Any], error: type[Exception], message: str
-) -> None:
-    endpoint.faults = [fault]
-    with pytest.raises(error, match=message):
-        paint(OpenAIPainter(OpenAIEndpoint(url, "brush", max_retries=0), height=2, width=2), ImageRequest("abc"))
-
-
-@pytest.mark.parametrize(
-    ("request_", "text"),
-    [
-        (ImageRequest("a cat"), "a cat"),
-        (ImageRequest("a cat", "<think> a black cat on a mat </think>"), "a black cat on a mat"),
-        (ImageRequest("a cat", " <think> </think> "), "a cat"),
-        (ImageRequest("a cat", "the tail is missing", Image.new("RGB", (2, 2))), "a cat\nthe tail is missing"),
-        (ImageRequest("a cat", None, Image.new("RGB", (2, 2))), "a cat"),
-    ],
-)
-def test_text_that_an_endpoint_gets(request_: ImageRequest, text: str) -> None:
-    assert endpoint_prompt(request_) == text
