@@ -43,11 +43,10 @@ class TransformersJudge(Judge):
     Images are processed one after the other in a thread of the judge, so that the event loop is never blocked.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            An image-text-to-text model, or its name or folder. A model that is given by name goes to the accelerator, if there
-            is one, with the data type of its weights.
-        processor ([`~transformers.ProcessorMixin`], *optional*):
-            Its processor. Loaded together with a model that is given by name.
+        model ([`~transformers.PreTrainedModel`]):
+            An image-text-to-text model.
+        processor ([`~transformers.ProcessorMixin`]):
+            Its processor.
         batch_size (`int`, *optional*, defaults to `32`):
             Questions per batch.
 
@@ -55,20 +54,9 @@ class TransformersJudge(Judge):
         `ValueError`: If an argument is out of range, or the vocabulary has no single token for yes or for no.
     """
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel,
-        processor: ProcessorMixin | None = None,
-        batch_size: int = 32,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch_size: int = 32) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
-        if isinstance(model, str):
-            processor = processor or AutoProcessor.from_pretrained(model)
-            model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
-            model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-        if processor is None:
-            raise ValueError("processor is required for a model that is not given by name")
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
@@ -81,7 +69,10 @@ class TransformersJudge(Judge):
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> TransformersJudge:
         if args.judge_model is None:
             raise ValueError("judge 'transformers' needs judge_model: the name or folder of a vision-language model")
-        return cls(args.judge_model, batch_size=args.judge_batch_size)
+        processor = AutoProcessor.from_pretrained(args.judge_model)
+        model = AutoModelForImageTextToText.from_pretrained(args.judge_model, dtype="auto")
+        model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+        return cls(model, processor, args.judge_batch_size)
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         loop = asyncio.get_running_loop()

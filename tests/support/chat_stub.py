@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A chat endpoint on loopback that decomposes prompts, by rules instead of a language model."""
+"""A chat endpoint on loopback that decomposes prompts by rules instead of a language model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ INVENTED = "Is the weather nice?"
 @dataclass(frozen=True)
 class ChatRequest:
     """
+    A request as the endpoint reads it.
+
     Args:
-        text (`str`): What is asked.
+        text (`str`): The request.
         kind (`str`): First field of the answer's schema: `"facts"`, `"questions"`, `"verdicts"`, or that of another request.
         prompt (`str`, *optional*): The prompt that the request is about.
-        questions (`list[str]`): Of a verification.
+        questions (`list[str]`): Questions of a verification.
         has_format (`bool`): Whether the schema came as `response_format`.
-        num_before (`int`): How often the same was asked before.
+        num_before (`int`): How often the same text was sent before.
     """
 
     text: str
@@ -45,7 +47,7 @@ class ChatRequest:
 
 
 def good_answer(request: ChatRequest) -> dict[str, Any]:
-    """A question a word of the prompt and one that it does not ask for; the verification finds that one and tags numbers."""
+    """One question per word of the prompt, and an invented one, which the verification rejects. It also tags numbers."""
     if request.kind == "facts":
         words = request.prompt.split()
         facts = [{"fact": word, "tag": "Existence", "question": f'Can "{word}" be seen?'} for word in words]
@@ -68,18 +70,20 @@ Answer = Callable[[ChatRequest], "dict[str, Any] | str | Response"]
 
 class ChatStub:
     """
+    The running endpoint.
+
     Args:
         answer (`Callable`, *optional*, defaults to [`good_answer`]):
-            Gives the answer as JSON, as text or as the whole response. May be exchanged while it runs.
+            Returns the answer as JSON, as text or as the whole response. It may be replaced while the endpoint runs.
         format_status (`int`, *optional*):
-            Status code of requests with a `response_format`. `None` takes them.
+            Status code that refuses requests with a `response_format`. `None` accepts them.
 
     Attributes:
         url (`str`): Base URL for an OpenAI client.
         requests (`list[ChatRequest]`): All requests.
         bodies (`list[dict]`): Their bodies.
-        keeps_requests (`bool`): Whether these two grow; 10,000 prompts would take hundreds of megabytes.
-        num_asked (`Counter[str]`): Requests by kind.
+        keeps_requests (`bool`): Whether to record requests and bodies; 10,000 prompts would take hundreds of megabytes.
+        num_asked (`Counter[str]`): Number of requests by kind.
     """
 
     def __init__(self, answer: Answer = good_answer, format_status: int | None = None) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A chat endpoint that misbehaves on purpose, on loopback."""
+"""A chat endpoint with deliberate faults, on loopback."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from support.loopback import LoopbackServer, serve
 @dataclass
 class Faults:
     """
+    Faults of the endpoint.
+
     Args:
-        error, hang, garbage, empty, trickle (`float`): Share of requests that get a 500, no answer at all, a body that is no
-            JSON, an answer without log-probabilities, or one that comes byte by byte and never ends.
-        cursed (`float`): Share of questions that never get anything but a 500.
-        seconds (`float`): Time that an answer takes.
-        seed (`int`): Of the draw.
+        error, hang, garbage, empty, trickle (`float`): Share of requests that get a 500, no answer, a body that is not JSON,
+            an answer without log-probabilities, or an answer that is sent byte by byte.
+        cursed (`float`): Share of questions that always get a 500.
+        seconds (`float`): Seconds per answer.
+        seed (`int`): Seed of the draw of faults.
     """
 
     error: float = 0.0
@@ -46,14 +48,14 @@ class Faults:
 @dataclass
 class FaultyEndpoint:
     """
-    What a test sees of the server.
+    State of the endpoint that a test can read.
 
     Args:
         url (`str`): Base URL for an OpenAI client.
-        faults ([`Faults`]): May be changed while it runs.
+        faults ([`Faults`]): They may be changed while it runs.
         asked (`dict[tuple[str, str], int]`): How often each question was asked about each image (by SHA-256 of the PNG).
         requests (`list[dict]`): Bodies of all requests.
-        peak (`int`): Most requests at once.
+        peak (`int`): Largest number of concurrent requests.
     """
 
     url: str
@@ -68,7 +70,7 @@ class FaultyEndpoint:
 
 
 def true_probability(digest: str, question: str) -> float:
-    """P(yes) of a question about an image, which the endpoint answers with."""
+    """P(yes) that the endpoint answers for a question about an image."""
     return 0.02 + 0.96 * _uniform("probability", digest, question)
 
 
@@ -126,7 +128,7 @@ def build_app(endpoint: FaultyEndpoint) -> FastAPI:
         if (draw := draw - faults.garbage) < 0:
             return PlainTextResponse("{{{ <html>", media_type="application/json")
         p = true_probability(*key)
-        # Several spellings, and a token that is neither.
+        # Several spellings, and a token that is neither yes nor no.
         candidates = [("Yes", 0.5 * p), (" yes", 0.4 * p), ("No", 0.9 * (1 - p)), ("Maybe", 0.1)]
         answer = completion("Yes" if p > 0.5 else "No", candidates)
         if (draw := draw - faults.empty) < 0:
@@ -145,7 +147,7 @@ def build_app(endpoint: FaultyEndpoint) -> FastAPI:
 
 @contextmanager
 def faulty_endpoint(faults: Faults) -> Iterator[tuple[FaultyEndpoint, LoopbackServer]]:
-    """Run the endpoint; it may be stopped and started again through the server."""
+    """Run the endpoint. The server can stop and restart it."""
     endpoint = FaultyEndpoint("", faults)
     with serve(build_app(endpoint)) as server:
         endpoint.url = f"{server.url}/v1"

@@ -14,7 +14,7 @@ import uvicorn
 
 
 class LoopbackServer:
-    """Uvicorn in a thread, on a port of its own that it keeps over a restart."""
+    """Uvicorn in a thread. It keeps its port when it is restarted."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

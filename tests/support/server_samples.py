@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the tests of the reward server send to it, painters and judges that they need, and helpers."""
+"""Samples, painters, judges and helpers for tests of the reward server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt of the shapes world with its questions, a plan that fulfils it, and an image that does and one that does not."""
+    """A prompt of the shapes world with its questions, a plan that fulfils it, a right image and a wrong one."""
 
     record: dict[str, Any]
     plan: str
@@ -88,7 +88,7 @@ def encode(image: Image.Image, file_format: str = "PNG", **options: Any) -> str:
 
 
 def png_file(width: int, height: int, pixels: bytes) -> bytes:
-    """A PNG file with a header and pixel data of one's own, which need not fit each other."""
+    """A PNG file whose header and pixel data need not fit each other."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -98,7 +98,7 @@ def png_file(width: int, height: int, pixels: bytes) -> bytes:
 
 
 class ScenePainter(Painter):
-    """Draws the scene that a thought plans, and gray where it plans none; remembers what it was asked for."""
+    """Draws the scene that a thought plans, or gray if it plans none, and records its requests."""
 
     max_calls = 4
 
@@ -121,7 +121,7 @@ class ScenePainter(Painter):
 
 
 class FailingPainter(ScenePainter):
-    """Fails as it is told to."""
+    """Raises a given error."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class FailingPainter(ScenePainter):
 
 
 class GatedJudge(Judge):
-    """Says yes once its gate is open; counts who waits."""
+    """Answers yes once its gate is open, and counts the waiting calls."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -156,14 +156,14 @@ class GatedJudge(Judge):
 
 
 class ForgetfulJudge(Judge):
-    """Has no answer to the last question."""
+    """Leaves the last question without an answer."""
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         return [1.0] * (len(questions) - 1) + [None]
 
 
 class YesJudge(Judge):
-    """Says yes."""
+    """Answers every question with yes."""
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         return [1.0] * len(questions)
@@ -173,7 +173,7 @@ class YesJudge(Judge):
 def running(
     reward: DVReward | None = None, own_painter: Painter | None = None, /, **arguments: Any
 ) -> Iterator[httpx.Client]:
-    """A server with these arguments, and perhaps a reward and a painter of the test's own."""
+    """A server with these arguments, and optionally a reward and a painter of the test."""
     with serve(create_app(ServerArguments(**arguments), reward, own_painter)) as server:
         with httpx.Client(base_url=server.url, timeout=120) as client:
             yield client
@@ -190,7 +190,7 @@ def metric(client: httpx.Client, name: str, **labels: str) -> float:
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.01)
 
 
