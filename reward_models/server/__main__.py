@@ -36,6 +36,7 @@ def configure_logging() -> None:
 
 
 def main(args: ServerArguments) -> None:
+    """Run the server until it is told to stop."""
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         require_extra(module, "server")
     import uvicorn

@@ -13,6 +13,9 @@ A request passes these checks in order. If the environment variable `ALPHAGRPO_S
 `GET /health` must send that key as `Authorization: Bearer <key>` (else 401). A `POST` then needs a place in the queue (429),
 must finish before the deadline (504), and may not have too large a body (413). Only then is the body parsed (422).
 [`~reward_models.server.arguments.ServerArguments`] holds the limits. An error has the form `{"detail": "..."}`.
+
+OpenRLHF sends no key with its remote reward. If the server has one, give OpenRLHF the file `alphagrpo_ext/openrlhf/reward_file.py`
+instead of the URL.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 from reward_models.server.app import create_app
 from reward_models.server.arguments import KEY_VARIABLE, ServerArguments, is_loopback
-from support.server_samples import KEY, SAMPLE, ScenePainter, refusal, running
+from support.server_samples import JSON, KEY, SAMPLE, ScenePainter, refusal, running
 
 
 ROUTES = [("POST", "/score"), ("POST", "/generate"), ("POST", "/get_reward"), ("GET", "/metrics")]
@@ -31,6 +31,16 @@ def test_key_is_wanted_everywhere_but_for_health(monkeypatch: pytest.MonkeyPatch
             headers = {"authorization": f"{scheme} {KEY}"}
             assert client.post("/score", json={"items": [SAMPLE.score_item()]}, headers=headers).status_code == 200
             assert client.get("/metrics", headers=headers).status_code == 200
+
+
+def test_key_is_checked_before_a_body_is_measured_or_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    with running(judge="shapes", max_body_bytes=1000) as client:
+        for body in (b"x" * 1001, b"{"):
+            assert client.post("/score", content=body, headers=JSON).status_code == 401
+        headers = JSON | {"authorization": f"Bearer {KEY}"}
+        assert client.post("/score", content=b"x" * 1001, headers=headers).status_code == 413
+        assert client.post("/score", content=b"{", headers=headers).status_code == 422
 
 
 def test_without_a_key_nobody_is_asked_for_one(plain: httpx.Client) -> None:

@@ -143,6 +143,8 @@ def test_full_queue_turns_requests_away_and_recovers() -> None:
         response = client.post("/score", json=body)
         assert "max_queue" in refusal(response, 429)
         assert int(response.headers["retry-after"]) >= 1
+        # The place in the queue comes before the body.
+        assert client.post("/score", content=b"{", headers=JSON).status_code == 429
         assert client.get("/health").status_code == 200
         assert metric(client, "alphagrpo_queue_length") == 3
         judge.gate.set()
