@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From rewards to advantages: what TRL's group advantages do not know of images, reflection and formats."""
+"""
+From rewards to advantages: what TRL's group advantages do not know of images, reflection and formats.
+
+Rectification replaces rewards, not advantages, so that TRL's own normalisation follows. `rewards/<function>/mean` shows
+rewards after it, `reflection/final_reward` before.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from trl.trainer.utils import nanstd
@@ -15,13 +20,19 @@ RECTIFICATIONS = ("minimum", "initial", "off")
 SELECTIONS = ("lowest", "sampled")
 
 
+def judges_images(functions: Sequence[Callable]) -> torch.Tensor:
+    """Which reward functions judge images, bool `(functions,)`: all but those with a true attribute `text_only`."""
+    return torch.tensor([not getattr(function, "text_only", False) for function in functions])
+
+
 def select_initial(rewards: Sequence[float | None], selection: str, rng: random.Random) -> int:
     """
-    Which of several images of one prompt shall be refined.
+    Choose which of several images of one prompt is refined.
 
     Args:
-        rewards (`Sequence[float | None]`): Of each image; one that could not be scored is chosen only if all are.
-        selection (`str`): `"lowest"` takes the lowest reward, `"sampled"` draws by `softmax(1 - reward)`.
+        rewards (`Sequence[float | None]`):
+            Reward of each image. `None` means that it could not be scored; such an image is chosen only if none was scored.
+        selection (`str`): `"lowest"` takes the lowest reward, `"sampled"` draws with `softmax(1 - reward)`.
         rng (`random.Random`): Source of that draw.
 
     Returns:
@@ -37,7 +48,7 @@ def select_initial(rewards: Sequence[float | None], selection: str, rng: random.
 
 
 def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`(samples, functions)` rewards to `(samples,)`, as TRL adds them: without NaN, and NaN where all are."""
+    """Sum `(samples, functions)` rewards to `(samples,)` as TRL does: NaN counts as 0, and the sum is NaN where all are NaN."""
     total = (rewards * weights).nansum(dim=1)
     return total.masked_fill(torch.isnan(rewards).all(dim=1), torch.nan)
 
@@ -50,28 +61,31 @@ def rectify_false_positives(
     rectification: str = "minimum",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    False-positive rectification (https://huggingface.co/papers/2605.12495): a refinement that is no better than the image
-    it set out to fix must not be praised for being better than its group.
+    False-positive rectification (https://huggingface.co/papers/2605.12495): a refined image that is no better than the image
+    it started from gets a reward that is not above its group's.
 
     Args:
-        rewards (`torch.Tensor` of shape `(samples, functions)`): Rewards of images, groups one after the other.
-        weights (`torch.Tensor` of shape `(functions,)`): Their weights.
+        rewards (`torch.Tensor` of shape `(samples, functions)`): Rewards of images; the samples of a group follow each other.
+        weights (`torch.Tensor` of shape `(functions,)`): Weights of the functions.
         initial_rewards (`torch.Tensor` of shape `(samples,)`):
-            Weighted reward of the image that each sample set out to fix. NaN where there is none.
-        num_generations (`int`): Size of a group.
+            Weighted reward of the image that each sample started from. NaN where there is none.
+        num_generations (`int`): Samples per group.
         rectification (`str`, *optional*, defaults to `"minimum"`):
-            `"minimum"` gives such a sample the rewards of the worst of its group, `"initial"` scales its own to the initial
-            image's, `"off"` leaves them.
+            `"minimum"` gives a false positive all rewards of the worst sample of its group, `"initial"` changes its own so
+            that they sum to the initial image's, `"off"` leaves them.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Rewards, and which samples are false positives.
+        `tuple[torch.Tensor, torch.Tensor]`: Rewards `(samples, functions)`, and which samples had theirs replaced, bool
+        `(samples,)`.
     """
     total = weighted_sum(rewards, weights)
     is_false = total <= initial_rewards
-    if rectification == "off" or not is_false.any():
+    if rectification == "off":
+        return rewards, torch.zeros_like(is_false)
+    if not is_false.any():
         return rewards, is_false
     if rectification == "initial":
-        # The columns' shares of the total do not matter, so the first one carries the difference.
+        # Only the sum over functions matters, so the first one carries the difference.
         columns = torch.nan_to_num(rewards)
         share = torch.zeros_like(columns)
         first = int((weights != 0).nonzero()[0])
@@ -91,16 +105,16 @@ def group_advantages(
     multi_objective_aggregation: str = "sum_then_normalize",
 ) -> torch.Tensor:
     """
-    Group-relative advantages of some of the reward functions, as [`~trl.GRPOTrainer`] computes them of all.
+    Group-relative advantages from some of the reward functions, computed as [`~trl.GRPOTrainer`] does from all of them.
 
     Args:
         rewards (`torch.Tensor` of shape `(samples, functions)`): NaN where a function gave none.
         weights (`torch.Tensor` of shape `(functions,)`): Weights of the functions.
-        num_generations (`int`): Size of a group.
+        num_generations (`int`): Samples per group.
         scale_rewards, multi_objective_aggregation (`str`): As in [`~trl.GRPOConfig`].
 
     Returns:
-        `torch.Tensor` of shape `(samples,)`: 0 where nothing was scored.
+        `torch.Tensor` of shape `(samples,)`: 0 where no function gave a reward.
     """
     if multi_objective_aggregation == "normalize_then_sum":
         grouped = rewards.view(-1, num_generations, rewards.shape[1])
@@ -116,3 +130,37 @@ def group_advantages(
     elif scale_rewards == "batch":
         advantages = advantages / (nanstd(total) + 1e-4)
     return torch.nan_to_num(advantages.flatten(), nan=0.0)
+
+
+def mean_by_name(rewards: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Mean of `(samples,)` rewards for each of the names that the samples bear, without NaN."""
+    return {
+        name: rewards[torch.tensor([other == name for other in names], device=rewards.device)].nanmean().item()
+        for name in dict.fromkeys(names)
+    }
+
+
+def reflection_metrics(
+    initial_rewards: torch.Tensor, final_rewards: torch.Tensor, is_rectified: torch.Tensor
+) -> dict[str, float]:
+    """
+    What is logged about refined images, averaged over the samples that have both rewards.
+
+    Args:
+        initial_rewards, final_rewards (`torch.Tensor` of shape `(samples,)`):
+            Weighted rewards of the image that a sample started from, and of its own before rectification.
+        is_rectified (`torch.Tensor` of shape `(samples,)`): Whether its rewards were replaced, bool.
+
+    Returns:
+        `dict[str, float]`: Empty if no sample has both rewards.
+    """
+    compared = ~(initial_rewards.isnan() | final_rewards.isnan())
+    if not compared.any():
+        return {}
+    values = {
+        "initial_reward": initial_rewards,
+        "final_reward": final_rewards,
+        "improved_frac": (final_rewards > initial_rewards).float(),
+        "rectified_frac": is_rectified.float(),
+    }
+    return {f"reflection/{name}": value[compared].mean().item() for name, value in values.items()}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Rows of a dataset: their tasks, what is checked of them before any training starts, and what rewards see of them."""
+"""Checks before training: rows of datasets, their tasks, and whether reward functions can judge them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -13,21 +13,73 @@ from transformers.processing_utils import ProcessorMixin
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.step import task_name
 
 
-def task_name(row: Mapping[str, Any], default: str) -> str:
-    """The name in a row's column `task`, or the default."""
-    return row.get("task") or default
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
+    """All datasets that are not streams, by a name for messages such as `"eval_dataset['hard']"`."""
+    named = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        named["eval_dataset"] = eval_dataset
+    return {name: dataset for name, dataset in named.items() if isinstance(dataset, datasets.Dataset)}
 
 
-def reward_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without its image, which TRL would take for the input of a vision-language model."""
-    return {name: value for name, value in row.items() if name != "image"}
+def validate_rewards(
+    functions: Sequence[Callable], named: Mapping[str, datasets.Dataset], height: int, width: int
+) -> None:
+    """
+    Ask reward functions to check the datasets and the size of images, if they have a `validate_dataset` or a
+    `validate_image_size`.
+
+    Args:
+        functions (`Sequence[Callable]`): Reward functions.
+        named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
+        height, width (`int`): Size of sampled images in pixels.
+
+    Raises:
+        `ValueError`: If a function refuses a dataset; the message begins with its name.
+    """
+    for function in functions:
+        if validate := getattr(function, "validate_dataset", None):
+            for name, dataset in named.items():
+                try:
+                    validate(dataset)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        if validate := getattr(function, "validate_image_size", None):
+            validate(height, width)
+
+
+def validated_tasks(
+    args: AlphaGRPOConfig,
+    named: Mapping[str, datasets.Dataset],
+    processor: ProcessorMixin,
+    model: UnifiedModel,
+) -> dict[str, Task]:
+    """
+    The tasks of all rows by name, after a check of the rows; see [`validate_rows`]. Rows of a stream are checked when they are
+    read.
+
+    Args:
+        args ([`AlphaGRPOConfig`]): Default task and settings of tasks.
+        named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
+        processor, model: Of the policy.
+    """
+    names = dict.fromkeys(
+        [args.task, *(name for dataset in named.values() for name in task_names(dataset, args.task))]
+    )
+    tasks = {name: args.make_task(name) for name in names}
+    for dataset in named.values():
+        validate_rows(dataset, tasks, args.task, processor, model, args.max_completion_length)
+    return tasks
 
 
 def task_names(dataset: datasets.Dataset, default: str) -> list[str]:
     """
-    All tasks of a dataset.
+    The names of all tasks in a dataset.
 
     Raises:
         `ValueError`: If a row names a task that is not registered.
