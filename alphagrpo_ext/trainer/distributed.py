@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +76,12 @@ def use_uniform_precision(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+
+
+def sum_over_processes(metrics: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """Sum numbers that every process knows by the same names."""
+    totals = accelerator.reduce(torch.tensor(list(metrics.values()), device=accelerator.device))
+    return dict(zip(metrics, totals.tolist(), strict=True))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import inspect
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -24,8 +24,13 @@ from torch import nn
 
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import TASKS, Task
-from alphagrpo_ext.trainer.rewards import select_initial, weighted_sum
+from alphagrpo_ext.trainer.rewards import judges_images, select_initial, weighted_sum
 from alphagrpo_ext.trainer.step import RolloutStep, reward_row
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,13 @@ class ImageRewards:
     weights: torch.Tensor
     trainer_state: Any
     loop: asyncio.AbstractEventLoop | None
+
+    @classmethod
+    def from_trainer(cls, trainer: AlphaGRPOTrainer) -> ImageRewards:
+        """The functions of a trainer that judge images."""
+        keep = judges_images(trainer.reward_funcs)
+        functions = [function for function, judges in zip(trainer.reward_funcs, keep.tolist(), strict=True) if judges]
+        return cls(functions, trainer.reward_weights[keep], trainer.state, getattr(trainer, "async_loop", None))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> list[float | None]:
         """
@@ -94,8 +106,7 @@ def paint_initial_images(
     generate: RolloutGenerator,
     tasks: Mapping[str, Task],
     rewards: ImageRewards,
-    num_images: int,
-    selection: str,
+    args: AlphaGRPOConfig,
 ) -> None:
     """
     Give every row of a task that refines the image that its group starts from, and note the reward of that image.
@@ -105,10 +116,9 @@ def paint_initial_images(
         generate ([`RolloutGenerator`]): Holds the policy and its processor.
         tasks (`Mapping[str, Task]`): The tasks of the rows by name.
         rewards ([`ImageRewards`]): Scores the images.
-        num_images (`int`): Images that this process paints per prompt without an image.
-        selection (`str`): How one of them is chosen; see [`select_initial`].
+        args ([`AlphaGRPOConfig`]): `num_initial_images` that this process paints per prompt, and `stage1_selection`.
     """
-    rows = step.rows
+    rows, num_images = step.rows, args.num_initial_images
     refining = [i for i, row in enumerate(rows) if tasks[row["task"]].paints_initial_image]
     first_of_group = {same_context(rows[i]): i for i in reversed(refining)}
     missing = [i for i in sorted(first_of_group.values()) if rows[i].get("image") is None]
@@ -127,7 +137,7 @@ def paint_initial_images(
         if context not in choices:
             offered = [(score, image) for other, score, image in found if other == context]
             rng = random.Random(f"{step.seed}-{step.index}-{context}")
-            choices[context] = offered[select_initial([score for score, _ in offered], selection, rng)]
+            choices[context] = offered[select_initial([score for score, _ in offered], args.stage1_selection, rng)]
         score, image = choices[context]
         step.rows[i] = {**rows[i], "image": image}
         step.initial_rewards[i] = float("nan") if score is None else score

@@ -10,10 +10,20 @@ rewards after it, `reflection/final_reward` before.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from trl.trainer.utils import nanstd
+
+from alphagrpo_ext.rollout.task import Task
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+    from alphagrpo_ext.trainer.step import RolloutStep
 
 
 RECTIFICATIONS = ("minimum", "initial", "off")
@@ -164,3 +174,74 @@ def reflection_metrics(
         "rectified_frac": is_rectified.float(),
     }
     return {f"reflection/{name}": value[compared].mean().item() for name, value in values.items()}
+
+
+def judge_step(
+    step: RolloutStep,
+    rewards: torch.Tensor,
+    is_image: torch.Tensor,
+    weights: torch.Tensor,
+    tasks: Mapping[str, Task],
+    rectification: str,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """
+    Set `image_rewards` and, after rectification, `rewards` of a rollout.
+
+    Args:
+        step ([`RolloutStep`]): Its trajectories are sampled.
+        rewards (`torch.Tensor` of shape `(samples of all processes, functions)`): What the functions gave.
+        is_image, weights (`torch.Tensor` of shape `(functions,)`): Which functions judge images, and the weights of all.
+        tasks (`Mapping[str, Task]`): The tasks of the rows by name.
+        rectification (`str`): One of [`RECTIFICATIONS`].
+        accelerator ([`~accelerate.Accelerator`]): Gathers what is known of this process alone.
+
+    Returns:
+        `dict[str, float]`: Metrics: the mean reward of every task if there are several, and those of [`reflection_metrics`].
+    """
+    metrics = {}
+    weights = weights[is_image]
+    step.rewards, step.image_rewards = rewards, weighted_sum(rewards[:, is_image], weights)
+    if len(tasks) > 1:
+        names = gather_object([row["task"] for row in step.rows])
+        metrics = {f"rewards/{task}": value for task, value in mean_by_name(step.image_rewards, names).items()}
+    if any(task.paints_initial_image for task in tasks.values()):
+        initial_rewards = accelerator.gather(torch.tensor(step.initial_rewards, device=rewards.device))
+        rectified, is_rectified = rectify_false_positives(
+            rewards[:, is_image], weights, initial_rewards, step.group_size, rectification
+        )
+        metrics |= reflection_metrics(initial_rewards, step.image_rewards, is_rectified)
+        step.rewards = rewards.clone()
+        step.rewards[:, is_image] = rectified
+    return metrics
+
+
+def image_advantages(
+    step: RolloutStep, advantages: torch.Tensor, is_image: torch.Tensor, weights: torch.Tensor, args: AlphaGRPOConfig
+) -> torch.Tensor:
+    """
+    Advantages of images: TRL's, unless some rewards are about text alone.
+
+    Args:
+        step ([`RolloutStep`]): Its rewards are rectified.
+        advantages (`torch.Tensor` of shape `(samples of this process,)`): TRL's, which count all rewards.
+        is_image, weights (`torch.Tensor` of shape `(functions,)`): Which functions judge images, and the weights of all.
+        args ([`AlphaGRPOConfig`]): `separate_advantages`, `mask_broken_format`, and TRL's settings of advantages.
+
+    Returns:
+        `torch.Tensor` of shape `(samples of this process,)`: A new tensor.
+    """
+    if is_image.all():
+        return advantages.clone()
+    if args.separate_advantages:
+        advantages = group_advantages(
+            step.rewards[:, is_image],
+            weights[is_image],
+            step.group_size,
+            args.scale_rewards,
+            args.multi_objective_aggregation,
+        )[step.local]
+    if args.mask_broken_format:
+        is_broken = (step.rewards[step.local][:, ~is_image] < 0.5).any(dim=1)
+        advantages = advantages.masked_fill(is_broken, 0.0)
+    return advantages.clone()

@@ -216,6 +216,13 @@ class ImageLoss:
             start += scores.t.shape[1]
         return outputs
 
+    def metrics(self, outputs: Sequence[ObjectiveOutput]) -> dict[str, float]:
+        """Loss and metrics by the names that they are logged under, summed over parts and averaged over processes."""
+        names = ["loss", *outputs[0].metrics]
+        parts = [torch.stack([output.loss.detach(), *output.metrics.values()]) for output in outputs]
+        values = self.accelerator.reduce(torch.stack(parts).sum(dim=0), reduction="mean").tolist()
+        return {f"image/{name}": value for name, value in zip(names, values, strict=True)}
+
 
 def pad_columns(scores: torch.Tensor, length: int) -> torch.Tensor:
     """`(trajectories, tokens)` to `(trajectories, length)`, with zeros on the right."""

@@ -10,9 +10,11 @@ TRL buffers, shuffles and splits.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alphagrpo_ext.rollout.generator import RolloutConfig, sample_generator
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
@@ -38,21 +41,35 @@ def reward_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds spent in named parts of a training step."""
+    """Seconds that training spends in rollouts, rewards, callbacks and updates, summed up over the micro-batches of a step."""
 
     def __init__(self) -> None:
-        self.seconds = {"rollout": 0.0, "reward": 0.0}
+        self._seconds = {"rollout": 0.0, "reward": 0.0}
+        self._totals: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Add the time that the block takes to `part`."""
         start = time.perf_counter()
         yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
 
-    def reset(self) -> None:
-        """Set every part to 0."""
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Count the time of the block that is measured as no other part as `"update"`."""
+        # An evaluation since the last step also rolled out, and is not counted.
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        for part, seconds in {**self._seconds, "update": elapsed - sum(self._seconds.values())}.items():
+            self._totals[part] += seconds
+
+    def take(self) -> dict[str, float]:
+        """The totals by the names that they are logged under; they start again from 0."""
+        metrics = {f"timing/{part}": seconds for part, seconds in self._totals.items()}
+        self._totals.clear()
+        return metrics
 
 
 @dataclass
@@ -111,6 +128,57 @@ class RolloutStep:
     def generators(self) -> list[torch.Generator]:
         """One source of randomness per sample, which depends on its position among the samples of all processes alone."""
         return [sample_generator(self.seed, self.index, self.offset + i) for i in range(len(self.rows))]
+
+
+def new_step(
+    inputs: Sequence[Mapping[str, Any]],
+    args: AlphaGRPOConfig,
+    process_index: int,
+    group_size: int,
+    training_position: tuple[int, int] | None,
+) -> RolloutStep:
+    """
+    A rollout that is about to be sampled.
+
+    Args:
+        inputs (`Sequence[Mapping[str, Any]]`): Dataset rows of this process.
+        args ([`AlphaGRPOConfig`]): How to sample, and the task of rows that name none.
+        process_index (`int`): Rank of this process; every process holds the same number of rows.
+        group_size (`int`): Samples per prompt.
+        training_position (`tuple[int, int]`, *optional*):
+            Optimizer steps and micro-batches done. `None` in evaluation, where the noise is the same every time, so that
+            evaluations can be compared.
+    """
+    rows = [{**row, "task": task_name(row, args.task)} for row in inputs]
+    offset = process_index * len(rows)
+    if training_position is None:
+        return RolloutStep(rows, args.eval_rollout(), f"eval-{args.seed}", 0, offset, group_size)
+    global_step, micro_step = training_position
+    # Several rollouts may serve one optimizer step; each has its own noise.
+    accumulation = args.gradient_accumulation_steps
+    index = global_step * accumulation + micro_step % accumulation
+    return RolloutStep(rows, args.train_rollout(global_step), args.seed, index, offset, group_size)
+
+
+def start_judging(
+    functions: Sequence[Callable],
+    trajectories: Sequence[Trajectory],
+    rows: Sequence[Mapping[str, Any]],
+    loop: asyncio.AbstractEventLoop | None,
+) -> None:
+    """
+    Hand painted images to the reward functions that can work on them while the next images are painted.
+
+    Args:
+        functions (`Sequence[Callable]`): Reward functions. Those with a coroutine method `start` are called.
+        trajectories (`Sequence[Trajectory]`), rows (`Sequence[Mapping[str, Any]]`): Samples and their rows.
+        loop (`asyncio.AbstractEventLoop`, *optional*): Runs them; TRL starts it if a function is asynchronous.
+    """
+    images = [trajectory.final_image for trajectory in trajectories]
+    for function in functions:
+        start = getattr(function, "start", None)
+        if inspect.iscoroutinefunction(start):
+            asyncio.run_coroutine_threadsafe(start(images, [reward_row(row) for row in rows]), loop)
 
 
 def rollout_fields(

@@ -9,13 +9,9 @@ The methods below are overrides of TRL's and Transformers' trainers, in the orde
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import inspect
 import textwrap
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,27 +30,26 @@ from trl import GRPOTrainer
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model, load_processor
 from alphagrpo_ext.models.work import WorkCounter
-from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveOutput
+from alphagrpo_ext.objectives.base import OBJECTIVES
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.trainer import reference as references
 from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images, completions_callbacks
 from alphagrpo_ext.trainer.callbacks.report import ReportCallback
-from alphagrpo_ext.trainer.callbacks.rollout_event import rollout_listeners, scored_rollout
+from alphagrpo_ext.trainer.callbacks.rollout_event import announce_rollout
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.distributed import Sharding, check_sharding, gathered_policy, use_uniform_precision
+from alphagrpo_ext.trainer.distributed import (
+    Sharding,
+    check_sharding,
+    gathered_policy,
+    sum_over_processes,
+    use_uniform_precision,
+)
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
-from alphagrpo_ext.trainer.rewards import (
-    group_advantages,
-    judges_images,
-    mean_by_name,
-    rectify_false_positives,
-    reflection_metrics,
-    weighted_sum,
-)
+from alphagrpo_ext.trainer.rewards import image_advantages, judge_step, judges_images
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
-from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, reward_row, rollout_fields, task_name
+from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_trl_version
 from alphagrpo_ext.trainer.validation import named_datasets, validate_rewards, validated_tasks
 
@@ -146,8 +141,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         # The rollout that TRL is generating, scoring and rewarding, and the scores that its loss is being computed from.
         self._rollout_step: RolloutStep | None = None
         self._loss_scores: PackedScores | None = None
-        self._stopwatch = Stopwatch()
-        self._accumulated_seconds: defaultdict[str, float] = defaultdict(float)
+        self.stopwatch = Stopwatch()
         self._work = WorkCounter()
         self._counted_models = [policy] if reference is None else [policy, reference]
         # TRL would load a reference from the folder of the policy, and refuses one that follows an adapter: both are made here.
@@ -213,26 +207,13 @@ class AlphaGRPOTrainer(GRPOTrainer):
     # A training step. TRL rolls out in `_prepare_inputs`, if no buffered rollout is left, and then computes the loss.
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        start = time.perf_counter()
-        # An evaluation since the last step also rolled out, and is not counted.
-        self._stopwatch.reset()
-        with self._work.of(*self._counted_models):
+        with self.stopwatch.micro_batch(), self._work.of(*self._counted_models):
             output = super().training_step(model, inputs, num_items_in_batch)
-        seconds = self._stopwatch.seconds
-        for part, value in {**seconds, "update": time.perf_counter() - start - sum(seconds.values())}.items():
-            self._accumulated_seconds[part] += value
         if self.accelerator.sync_gradients:
-            self._append_metrics({f"timing/{part}": value for part, value in self._accumulated_seconds.items()})
-            self._accumulated_seconds.clear()
-            self._append_metrics(self._work_of_all_processes())
+            self._append_metrics(self.stopwatch.take())
+            self._append_metrics(sum_over_processes(self._work.metrics(), self.accelerator))
+            self._work.clear()
         return output
-
-    def _work_of_all_processes(self) -> dict[str, float]:
-        """Work since the last optimizer step."""
-        metrics = self._work.metrics()
-        self._work.clear()
-        totals = self.accelerator.reduce(torch.tensor(list(metrics.values()), device=self.accelerator.device))
-        return dict(zip(metrics, totals.tolist(), strict=True))
 
     def _append_metrics(self, metrics: Mapping[str, float]) -> None:
         """Add values to the next log of training or of evaluation, which averages them."""
@@ -242,53 +223,42 @@ class AlphaGRPOTrainer(GRPOTrainer):
     # A rollout.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        step = self._rollout_step = self._new_step(inputs)
-        if self.model.training:
+        is_training, rank = self.model.training, self.accelerator.process_index
+        position = (self.state.global_step, self._step) if is_training else None
+        group_size = self.num_generations if is_training else self.num_generations_eval
+        step = self._rollout_step = new_step(inputs, self.args, rank, group_size, position)
+        if is_training:
             # TRL keeps a column that was logged for an earlier rollout until it is logged again.
             self._logs["extra"].clear()
         try:
             output = super()._generate_and_score_completions([reward_row(row) for row in step.rows])
-            step.image_advantages = self._image_advantages(step, output["advantages"])
+            columns = (self._judges_images, self.reward_weights.to(self.accelerator.device))
+            step.image_advantages = image_advantages(step, output["advantages"], *columns, self.args)
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
-            self._announce_rollout(step)
+            if is_training:
+                announce_rollout(self, step)
             self._add_scores(step, output)
         finally:
             self._rollout_step = None
         return {**output, "image_advantages": step.image_advantages, "trajectories": step.trajectories}
 
-    def _new_step(self, inputs: Sequence[dict[str, Any]]) -> RolloutStep:
-        args, global_step = self.args, self.state.global_step
-        rows = [{**row, "task": task_name(row, args.task)} for row in inputs]
-        offset = self.accelerator.process_index * len(rows)
-        if not self.model.training:
-            # The same noise at every evaluation, so that they can be compared.
-            return RolloutStep(rows, args.eval_rollout(), f"eval-{args.seed}", 0, offset, self.num_generations_eval)
-        # Several rollouts may serve one optimizer step; each has its own noise.
-        accumulation = args.gradient_accumulation_steps
-        index = global_step * accumulation + self._step % accumulation
-        return RolloutStep(rows, args.train_rollout(global_step), args.seed, index, offset, self.num_generations)
-
     def _sample_rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: sample a trajectory for every row of this process."""
-        step, args = self._rollout_step, self.args
+        step, loop = self._rollout_step, getattr(self, "async_loop", None)
         with (
-            self._stopwatch.measure("rollout"),
+            self.stopwatch.measure("rollout"),
             torch.no_grad(),
             self._sampling_policy() as policy,
             self.accelerator.autocast(),
         ):
             generate = RolloutGenerator(policy, self.processing_class, self.tasks)
             if any(task.paints_initial_image for task in self.tasks.values()):
-                loop = getattr(self, "async_loop", None)
-                keep, weights = self._judges_images.tolist(), self.reward_weights
-                functions = [f for f, judges in zip(self.reward_funcs, keep, strict=True) if judges]
-                rewards = ImageRewards(functions, weights[torch.tensor(keep)], self.state, loop)
-                paint_initial_images(
-                    step, generate, self.tasks, rewards, args.num_initial_images, args.stage1_selection
-                )
+                rewards = ImageRewards.from_trainer(self)
+                paint_initial_images(step, generate, self.tasks, rewards, self.args)
             for part in generate.parts(step.rows, step.generators(), step.config):
-                self._start_judging(part, step.rows[len(step.trajectories) :])
+                start = len(step.trajectories)
+                start_judging(self.reward_funcs, part, step.rows[start : start + len(part)], loop)
                 step.trajectories += part
         decode = self.processing_class.decode
         step.texts = [[decode(text.content_ids) for text in t.sampled_texts] for t in step.trajectories]
@@ -302,67 +272,20 @@ class AlphaGRPOTrainer(GRPOTrainer):
             with gathered_policy(wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
                 yield policy
 
-    def _start_judging(self, trajectories: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Hand painted images to reward functions that can work on them while the next part is generated."""
-        images = [trajectory.final_image for trajectory in trajectories]
-        for function in self.reward_funcs:
-            start = getattr(function, "start", None)
-            if inspect.iscoroutinefunction(start):
-                judged_rows = [reward_row(row) for row in rows[: len(images)]]
-                asyncio.run_coroutine_threadsafe(start(images, judged_rows), self.async_loop)
-
-    def _announce_rollout(self, step: RolloutStep) -> None:
-        """Call the callbacks' `on_rollout` after a training rollout."""
-        listeners = rollout_listeners(self.callback_handler.callbacks) if self.model.training else []
-        if not listeners:
-            return
-        with self._stopwatch.measure("on_rollout"):
-            event = {
-                "rollout": scored_rollout(step, self._logs, self.accelerator),
-                "log_metric": lambda name, value: self._append_metrics({name: value}),
-            }
-            for callback in listeners:
-                callback.on_rollout(self.args, self.state, self.control, **event)
-
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
-        with self._stopwatch.measure("reward"):
+        with self.stopwatch.measure("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        step, is_image = self._rollout_step, self._judges_images
-        weights = self.reward_weights.to(rewards.device)[is_image]
-        step.rewards, step.image_rewards = rewards, weighted_sum(rewards[:, is_image], weights)
-        if len(self.tasks) > 1:
-            names = gather_object([row["task"] for row in step.rows])
-            self._append_metrics({f"rewards/{k}": v for k, v in mean_by_name(step.image_rewards, names).items()})
-        if any(task.paints_initial_image for task in self.tasks.values()):
-            initial = self.accelerator.gather(torch.tensor(step.initial_rewards, device=rewards.device))
-            rectified, is_rectified = rectify_false_positives(
-                rewards[:, is_image], weights, initial, step.group_size, self.args.rectification
-            )
-            self._append_metrics(reflection_metrics(initial, step.image_rewards, is_rectified))
-            step.rewards = rewards.clone()
-            step.rewards[:, is_image] = rectified
+        step, weights = self._rollout_step, self.reward_weights.to(rewards.device)
+        metrics = judge_step(
+            *(step, rewards, self._judges_images, weights), self.tasks, self.args.rectification, self.accelerator
+        )
+        self._append_metrics(metrics)
         return step.rewards
 
     @property
     def _judges_images(self) -> torch.Tensor:
         """Which reward functions judge images, bool `(functions,)`."""
         return judges_images(self.reward_funcs).to(self.accelerator.device)
-
-    def _image_advantages(self, step: RolloutStep, advantages: torch.Tensor) -> torch.Tensor:
-        """Advantages `(samples of this process,)` of images: TRL's, unless some rewards are about text alone."""
-        is_image, args = self._judges_images, self.args
-        if is_image.all():
-            return advantages.clone()
-        if args.separate_advantages:
-            weights = self.reward_weights.to(step.rewards.device)[is_image]
-            advantages = group_advantages(
-                *(step.rewards[:, is_image], weights, step.group_size),
-                *(args.scale_rewards, args.multi_objective_aggregation),
-            )[step.local]
-        if args.mask_broken_format:
-            broken = (step.rewards[step.local][:, ~is_image] < 0.5).any(dim=1)
-            advantages = advantages.masked_fill(broken, 0.0)
-        return advantages.clone()
 
     # Scores of policies: of the old one and the reference during a rollout, and of the trained one for the loss.
 
@@ -422,17 +345,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
         if scores.images is None:
             return loss
         outputs.insert(0, self.image_loss(scores.images, inputs))
-        self._append_metrics(self._image_metrics(outputs))
+        self._append_metrics(self.image_loss.metrics(outputs))
         # The gradient of the other parts is there already, so only the value of their loss is added.
         image_loss = sum([output.loss.detach() for output in outputs[1:]], outputs[0].loss)
         return loss + self.args.image_loss_weight * (image_loss / accumulation_steps)
-
-    def _image_metrics(self, outputs: Sequence[ObjectiveOutput]) -> dict[str, float]:
-        """Loss and metrics of the image objective, summed over the parts of the window and averaged over processes."""
-        names = ["loss", *outputs[0].metrics]
-        parts = [torch.stack([output.loss.detach(), *output.metrics.values()]) for output in outputs]
-        values = self.accelerator.reduce(torch.stack(parts).sum(dim=0), reduction="mean").tolist()
-        return {f"image/{name}": value for name, value in zip(names, values, strict=True)}
 
     # Checkpoints and resume; see `resume/exact_resume.py`.
 

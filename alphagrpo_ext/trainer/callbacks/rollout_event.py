@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
 
 from alphagrpo_ext.trainer.step import RolloutStep
 from alphagrpo_ext.trajectory import Trajectory
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class ScoredRollout:
     extra_columns: dict[str, list[Any]]
 
 
-def rollout_listeners(callbacks: Sequence[TrainerCallback]) -> list[Any]:
+def announce_rollout(trainer: AlphaGRPOTrainer, step: RolloutStep) -> None:
     """
-    The callbacks with a method `on_rollout`. It is called after every training rollout, in every process, as
+    Call the callbacks that have a method `on_rollout`, in every process, as
 
     ```python
     on_rollout(args, state, control, rollout=ScoredRollout(...), log_metric=...)
@@ -63,8 +66,22 @@ def rollout_listeners(callbacks: Sequence[TrainerCallback]) -> list[Any]:
 
     `log_metric(name, value)` adds a number of the main process to the next log. Callbacks must leave the random number
     generators and their arguments unchanged.
+
+    Args:
+        trainer ([`AlphaGRPOTrainer`]): Has the callbacks and TRL's table of completions.
+        step ([`RolloutStep`]): A training rollout, once its advantages are known.
     """
-    return [callback for callback in callbacks if hasattr(callback, "on_rollout")]
+    listeners = [c for c in trainer.callback_handler.callbacks if hasattr(c, "on_rollout")]
+    if not listeners:
+        return
+    with trainer.stopwatch.measure("on_rollout"):
+        rollout = scored_rollout(step, trainer._logs, trainer.accelerator)
+
+        def log_metric(name: str, value: float) -> None:
+            trainer._metrics["train"][name].append(value)
+
+        for callback in listeners:
+            callback.on_rollout(trainer.args, trainer.state, trainer.control, rollout=rollout, log_metric=log_metric)
 
 
 def scored_rollout(step: RolloutStep, logs: Mapping[str, Any], accelerator: Accelerator) -> ScoredRollout:
