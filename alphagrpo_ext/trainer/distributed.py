@@ -63,6 +63,20 @@ def check_sharding(sharding: Sharding, gather_for_generation: bool) -> None:
         )
 
 
+def prepare_sharding(accelerator: Accelerator, gather_for_generation: bool) -> Sharding:
+    """
+    How the policy is sharded, after [`check_sharding`] and [`use_uniform_precision`]. Called before the model is prepared.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        gather_for_generation (`bool`): TRL's `ds3_gather_for_generation`.
+    """
+    sharding = Sharding.of(accelerator)
+    check_sharding(sharding, gather_for_generation)
+    use_uniform_precision(accelerator)
+    return sharding
+
+
 def use_uniform_precision(accelerator: Accelerator) -> None:
     """
     Have FSDP2 leave the inputs of forwards alone, so that the packed forward sees the times that the rollout saw: in

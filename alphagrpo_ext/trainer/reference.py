@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -30,8 +31,16 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
+from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.distributed import gathered_policy
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.trainer.scoring import RolloutScores
+    from alphagrpo_ext.trainer.step import RolloutStep
+    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 REFERENCE_ADAPTER = "ref"
@@ -99,28 +108,42 @@ def _on_device(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def acting_reference(
-    policy: torch.nn.Module, reference: torch.nn.Module | None, accelerator: Accelerator, is_offloaded: bool
-) -> Iterator[torch.nn.Module]:
+def acting_reference(trainer: AlphaGRPOTrainer) -> Iterator[torch.nn.Module]:
     """
-    The module that computes as the reference while the block runs.
-
-    Args:
-        policy (`torch.nn.Module`): The policy.
-        reference (`torch.nn.Module`, *optional*):
-            A model of its own. `None` if the reference is the policy with the adapter `"ref"`, or with none.
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
-        is_offloaded (`bool`): Whether `reference` is kept in the host's memory.
+    The module that computes as the reference while the block runs: a model of its own, or the policy with the adapter `"ref"` or
+    with its adapter switched off.
     """
-    if reference is not None:
-        with visit_device(reference, accelerator, is_offloaded):
-            yield reference
+    if trainer.ref_model is not None:
+        with visit_device(trainer.ref_model, trainer.accelerator, trainer.args.offload_ref_model):
+            yield trainer.ref_model
         return
-    unwrapped = accelerator.unwrap_model(policy)
-    with use_adapter(
-        unwrapped, adapter_name=REFERENCE_ADAPTER if REFERENCE_ADAPTER in unwrapped.peft_config else None
-    ):
-        yield policy
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    with use_adapter(policy, adapter_name=REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+        yield trainer.model
+
+
+def reference_samples(trainer: AlphaGRPOTrainer) -> bool:
+    """Whether the reference samples rollouts; in evaluation the policy does."""
+    return trainer.args.rollout_policy == "reference" and trainer.model.training
+
+
+@contextmanager
+def sampling_policy(trainer: AlphaGRPOTrainer) -> Iterator[UnifiedModel]:
+    """The policy that samples rollouts, unwrapped and with whole parameters; see [`gathered_policy`]."""
+    checkpointing = trainer.args.gradient_checkpointing_kwargs
+    with acting_reference(trainer) if reference_samples(trainer) else nullcontext(trainer.model) as model:
+        wrapped = trainer.model_wrapped if model is trainer.model else model
+        with gathered_policy(wrapped, trainer.accelerator, checkpointing) as policy:
+            yield policy
+
+
+@torch.no_grad()
+def score_with_reference(trainer: AlphaGRPOTrainer, step: RolloutStep, length: int) -> RolloutScores:
+    """The reference's scores of a rollout, where TRL does not ask for them; `length` is that of the longest text."""
+    args = trainer.args
+    batch_size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+    with acting_reference(trainer) as model:
+        return trainer.scorer.score_rollout(model, step.trajectories, batch_size, length)
 
 
 def acts_as_reference(policy: torch.nn.Module) -> bool:

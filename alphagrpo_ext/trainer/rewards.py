@@ -179,10 +179,10 @@ def reflection_metrics(
 def judge_step(
     step: RolloutStep,
     rewards: torch.Tensor,
-    is_image: torch.Tensor,
+    functions: Sequence[Callable],
     weights: torch.Tensor,
     tasks: Mapping[str, Task],
-    rectification: str,
+    args: AlphaGRPOConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """
@@ -191,16 +191,17 @@ def judge_step(
     Args:
         step ([`RolloutStep`]): Its trajectories are sampled.
         rewards (`torch.Tensor` of shape `(samples of all processes, functions)`): What the functions gave.
-        is_image, weights (`torch.Tensor` of shape `(functions,)`): Which functions judge images, and the weights of all.
+        functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`): All functions and their weights.
         tasks (`Mapping[str, Task]`): The tasks of the rows by name.
-        rectification (`str`): One of [`RECTIFICATIONS`].
+        args ([`AlphaGRPOConfig`]): `rectification`, one of [`RECTIFICATIONS`].
         accelerator ([`~accelerate.Accelerator`]): Gathers what is known of this process alone.
 
     Returns:
         `dict[str, float]`: Metrics: the mean reward of every task if there are several, and those of [`reflection_metrics`].
     """
     metrics = {}
-    weights = weights[is_image]
+    is_image = judges_images(functions).to(rewards.device)
+    weights = weights.to(rewards.device)[is_image]
     step.rewards, step.image_rewards = rewards, weighted_sum(rewards[:, is_image], weights)
     if len(tasks) > 1:
         names = gather_object([row["task"] for row in step.rows])
@@ -208,7 +209,7 @@ def judge_step(
     if any(task.paints_initial_image for task in tasks.values()):
         initial_rewards = accelerator.gather(torch.tensor(step.initial_rewards, device=rewards.device))
         rectified, is_rectified = rectify_false_positives(
-            rewards[:, is_image], weights, initial_rewards, step.group_size, rectification
+            rewards[:, is_image], weights, initial_rewards, step.group_size, args.rectification
         )
         metrics |= reflection_metrics(initial_rewards, step.image_rewards, is_rectified)
         step.rewards = rewards.clone()
@@ -217,7 +218,11 @@ def judge_step(
 
 
 def image_advantages(
-    step: RolloutStep, advantages: torch.Tensor, is_image: torch.Tensor, weights: torch.Tensor, args: AlphaGRPOConfig
+    step: RolloutStep,
+    advantages: torch.Tensor,
+    functions: Sequence[Callable],
+    weights: torch.Tensor,
+    args: AlphaGRPOConfig,
 ) -> torch.Tensor:
     """
     Advantages of images: TRL's, unless some rewards are about text alone.
@@ -225,18 +230,19 @@ def image_advantages(
     Args:
         step ([`RolloutStep`]): Its rewards are rectified.
         advantages (`torch.Tensor` of shape `(samples of this process,)`): TRL's, which count all rewards.
-        is_image, weights (`torch.Tensor` of shape `(functions,)`): Which functions judge images, and the weights of all.
+        functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`): All functions and their weights.
         args ([`AlphaGRPOConfig`]): `separate_advantages`, `mask_broken_format`, and TRL's settings of advantages.
 
     Returns:
         `torch.Tensor` of shape `(samples of this process,)`: A new tensor.
     """
+    is_image = judges_images(functions).to(advantages.device)
     if is_image.all():
         return advantages.clone()
     if args.separate_advantages:
         advantages = group_advantages(
             step.rewards[:, is_image],
-            weights[is_image],
+            weights.to(advantages.device)[is_image],
             step.group_size,
             args.scale_rewards,
             args.multi_objective_aggregation,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,15 @@ from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images, c
 from alphagrpo_ext.trainer.callbacks.report import ReportCallback
 from alphagrpo_ext.trainer.callbacks.rollout_event import announce_rollout
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.distributed import (
-    Sharding,
-    check_sharding,
-    gathered_policy,
-    sum_over_processes,
-    use_uniform_precision,
-)
+from alphagrpo_ext.trainer.distributed import gathered_policy, prepare_sharding, sum_over_processes
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
-from alphagrpo_ext.trainer.rewards import image_advantages, judge_step, judges_images
+from alphagrpo_ext.trainer.rewards import image_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_trl_version
-from alphagrpo_ext.trainer.validation import named_datasets, validate_rewards, validated_tasks
+from alphagrpo_ext.trainer.validation import named_datasets, validated_tasks
 
 
 check_trl_version(trl.__version__)
@@ -64,39 +58,33 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     One policy writes a thought, token by token, and paints an image, denoising step by denoising step. Both get their
     gradient from the same group-relative advantage, out of one packed forward: text by TRL's own loss, images by an
-    image objective.
-
-    The tasks are those of the configuration and of the dataset's column `task`; several may be in one batch. For a task that
-    refines an image, the policy first paints one where a row has none, and a refined image that is no better than the first
-    one is rectified.
+    image objective. The tasks are those of the configuration and of the dataset's column `task`. Where a task refines an image
+    and a row has none, the policy paints one first.
 
     Reward functions are TRL's. Besides the dataset's columns except `image`, they get the keyword arguments `images`, one PIL
     image per sample, `texts`, the list of texts that the policy wrote for a sample, and `trajectory`, one [`Trajectory`] per
-    sample. A function with a true attribute `text_only` judges text alone. A function with a method `validate_dataset` or
-    `validate_image_size` is asked to check the datasets, or the height and width of images, before training. An asynchronous
-    function with a coroutine method `start(images, rows)` is given every part of a rollout (`rollout_batch_size`) as soon as
-    it is painted, so that it works while the next part is generated.
+    sample. A function with a true attribute `text_only` judges text alone. A method `validate_dataset` or
+    `validate_image_size` is called before training to check the datasets, or the height and width of images. A coroutine method
+    `start(images, rows)` of an asynchronous function gets every part of a rollout (`rollout_batch_size`) as soon as it is
+    painted.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A name that [`load_model`] takes, e.g. `"bagel-shapes"`, or a model that fulfils [`UnifiedModel`].
-        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
-            As in [`~trl.GRPOTrainer`].
         args ([`AlphaGRPOConfig`], *optional*):
             Configuration. The trainer works on a copy of its own.
         train_dataset, eval_dataset:
             As in [`~trl.GRPOTrainer`]; a row needs a `prompt`, a string or a conversation.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             The model's processor. Loaded with the model if that is given by name.
-        reward_processing_classes, callbacks, optimizers, peft_config:
+        reward_funcs, reward_processing_classes, callbacks, optimizers, peft_config:
             As in [`~trl.GRPOTrainer`].
     """
 
     _tag_names = ["trl", "alphagrpo"]
     _name = "AlphaGRPO"
     _paper = {
-        "title": "AlphaGRPO: Unlocking Self-Reflective Multimodal Generation in UMMs via Decompositional Verifiable "
-        "Reward",
+        "title": "AlphaGRPO: Unlocking Self-Reflective Multimodal Generation in UMMs via Decompositional Verifiable Reward",
         "id": "2605.12495",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
@@ -129,9 +117,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         processing_class = processing_class or load_processor(policy.config._name_or_path)
         args.eval_rollout().grid(policy)
         named = named_datasets(train_dataset, eval_dataset)
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        validate_rewards(functions, named, args.image_height, args.image_width)
-        self.tasks = validated_tasks(args, named, processing_class, policy)
+        self.tasks = validated_tasks(args, reward_funcs, named, processing_class, policy)
         check_optimizer_is_made_here(args, optimizers[0])
         if args.freeze_vision_tower:
             policy.freeze_vision_tower()
@@ -168,9 +154,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         if sync_ref_model and needs_reference:
             self.add_callback(references.follow_policy(self.model, self.ref_model, self.accelerator))
         self._add_own_callbacks()
-        sharding = Sharding.of(self.accelerator)
-        check_sharding(sharding, args.ds3_gather_for_generation)
-        use_uniform_precision(self.accelerator)
+        sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
         runs_all_parts = sharding.shards_parameters and len(self.tasks) > 1
         self.scorer = PackedScorer(args, self.accelerator, self.temperature, runs_all_parts)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)
@@ -191,16 +175,12 @@ class AlphaGRPOTrainer(GRPOTrainer):
         if is_new and self.args.generation_learning_rate is not None:
             model = self.model if model is None else model
             policy = self.accelerator.unwrap_model(model)
-            policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
             set_generation_learning_rate(optimizer, model, policy, self.args.generation_learning_rate)
         return optimizer
 
     @contextmanager
     def gathered_policy(self) -> Iterator[UnifiedModel]:
-        """
-        The policy, unwrapped and with whole parameters, to generate with, e.g. for an evaluation. All processes enter
-        and leave together; see [`~alphagrpo_ext.trainer.distributed.gathered_policy`].
-        """
+        """The policy, unwrapped and with whole parameters, e.g. for an evaluation. All processes enter and leave together."""
         with gathered_policy(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
             yield policy
 
@@ -220,20 +200,19 @@ class AlphaGRPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    # A rollout.
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        is_training, rank = self.model.training, self.accelerator.process_index
+        is_training = self.model.training
         position = (self.state.global_step, self._step) if is_training else None
         group_size = self.num_generations if is_training else self.num_generations_eval
-        step = self._rollout_step = new_step(inputs, self.args, rank, group_size, position)
+        step = new_step(inputs, self.args, self.accelerator.process_index, group_size, position)
+        self._rollout_step = step
         if is_training:
             # TRL keeps a column that was logged for an earlier rollout until it is logged again.
             self._logs["extra"].clear()
         try:
             output = super()._generate_and_score_completions([reward_row(row) for row in step.rows])
-            columns = (self._judges_images, self.reward_weights.to(self.accelerator.device))
-            step.image_advantages = image_advantages(step, output["advantages"], *columns, self.args)
+            functions, weights = self.reward_funcs, self.reward_weights
+            step.image_advantages = image_advantages(step, output["advantages"], functions, weights, self.args)
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:
@@ -249,13 +228,12 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with (
             self.stopwatch.measure("rollout"),
             torch.no_grad(),
-            self._sampling_policy() as policy,
+            references.sampling_policy(self) as policy,
             self.accelerator.autocast(),
         ):
             generate = RolloutGenerator(policy, self.processing_class, self.tasks)
             if any(task.paints_initial_image for task in self.tasks.values()):
-                rewards = ImageRewards.from_trainer(self)
-                paint_initial_images(step, generate, self.tasks, rewards, self.args)
+                paint_initial_images(step, generate, self.tasks, ImageRewards.from_trainer(self), self.args)
             for part in generate.parts(step.rows, step.generators(), step.config):
                 start = len(step.trajectories)
                 start_judging(self.reward_funcs, part, step.rows[start : start + len(part)], loop)
@@ -264,42 +242,25 @@ class AlphaGRPOTrainer(GRPOTrainer):
         step.texts = [[decode(text.content_ids) for text in t.sampled_texts] for t in step.trajectories]
         return rollout_fields(step.trajectories, step.texts, self._tokenizer.eos_token_id)
 
-    @contextmanager
-    def _sampling_policy(self) -> Iterator[UnifiedModel]:
-        """The policy that samples, unwrapped and with whole parameters."""
-        with self._reference() if self._reference_samples else nullcontext(self.model) as model:
-            wrapped = self.model_wrapped if model is self.model else model
-            with gathered_policy(wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
-                yield policy
-
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         with self.stopwatch.measure("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        step, weights = self._rollout_step, self.reward_weights.to(rewards.device)
-        metrics = judge_step(
-            *(step, rewards, self._judges_images, weights), self.tasks, self.args.rectification, self.accelerator
-        )
+        step, functions, weights = self._rollout_step, self.reward_funcs, self.reward_weights
+        metrics = judge_step(step, rewards, functions, weights, self.tasks, self.args, self.accelerator)
         self._append_metrics(metrics)
         return step.rewards
-
-    @property
-    def _judges_images(self) -> torch.Tensor:
-        """Which reward functions judge images, bool `(functions,)`."""
-        return judges_images(self.reward_funcs).to(self.accelerator.device)
 
     # Scores of policies: of the old one and the reference during a rollout, and of the trained one for the loss.
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """
-        TRL's scoring of text, answered from the packed forward. TRL asks for the loss, and in a rollout for the old policy and
-        the reference. A reference that is the policy without its adapter can be told by its adapters alone.
-        """
+        """TRL's scoring of text for the loss and, in a rollout, for the old policy and the reference."""
         if self._rollout_step is None:
             scores = self._loss_scores
         else:
             step, is_copy = self._rollout_step, model is self.ref_model
+            # A reference without a model of its own is the policy, and known by the adapter that is active.
             is_reference = is_copy or references.acts_as_reference(self.accelerator.unwrap_model(model))
             with references.visit_device(model, self.accelerator, is_copy and self.args.offload_ref_model):
                 scores = self.scorer.score_rollout(model, step.trajectories, batch_size, logits_to_keep)
@@ -307,23 +268,13 @@ class AlphaGRPOTrainer(GRPOTrainer):
         log_probs, entropies = (pad_columns(x, logits_to_keep) for x in (scores.log_probs, scores.entropies))
         return log_probs, entropies if compute_entropy else None, None
 
-    @property
-    def _reference_samples(self) -> bool:
-        """Whether the reference samples rollouts; in evaluation the policy does."""
-        return self.args.rollout_policy == "reference" and self.model.training
-
-    def _reference(self) -> AbstractContextManager[torch.nn.Module]:
-        return references.acting_reference(self.model, self.ref_model, self.accelerator, self.args.offload_ref_model)
-
     def _add_scores(self, step: RolloutStep, output: dict[str, Any]) -> None:
         """Score a rollout with the reference where TRL does not, and hand the scores of images to the loss."""
-        needs_reference = self._reference_samples or (self.args.image_beta and step.has_windows)
-        if needs_reference and "reference" not in step.scores:
-            args, length = self.args, output["completion_ids"].shape[1]
-            batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-            with torch.no_grad(), self._reference() as model:
-                step.scores["reference"] = self.scorer.score_rollout(model, step.trajectories, batch_size, length)
-        if self._reference_samples:
+        reference_samples = references.reference_samples(self)
+        if "reference" not in step.scores and (reference_samples or (self.args.image_beta and step.has_windows)):
+            length = output["completion_ids"].shape[1]
+            step.scores["reference"] = references.score_with_reference(self, step, length)
+        if reference_samples:
             step.scores["old"] = step.scores["reference"]
             output["old_per_token_logps"] = step.scores["old"].log_probs
         if "old" in step.scores and step.has_windows:
@@ -353,18 +304,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
     # Checkpoints and resume; see `resume/exact_resume.py`.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """
-        As in [`~transformers.Trainer`].
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True`, `"true"` or `"last"` for the last complete checkpoint in `output_dir`, and from the beginning if
-                there is none; a path for that one. See [`resolve_checkpoint`].
-
-        Raises:
-            `DamagedCheckpointError`: If the checkpoint that is named is not complete.
-            `ValueError`: If it was saved by another number of processes, or without the state of training.
-        """
+        """As in [`~transformers.Trainer`]; see [`resolve_checkpoint`] for what can be resumed from, and for errors."""
         checkpoint = self._resume.begin(resume_from_checkpoint)
         eval_on_start = self.args.eval_on_start
         if checkpoint is None:
@@ -382,9 +322,9 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._resume.sampler = super()._get_train_sampler(*args, **kwargs)
         return self._resume.sampler
 
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        done = super()._init_training_state(max_steps, steps_per_epoch, *args, **kwargs)
-        return self._resume.position(*done, steps_per_epoch * self.args.gradient_accumulation_steps)
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs) -> tuple[int, int]:
+        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        return self._resume.position(*done, num_update_steps_per_epoch * self.args.gradient_accumulation_steps)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # Transformers would train one step more than there are to do.

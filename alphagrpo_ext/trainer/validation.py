@@ -55,19 +55,23 @@ def validate_rewards(
 
 def validated_tasks(
     args: AlphaGRPOConfig,
+    reward_funcs: Callable | list[Callable],
     named: Mapping[str, datasets.Dataset],
     processor: ProcessorMixin,
     model: UnifiedModel,
 ) -> dict[str, Task]:
     """
-    The tasks of all rows by name, after a check of the rows; see [`validate_rows`]. Rows of a stream are checked when they are
-    read.
+    The tasks of all rows by name, after the checks of [`validate_rewards`] and [`validate_rows`]. Rows of a stream are checked
+    when they are read.
 
     Args:
-        args ([`AlphaGRPOConfig`]): Default task and settings of tasks.
+        args ([`AlphaGRPOConfig`]): Default task, settings of tasks, and size of images.
+        reward_funcs (`Callable` or `list[Callable]`): As given to the trainer.
         named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
         processor, model: Of the policy.
     """
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    validate_rewards(functions, named, args.image_height, args.image_width)
     names = dict.fromkeys(
         [args.task, *(name for dataset in named.values() for name in task_names(dataset, args.task))]
     )

@@ -207,10 +207,10 @@ def test_old_velocities_are_those_of_the_reference_that_sampled(
     reference = trainer.accelerator.unwrap_model(trainer.ref_model)
     update = trainer.recorder.updates[1]
     with torch.no_grad():
-        log_probs, _, images = trainer._score(reference, update.trajectories)
+        scores = trainer.scorer.score(reference, update.trajectories)
     old = torch.cat(update.inputs["old_velocities"])
-    torch.testing.assert_close(old, images.velocities, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(update.inputs["old_per_token_logps"], log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(old, scores.images.velocities, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(update.inputs["old_per_token_logps"], scores.log_probs, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(old, update.images.velocities, atol=1e-4)
 
 
