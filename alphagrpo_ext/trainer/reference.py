@@ -94,11 +94,11 @@ def prepare_reference(reference: PreTrainedModel, accelerator: Accelerator, offl
 
 def visit_device(model: torch.nn.Module, accelerator: Accelerator, is_offloaded: bool) -> AbstractContextManager[None]:
     """While the block runs, a model that is kept in the host's memory is on the accelerator."""
-    return _on_device(model, accelerator.device) if is_offloaded else nullcontext()
+    return on_device(model, accelerator.device) if is_offloaded else nullcontext()
 
 
 @contextmanager
-def _on_device(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     home = next(model.parameters()).device
     model.to(device)
     try:

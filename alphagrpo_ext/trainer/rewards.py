@@ -85,14 +85,12 @@ def rectify_false_positives(
             that they sum to the initial image's, `"off"` leaves them.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Rewards `(samples, functions)`, and which samples had theirs replaced, bool
+        `tuple[torch.Tensor, torch.Tensor]`: Rewards `(samples, functions)`, and which samples are false positives, bool
         `(samples,)`.
     """
     total = weighted_sum(rewards, weights)
     is_false = total <= initial_rewards
-    if rectification == "off":
-        return rewards, torch.zeros_like(is_false)
-    if not is_false.any():
+    if rectification == "off" or not is_false.any():
         return rewards, is_false
     if rectification == "initial":
         # Only the sum over functions matters, so the first one carries the difference.
@@ -208,9 +206,10 @@ def judge_step(
         metrics = {f"rewards/{task}": value for task, value in mean_by_name(step.image_rewards, names).items()}
     if any(task.paints_initial_image for task in tasks.values()):
         initial_rewards = accelerator.gather(torch.tensor(step.initial_rewards, device=rewards.device))
-        rectified, is_rectified = rectify_false_positives(
+        rectified, is_false = rectify_false_positives(
             rewards[:, is_image], weights, initial_rewards, step.group_size, args.rectification
         )
+        is_rectified = is_false if args.rectification != "off" else torch.zeros_like(is_false)
         metrics |= reflection_metrics(initial_rewards, step.image_rewards, is_rectified)
         step.rewards = rewards.clone()
         step.rewards[:, is_image] = rectified

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
-from alphagrpo_ext.trainer.reference import frozen_copy, mixup_alpha, visiting
+from alphagrpo_ext.trainer.reference import frozen_copy, mixup_alpha, on_device
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -162,7 +162,7 @@ class Traveller(torch.nn.Linear):
 
 def test_visitor_goes_home() -> None:
     model = Traveller()
-    with pytest.raises(RuntimeError, match="out of memory"), visiting(model, torch.device("cuda")):
+    with pytest.raises(RuntimeError, match="out of memory"), on_device(model, torch.device("cuda")):
         assert model.places == ["cuda"]
         raise RuntimeError("out of memory")
     assert model.places == ["cuda", "cpu"]
