@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,20 @@ def check_sharding(sharding: Sharding, gather_for_generation: bool) -> None:
         )
 
 
+def prepare_sharding(accelerator: Accelerator, gather_for_generation: bool) -> Sharding:
+    """
+    How the policy is sharded, after [`check_sharding`] and [`use_uniform_precision`]. Called before the model is prepared.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        gather_for_generation (`bool`): TRL's `ds3_gather_for_generation`.
+    """
+    sharding = Sharding.of(accelerator)
+    check_sharding(sharding, gather_for_generation)
+    use_uniform_precision(accelerator)
+    return sharding
+
+
 def use_uniform_precision(accelerator: Accelerator) -> None:
     """
     Have FSDP2 leave the inputs of forwards alone, so that the packed forward sees the times that the rollout saw: in
@@ -76,6 +90,12 @@ def use_uniform_precision(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+
+
+def sum_over_processes(metrics: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """Sum numbers that every process knows by the same names."""
+    totals = accelerator.reduce(torch.tensor(list(metrics.values()), device=accelerator.device))
+    return dict(zip(metrics, totals.tolist(), strict=True))
 
 
 @contextmanager

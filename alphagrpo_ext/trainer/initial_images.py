@@ -1,105 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Stage 1 of self-reflection: images that the policy paints to refine them."""
+"""
+Stage 1 of self-reflection: the policy paints the images that its groups then refine.
+
+The policy paints without a thought and without noise. Every process paints for the prompts that it holds, the reward functions
+score the images as they score everything, and the image to refine is chosen among those of all processes by a generator that
+all of them share.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import random
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 from PIL import Image
+from torch import nn
 
-from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, same_context, sample_generator
-from alphagrpo_ext.rollout.task import TASKS
-from alphagrpo_ext.trainer.rewards import select_initial, weighted_sum
-from alphagrpo_ext.trainer.rows import reward_row
+from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
+from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.trainer.rewards import judges_images, select_initial, weighted_sum
+from alphagrpo_ext.trainer.step import RolloutStep, reward_row
 
 
-class InitialImagesMixin:
-    """Gives a trainer's rollouts the images that groups set out to fix, and notes their rewards."""
+if TYPE_CHECKING:
+    from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
-    def _with_initial_images(
-        self, generate: RolloutGenerator, config: RolloutConfig, seed: int | str, step: int, offset: int
-    ) -> list[dict[str, Any]]:
+
+@dataclass(frozen=True)
+class ImageRewards:
+    """
+    The reward functions that judge images, for images that no sampled text comes with.
+
+    Args:
+        functions (`Sequence[Callable]`): As given to the trainer. Reward models read text alone and are left out.
+        weights (`torch.Tensor` of shape `(functions,)`): Their weights.
+        trainer_state ([`~transformers.TrainerState`]): Passed on to the functions.
+        loop (`asyncio.AbstractEventLoop`, *optional*): Runs the asynchronous ones; TRL starts it if there are any.
+    """
+
+    functions: Sequence[Callable]
+    weights: torch.Tensor
+    trainer_state: Any
+    loop: asyncio.AbstractEventLoop | None
+
+    @classmethod
+    def from_trainer(cls, trainer: AlphaGRPOTrainer) -> ImageRewards:
+        """The functions of a trainer that judge images."""
+        keep = judges_images(trainer.reward_funcs)
+        functions = [function for function, judges in zip(trainer.reward_funcs, keep.tolist(), strict=True) if judges]
+        return cls(functions, trainer.reward_weights[keep], trainer.state, getattr(trainer, "async_loop", None))
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> list[float | None]:
         """
-        Stage 1 of self-reflection: give every row of such a task the image that its group sets out to fix.
+        Weighted reward of each image for its row; `None` where no function gave one.
 
-        Every process paints images for the prompts that it holds; they are scored by the reward functions, and the one to
-        fix is chosen among those of all processes. Notes its reward for every row.
+        What the functions log is dropped, since it would be about images that get no gradient.
+
+        Raises:
+            `ValueError`: If a function returns another number of rewards.
         """
-        rows = self._rows
-        self._initial_rewards = [float("nan")] * len(rows)
-        if not any(task.paints_initial_image for task in self._tasks.values()):
-            return list(rows)
-        refining = [i for i, row in enumerate(rows) if self._tasks[row["task"]].paints_initial_image]
-        firsts = {same_context(rows[i]): i for i in reversed(refining)}
-        missing = [i for i in sorted(firsts.values()) if rows[i].get("image") is None]
-        count = self.args.num_initial_images
-        painting = config.deterministic()
-        # There is no image yet whose absence could guide.
-        guidance = replace(painting.denoising.guidance, image_scale=1.0)
-        paint = RolloutGenerator(generate.model, generate.processor, TASKS.get("reasoning_t2i")(think=False))
-        painted = paint(
-            [rows[i] for i in missing for _ in range(count)],
-            [
-                sample_generator(f"initial-{seed}", step, (offset + i) * count + j)
-                for i in missing
-                for j in range(count)
-            ],
-            replace(painting, denoising=replace(painting.denoising, guidance=guidance)),
-        )
-        images = [trajectory.final_image for trajectory in painted]
-        candidates = [(i, image) for i, image in zip((i for i in missing for _ in range(count)), images, strict=True)]
-        candidates += [(i, rows[i]["image"]) for i in firsts.values() if i not in missing]
-        rewards = self._score_initial_images(candidates)
-        found = gather_object(
-            [(same_context(rows[i]), reward, image) for (i, image), reward in zip(candidates, rewards, strict=True)]
-        )
-        result = list(rows)
-        choices: dict[tuple[str, ...], tuple[float | None, Image.Image]] = {}
-        for i in refining:
-            key = same_context(rows[i])
-            if key not in choices:
-                of_prompt = [(reward, image) for other, reward, image in found if other == key]
-                rng = random.Random(f"{seed}-{step}-{key}")
-                index = select_initial([reward for reward, _ in of_prompt], self.args.stage1_selection, rng)
-                choices[key] = of_prompt[index]
-            reward, image = choices[key]
-            result[i] = {**rows[i], "image": image}
-            self._initial_rewards[i] = float("nan") if reward is None else reward
-        return result
-
-    def _score_initial_images(self, candidates: Sequence[tuple[int, Image.Image]]) -> list[float | None]:
-        """Weighted reward of images alone, each with the row it was painted for."""
-        # TRL gathers rewards, so all processes score equally many: the rest are blank and not looked at.
-        total = max(gather_object([len(candidates)]))
-        if not total:
+        if not images:
             return []
-        blank = Image.new("RGB", (self.args.image_width, self.args.image_height))
-        padded = [*candidates, *[(0, blank)] * (total - len(candidates))]
-        inputs = [
-            {**reward_row(self._rows[i]), "images": image, "texts": [], "trajectory": None} for i, image in padded
-        ]
-        empty = [[self._tokenizer.eos_token_id]] * total
-        prompts = [row["prompt"] for row in inputs]
-        completions = ["" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}] for prompt in prompts]
-        functions, names = self.reward_funcs, self.reward_func_names
-        classes, is_image = self.reward_processing_classes, self._image_functions()
-        try:
-            # Only what judges images can judge these.
-            self.reward_funcs = [f for f, keep in zip(functions, is_image, strict=True) if keep]
-            self.reward_func_names = [n for n, keep in zip(names, is_image, strict=True) if keep]
-            self.reward_processing_classes = [c for c, keep in zip(classes, is_image, strict=True) if keep]
-            rewards = super()._calculate_rewards(inputs, prompts, completions, empty)
-        finally:
-            self.reward_funcs, self.reward_func_names, self.reward_processing_classes = functions, names, classes
-            # What reward functions log is about the images that get a gradient.
-            self._pending_metrics.clear()
-            self._pending_extra_logs.clear()
-        totals = weighted_sum(rewards, self.reward_weights.to(rewards.device)[is_image])
-        start = self.accelerator.process_index * total
-        local = totals[start : start + len(candidates)].tolist()
-        return [None if reward != reward else reward for reward in local]
+        columns = [reward_row(row) for row in rows]
+        prompts = [row["prompt"] for row in columns]
+        arguments = {
+            "prompts": prompts,
+            "completions": ["" if isinstance(p, str) else [{"role": "assistant", "content": ""}] for p in prompts],
+            "completion_ids": [[] for _ in prompts],
+            **{key: [row[key] for row in columns] for key in columns[0] if key not in ("prompt", "completion")},
+            **{"images": list(images), "texts": [[] for _ in prompts], "trajectory": [None] * len(prompts)},
+            **{"trainer_state": self.trainer_state, "log_extra": _drop, "log_metric": _drop},
+        }
+        results = {i: f(**arguments) for i, f in enumerate(self.functions) if not isinstance(f, nn.Module)}
+        waiting = {i: result for i, result in results.items() if inspect.isawaitable(result)}
+        if waiting:
+            future = asyncio.run_coroutine_threadsafe(_gather(*waiting.values()), self.loop)
+            results.update(zip(waiting, future.result(), strict=True))
+        rewards = torch.full((len(rows), len(self.functions)), torch.nan)
+        for i, result in results.items():
+            if len(result) != len(rows):
+                name = getattr(self.functions[i], "__name__", type(self.functions[i]).__name__)
+                raise ValueError(f"the reward function '{name}' returned {len(result)} rewards for {len(rows)} images")
+            rewards[:, i] = torch.tensor([torch.nan if reward is None else reward for reward in result])
+        totals = weighted_sum(rewards, self.weights.cpu()).tolist()
+        return [None if total != total else total for total in totals]
+
+
+async def _gather(*results: Any) -> list[Any]:
+    return await asyncio.gather(*results)
+
+
+def _drop(name: str, value: Any) -> None:
+    """Takes the place of TRL's `log_extra` and `log_metric`."""
+
+
+def paint_initial_images(
+    step: RolloutStep,
+    generate: RolloutGenerator,
+    tasks: Mapping[str, Task],
+    rewards: ImageRewards,
+    args: AlphaGRPOConfig,
+) -> None:
+    """
+    Give every row of a task that refines the image that its group starts from, and note the reward of that image.
+
+    Args:
+        step ([`RolloutStep`]): Its `rows` and `initial_rewards` are set.
+        generate ([`RolloutGenerator`]): Holds the policy and its processor.
+        tasks (`Mapping[str, Task]`): The tasks of the rows by name.
+        rewards ([`ImageRewards`]): Scores the images.
+        args ([`AlphaGRPOConfig`]): `num_initial_images` that this process paints per prompt, and `stage1_selection`.
+    """
+    rows, num_images = step.rows, args.num_initial_images
+    refining = [i for i, row in enumerate(rows) if tasks[row["task"]].paints_initial_image]
+    first_of_group = {same_context(rows[i]): i for i in reversed(refining)}
+    missing = [i for i in sorted(first_of_group.values()) if rows[i].get("image") is None]
+    images = _paint(step, generate, missing, num_images)
+    candidates = [(i, image) for i, image in zip((i for i in missing for _ in range(num_images)), images, strict=True)]
+    candidates += [(i, rows[i]["image"]) for i in first_of_group.values() if i not in missing]
+    scores = rewards([rows[i] for i, _ in candidates], [image for _, image in candidates])
+    # A prompt can stand on several processes, which must all choose the same image.
+    found = gather_object(
+        [(same_context(rows[i]), score, image) for (i, image), score in zip(candidates, scores, strict=True)]
+    )
+    choices: dict[tuple[str, ...], tuple[float | None, Image.Image]] = {}
+    step.rows = list(rows)
+    for i in refining:
+        context = same_context(rows[i])
+        if context not in choices:
+            offered = [(score, image) for other, score, image in found if other == context]
+            rng = random.Random(f"{step.seed}-{step.index}-{context}")
+            choices[context] = offered[select_initial([score for score, _ in offered], args.stage1_selection, rng)]
+        score, image = choices[context]
+        step.rows[i] = {**rows[i], "image": image}
+        step.initial_rewards[i] = float("nan") if score is None else score
+
+
+def _paint(
+    step: RolloutStep, generate: RolloutGenerator, indices: Sequence[int], num_images: int
+) -> list[Image.Image]:
+    """Paint `num_images` images for each row of `indices`, one row after the other."""
+    config = step.config.deterministic()
+    # There is no image yet whose absence could guide.
+    guidance = replace(config.denoising.guidance, image_scale=1.0)
+    paint = RolloutGenerator(generate.model, generate.processor, TASKS.get("reasoning_t2i")(think=False))
+    trajectories = paint(
+        [step.rows[i] for i in indices for _ in range(num_images)],
+        [
+            sample_generator(f"initial-{step.seed}", step.index, (step.offset + i) * num_images + j)
+            for i in indices
+            for j in range(num_images)
+        ],
+        replace(config, denoising=replace(config.denoising, guidance=guidance)),
+    )
+    return [trajectory.final_image for trajectory in trajectories]

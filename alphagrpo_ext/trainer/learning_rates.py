@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 
-from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 
 
@@ -30,7 +30,7 @@ def check_optimizer_is_made_here(args: AlphaGRPOConfig, optimizer: torch.optim.O
 
 
 def set_generation_learning_rate(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, policy: UnifiedModel, learning_rate: float
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, policy: torch.nn.Module, learning_rate: float
 ) -> None:
     """
     Split every group of a fresh optimizer in two: what only the generation of images uses gets its own learning rate.
@@ -41,9 +41,10 @@ def set_generation_learning_rate(
     Args:
         optimizer (`torch.optim.Optimizer`): Before its first step.
         model (`torch.nn.Module`): The policy, possibly wrapped; names its parameters.
-        policy ([`UnifiedModel`]): Tells the experts apart.
-        learning_rate (`float`): Of the generation expert.
+        policy ([`UnifiedModel`] or [`~peft.PeftModel`]): The same, unwrapped; tells the experts apart.
+        learning_rate (`float`): Learning rate of the generation expert.
     """
+    policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     generation = {id(p) for name, p in model.named_parameters() if policy.is_generation_parameter(name)}
     groups = []
     for group in optimizer.param_groups:

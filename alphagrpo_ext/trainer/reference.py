@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The reference model of a KL: a frozen copy of the policy, or of its adapter, as it is before training or follows it."""
+"""
+The reference policy: a frozen copy of the policy, or of its adapter, as it was before training, or a moving average of it.
+
+A KL compares the policy with it. With `rollout_policy="reference"` it also samples the rollouts, and is then the old policy of
+the ratios.
+
+- The copy needs no folder to load from: TRL would load the reference from the folder that the policy came from, which need not
+  exist. A policy with an adapter is its own reference, with the adapter switched off, or with a second adapter `"ref"`.
+- `sync_ref_model` works with an adapter, where TRL refuses it: the second adapter follows the first one, and the final model has
+  it in its folder `ref`. DeepSpeed ZeRO-3 leaves no process a whole parameter that could follow.
+- A reference that follows is kept whole in a checkpoint, be it a model or an adapter: under FSDP Transformers restores only the
+  adapter that is trained, and the state of a sharded model is a share of each weight.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +29,18 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import use_adapter
 
+from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.distributed import gathered_policy
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.trainer.scoring import RolloutScores
+    from alphagrpo_ext.trainer.step import RolloutStep
+    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 REFERENCE_ADAPTER = "ref"
@@ -27,8 +49,8 @@ REFERENCE_ADAPTER = "ref"
 
 def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
     """
-    A copy that is not trained, in the policy's type and on its device. It needs no folder to load from, unless DeepSpeed
-    has already partitioned the policy's weights, which cannot be copied then.
+    Copy a policy with its data type and device; the copy is not trained. It is loaded from the policy's folder where DeepSpeed
+    has already partitioned the weights, which cannot be copied then.
     """
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         reference, _ = load_model(
@@ -45,12 +67,12 @@ def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
 
 def prepare_reference(reference: PreTrainedModel, accelerator: Accelerator, offload: bool) -> torch.nn.Module:
     """
-    Shard or place a reference model as the launcher wants it.
+    Shard or place a reference model as the launcher's configuration says.
 
     Args:
         reference (`PreTrainedModel`): A frozen model.
         accelerator (`Accelerator`): Of the trainer.
-        offload (`bool`): Whether it stays in the host's memory, see [`visiting`].
+        offload (`bool`): Whether it stays in the host's memory; see [`visit_device`].
 
     Raises:
         `ValueError`: If it is to be offloaded, but DeepSpeed or FSDP places it.
@@ -70,9 +92,13 @@ def prepare_reference(reference: PreTrainedModel, accelerator: Accelerator, offl
     return accelerator.prepare_model(reference, evaluation_mode=True)
 
 
+def visit_device(model: torch.nn.Module, accelerator: Accelerator, is_offloaded: bool) -> AbstractContextManager[None]:
+    """While the block runs, a model that is kept in the host's memory is on the accelerator."""
+    return on_device(model, accelerator.device) if is_offloaded else nullcontext()
+
+
 @contextmanager
-def visiting(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Have `model` on `device` for the time of the block and back where it was after it."""
+def on_device(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     home = next(model.parameters()).device
     model.to(device)
     try:
@@ -81,8 +107,54 @@ def visiting(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         model.to(home)
 
 
+@contextmanager
+def acting_reference(trainer: AlphaGRPOTrainer) -> Iterator[torch.nn.Module]:
+    """
+    The module that computes as the reference while the block runs: a model of its own, or the policy with the adapter `"ref"` or
+    with its adapter switched off.
+    """
+    if trainer.ref_model is not None:
+        with visit_device(trainer.ref_model, trainer.accelerator, trainer.args.offload_ref_model):
+            yield trainer.ref_model
+        return
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    with use_adapter(policy, adapter_name=REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+        yield trainer.model
+
+
+def reference_samples(trainer: AlphaGRPOTrainer) -> bool:
+    """Whether the reference samples rollouts; in evaluation the policy does."""
+    return trainer.args.rollout_policy == "reference" and trainer.model.training
+
+
+@contextmanager
+def sampling_policy(trainer: AlphaGRPOTrainer) -> Iterator[UnifiedModel]:
+    """The policy that samples rollouts, unwrapped and with whole parameters; see [`gathered_policy`]."""
+    checkpointing = trainer.args.gradient_checkpointing_kwargs
+    with acting_reference(trainer) if reference_samples(trainer) else nullcontext(trainer.model) as model:
+        wrapped = trainer.model_wrapped if model is trainer.model else model
+        with gathered_policy(wrapped, trainer.accelerator, checkpointing) as policy:
+            yield policy
+
+
+@torch.no_grad()
+def score_with_reference(trainer: AlphaGRPOTrainer, step: RolloutStep, length: int) -> RolloutScores:
+    """The reference's scores of a rollout, where TRL does not ask for them; `length` is that of the longest text."""
+    args = trainer.args
+    batch_size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+    with acting_reference(trainer) as model:
+        return trainer.scorer.score_rollout(model, step.trajectories, batch_size, length)
+
+
+def acts_as_reference(policy: torch.nn.Module) -> bool:
+    """Whether an unwrapped policy now computes as its reference: with the adapter `"ref"`, or with its adapter switched off."""
+    if not isinstance(policy, PeftModel):
+        return False
+    return policy.active_adapter == REFERENCE_ADAPTER or not policy.get_model_status().enabled
+
+
 def _adapter_pairs(policy: PeftModel) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-    """Parameters of the reference adapter, each with that of the policy's active adapter in its place."""
+    """Pairs of a parameter of the reference adapter and its counterpart in the policy's active adapter."""
     active = f".{policy.active_adapter}."
     named = dict(policy.named_parameters())
     pairs = [
@@ -97,8 +169,7 @@ def _adapter_pairs(policy: PeftModel) -> list[tuple[torch.nn.Parameter, torch.nn
 
 def add_reference_adapter(policy: PeftModel, accelerator: Accelerator) -> None:
     """
-    Give a policy with an adapter a second one of the same values, which is not trained. Where TRL has made one, that one
-    stays.
+    Give a policy with an adapter a second adapter with the same values, which is not trained. If TRL has made one, it stays.
 
     Args:
         policy ([`~peft.PeftModel`]): Not yet wrapped.
@@ -126,8 +197,7 @@ def reference_state(
     reference: torch.nn.Module | None, policy: torch.nn.Module, accelerator: Accelerator
 ) -> dict[str, torch.Tensor]:
     """
-    The weights of a reference by their names, whole however they are sharded. All processes call it together, and the main
-    one gets them.
+    The weights of a reference by name, gathered from all shards. All processes call it together, and the main one gets them.
 
     Args:
         reference (`torch.nn.Module`, *optional*): A model of its own, as [`prepare_reference`] returns it. `None` if the
@@ -153,7 +223,7 @@ def load_reference_state(
     accelerator: Accelerator,
 ) -> None:
     """
-    Inverse of [`reference_state`]; every process has the whole state.
+    Set the weights that [`reference_state`] returned. Every process passes the whole state.
 
     Raises:
         `ValueError`: If the state is not that of this reference.
@@ -163,7 +233,9 @@ def load_reference_state(
     expected = {name for name in model.state_dict() if reference is not None or f".{REFERENCE_ADAPTER}." in name}
     if expected != set(state):
         wrong = sorted(expected ^ set(state))
-        raise ValueError(f"the kept reference is not of this model: {len(wrong)} names differ, such as {wrong[0]!r}")
+        raise ValueError(
+            f"the saved reference does not fit this model: {len(wrong)} names differ, such as {wrong[0]!r}"
+        )
     if not is_partitioned:
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
         return
@@ -177,28 +249,38 @@ def load_reference_state(
 
 
 def mixup_alpha(args: AlphaGRPOConfig, step: int) -> float:
-    """How far the reference moves to the policy after a step: less and less, down to `ref_model_mixup_alpha`."""
+    """The share of the policy in the reference after a step. It falls from step to step, down to `ref_model_mixup_alpha`."""
     if args.ref_model_decay_ramp is None:
         return args.ref_model_mixup_alpha
     return max(args.ref_model_mixup_alpha, 1 - args.ref_model_decay_ramp * step)
 
 
 class FollowPolicyCallback(SyncRefModelCallback):
-    """TRL's callback, with the step's own [`mixup_alpha`]."""
+    """TRL's callback with a mixing share that depends on the step; see [`mixup_alpha`]."""
 
     def on_step_end(
         self, args: AlphaGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        of_step = copy.copy(args)
-        of_step.ref_model_mixup_alpha = mixup_alpha(args, state.global_step)
-        super().on_step_end(of_step, state, control, **kwargs)
+        step_args = copy.copy(args)
+        step_args.ref_model_mixup_alpha = mixup_alpha(args, state.global_step)
+        super().on_step_end(step_args, state, control, **kwargs)
+
+
+def follow_policy(
+    policy: torch.nn.Module, reference: torch.nn.Module | None, accelerator: Accelerator
+) -> TrainerCallback:
+    """The callback that moves a reference after the policy; an adapter as reference is added where there is none."""
+    if reference is not None:
+        return FollowPolicyCallback(ref_model=reference, accelerator=accelerator)
+    add_reference_adapter(policy, accelerator)
+    return SyncRefAdapterCallback(accelerator)
 
 
 class SyncRefAdapterCallback(TrainerCallback):
     """
-    What [`FollowPolicyCallback`] does for a reference model, for the reference adapter: every `ref_model_sync_steps`
-    steps `ref = alpha * policy + (1 - alpha) * ref`, with the step's [`mixup_alpha`]
-    (TR-DPO, https://huggingface.co/papers/2404.09656). At every step it is an exponential moving average.
+    Moves the reference adapter towards the policy's: every `ref_model_sync_steps` steps
+    `ref = alpha * policy + (1 - alpha) * ref`, with the step's [`mixup_alpha`] (TR-DPO,
+    https://huggingface.co/papers/2404.09656). With `ref_model_sync_steps=1` it is an exponential moving average.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.

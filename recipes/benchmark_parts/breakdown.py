@@ -52,7 +52,7 @@ def phases_of(trainer: AlphaGRPOTrainer) -> Iterator[Mapping[str, float]]:
         (rollout_generator, "denoise", "denoising"),
         (model, "decode_latents", "decoding"),
         (trainer, "_calculate_rewards", "judge"),
-        (trainer, "_score", "forward"),
+        (trainer.scorer, "score", "forward"),
         (trainer.accelerator, "backward", "backward"),
         (trainer.create_optimizer(), "step", "optimizer"),
     ]

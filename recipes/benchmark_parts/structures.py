@@ -23,7 +23,7 @@ from alphagrpo_ext.models.bagel.layout import NOISED_BLOCK, PADDING_BLOCK
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageScores, ObjectiveConfig
-from alphagrpo_ext.trainer.window_split import window_parts
+from alphagrpo_ext.trainer.scoring import split_window_steps
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 from benchmark_parts.workload import GUIDANCE, without_windows
 
@@ -94,7 +94,7 @@ def pack_alone(model: BagelModel, trajectories: list[Trajectory]) -> PackedBatch
 def rebuilt_with_gradient(update: Update) -> float:
     """Each step with its contexts, all of it with gradient; the first step scores the texts as well."""
     total = 0.0
-    for part in window_parts(with_own_pictures(update.trajectories), 1):
+    for part in split_window_steps(with_own_pictures(update.trajectories), 1):
         batch = pack_alone(update.model, part)
         with update.autocast():
             output = update.model(**batch.inputs)
@@ -119,7 +119,7 @@ def cached_without_gradient(update: Update) -> float:
 def _step_by_step(update: Update, reuses_contexts: bool) -> float:
     model, total = update.model, _text_alone(update)
     states: tuple[ContextStates, ...] | None = None
-    for part in window_parts(with_own_pictures(update.trajectories), 1):
+    for part in split_window_steps(with_own_pictures(update.trajectories), 1):
         batch = pack_alone(update.model, part)
         layout = PackedLayout.of(batch.inputs)
         with update.autocast():

@@ -9,10 +9,10 @@ from benchmark_parts.breakdown import PHASES, phases_of
 
 def test_every_phase_is_found_and_the_trainer_left_as_it_was(make_trainer: Callable[..., AlphaGRPOTrainer]) -> None:
     trainer = make_trainer()
-    prefill, score = trainer.model.prefill, trainer._score
+    prefill, score = trainer.model.prefill, trainer.scorer.score
     with phases_of(trainer) as seconds:
         trainer.train()
     assert set(seconds) == set(PHASES) - {"rest"}
     assert all(value > 0 for value in seconds.values())
     assert trainer.model.prefill == prefill
-    assert trainer._score is score
+    assert trainer.scorer.score is score

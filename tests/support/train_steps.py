@@ -5,6 +5,7 @@
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.objectives.regularizers import score_transitions
 from alphagrpo_ext.shapes import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from alphagrpo_ext.trainer.scoring import PackedScores
 
 
 GATHERS = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::allgather_into_tensor_coalesced_")
@@ -59,8 +62,9 @@ class Outcome:
         num_parameters (`list[int]`): Elements of parameters that each process holds between two steps.
         num_wrapped (`int`): Modules that gather their parameters on their own.
         gathers (`list[int]`): Collective gathers of every rollout of rank 0.
-        sampled_log_probs, scored_log_probs (`list[float]`):
-            Mean log-probability of the transitions of every step, as the rollout and as the packed forward saw it.
+        sampled_log_probs, scored_log_probs (`list[list[float]]`):
+            For every step the sum of log-probabilities of the texts of a process and the mean of those of its transitions,
+            averaged over processes, as the rollout and as the packed forward of the loss saw them.
     """
 
     rollouts: list[Any] = field(default_factory=list)
@@ -69,8 +73,8 @@ class Outcome:
     num_parameters: list[int] = field(default_factory=list)
     num_wrapped: int = 0
     gathers: list[int] = field(default_factory=list)
-    sampled_log_probs: list[float] = field(default_factory=list)
-    scored_log_probs: list[float] = field(default_factory=list)
+    sampled_log_probs: list[list[float]] = field(default_factory=list)
+    scored_log_probs: list[list[float]] = field(default_factory=list)
 
 
 def held_elements(parameter: torch.Tensor) -> int:
@@ -81,25 +85,36 @@ def held_elements(parameter: torch.Tensor) -> int:
 
 
 class ObservedTrainer(AlphaGRPOTrainer):
-    """Notes what a rollout gathers, and what the packed forward makes of its images."""
+    """Notes what a rollout gathers, and what the packed forward of the loss makes of its texts and images."""
 
     def __init__(self, outcome: Outcome, **kwargs: Any) -> None:
         self.outcome = outcome
         super().__init__(**kwargs)
+        sample, score = self.rollout_func, self.scorer.score
 
-    def _rollout(self, *args: Any) -> dict[str, list[Any]]:
+        def observed_score(*args: Any) -> PackedScores:
+            scores = score(*args)
+            if torch.is_grad_enabled():
+                self.note_scores(scores)
+            return scores
+
+        self.rollout_func = lambda *args: self.note_gathers(lambda: sample(*args))
+        self.scorer.score = observed_score
+
+    def note_scores(self, scores: PackedScores) -> None:
+        images, objective = scores.images, self.image_loss.objective.config
+        log_probs = score_transitions(images, images.velocities, objective).log_prob.mean()
+        local = [scores.log_probs.sum().item(), log_probs.item()]
+        self.outcome.scored_log_probs.append(np.mean(gather_object([local]), axis=0).tolist())
+
+    def note_gathers(self, sample: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any]]:
         parameters = list(self.model.parameters())
         self.outcome.num_parameters = [sum(held_elements(parameter) for parameter in parameters)]
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            output = super()._rollout(*args)
+            output = sample()
         assert self.outcome.num_parameters == [sum(held_elements(parameter) for parameter in parameters)]
         self.outcome.gathers.append(sum(e.count for e in profiler.key_averages() if e.key in GATHERS))
         return output
-
-    def _image_loss(self, *args: Any) -> torch.Tensor:
-        loss = super()._image_loss(*args)
-        self.outcome.scored_log_probs.append(self._metrics["train"]["image/log_prob"][-1])
-        return loss
 
 
 def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
@@ -123,8 +138,9 @@ def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
         texts = [t.sampled_texts[0].token_ids for t in trajectory]
         local = list(zip(task, rewards, starts, texts, strict=True))
         outcome.rollouts.extend(gather_object(local))
-        log_probs = [t.sampled_images[0].window.log_probs.mean().item() for t in trajectory]
-        outcome.sampled_log_probs.append(float(np.mean(gather_object(log_probs))))
+        text = sum(sum(t.sampled_texts[0].log_probs) for t in trajectory)
+        image = np.mean([t.sampled_images[0].window.log_probs.mean().item() for t in trajectory])
+        outcome.sampled_log_probs.append(np.mean(gather_object([[text, image]]), axis=0).tolist())
         return rewards
 
     dataset = build_dataset("train", 8, seed=0)

@@ -15,6 +15,7 @@ from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel, BagelPro
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.shapes import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from alphagrpo_ext.trainer.scoring import PackedScores
 from alphagrpo_ext.trajectory import Trajectory
 
 
@@ -50,24 +51,24 @@ class Recorder:
     updates: list[Update] = field(default_factory=list)
 
     def attach(self, trainer: AlphaGRPOTrainer) -> None:
-        compute_loss, score = trainer._compute_loss, trainer._score
-        parts = []
+        compute_loss, score = trainer._compute_loss, trainer.scorer.score
+        scored: list[PackedScores] = []
 
-        def recording_score(*args: Any) -> tuple:
-            parts.append(score(*args))
-            return parts[-1]
+        def recording_score(*args: Any) -> PackedScores:
+            scored.append(score(*args))
+            return scored[-1]
 
         def recording_loss(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-            parts.clear()
+            scored.clear()
             loss = compute_loss(model, inputs)
             # Where trained steps are split over several forwards, the last one has the text.
-            *_, (log_probs, _, images) = parts
+            last = scored[-1]
             if model.training:
-                images = images and ImageScores(**{n: v.detach() for n, v in vars(images).items()})
-                self.updates.append(Update(inputs, log_probs.detach(), images))
+                images = last.images and ImageScores(**{n: v.detach() for n, v in vars(last.images).items()})
+                self.updates.append(Update(inputs, last.log_probs.detach(), images))
             return loss
 
-        trainer._compute_loss, trainer._score = recording_loss, recording_score
+        trainer._compute_loss, trainer.scorer.score = recording_loss, recording_score
 
 
 @pytest.fixture

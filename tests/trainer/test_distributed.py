@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -142,6 +143,10 @@ def test_two_processes_train_as_one(
     for (task, reward, *actions), expected in zip(two.outcome["rollouts"], one.outcome["rollouts"], strict=True):
         assert [task, *actions] == [expected[0], *expected[2:]]
         assert reward == pytest.approx(expected[1], abs=1e-3)
+    # What the rollout sampled with whole parameters is what the packed forward scores with shares of them.
+    if tasks != "following":
+        assert len(two.outcome["scored_log_probs"]) == 3
+        np.testing.assert_allclose(two.outcome["scored_log_probs"], two.outcome["sampled_log_probs"], atol=1e-4)
     if tasks == "mixed":
         names = [name for name, *_ in two.outcome["rollouts"]]
         assert any(names[i] != names[i + 4] for i in range(0, len(names), 8))

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.window_split import join_parts, window_parts
+from alphagrpo_ext.trainer.scoring import PackedScores, join_window_steps, split_window_steps
 from alphagrpo_ext.trajectory import Trajectory
 
 
@@ -28,14 +28,14 @@ def history(trainer: AlphaGRPOTrainer, metric: str) -> list[float]:
 def count_parts(trainer: AlphaGRPOTrainer) -> list[tuple[int, int]]:
     """Sampled texts and trained steps of every packed forward from now on."""
     counts = []
-    score_part = trainer._score_part
+    score = trainer.scorer.score
 
-    def counting(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple:
+    def counting(model: torch.nn.Module, trajectories: list[Trajectory]) -> PackedScores:
         image = trajectories[0].sampled_images[-1]
         counts.append((sum(len(t.sampled_texts) for t in trajectories), image.window.num_steps))
-        return score_part(model, trajectories)
+        return score(model, trajectories)
 
-    trainer._score_part = counting
+    trainer.scorer.score = counting
     return counts
 
 
@@ -126,7 +126,7 @@ def test_parts_join_to_the_whole(make_trainer: MakeTrainer) -> None:
             return ImageScores.from_packed(trajectories, batch, model(**batch.inputs), guidance)
 
     whole = scores(update.trajectories)
-    joined = join_parts([scores(part) for part in window_parts(update.trajectories, 2)])
+    joined = join_window_steps([scores(part) for part in split_window_steps(update.trajectories, 2)])
     for name, expected in vars(whole).items():
         torch.testing.assert_close(getattr(joined, name), expected, rtol=0, atol=1e-5, msg=name)
 
@@ -136,7 +136,7 @@ def test_context_of_a_later_part_is_that_of_the_first(make_trainer: MakeTrainer)
     trainer = make_trainer()
     trainer.train()
     (update,) = trainer.recorder.updates
-    first, second = window_parts(update.trajectories, 2)
+    first, second = split_window_steps(update.trajectories, 2)
     guidance = GuidanceConfig(text_scale=1.0)
     batches = [trainer.model.pack(part, guidance) for part in (first, second)]
     assert len(batches[1].score_column) == 0 < len(batches[0].score_column)

@@ -10,6 +10,7 @@ import torch
 
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
+from alphagrpo_ext.trainer.scoring import PackedScores
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -51,9 +52,9 @@ def test_fp32_where_bf16_would_move_the_ratio(
 def kept_for_backward(trainer: AlphaGRPOTrainer) -> list[int]:
     """Bytes of activations that each packed forward with gradient keeps, from now on."""
     sizes = []
-    score_part = trainer._score_part
+    score = trainer.scorer.score
 
-    def measuring(*args: Any) -> tuple:
+    def measuring(*args: Any) -> PackedScores:
         storages = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,13 +62,13 @@ def kept_for_backward(trainer: AlphaGRPOTrainer) -> list[int]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = score_part(*args)
+            result = score(*args)
         weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
         if torch.is_grad_enabled():
             sizes.append(sum(size for pointer, size in storages.items() if pointer not in weights))
         return result
 
-    trainer._score_part = measuring
+    trainer.scorer.score = measuring
     return sizes
 
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
-from alphagrpo_ext.trainer.reference import frozen_copy, mixup_alpha, visiting
+from alphagrpo_ext.trainer.reference import frozen_copy, mixup_alpha, on_device
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -162,7 +162,7 @@ class Traveller(torch.nn.Linear):
 
 def test_visitor_goes_home() -> None:
     model = Traveller()
-    with pytest.raises(RuntimeError, match="out of memory"), visiting(model, torch.device("cuda")):
+    with pytest.raises(RuntimeError, match="out of memory"), on_device(model, torch.device("cuda")):
         assert model.places == ["cuda"]
         raise RuntimeError("out of memory")
     assert model.places == ["cuda", "cpu"]
@@ -207,10 +207,10 @@ def test_old_velocities_are_those_of_the_reference_that_sampled(
     reference = trainer.accelerator.unwrap_model(trainer.ref_model)
     update = trainer.recorder.updates[1]
     with torch.no_grad():
-        log_probs, _, images = trainer._score(reference, update.trajectories)
+        scores = trainer.scorer.score(reference, update.trajectories)
     old = torch.cat(update.inputs["old_velocities"])
-    torch.testing.assert_close(old, images.velocities, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(update.inputs["old_per_token_logps"], log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(old, scores.images.velocities, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(update.inputs["old_per_token_logps"], scores.log_probs, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(old, update.images.velocities, atol=1e-4)
 
 

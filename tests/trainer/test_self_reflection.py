@@ -122,13 +122,14 @@ def test_advantages_are_trls(make: Callable[..., AlphaGRPOTrainer], scale_reward
         multi_objective_aggregation=aggregation,
         per_device_train_batch_size=8,
     )
-    captured = []
-    generate = trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: captured.append(generate(inputs)) or captured[-1]
+    outputs, rewards = [], []
+    generate, judge = trainer._generate_and_score_completions, trainer._calculate_rewards
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(generate(inputs)) or outputs[-1]
+    trainer._calculate_rewards = lambda *args: rewards.append(judge(*args)) or rewards[-1]
     trainer.train()
     weights = trainer.reward_weights
-    expected = group_advantages(trainer._rewards, weights, 4, scale_rewards, aggregation)
-    torch.testing.assert_close(captured[0]["advantages"], expected, atol=1e-5, rtol=1e-5)
+    expected = group_advantages(rewards[0], weights, 4, scale_rewards, aggregation)
+    torch.testing.assert_close(outputs[0]["advantages"], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("separate", [True, False])

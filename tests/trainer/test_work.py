@@ -12,6 +12,7 @@ from alphagrpo_ext.flow.timesteps import flow_timesteps
 from alphagrpo_ext.shapes import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from alphagrpo_ext.trajectory import ImageSegment, Segment, Trajectory
+from support.trainers import brightness
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -155,13 +156,19 @@ def test_reasoning_is_at_its_least(make_trainer: MakeTrainer, guidance: str) -> 
 def test_self_reflection_is_at_its_least(make_trainer: MakeTrainer, guidance: str, num_rounds: int) -> None:
     settings, guided = GUIDANCES[guidance]
     settings = {"per_device_train_batch_size": 8, "num_reflection_rounds": num_rounds, **settings}
-    trainer = make_trainer(task="self_reflection", **settings)
+    judged_prompts = []
+
+    def recording(images: list, prompts: list[str], **kwargs: Any) -> list[float]:
+        judged_prompts.append(prompts)
+        return brightness(images)
+
+    trainer = make_trainer(task="self_reflection", reward_funcs=recording, **settings)
     trainer.train()
     (update,) = trainer.recorder.updates
     branches = {"full": list(range(5)), **dict.fromkeys(guided, guided_steps(trainer))}
     least = least_work(trainer, update.trajectories, branches)
     # The image that a group sets out to fix: its prompt alone, one evaluation a step, guided by text.
-    processor, first = trainer.processing_class, [row["prompt"] for row in trainer._rows[::4]]
+    processor, first = trainer.processing_class, judged_prompts[0]
     assert len(first) == 2
     least["prefill_tokens"] += sum(num_tokens(processor.text_segment(prompt)) for prompt in first)
     least["network_evaluations/prefill"] += 1

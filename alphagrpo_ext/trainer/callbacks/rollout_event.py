@@ -1,39 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What callbacks see of a rollout once it has rewards and advantages."""
+"""The event `on_rollout`, which Transformers' callback handler does not know: callbacks see a rollout with its rewards."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 
+from alphagrpo_ext.trainer.step import RolloutStep
 from alphagrpo_ext.trajectory import Trajectory
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 @dataclass(frozen=True)
 class ScoredRollout:
     """
-    A training rollout. Of all processes are the fields that say so; the others are about the samples of this process,
-    the first of which is number `offset` of all.
+    A training rollout with its rewards and advantages.
+
+    Fields that say "all processes" hold every process' samples. The others hold the samples of this process, the first of which
+    is number `offset` among all.
 
     Args:
         trajectories (`list[Trajectory]`): What the policy saw and did.
-        texts (`list[list[str]]`): What it wrote, one text a turn.
+        texts (`list[list[str]]`): What it wrote, one text per turn.
         rows (`Sequence[Mapping[str, Any]]`): The dataset's rows, with their `task`.
         image_advantages (`torch.Tensor` of shape `(samples,)`): Advantages of images.
-        offset (`int`): Place of the first sample among those of all processes.
-        group_size (`int`): Samples of a prompt, which follow each other in all processes.
+        offset (`int`): Position of the first sample among the samples of all processes.
+        group_size (`int`): Samples per prompt; they follow each other across processes.
         rewards (`torch.Tensor` of shape `(samples of all processes,)`):
-            Weighted rewards of images, before rectification; NaN where there is none.
+            Weighted rewards of images before rectification; NaN where there is none.
         initial_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
-            Those of the images that were to be refined; NaN where there is none.
-        function_rewards (`dict[str, list[float]]`): Of all processes, the rewards of each function after rectification.
-        advantages (`list[float]`): Of all processes, the advantages of text.
-        extra_columns (`dict[str, list]`): Of all processes, what reward functions gave to `log_extra`.
+            Weighted rewards of the images that were to be refined; NaN where there is none.
+        function_rewards (`dict[str, list[float]]`): All processes' rewards of each function, after rectification.
+        advantages (`list[float]`): All processes' advantages of text.
+        extra_columns (`dict[str, list]`): All processes' values that reward functions gave to `log_extra` for this rollout.
     """
 
     trajectories: list[Trajectory]
@@ -49,52 +56,58 @@ class ScoredRollout:
     extra_columns: dict[str, list[Any]]
 
 
-class RolloutEventMixin:
+def announce_rollout(trainer: AlphaGRPOTrainer, step: RolloutStep) -> None:
     """
-    Gives a trainer's callbacks an event more: one with a method `on_rollout` is called after every training rollout, in every
-    process, as
+    Call the callbacks that have a method `on_rollout`, in every process, as
 
     ```python
     on_rollout(args, state, control, rollout=ScoredRollout(...), log_metric=...)
     ```
 
-    `log_metric(name, value)` logs a number of the main process with the next log. Callbacks must leave the random number
-    generators and what they are given as it is.
-    """
+    `log_metric(name, value)` adds a number of the main process to the next log. Callbacks must leave the random number
+    generators and their arguments unchanged.
 
-    def _announce_rollout(self, image_advantages: torch.Tensor) -> None:
-        callbacks = [c for c in self.callback_handler.callbacks if hasattr(c, "on_rollout")]
-        if not callbacks or not self.model.training:
-            return
-        start = time.perf_counter()
-        rollout = self._scored_rollout(image_advantages)
+    Args:
+        trainer ([`AlphaGRPOTrainer`]): Has the callbacks and TRL's table of completions.
+        step ([`RolloutStep`]): A training rollout, once its advantages are known.
+    """
+    listeners = [c for c in trainer.callback_handler.callbacks if hasattr(c, "on_rollout")]
+    if not listeners:
+        return
+    with trainer.stopwatch.measure("on_rollout"):
+        rollout = scored_rollout(step, trainer._logs, trainer.accelerator)
 
         def log_metric(name: str, value: float) -> None:
-            self._metrics["train"][name].append(value)
+            trainer._metrics["train"][name].append(value)
 
-        for callback in callbacks:
-            callback.on_rollout(self.args, self.state, self.control, rollout=rollout, log_metric=log_metric)
-        # Else the trainer would count it as time of the update.
-        self._seconds["on_rollout"] = self._seconds.get("on_rollout", 0.0) + time.perf_counter() - start
+        for callback in listeners:
+            callback.on_rollout(trainer.args, trainer.state, trainer.control, rollout=rollout, log_metric=log_metric)
 
-    def _scored_rollout(self, image_advantages: torch.Tensor) -> ScoredRollout:
-        # TRL has just put what it gathered at the end of its logs.
-        total = len(self._judged_rewards)
 
-        def newest(column: Sequence[Any]) -> list[Any]:
-            return list(column)[-total:]
+def scored_rollout(step: RolloutStep, logs: Mapping[str, Any], accelerator: Accelerator) -> ScoredRollout:
+    """
+    What callbacks see of a rollout.
 
-        initial = torch.tensor(self._initial_rewards, device=self.accelerator.device)
-        return ScoredRollout(
-            trajectories=self._trajectories,
-            texts=self._texts,
-            rows=self._rows,
-            image_advantages=image_advantages,
-            offset=self.accelerator.process_index * len(self._trajectories),
-            group_size=self.num_generations,
-            rewards=self._judged_rewards,
-            initial_rewards=self.accelerator.gather(initial),
-            function_rewards={name: newest(values) for name, values in self._logs["rewards"].items()},
-            advantages=newest(self._logs["advantages"]),
-            extra_columns={name: newest(values) for name, values in self._logs["extra"].items()},
-        )
+    Args:
+        step ([`RolloutStep`]): Once its advantages are known.
+        logs (`Mapping[str, Any]`): TRL's table of completions, at whose end TRL has just put this rollout.
+        accelerator ([`~accelerate.Accelerator`]): Gathers what is known of this process alone.
+    """
+    total = len(step.image_rewards)
+
+    def newest(column: Sequence[Any]) -> list[Any]:
+        return list(column)[-total:]
+
+    return ScoredRollout(
+        trajectories=step.trajectories,
+        texts=step.texts,
+        rows=step.rows,
+        image_advantages=step.image_advantages,
+        offset=step.offset,
+        group_size=step.group_size,
+        rewards=step.image_rewards,
+        initial_rewards=accelerator.gather(torch.tensor(step.initial_rewards, device=accelerator.device)),
+        function_rewards={name: newest(values) for name, values in logs["rewards"].items()},
+        advantages=newest(logs["advantages"]),
+        extra_columns={name: newest(values) for name, values in logs["extra"].items()},
+    )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks before training: rows of datasets, their tasks, and whether reward functions can judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.registry import UnknownNameError
+from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.step import task_name
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
+    """All datasets that are not streams, by a name for messages such as `"eval_dataset['hard']"`."""
+    named = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        named["eval_dataset"] = eval_dataset
+    return {name: dataset for name, dataset in named.items() if isinstance(dataset, datasets.Dataset)}
+
+
+def validate_rewards(
+    functions: Sequence[Callable], named: Mapping[str, datasets.Dataset], height: int, width: int
+) -> None:
+    """
+    Ask reward functions to check the datasets and the size of images, if they have a `validate_dataset` or a
+    `validate_image_size`.
+
+    Args:
+        functions (`Sequence[Callable]`): Reward functions.
+        named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
+        height, width (`int`): Size of sampled images in pixels.
+
+    Raises:
+        `ValueError`: If a function refuses a dataset; the message begins with its name.
+    """
+    for function in functions:
+        if validate := getattr(function, "validate_dataset", None):
+            for name, dataset in named.items():
+                try:
+                    validate(dataset)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        if validate := getattr(function, "validate_image_size", None):
+            validate(height, width)
+
+
+def validated_tasks(
+    args: AlphaGRPOConfig,
+    reward_funcs: Callable | list[Callable],
+    named: Mapping[str, datasets.Dataset],
+    processor: ProcessorMixin,
+    model: UnifiedModel,
+) -> dict[str, Task]:
+    """
+    The tasks of all rows by name, after the checks of [`validate_rewards`] and [`validate_rows`]. Rows of a stream are checked
+    when they are read.
+
+    Args:
+        args ([`AlphaGRPOConfig`]): Default task, settings of tasks, and size of images.
+        reward_funcs (`Callable` or `list[Callable]`): As given to the trainer.
+        named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
+        processor, model: Of the policy.
+    """
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    validate_rewards(functions, named, args.image_height, args.image_width)
+    names = dict.fromkeys(
+        [args.task, *(name for dataset in named.values() for name in task_names(dataset, args.task))]
+    )
+    tasks = {name: args.make_task(name) for name in names}
+    for dataset in named.values():
+        validate_rows(dataset, tasks, args.task, processor, model, args.max_completion_length)
+    return tasks
+
+
+def task_names(dataset: datasets.Dataset, default: str) -> list[str]:
+    """
+    The names of all tasks in a dataset.
+
+    Raises:
+        `ValueError`: If a row names a task that is not registered.
+    """
+    if "task" not in dataset.column_names:
+        return [default]
+    names = dict.fromkeys(name or default for name in dataset["task"])
+    for name in names:
+        try:
+            TASKS.get(name)
+        except UnknownNameError as error:
+            raise ValueError(f"row {list(dataset['task']).index(name)}, column 'task': {error}") from error
+    return list(names)
+
+
+def validate_rows(
+    dataset: datasets.Dataset,
+    tasks: Mapping[str, Task],
+    default: str,
+    processor: ProcessorMixin,
+    model: UnifiedModel,
+    max_new_tokens: int,
+) -> None:
+    """
+    Check that every row has the image that its task needs, and that the longest prompt fits the model.
+
+    Args:
+        dataset (`datasets.Dataset`): The rows. Images are not decoded.
+        tasks (`Mapping[str, Task]`): By name, all that the rows mention.
+        default (`str`): Task of rows that name none.
+        processor, model: Of the policy.
+        max_new_tokens (`int`): Longest thought, in tokens.
+
+    Raises:
+        `ValueError`: At the first row that fails; the message names it.
+    """
+    columns = [name for name in ("prompt", "task", "image") if name in dataset.column_names]
+    rows = dataset.select_columns(columns)
+    if isinstance(dataset.features and dataset.features.get("image"), datasets.Image):
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    longest: dict[str, tuple[int, Mapping[str, Any]]] = {}
+    for index, row in enumerate(rows):
+        name = task_name(row, default)
+        task = tasks[name]
+        if task.needs_image and not task.paints_initial_image and row.get("image") is None:
+            raise ValueError(f"row {index} of task '{name}' has no 'image', which the task needs")
+        if name not in longest or len(str(row["prompt"])) > len(str(longest[name][1]["prompt"])):
+            longest[name] = (index, row)
+    for name, (index, row) in longest.items():
+        positions = tasks[name].max_positions(row, processor, max_new_tokens)
+        if positions > model.max_positions:
+            raise ValueError(
+                f"row {index} of task '{name}' can take {positions} positions, more than the model's "
+                f"{model.max_positions}: lower num_reflection_rounds ({tasks[name].num_reflection_rounds}) or "
+                f"max_completion_length ({max_new_tokens}), or shorten the prompt ({prompt_text(row['prompt'])[:80]!r})"
+            )
