@@ -75,20 +75,19 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(f"the adapter in {folder} was made for another model: {summarize(problems)}")
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
     Put a saved adapter onto a model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model that the adapter was made for; its modules are wrapped.
         folder (`str` or `Path`): Folder of the adapter.
-        trainable (`bool`, *optional*, defaults to `False`): Whether the adapter goes on training.
 
     Raises:
         `FileNotFoundError`, `ValueError`: As [`check_adapter`].
     """
     check_adapter(model, folder)
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    return PeftModel.from_pretrained(model, str(folder))
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:

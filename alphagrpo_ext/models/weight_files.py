@@ -110,7 +110,7 @@ def shape_differences(
         source (`str`): What the actual ones were read from.
     """
     missing = [f"{source} lacks {name}" for name in expected if name not in actual]
-    extra = [f"{source} has {name}, which the model has not" for name in actual if name not in expected]
+    extra = [f"{source} has {name}, which the model does not have" for name in actual if name not in expected]
     wrong = [
         f"{name} in {source} has shape {tuple(actual[name])} instead of {tuple(shape)}"
         for name, shape in expected.items()

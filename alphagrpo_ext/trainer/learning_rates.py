@@ -44,7 +44,8 @@ def set_generation_learning_rate(
         policy ([`UnifiedModel`]): Tells the experts apart.
         learning_rate (`float`): Of the generation expert.
     """
-    generation = {id(p) for name, p in model.named_parameters() if policy.is_generation_parameter(name)}
+    family = policy.family
+    generation = {id(p) for name, p in model.named_parameters() if family.is_generation_parameter(name)}
     groups = []
     for group in optimizer.param_groups:
         own = [parameter for parameter in group["params"] if id(parameter) in generation]

@@ -135,10 +135,10 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, ReferencePolicyMixi
             if validate := getattr(reward_func, "validate_image_size", None):
                 validate(args.image_height, args.image_width)
         if args.freeze_vision_tower:
-            policy.freeze_vision_tower()
+            policy.family.freeze_vision_tower(policy)
         check_optimizer_is_made_here(args, optimizers[0])
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        self._work, self._counted = WorkCounter(), [policy]
+        self._work, self._counted = WorkCounter(policy.branches), [policy]
         has_reference = bool(args.beta or args.image_beta or args.rollout_policy == "reference")
         reference = frozen_copy(policy) if has_reference and not has_adapter else None
         self._objective: ImageObjective = OBJECTIVES.get(args.image_objective)(args.objective)
@@ -212,7 +212,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, ReferencePolicyMixi
         names = dict.fromkeys([args.task, *(name for d in datasets for name in task_names(d, args.task))])
         tasks = {name: args.make_task(name) for name in names}
         for dataset in datasets:
-            validate_rows(dataset, tasks, args.task, processor, model, args.max_completion_length)
+            validate_rows(dataset, tasks, args.task, processor, model, args.eval_rollout())
         return tasks
 
     @contextmanager
@@ -424,7 +424,7 @@ class AlphaGRPOTrainer(ExactResumeMixin, InitialImagesMixin, ReferencePolicyMixi
         index = (batch.score_trajectory.to(device), batch.score_column.to(device))
         blank = output.log_probs.new_zeros(len(trajectories), length)
         log_probs, entropies = blank.index_put(index, output.log_probs), blank.index_put(index, output.entropies)
-        images = ImageScores.from_packed(trajectories, batch, output, self.args.objective_guidance)
+        images = ImageScores.from_packed(trajectories, batch, output)
         return log_probs, entropies, images
 
     def _get_per_token_logps_and_entropies(

@@ -52,7 +52,7 @@ def _narrowed(trajectory: Trajectory, start: int, stop: int) -> Trajectory:
     def narrow(segment: Segment) -> Segment:
         if isinstance(segment, ImageSegment):
             return replace(segment, window=_steps(segment.window, start, stop)) if segment.window else segment
-        return TextSegment(segment.content_ids) if segment.sampled and start else segment
+        return TextSegment(segment.content_ids, role=segment.role) if segment.sampled and start else segment
 
     return Trajectory([narrow(segment) for segment in trajectory.segments])
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -19,8 +18,7 @@ from alphagrpo_ext.models.bagel.layout import (
 )
 from alphagrpo_ext.models.bagel.prefill import plan_prefill
 from alphagrpo_ext.models.contract import SampledText
-from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
-from alphagrpo_ext.trajectory import DenoisingWindow, Segment, TextSegment
+from alphagrpo_ext.trajectory import Segment, TextSegment
 
 
 def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
@@ -166,9 +164,7 @@ class BagelGenerationMixin:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        eos_token_id: int | None = None,
-        return_logits: bool = False,
-    ) -> SampledText | tuple[SampledText, torch.Tensor]:
+    ) -> SampledText:
         """
         Sample one text a row and leave it in the cache, between its delimiters.
 
@@ -179,21 +175,16 @@ class BagelGenerationMixin:
             cache ([`BagelCache`]): Its first `batch` rows are continued; there must be `max_new_tokens + 2` free slots.
             uniforms (`torch.Tensor` of shape `(batch, max_new_tokens)`): The randomness, a row a sample.
             temperature, top_k, top_p: See [`sample_tokens`].
-            eos_token_id (`int`, *optional*): Ends a text; defaults to the model's.
-            return_logits (`bool`, *optional*, defaults to `False`): Also return the logits of every step.
-
-        Returns:
-            [`SampledText`], and if asked for `(batch, steps, vocabulary)` logits.
         """
         batch, max_new_tokens = uniforms.shape
-        eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        eos = self.config.eos_token_id
         rows = cache.head(batch)
         device = cache.positions.device
         uniforms = uniforms.to(device)
         tokens = torch.full((batch,), self.config.bos_token_id, device=device)
         reading = torch.ones(batch, dtype=torch.bool, device=device)
         sampling = reading.clone()
-        sampled, log_probs, counted, all_logits = [], [], [], []
+        sampled, log_probs, counted = [], [], []
         for step in range(max_new_tokens + 2):
             num_steps = step + 1
             last = not bool(sampling.any())
@@ -206,8 +197,6 @@ class BagelGenerationMixin:
                 sampled.append(tokens)
                 log_probs.append(token_log_probs)
                 counted.append(sampling)
-                if return_logits:
-                    all_logits.append(logits)
                 sampling = sampling & (tokens != eos)
             else:
                 tokens = torch.full_like(tokens, eos)
@@ -222,7 +211,7 @@ class BagelGenerationMixin:
             num_delimiters = sum(1 if ended else 2 for ended in text.ended)
             num_tokens = num_delimiters + sum(len(ids) for ids in text.token_ids)
             self.work.count("decode", num_tokens, num_steps * batch, num_steps)
-        return (text, torch.stack(all_logits, dim=1)) if return_logits else text
+        return text
 
     def _feed(self, cache: BagelCache, tokens: torch.Tensor, reading: torch.Tensor) -> torch.Tensor:
         """Read one token a row; rows that read no longer leave no trace. Returns next-token logits."""
@@ -299,14 +288,3 @@ class BagelGenerationMixin:
         self.extend(cache, rows)
         start = torch.full((len(rows),), self.config.bos_token_id, device=cache.positions.device)
         return self._feed(cache, start, torch.ones_like(start, dtype=torch.bool))
-
-    def image_slots(self, grid: tuple[int, int]) -> int:
-        """Cache slots that one image of latents takes."""
-        return grid[0] * grid[1] + 2
-
-    @torch.no_grad()
-    def sample_image(
-        self, cache: BagelCache, noise: torch.Tensor, grid: tuple[int, int], config: DenoisingConfig, **kwargs: Any
-    ) -> tuple[torch.Tensor, list[DenoisingWindow | None]]:
-        """Paint one image a sample; see [`denoise`]."""
-        return denoise(self, cache, noise, grid, config, **kwargs)

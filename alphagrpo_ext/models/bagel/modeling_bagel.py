@@ -8,7 +8,6 @@ Source: Emerging Properties in Unified Multimodal Pretraining (https://huggingfa
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,14 +38,15 @@ from alphagrpo_ext.models.bagel.attention import (
     copy_attention,
 )
 from alphagrpo_ext.models.bagel.cache import BagelCache
-from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_OF, BagelConfig
+from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
 from alphagrpo_ext.models.bagel.flex_attention import block_mask_attention, visibility_block_mask
 from alphagrpo_ext.models.bagel.generation import BagelGenerationMixin
+from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, patchify, unpatchify, visibility_mask
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
-from alphagrpo_ext.models.contract import MODELS, PackedBatch, PackedOutput, UnifiedModel
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.models.token_scores import score_tokens
-from alphagrpo_ext.trajectory import Trajectory
+from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
 
 def sinusoidal_time_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
@@ -387,21 +387,22 @@ class BagelPreTrainedModel(PreTrainedModel):
             init.zeros_(module.llm2vae.weight)
 
 
-@MODELS.register(BagelConfig.model_type)
 class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     """
     BAGEL with all its parts; module names are those of the released checkpoint.
 
-    The forward scores whole trajectories ([`BagelModel.pack`] makes its inputs); `prefill`, `sample_text`,
-    `predict_velocity` and `sample_image` generate.
+    The forward scores whole trajectories, and [`BagelModel.pack`] makes its inputs. `prefill`, `sample_text` and
+    `predict_velocity` generate.
 
     Args:
         config ([`BagelConfig`]): Sizes of every part.
     """
 
+    branches = BRANCHES
+
     def __init__(self, config: BagelConfig) -> None:
         super().__init__(config)
-        self._tell_parts_attention()
+        self._set_attention_of_parts()
         hidden_size = config.text_config.hidden_size
         self.language_model = BagelLanguageModel(config)
         self.time_embedder = BagelTimeEmbedder(hidden_size)
@@ -423,11 +424,11 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id
         )
         self.post_init()
-        # To which that has added the autoencoder's, some of which are in no autoencoder of ours: FSDP would look for them.
+        # `post_init` adds the autoencoder's classes, and FSDP would look for those that this autoencoder does not have.
         self._no_split_modules = set(type(self)._no_split_modules)
 
-    def _tell_parts_attention(self) -> None:
-        # The parts are plain modules, so nothing else tells them.
+    def _set_attention_of_parts(self) -> None:
+        # Transformers sets the implementation of the whole model alone, because the parts are plain modules.
         name = self.config._attn_implementation
         self.config.text_config._attn_implementation = name
         # The vision tower sees single images and has no block mask.
@@ -435,13 +436,13 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
 
     def set_attn_implementation(self, attn_implementation: str, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        self._tell_parts_attention()
+        self._set_attention_of_parts()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
-        # Loading replaces the parameters, and with them forgets that these are frozen.
+        # Loading replaces the parameters, and the new ones are not frozen.
         model.vae.requires_grad_(False)
         return loaded
 
@@ -457,21 +458,22 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.language_model.lm_head = value
 
-    lora_targets = LORA_TARGET_MODULES_OF
-
-    @staticmethod
-    def is_generation_parameter(name: str) -> bool:
-        return re.search(r"_moe_gen\.|(^|\.)(vae2llm|llm2vae|time_embedder)\.", name) is not None
-
     def vision_tokens(self, height: int, width: int) -> int:
         patch_size = self.config.vision_config.patch_size
         return (height // patch_size) * (width // patch_size)
 
-    def keeps_fp32(self, name: str) -> bool:
-        return name.startswith("vae.")
+    def guidance(self, settings: GuidanceConfig) -> BagelGuidance:
+        return BagelGuidance(settings)
 
-    def sharded_layers(self) -> Sequence[nn.Module]:
-        return [*self.language_model.model.layers, *self.vit_model.vision_model.encoder.layers]
+    def num_positions(self, segments: Sequence[Segment]) -> int:
+        # A text takes a position for each delimiter, an image one for its latents and one for its vision block.
+        return sum(len(s.content_ids) + 2 if isinstance(s, TextSegment) else 2 for s in segments)
+
+    def text_slots(self, max_new_tokens: int) -> int:
+        return max_new_tokens + 2
+
+    def image_slots(self, grid: tuple[int, int]) -> int:
+        return grid[0] * grid[1] + 2
 
     @property
     def latent_downsample(self) -> int:
@@ -489,22 +491,8 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     def max_positions(self) -> int:
         return self.config.text_config.max_position_embeddings
 
-    def freeze_vision_tower(self) -> None:
-        """Exclude what only reads images (vision tower and connector) from training."""
-        self.vit_model.requires_grad_(False)
-        self.connector.requires_grad_(False)
-
-    def encode_images(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Args:
-            images (`torch.Tensor` of shape `(batch, 3, height, width)`): Pixels in [-1, 1].
-            noise (`torch.Tensor`, *optional*): Sample the posterior with this noise instead of taking its mean.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, channels)`: Scaled latents, fp32.
-        """
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
         latents = self.vae.config.scaling_factor * (latents.float() - self.vae.config.shift_factor)
         return patchify(latents, self.config.latent_patch_size)
 
@@ -544,7 +532,7 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         return und, gen
 
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
-        return pack_trajectories(trajectories, guidance, self.config)
+        return pack_trajectories(trajectories, self.guidance(guidance), self.config)
 
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if "vit_patches" in inputs:
@@ -553,7 +541,7 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         place = torch.zeros(1, 1, dtype=torch.long)
         return {
             **inputs,
-            # One patch that is padding: the vision tower runs, and nobody sees what comes of it.
+            # One patch that is padding: the vision tower runs, and its output is not used.
             "vit_patches": torch.zeros(1, 1, vision.num_channels * vision.patch_size**2),
             "vit_position_ids": place,
             "vit_mask": torch.zeros(1, 1, dtype=torch.bool),
