@@ -187,7 +187,7 @@ class TestTraining:
         assert not adapted
 
     def test_freeze_vision_tower(self, tiny_bagel):
-        tiny_bagel.freeze_vision_tower()
+        tiny_bagel.family.freeze_vision_tower(tiny_bagel)
         for name, parameter in tiny_bagel.named_parameters():
             assert parameter.requires_grad != name.startswith(("vae.", "vit_model.", "connector.")), name
 

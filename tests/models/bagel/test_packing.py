@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 from alphagrpo_ext.flow import GuidanceConfig, transition
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
-from alphagrpo_ext.models.contract import BRANCHES, PackedBatch, PackedOutput
+from alphagrpo_ext.models.bagel.guidance import BRANCHES
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 
@@ -42,7 +43,7 @@ def painted_images(trajectories: Sequence[Trajectory]) -> list[ImageSegment]:
 
 
 def guided_velocities(
-    batch: PackedBatch, output: PackedOutput, trajectories: Sequence[Trajectory], guidance: GuidanceConfig
+    batch: PackedBatch, output: PackedOutput, trajectories: Sequence[Trajectory]
 ) -> list[torch.Tensor]:
     """For every painted image, its guided velocities `(steps, tokens, channels)`."""
     layout = batch.velocities
@@ -54,9 +55,8 @@ def guided_velocities(
     for i, image in enumerate(painted_images(trajectories)):
         steps = []
         for step, t in enumerate(image.window.timesteps[:-1]):
-            config = guidance.at(t)
-            assert branches[i, step].keys() == set(config.branches)
-            steps.append(config.guide(*(branches[i, step][name] for name in config.branches)))
+            assert branches[i, step].keys() == set(batch.guidance.branches_at(t))
+            steps.append(batch.guidance.combine(branches[i, step]))
         guided.append(torch.stack(steps))
     return guided
 
@@ -73,7 +73,7 @@ def score(
         assert column == len(texts[trajectory])
         texts[trajectory].append(log_prob)
     transitions = []
-    velocities = guided_velocities(batch, output, trajectories, config.guidance)
+    velocities = guided_velocities(batch, output, trajectories)
     for image, velocity in zip(painted_images(trajectories), velocities, strict=True):
         window = image.window
         latents, t = window.latents, window.timesteps
@@ -185,14 +185,14 @@ def test_neighbours_change_nothing(tiny_bagel, rollout):
     trajectories = [short, *long, *thinking, *rollout(tiny_bagel, "edit", CONFIG)[:1]]
     batch = tiny_bagel.pack(trajectories, CONFIG.guidance)
     together = tiny_bagel(**batch.inputs)
-    guided = guided_velocities(batch, together, trajectories, CONFIG.guidance)
+    guided = guided_velocities(batch, together, trajectories)
     for i, trajectory in enumerate(trajectories):
         batch_alone = tiny_bagel.pack([trajectory], CONFIG.guidance)
         alone = tiny_bagel(**batch_alone.inputs)
         own = batch.score_trajectory == i
         torch.testing.assert_close(together.log_probs[own], alone.log_probs, rtol=0, atol=5e-6)
         torch.testing.assert_close(together.entropies[own], alone.entropies, rtol=0, atol=5e-6)
-        expected = guided_velocities(batch_alone, alone, [trajectory], CONFIG.guidance)
+        expected = guided_velocities(batch_alone, alone, [trajectory])
         images = (batch.image_trajectory == i).nonzero().flatten().tolist()
         assert len(images) == len(trajectory.sampled_images)
         for image, velocity in zip(images, expected, strict=True):

@@ -84,12 +84,12 @@ def roll_out(policy: tuple[Any, Any], row: dict[str, Any], config: RolloutConfig
     """
     model, processor = policy
     task = TASKS.get("self_reflection" if row.get("image") else "reasoning_t2i")(think=True)
-    contexts, grid = task.contexts(row, processor, model), config.grid(model)
-    branches = config.denoising.guidance.branches
+    context, grid = task.context(row, processor, model, config.size), config.grid(model)
+    branches = model.guidance(config.denoising.guidance).branches
     cache = model.prefill(
-        [contexts.branch(name) for name in branches],
+        [processor.branch_context(name, context, config.size) for name in branches],
         group_size=1,
-        capacity=config.max_new_tokens + 2 + model.image_slots(grid),
+        capacity=model.text_slots(config.max_new_tokens) + model.image_slots(grid),
     )
     uniforms = torch.zeros(1, config.max_new_tokens)
     sampled = model.sample_text(cache, uniforms, temperature=0.0)
