@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
@@ -170,7 +170,8 @@ class SampledText:
 
 class UnifiedModel(ABC):
     """
-    An AR-diffusion unified multimodal model. A concrete model is a [`~transformers.PreTrainedModel`] as well.
+    An AR-diffusion unified multimodal model. A concrete model is a [`~transformers.PreTrainedModel`] as well, and its
+    configuration has an `image_token_id`, which TRL keeps a text generator from sampling.
 
     `pack` and `forward` score whole trajectories with gradient. The other methods sample with a cache. Both paths must give
     the same log-probabilities and velocities for the same weights.
@@ -186,6 +187,8 @@ class UnifiedModel(ABC):
     """Largest number of positions in a sequence."""
     branches: ClassVar[tuple[str, ...]]
     """Names of all guidance branches of the family, `"full"` first."""
+    generation_config: GenerationConfig
+    """TRL writes the token ids of the tokenizer into it."""
     work: WorkCounter | None = None
     """Where the model counts the tokens that it computes; `None` does not count."""
 
