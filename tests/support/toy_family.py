@@ -293,8 +293,8 @@ class ToyFamily(contract.Family):
 
 
 def make_toy_processor() -> ToyProcessor:
-    """The processor, with a tokenizer of single characters."""
-    words = ["[system]", "[user]", "[assistant]", "[end]", "[unknown]", *" abcdefghijklmnopqrstuvwxyz.,:"]
+    """The processor, with a tokenizer of characters, "yes" and "no"."""
+    words = ["[system]", "[user]", "[assistant]", "[end]", "[unknown]", "yes", "no", *" abcdefghijklmnopqrstuvwxyz.,:"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[unknown]"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("yes|no|."), "isolated"), decoders.Fuse()
     return ToyProcessor(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[end]", unk_token="[unknown]"))
