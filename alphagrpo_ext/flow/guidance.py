@@ -26,8 +26,8 @@ class GuidanceConfig:
         interval (`tuple[float, float]`, *optional*, defaults to `(0.4, 1.0)`):
             Half-open interval `(low, high]` of shifted times that are guided.
         renorm_type (`str`, *optional*, defaults to `"global"`):
-            `"global"` compares norms over all tokens and channels of a sample, `"channel"` over the channels of each token.
-            `"text_channel"` does the latter after text guidance and before image guidance.
+            `"global"` compares norms over all tokens and channels of a sample, `"channel"` over the channels of each
+            token. `"text_channel"` does the latter after text guidance and before image guidance.
         renorm_min (`float`, *optional*, defaults to `0.0`):
             Least factor in [0, 1] that renormalisation may scale by. 1 switches it off.
 
@@ -53,8 +53,8 @@ class GuidanceConfig:
 @dataclass(frozen=True)
 class PlainGuidance:
     """
-    Plain classifier-free guidance: away from the velocity of a negative prompt, or of an empty context. Families with no
-    guidance of their own use it.
+    Plain classifier-free guidance: away from the velocity of a negative prompt, or of an empty context. Families with
+    no guidance of their own use it.
 
     Args:
         settings ([`GuidanceConfig`]): The settings, of which `image_scale` has no effect.

@@ -3,15 +3,15 @@
 """
 The contract of a model family. Rollout, trainer, judges and recipes know a family by these five interfaces alone:
 
-- [`Family`] finds and loads checkpoints and knows parameters by name. One class per family is registered in [`FAMILIES`].
+- [`Family`] finds and loads checkpoints and knows parameters by name. It is what [`FAMILIES`] registers.
 - [`UnifiedModel`] samples with a cache and scores whole trajectories in one packed forward.
 - [`Cache`] holds contexts that were read, for the samples that continue them.
 - [`UnifiedProcessor`] turns texts and images into segments, and derives the context of every guidance branch.
 - [`Guidance`] names the branches of classifier-free guidance and combines their velocities.
 
 Conventions of a family are converted inside it. Outside, time `t` falls from 1 (noise) to 0 (image), a model predicts
-`v = eps - x_0` with unit Gaussian noise `eps`, and latents are tokens of shape `(rows, tokens, channels)`. A family whose noise
-has another scale divides its latents by that scale.
+`v = eps - x_0` with unit Gaussian noise `eps`, and latents are tokens of shape `(rows, tokens, channels)`. A family
+whose noise has another scale divides its latents by that scale.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Guidance(Protocol):
 
         Args:
             velocities (`Mapping[str, torch.Tensor]`):
-                A velocity `(..., tokens, channels)` for every branch that is needed. `"full"` alone is returned as it is.
+                A velocity `(..., tokens, channels)` for every branch that is needed. `"full"` alone is returned as it
+                is.
             mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
                 False on padding, which must not influence other tokens.
 
@@ -93,8 +94,8 @@ class Cache(Protocol):
 @dataclass
 class VelocityLayout:
     """
-    Where the velocities of a packed forward belong. Row `i` of `PackedOutput.velocities` is the velocity of transition `step[i]`
-    in the window of the sampled image `image[i]`, predicted in the guidance branch `branches[branch[i]]`.
+    Where the velocities of a packed forward belong. Row `i` of `PackedOutput.velocities` is the velocity of transition
+    `step[i]` in the window of the sampled image `image[i]`, predicted in the guidance branch `branches[branch[i]]`.
 
     Args:
         image (`torch.Tensor` of shape `(copies,)`): Index into the sampled images with a window, in packing order.
@@ -159,7 +160,8 @@ class SampledText:
 
     Args:
         token_ids (`list[list[int]]`): Sampled ids, including the end token where it was sampled.
-        log_probs (`list[list[float]]`): Log-probability of each id under the temperature alone, before top-p and top-k.
+        log_probs (`list[list[float]]`):
+            Log-probability of each id under the temperature alone, before top-p and top-k.
         ended (`list[bool]`): Whether each text ended by itself.
     """
 
@@ -173,8 +175,8 @@ class UnifiedModel(ABC):
     An AR-diffusion unified multimodal model. A concrete model is a [`~transformers.PreTrainedModel`] as well, and its
     configuration has an `image_token_id`, which TRL keeps a text generator from sampling.
 
-    `pack` and `forward` score whole trajectories with gradient. The other methods sample with a cache. Both paths must give
-    the same log-probabilities and velocities for the same weights.
+    `pack` and `forward` score whole trajectories with gradient. The other methods sample with a cache. Both paths must
+    give the same log-probabilities and velocities for the same weights.
     """
 
     latent_downsample: int
@@ -233,8 +235,8 @@ class UnifiedModel(ABC):
     @abstractmethod
     def num_positions(self, segments: Sequence[Segment]) -> int:
         """
-        Upper bound of the positions that segments take, including everything that the family puts around them. Of an image
-        only the grid is read.
+        Upper bound of the positions that segments take, including everything that the family puts around them. Of an
+        image only the grid is read.
         """
 
     @abstractmethod
@@ -255,12 +257,14 @@ class UnifiedModel(ABC):
 
     @abstractmethod
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
-        """Tensors for one forward over whole trajectories, in every guidance branch that is needed under the settings."""
+        """
+        Tensors for one forward over whole trajectories, in every guidance branch that is needed under the settings.
+        """
 
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Inputs of `forward` that make it run every part of the model without a change of its outputs. Processes with sharded
-        parameters wait for each other at every part.
+        Inputs of `forward` that make it run every part of the model without a change of its outputs. Processes with
+        sharded parameters wait for each other at every part.
         """
         return inputs
 
@@ -277,8 +281,8 @@ class UnifiedModel(ABC):
         Args:
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
             context_gradient (`str`, *optional*, defaults to `"exact"`):
-                One of [`CONTEXT_GRADIENTS`]. With `"detached"`, velocities have the same values and no gradient through
-                their context.
+                One of [`CONTEXT_GRADIENTS`]. With `"detached"`, velocities have the same values and no gradient
+                through their context.
             inputs: `PackedBatch.inputs` on the model's device.
         """
 
@@ -293,7 +297,8 @@ class UnifiedModel(ABC):
             contexts (`Sequence[Sequence[Segment]]`): What the samples of each group see. A context may be empty.
             group_size (`int`, *optional*, defaults to `1`): Consecutive samples that share each context.
             capacity (`int`, *optional*, defaults to `0`): Slots that each sample can fill afterwards.
-            past ([`Cache`], *optional*): Cache of the previous turn. It may hold parts of the contexts, and is used up.
+            past ([`Cache`], *optional*):
+                Cache of the previous turn. It may hold parts of the contexts, and is used up.
 
         Returns:
             [`Cache`] with `len(contexts) * group_size` rows.
@@ -322,7 +327,8 @@ class UnifiedModel(ABC):
         Velocity of noised images, given each row's context in a cache, which is left as it is.
 
         Args:
-            cache ([`Cache`]): It may have fewer rows than `latents`. Each row then serves the same number of consecutive images.
+            cache ([`Cache`]):
+                It may have fewer rows than `latents`. Each row then serves the same number of consecutive images.
             latents (`torch.Tensor` of shape `(rows, tokens, channels)`): Noised images.
             grid (`tuple[int, int]`): Their rows and columns of tokens.
             timestep (`torch.Tensor` with one element): Time in [0, 1] of all rows.
@@ -337,7 +343,8 @@ class UnifiedModel(ABC):
         Logits of the first token of an answer to each question about one image, which is read once.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(3, height, width)`): Result of [`UnifiedProcessor.question_pixels`].
+            pixel_values (`torch.Tensor` of shape `(3, height, width)`):
+                Result of [`UnifiedProcessor.question_pixels`].
             questions (`Sequence[TextSegment]`): Questions about the image.
 
         Returns:
@@ -355,7 +362,8 @@ class UnifiedModel(ABC):
 
 class UnifiedProcessor(ABC):
     """
-    Turns texts and images into segments. A concrete processor is a [`~transformers.processing_utils.ProcessorMixin`] as well.
+    Turns texts and images into segments. A concrete processor is a [`~transformers.processing_utils.ProcessorMixin`]
+    as well.
 
     Sizes of images are `(height, width)` in pixels.
     """
@@ -399,8 +407,8 @@ class UnifiedProcessor(ABC):
 
     def look(self, image: Image.Image) -> torch.Tensor | None:
         """
-        Pixels `(3, height, width)` of an image as the model's vision tower reads them. `None` for a family that reads an image
-        by its latents alone.
+        Pixels `(3, height, width)` of an image as the model's vision tower reads them. `None` for a family that reads
+        an image by its latents alone.
         """
         return None
 
@@ -423,8 +431,8 @@ class UnifiedProcessor(ABC):
 
 class Family(ABC):
     """
-    A model family. Register a subclass with `@FAMILIES.register(model_type)`, or by an entry point of that name in the group
-    `alphagrpo_ext.models`. A family whose configurations have several `model_type`s is registered under each.
+    A model family. Register a subclass with `@FAMILIES.register(model_type)`, or by an entry point of that name in the
+    group `alphagrpo_ext.models`. A family whose configurations have several `model_type`s is registered under each.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -432,7 +440,10 @@ class Family(ABC):
     processor_class: ClassVar[type[ProcessorMixin]]
     """Processor, a [`UnifiedProcessor`]."""
     lora_presets: ClassVar[Mapping[str, str]]
-    """PEFT's `target_modules` for some of [`LORA_TARGETS`], at least `"both"`: regular expressions that match whole names."""
+    """
+    PEFT's `target_modules` for some of [`LORA_TARGETS`], at least `"both"`: regular expressions that match whole
+    names.
+    """
     saved_files: ClassVar[tuple[str, ...]] = (
         "config.json",
         "model.safetensors",

@@ -2,8 +2,8 @@
 
 """From a name to a model and its processor: a packaged checkpoint, a folder, or a repository on the Hub.
 
-The `model_type` in `config.json` names the family in the registry, so that a third party's family loads by name. A folder without
-one, or with a type that nobody registered, belongs to the family that recognises its layout.
+The `model_type` in `config.json` names the family in the registry, so that a third party's family loads by name. A
+folder without one, or with a type that nobody registered, belongs to the family that recognises its layout.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ PACKAGED_CHECKPOINTS = {"bagel-shapes": Path(__file__).parents[1] / "shapes" / "
 
 def resolve_model_path(model_name_or_path: str | Path, revision: str | None = None) -> str:
     """
-    Folder of a packaged checkpoint, of a local one, or of the downloaded files of a repository on the Hub that has a family's
-    released layout. The id of a repository with another layout is returned unchanged.
+    Folder of a packaged checkpoint, of a local one, or of the downloaded files of a repository on the Hub that has a
+    family's released layout. The id of a repository with another layout is returned unchanged.
 
     Args:
         model_name_or_path (`str` or `Path`): As in [`load_model`].
         revision (`str`, *optional*): Branch, tag or commit of a repository on the Hub.
 
     Raises:
-        `FileNotFoundError`: If the name is a local folder that lacks a file, or does not exist at all; the message names it.
+        `FileNotFoundError`: If the name is a local folder that lacks a file, or does not exist at all; the message
+        names it.
         `ValueError`: If a weight file is truncated.
     """
     path = Path(PACKAGED_CHECKPOINTS.get(str(model_name_or_path), model_name_or_path))
@@ -99,7 +100,9 @@ def _check_saved_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def _download(name: str, revision: str | None) -> str:
-    """Folder in the Hub's cache with the files of a released checkpoint, or the id of a repository with another layout."""
+    """
+    Folder in the Hub's cache with the files of a released checkpoint, or the id of a repository with another layout.
+    """
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {name}")
     try:
@@ -137,12 +140,12 @@ def load_model(
 
     Args:
         model_name_or_path (`str` or `Path`):
-            `"bagel-shapes"` for the packaged checkpoint, a folder, or the id of a repository on the Hub. A folder holds a
-            family's released layout, what `save_pretrained` wrote, or an adapter, which is put onto the model that it names.
-            Of a repository with a released layout, only the files of that layout are downloaded.
+            `"bagel-shapes"` for the packaged checkpoint, a folder, or the id of a repository on the Hub. A folder
+            holds a family's released layout, what `save_pretrained` wrote, or an adapter, which is put onto the model
+            that it names. Of a repository with a released layout, only the files of that layout are downloaded.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
-            Data type of the weights, except those that the family keeps in fp32. `"auto"` leaves weights in the type in which
-            they are stored.
+            Data type of the weights, except those that the family keeps in fp32. `"auto"` leaves weights in the type
+            in which they are stored.
         revision (`str`, *optional*):
             Branch, tag or commit of a repository on the Hub.
         kwargs:
@@ -150,7 +153,8 @@ def load_model(
 
     Raises:
         `FileNotFoundError`: If there is no such model, or it lacks a file; the message names it.
-        `ValueError`: If a file is truncated or damaged, if a weight is missing, left over or of another shape, if an adapter was
+        `ValueError`: If a file is truncated or damaged, if a weight is missing, left over or of another shape, if an
+        adapter was
             made for another model, or if no registered family has the model's type.
     """
     path = resolve_model_path(model_name_or_path, revision)

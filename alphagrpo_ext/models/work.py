@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How much a policy computes: tokens pushed through its network, by kind, counted where the network is called."""
+"""
+Counts of the work of a policy: tokens that its network is run on, by kind. The model counts them where it calls the
+network.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from typing import Protocol
 
 KINDS = ("prefill", "decode", "denoise", "scoring", "training")
 """
-What the network is called for: reading contexts, writing text, predicting velocities, scoring trajectories without a
-gradient (for old and reference policies), and with one.
+Purposes of calls of the network: reading contexts, writing text, predicting velocities, scoring trajectories without
+gradient (for old and reference policies), and scoring them with gradient.
 """
 
 
 class Counted(Protocol):
-    """A model that counts its work where it is told to."""
+    """A model that counts its work in the counter that it is given."""
 
     work: WorkCounter | None
 
@@ -29,12 +32,13 @@ class WorkCounter:
     """
     Counts the work of one process within [`~WorkCounter.of`]. The work of a policy as its own judge does not count.
 
-    Tokens are those of samples, delimiters included. Places that pad a batch are counted separately, and show how much of the
-    batch is wasted.
+    Tokens are those of samples, delimiters included. Places that pad a batch are counted separately, and show how much
+    of the batch is wasted.
 
     Args:
         branches (`tuple[str, ...]`, *optional*, defaults to `("full",)`): Guidance branches of the model's family.
-        tokens (`Counter[str]`): Tokens of each of [`KINDS`]. Those of `denoise` are counted by guidance branch, e.g. `"denoise/full"`.
+        tokens (`Counter[str]`):
+            Tokens of each of [`KINDS`]. Those of `denoise` are counted by guidance branch, e.g. `"denoise/full"`.
         evaluations (`Counter[str]`): Calls of the network for each of [`KINDS`].
         padding (`int`): Further places that the network was run on.
     """

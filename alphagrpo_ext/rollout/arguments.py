@@ -14,7 +14,8 @@ from alphagrpo_ext.rollout.denoising import DenoisingConfig
 @dataclass
 class SamplingArguments:
     """
-    How thoughts and images are sampled. The defaults suit the packaged model; for a large one set size, steps and guidance.
+    How thoughts and images are sampled. The defaults suit the packaged model; for a large one set size, steps and
+    guidance.
 
     Args:
         dtype (`str`, *optional*, defaults to `"float32"`):

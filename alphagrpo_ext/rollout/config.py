@@ -27,9 +27,9 @@ class RolloutConfig:
         batch_size (`int`, *optional*):
             Number of samples that are generated at once, rounded to whole groups. `None` takes all.
         branches_per_thought (`int`, *optional*, defaults to `1`):
-            Number of consecutive samples of a group that share, in their first turn, the thought, the initial noise and the path
-            up to the stochastic window. Thought and initial noise are those of the first of them. The noise of the window tells
-            them apart.
+            Number of consecutive samples of a group that share, in their first turn, the thought, the initial noise
+            and the path up to the stochastic window. Thought and initial noise are those of the first of them. The
+            noise of the window tells them apart.
     """
 
     height: int

@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The denoising path of a group of samples: deterministic steps, and a window of stochastic ones."""
+"""The denoising path of a group of samples: deterministic steps, and a window of stochastic steps.
+
+A solver's history is cleared at the window and where guidance is switched on or off, because the velocity is
+discontinuous there. Each stretch of the path therefore begins with an Euler step.
+
+Images that share a thought fork after the first evaluation of the window. The state there is shared, and so is its
+velocity; only the noise differs.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +45,12 @@ class DenoisingConfig:
         window_size (`int`, *optional*, defaults to `0`):
             Number of stochastic steps.
         ode_solver (`str`, *optional*, defaults to `"euler"`):
-            Rule of the deterministic steps, a name in `ODE_SOLVERS`. Its history is cleared at the stochastic window and where
-            guidance is switched on or off.
+            Rule of the deterministic steps, a name in `ODE_SOLVERS`. Its history is cleared at the stochastic window
+            and where guidance is switched on or off.
         ode_steps (`int`, *optional*):
-            Number of deterministic steps, which are those outside the window. They are divided between the stretches before
-            and after it in proportion to the steps of the schedule, with at least one step each. The network is evaluated
-            once for each of them and for each step of the window. `None` takes the steps of the schedule.
+            Number of deterministic steps, which are those outside the window. They are divided between the stretches
+            before and after it in proportion to the steps of the schedule, with at least one step each. The network is
+            evaluated once for each of them and for each step of the window. `None` takes the steps of the schedule.
         forward_times (`tuple[float, ...]`, *optional*):
             Times of noised copies of a deterministically painted image. The objective trains on these copies.
     """
@@ -110,8 +117,8 @@ def denoise(
     """
     Paint one image per sample.
 
-    Guidance branches run as one batch: the cache holds the rows of the full branch first, then those of the other
-    branches in the guidance's order. Where a step needs fewer branches, only their rows are evaluated.
+    Guidance branches run as one batch. The cache holds the rows of each branch, in the guidance's order. Where a step
+    needs fewer branches, only their rows are evaluated.
 
     Args:
         model ([`UnifiedModel`]): Predicts velocities.
@@ -120,9 +127,8 @@ def denoise(
         grid (`tuple[int, int]`): Rows and columns of tokens.
         config ([`DenoisingConfig`]): Schedule, guidance, solver and window.
         transition_noise (`torch.Tensor` of shape `(samples * forks, window_size, tokens, channels)`, *optional*):
-            Noise of the window's transitions; required with a window. With several `forks`, a sample's path forks in its
-            first stochastic step: consecutive images share its context, its initial noise and every evaluation up to that
-            of this step.
+            Noise of the window's transitions; required with a window. Several `forks` of a sample, one after the
+            other, share its context, its initial noise and every evaluation up to that of the first stochastic step.
 
     Returns:
         `tuple[torch.Tensor, list[DenoisingWindow | None]]`: Clean latents `(samples * forks, tokens, channels)`, fp32,
@@ -142,7 +148,6 @@ def denoise(
         rows = cache.head(len(branches) * len(noise))
         velocity = _guided_velocity(model, rows, latents, grid, t, guidance)
         if step not in window:
-            # The velocity jumps at noise and at a change of guidance. No solver can extrapolate across such a jump.
             if branches != last_branches:
                 evaluations = []
             evaluations = [*evaluations, Evaluation(t, latents, velocity)][-solver.order :]
@@ -152,9 +157,8 @@ def denoise(
             forks = len(transition_noise) // len(noise)
             latents, velocity = (x.repeat_interleave(forks, dim=0) for x in (latents, velocity))
             states.append(latents)
-        step_noise = transition_noise[:, step - window.start].to(noise.device)
+        evaluations, step_noise = [], transition_noise[:, step - window.start].to(noise.device)
         output = transition(config.sde_type, latents, velocity, t, t_next, config.noise_level, noise=step_noise)
-        evaluations = []
         latents = output.next_latents
         states.append(latents)
         log_probs.append(output.log_prob)

@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The multimodal rollout generator: from dataset rows to trajectories, with the current policy."""
+"""The multimodal rollout generator: from dataset rows to trajectories, with the current policy.
+
+Randomness belongs to the sample. Every text token is drawn with one uniform number, and noise comes from a generator
+that is seeded by run, step and index in the global batch. So a sample is the same in any batch, on any rank and at any
+group size.
+
+A painted image becomes context as it was painted. Later rounds read the sampled latents themselves, and not those of
+the decoded image encoded again. Only a vision tower reads the decoded image.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +34,8 @@ from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Traject
 
 def sample_generator(seed: int | str, step: int, index: int) -> torch.Generator:
     """
-    Source of all randomness of one sample. It does not depend on the batch or the rank that the sample is generated in.
+    Source of all randomness of one sample. It does not depend on the batch or the rank that the sample is generated
+    in.
 
     Args:
         seed (`int` or `str`): Seed of the run.
@@ -82,8 +91,8 @@ class RolloutGenerator:
     """
     Samples trajectories.
 
-    A context is prefilled once per group and shared by it, and guidance branches run as one batch. A sampled thought stays in
-    the cache: neither the images that follow it nor a later round read it a second time.
+    A context is prefilled once per group and shared by it, and guidance branches run as one batch. A sampled thought
+    stays in the cache: neither the images that follow it nor a later round read it a second time.
 
     Args:
         model ([`UnifiedModel`]): The policy, unwrapped.
@@ -174,7 +183,8 @@ class RolloutGenerator:
         segments: Mapping[int, list[Segment]],
     ) -> _Turn | None:
         """
-        The turn of the samples that act once more. Their next request is appended to `segments`. `None` if there are none.
+        The turn of the samples that act once more. Their next request is appended to `segments`. `None` if there are
+        none.
         """
         config = replace(turn.config, branches_per_thought=1)
         members = [i for i in turn.members if self.task_of(rows[i]).num_turns > turn_index]
@@ -232,8 +242,8 @@ class RolloutGenerator:
         noise = torch.stack([torch.randn(1 + window_size, num_tokens, channels, generator=g) for g in generators]).to(
             model.device
         )
-        # Samples that share a thought draw initial noise that they do not use, so that the noise of their transitions is
-        # the same as without sharing.
+        # Samples that share a thought draw initial noise that they do not use, so that the noise of their transitions
+        # is the same as without sharing.
         initial_noise = noise[:: config.branches_per_thought, 0]
         latents, windows = denoise(model, cache, initial_noise, grid, denoising, noise[:, 1:])
         if denoising.forward_times:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Self-reflective refinement at inference time: paint, look, say what is wrong, and paint anew, for several rounds."""
+"""Self-reflective refinement at inference time: paint, look, say what is wrong, and paint anew, for several rounds.
+
+Each round starts from image and request alone, so that any number of rounds fits into the context and a round can
+start from the best image so far. In training a round sees the rounds before it.
+"""
 
 from __future__ import annotations
 
@@ -112,8 +116,8 @@ def refine(
     keep_best: bool = False,
 ) -> list[Refinement]:
     """
-    Paint every prompt, then reflect on the image and paint it anew, up to `num_rounds` times. A round sees the image that
-    it refines and the request, and no earlier round.
+    Paint every prompt, then reflect on the image and paint it anew, up to `num_rounds` times. A round sees the image
+    that it refines and the request, and no earlier round.
 
     Args:
         model ([`UnifiedModel`]): The policy.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a task is: from a dataset row to the segments that the policy sees before it acts."""
+"""Tasks: what of a dataset row the policy sees before it acts, and how often it acts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Task(ABC):
     Args:
         think (`bool`): Whether the policy writes a thought before it paints.
         num_reflection_rounds (`int`, *optional*, defaults to `1`):
-            How often the policy refines an image, for a task that does.
+            How often the policy refines an image, in tasks that refine.
     """
 
     needs_image: bool = False
@@ -51,7 +51,7 @@ class Task(ABC):
 
     @property
     def num_turns(self) -> int:
-        """How often the policy acts: writes, if it thinks, and paints."""
+        """How often the policy acts, which is to write, if it thinks, and to paint."""
         return 1
 
     @abstractmethod
@@ -75,8 +75,8 @@ class Task(ABC):
         self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, config: RolloutConfig
     ) -> int:
         """
-        Largest number of positions that a trajectory of this row can take. A given image counts as large as a painted one, so
-        that no image is decoded.
+        Largest number of positions that a trajectory of this row can take. A given image counts as large as a painted
+        one, so that no image is decoded.
         """
         image = ImageSegment(torch.empty(0, model.latent_channels), config.grid(model))
         thoughts = [TextSegment([0] * config.max_new_tokens, role="assistant")] if self.think else []

@@ -21,11 +21,11 @@ from reward_models.judges.yes_no import yes_no_token_ids, yes_probability_of_log
 @JUDGES.register("policy")
 class PolicyJudge(Judge):
     """
-    Asks a unified model about its own images, without a second model or a server. Questions are asked without an instruction
-    around them, as unified models are taught. An image is read once for all its questions.
+    Asks a unified model about its own images, without a second model or a server. Questions are asked without an
+    instruction around them, as unified models are taught. An image is read once for all its questions.
 
-    The judge changes as the policy learns. It needs whole weights in this process, so it works with one process, DDP and
-    ZeRO up to stage 2, but not with sharded parameters.
+    The judge changes as the policy learns. It needs whole weights in this process, so it works with one process, DDP
+    and ZeRO up to stage 2, but not with sharded parameters.
 
     Args:
         model ([`UnifiedModel`]): The policy, unwrapped.

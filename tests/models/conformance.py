@@ -160,6 +160,7 @@ class FamilyConformance:
             expected = case.model.predict_velocity(cache, latents, image.grid, time)[0]
             velocity = output.velocities[row, layout.mask[row]]
             torch.testing.assert_close(velocity, expected, atol=1e-4, rtol=1e-4)
+            case.model.predict_velocity(cache, latents + 1, image.grid, time / 2)
             again = case.model.predict_velocity(cache, latents, image.grid, time)[0]
             assert torch.equal(again, expected), "predict_velocity must leave the cache as it is"
             found.setdefault(name, []).append(velocity)
@@ -199,7 +200,8 @@ class FamilyConformance:
         after = case.score(trajectories)
         assert torch.allclose(after[0].log_probs, before[0].log_probs, atol=1e-6)
         changed = (after[1].velocities - before[1].velocities).abs().amax(dim=(2, 3)) > 1e-6
-        # Images are first and second round of each trajectory; the state that was replaced is the input of the last step.
+        # Images are first and second round of each trajectory; the state that was replaced is the input of the last
+        # step.
         assert changed.tolist() == [[False, False, False], [False, False, True]] * len(trajectories)
 
     @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapter"])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Rollout, trainer, objectives and judges use nothing of a model, a processor or a cache that the contract does not name."""
+"""
+Rollout, trainer, objectives and judges use nothing of a model, a processor or a cache that the contract does not name.
+"""
 
 import asyncio
 import sys
@@ -38,8 +40,8 @@ ALLOWED = {
 @pytest.fixture
 def guard() -> Iterator[Callable[[Any, str], Any]]:
     """
-    Makes an object of a kind note every attribute that callers outside the family read. At the end of a test, all of them must
-    have been in the contract.
+    Makes an object of a kind note every attribute that callers outside the family read. At the end of a test, all of
+    them must have been in the contract.
     """
     used: dict[str, set[str]] = {kind: set() for kind in ALLOWED}
 

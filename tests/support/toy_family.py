@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A model family as small as the contract allows, as a third party would write it: one dense transformer for text and latents, no
-vision tower, an orthogonal map of pixel patches as autoencoder, and plain guidance with a negative prompt. Its cache holds the
-segments of a row, and every call reads them anew.
+A model family as small as the contract allows, as a third party would write it: one dense transformer for text and
+latents, no vision tower, an orthogonal map of pixel patches as autoencoder, and plain guidance with a negative prompt.
+Its cache holds the segments of a row, and every call reads them anew.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 """BAGEL's guidance with two nested conditions, text and image, and three kinds of renormalisation.
 
-As in BAGEL (https://huggingface.co/papers/2505.14683), with one difference: norms are taken per sample. The original takes the
-global norm over the whole batch, so that samples influence each other.
+As in BAGEL (https://huggingface.co/papers/2505.14683), with one difference: norms are taken per sample. The original
+takes the global norm over the whole batch, so that samples influence each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ BRANCHES = ("full", "text_dropped", "image_dropped")
 @dataclass(frozen=True)
 class BagelGuidance:
     """
-    Guided velocity: away from the branches that miss a condition, then scaled back to at most the norm of the full branch.
+    Guided velocity: away from the branches that miss a condition, then scaled back to at most the norm of the full
+    branch.
 
     A scale of at most 1 switches its branch off. Image guidance builds on text guidance and is off without it.
 
@@ -82,9 +83,9 @@ class BagelGuidance:
 
 def branch_context(branch: str, context: Sequence[Segment]) -> list[Segment]:
     """
-    The context of a guidance branch, as BAGEL's inferencer makes it. Without the text, only the last request is left out, and
-    with it the thought about it. Without images, only the given texts are left. So in text-to-image, where there are no
-    images, `"image_dropped"` is the context without the thought.
+    The context of a guidance branch, as BAGEL's inferencer makes it. Without the text, only the last request is left
+    out, and with it the thought about it. Without images, only the given texts are left. So in text-to-image, where
+    there are no images, `"image_dropped"` is the context without the thought.
 
     Args:
         branch (`str`): One of [`BRANCHES`].

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Texts to ids and images to pixels, as BAGEL's inferencer prepares them."""
+"""BAGEL's processor: texts to token ids and images to pixels, as its inferencer prepares them."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
     Tokenizer and image transforms of BAGEL.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Texts to ids.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         generation_system_prompt, understanding_system_prompt (`str`, *optional*):
-            What makes the model think before it paints, or before it answers.
+            System prompts that ask the model to think before it paints, or before it answers.
         reflection_prompt (`str`, *optional*):
-            What makes it refine an image that was made for a request, which takes the place of `{prompt}`.
+            Request to refine an image. The request that the image was made for replaces `{prompt}`.
         vae_max_size, vae_min_size, vae_stride (`int`, *optional*, defaults to `1024`, `512`, `16`):
-            Limits of the resize that every input image goes through.
+            Limits of the resize of every input image.
         vit_max_size, vit_min_size, vit_stride (`int`, *optional*, defaults to `980`, `224`, `14`):
             Limits of the second resize, for the vision tower.
     """
@@ -96,7 +96,7 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
         super().__init__(tokenizer, **kwargs)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text, without delimiters."""
+        """Token ids of a text, without delimiters."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def text_segment(self, text: str) -> TextSegment:

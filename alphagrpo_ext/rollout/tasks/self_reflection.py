@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Self-reflective refinement: the policy's own flawed image, what is wrong with it, and the image painted anew."""
+"""
+Self-reflective refinement: an image of the policy, a text that says what is wrong with it, and the image painted anew.
+"""
 
 from __future__ import annotations
 
