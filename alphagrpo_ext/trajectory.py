@@ -9,7 +9,7 @@ either *given* (context) or *sampled* (an action that gets a policy gradient).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
@@ -33,12 +33,20 @@ class TextSegment:
             For a sampled text, whether the last id is the end token.
         log_probs (`list[float]`, *optional*):
             Log-probability of every sampled id at rollout time, under the sampling temperature.
+        role (`str`, *optional*, defaults to `"user"`):
+            Who wrote the text: `"system"`, `"user"` or `"assistant"`, which is the policy. A sampled text always has the role
+            `"assistant"`.
     """
 
     token_ids: list[int]
     sampled: bool = False
     ended: bool = True
     log_probs: list[float] | None = None
+    role: Literal["system", "user", "assistant"] = "user"
+
+    def __post_init__(self) -> None:
+        if self.sampled:
+            self.role = "assistant"
 
     @property
     def content_ids(self) -> list[int]:

@@ -183,7 +183,9 @@ def measure_utilization(name: str, args: ScriptArguments) -> list[Table]:
     group, num_latents = 4, size.grid[0] * size.grid[1]
     steps = DenoisingConfig(num_timesteps=size.num_steps + 1, guidance=GUIDANCE)
     contexts = [update.trajectories[0].segments[:3]]
-    contexts += [update.trajectories[0].sampled_images[0].guidance_contexts[b] for b in GUIDANCE.branches[1:]]
+    contexts += [
+        update.trajectories[0].sampled_images[0].guidance_contexts[b] for b in model.guidance(GUIDANCE).branches[1:]
+    ]
     with update.autocast():
         cache = model.prefill(contexts, group, model.image_slots(size.grid))
     noise = torch.randn(group, num_latents, model.latent_channels)

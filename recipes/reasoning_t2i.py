@@ -85,7 +85,8 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     reward = script_args.make_reward((model, processor))
     # PEFT's causal language models have a `generate` of their own, which this policy has not.
     model_args.lora_task_type = None
-    model_args.lora_target_modules = model_args.lora_target_modules or model.lora_targets[training_args.lora_targets]
+    preset = model.family.lora_target_modules(training_args.lora_targets)
+    model_args.lora_target_modules = model_args.lora_target_modules or preset
     trainer = AlphaGRPOTrainer(
         model=model,
         reward_funcs=reward,

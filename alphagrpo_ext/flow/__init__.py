@@ -6,8 +6,8 @@ Time `t` runs from 1 (noise) to 0 (image), `x_t = (1 - t) x_0 + t eps`, and a mo
 a tensor of shape `(..., tokens, channels)`.
 """
 
-from .forward_process import draw_times, noised_latents
-from .guidance import RENORM_TYPES, GuidanceConfig, guidance_branches, guide, in_interval
+from .forward_process import draw_times, forward_windows, noised_latents
+from .guidance import RENORM_TYPES, GuidanceConfig, PlainGuidance, extrapolate, in_interval, renormalize
 from .solvers import ODE_SOLVERS, Evaluation, ODESolver
 from .timesteps import DenoisingPath, denoising_path, draw_window, flow_timesteps
 from .transitions import (
@@ -31,20 +31,22 @@ __all__ = [
     "Evaluation",
     "GuidanceConfig",
     "ODESolver",
+    "PlainGuidance",
     "TransitionOutput",
     "denoising_path",
     "draw_times",
     "draw_window",
+    "extrapolate",
     "flow_cps",
     "flow_sde",
     "flow_timesteps",
+    "forward_windows",
     "gaussian_kl",
-    "guidance_branches",
-    "guide",
     "in_interval",
     "latent_mean",
     "noised_latents",
     "ode_step",
+    "renormalize",
     "transition",
     "velocity_mse",
 ]

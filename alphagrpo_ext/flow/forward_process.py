@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
+
+from alphagrpo_ext.trajectory import DenoisingWindow
 
 
 def noised_latents(clean_latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -67,3 +70,22 @@ def draw_times(num_times: int, interval: tuple[float, float], shift: float, seed
     drawn = [low + (high - low) * (part + 1 - rng.random()) / num_times for part in range(num_times)]
     times = torch.tensor(sorted(drawn, reverse=True), dtype=torch.float32)
     return shift * times / (1 + (shift - 1) * times)
+
+
+def forward_windows(clean_latents: torch.Tensor, noise: torch.Tensor, times: Sequence[float]) -> list[DenoisingWindow]:
+    """
+    Noised copies of painted images, for objectives that train on the forward process instead of the sampled path.
+
+    Args:
+        clean_latents (`torch.Tensor` of shape `(samples, tokens, channels)`): Clean latents of the painted images.
+        noise (`torch.Tensor` of shape `(samples, K, tokens, channels)`): Standard normal noise of every copy.
+        times (`Sequence[float]`): K falling times.
+
+    Returns:
+        `list[DenoisingWindow]`: For every sample the K copies, followed by the image at time 0. Their log-probabilities
+        are 0, because no copy is an action.
+    """
+    t = torch.tensor([*times, 0.0])
+    states = noised_latents(clean_latents[:, None], noise, t[:-1].to(noise.device))
+    states = torch.cat([states, clean_latents[:, None].float()], dim=1).cpu()
+    return [DenoisingWindow(latents=s, timesteps=t, start=0, log_probs=torch.zeros(len(times))) for s in states]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adapters (PEFT) in folders of their own, without the model that they adapt."""
+"""PEFT adapters in folders of their own, without the model that they adapt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapter_base(folder: str | Path) -> str:
     Name or folder of the model that an adapter was made for.
 
     Raises:
-        `ValueError`: If the adapter does not say.
+        `ValueError`: If the adapter's configuration does not name it.
     """
     name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
@@ -42,16 +42,17 @@ def adapter_base(folder: str | Path) -> str:
 
 def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """
-    Check that an adapter fits a model, which is left as it is.
+    Check that an adapter fits a model, which is not changed.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): What is to be adapted.
+        model ([`~transformers.PreTrainedModel`]): The model to adapt.
         folder (`str` or `Path`): Folder of the adapter.
 
     Raises:
         `FileNotFoundError`: If a file is missing; the message names it.
-        `ValueError`: If a file is truncated, or if names or shapes do not match: PEFT would leave what is missing at its
-            initial value.
+        `ValueError`: If a file is truncated, or if names or shapes do not match. PEFT alone would only warn, and leave
+        missing
+            weights at their initial values.
     """
     if isinstance(model, PeftModel):
         raise ValueError("the model has an adapter already: merge it first (merge_and_unload)")
@@ -61,7 +62,7 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         raise FileNotFoundError(f"the adapter folder {folder} lacks {', '.join(missing)}")
     shapes = read_shapes(folder / ADAPTER_WEIGHTS)
     peft_config = PeftConfig.from_pretrained(str(folder))
-    # A base that was moved is no reason for a warning.
+    # Without this, PEFT warns if the base model was moved.
     peft_config.base_model_name_or_path = None
     try:
         with torch.device("meta"):
@@ -75,29 +76,28 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(f"the adapter in {folder} was made for another model: {summarize(problems)}")
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
     Put a saved adapter onto a model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model that the adapter was made for; its modules are wrapped.
         folder (`str` or `Path`): Folder of the adapter.
-        trainable (`bool`, *optional*, defaults to `False`): Whether the adapter goes on training.
 
     Raises:
         `FileNotFoundError`, `ValueError`: As [`check_adapter`].
     """
     check_adapter(model, folder)
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    return PeftModel.from_pretrained(model, str(folder))
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """
-    Write an adapter alone, whole or not at all.
+    Write an adapter without its model. The folder appears complete or not at all.
 
     Args:
         model ([`~peft.PeftModel`]): The adapted model.
-        folder (`str` or `Path`): Where to; it must be empty or not exist.
+        folder (`str` or `Path`): The folder to write, which must be empty or not exist.
 
     Raises:
         `FileExistsError`: If `folder` has files.

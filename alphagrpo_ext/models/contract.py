@@ -1,53 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contract that a unified multimodal model fulfils, so that rollout and trainer know no model family by name."""
+"""
+The contract of a model family. Rollout, trainer, judges and recipes know a family by these five interfaces alone:
+
+- [`Family`] finds and loads checkpoints and knows parameters by name. It is what [`FAMILIES`] registers.
+- [`UnifiedModel`] samples with a cache and scores whole trajectories in one packed forward.
+- [`Cache`] holds contexts that were read, for the samples that continue them.
+- [`UnifiedProcessor`] turns texts and images into segments, and derives the context of every guidance branch.
+- [`Guidance`] names the branches of classifier-free guidance and combines their velocities.
+
+Conventions of a family are converted inside it. Outside, time `t` falls from 1 (noise) to 0 (image), a model predicts
+`v = eps - x_0` with unit Gaussian noise `eps`, and latents are tokens of shape `(rows, tokens, channels)`. A family
+whose noise has another scale divides its latents by that scale.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from PIL import Image
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.weight_files import summarize
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.registry import Registry
-from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
+from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 
-
-BRANCHES = ("full", "text_dropped", "image_dropped")
-"""Guidance branches: the whole context; the context without the last text; the context without images."""
 
 CONTEXT_GRADIENTS = ("exact", "detached")
 """Whether the loss of an image has a gradient through the context that the image is painted from."""
 
 LORA_TARGETS = ("both", "generation", "understanding")
-"""Which expert an adapter is put on."""
+"""Presets of the modules that an adapter is put on."""
 
-MODELS: Registry = Registry(
-    "model family", "alphagrpo_ext.models", {"bagel": "alphagrpo_ext.models.bagel.modeling_bagel:BagelModel"}
+FAMILIES: Registry = Registry(
+    "model family", "alphagrpo_ext.models", {"bagel": "alphagrpo_ext.models.bagel.family:BagelFamily"}
 )
+"""Subclasses of [`Family`] by the `model_type` of their configurations."""
+
+
+class Guidance(Protocol):
+    """
+    Classifier-free guidance of one family under given settings. It is immutable.
+
+    A *branch* is a context that a velocity is predicted in. `"full"` is the whole context.
+    """
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the branches that have an effect under these settings, `"full"` first."""
+
+    def branches_at(self, t: float | torch.Tensor) -> tuple[str, ...]:
+        """Names of the branches that are needed at time `t`: the first few of `branches`."""
+
+    def combine(self, velocities: Mapping[str, torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Guided velocity.
+
+        Args:
+            velocities (`Mapping[str, torch.Tensor]`):
+                A velocity `(..., tokens, channels)` for every branch that is needed. `"full"` alone is returned as it
+                is.
+            mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
+                False on padding, which must not influence other tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(..., tokens, channels)`: The guided velocity, fp32.
+        """
+
+
+class Cache(Protocol):
+    """
+    Contexts that a model has read, and what samples have added to them. A family decides what it stores.
+
+    A cache is handed back to [`UnifiedModel.prefill`] as `past`, which may reuse any part of it.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """Number of samples."""
+
+    def head(self, num_rows: int) -> Cache:
+        """The first `num_rows` samples as views. They must be whole groups."""
 
 
 @dataclass
 class VelocityLayout:
     """
-    Where the velocities of a packed forward belong: row `i` of `PackedOutput.velocities` is the velocity of
-    transition `step[i]` of the window of sampled image `image[i]`, predicted in guidance branch `branch[i]`.
+    Where the velocities of a packed forward belong. Row `i` of `PackedOutput.velocities` is the velocity of transition
+    `step[i]` in the window of the sampled image `image[i]`, predicted in the guidance branch `branches[branch[i]]`.
 
     Args:
         image (`torch.Tensor` of shape `(copies,)`): Index into the sampled images with a window, in packing order.
         step (`torch.Tensor` of shape `(copies,)`): Index of the transition in that image's window.
-        branch (`torch.Tensor` of shape `(copies,)`): Index into [`BRANCHES`].
+        branch (`torch.Tensor` of shape `(copies,)`): Index into `branches`.
         mask (`torch.Tensor` of shape `(copies, max_tokens)`): False on padding.
+        branches (`tuple[str, ...]`): Names of the family's guidance branches, `"full"` first.
     """
 
     image: torch.Tensor
     step: torch.Tensor
     branch: torch.Tensor
     mask: torch.Tensor
+    branches: tuple[str, ...]
 
 
 @dataclass
@@ -59,11 +121,13 @@ class PackedBatch:
         inputs (`dict[str, torch.Tensor]`):
             Keyword arguments of the model's forward.
         score_trajectory, score_column (`torch.Tensor` of shape `(scores,)`):
-            Trajectory and position among its sampled tokens of every row of `PackedOutput.log_probs`.
+            Trajectory, and position among its sampled tokens, of every row of `PackedOutput.log_probs`.
         velocities (`VelocityLayout`, *optional*):
             `None` if no image of the batch has a window.
         image_trajectory (`torch.Tensor` of shape `(images,)`):
             Trajectory of every sampled image with a window.
+        guidance ([`Guidance`]):
+            Combines the velocities of the branches.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -71,14 +135,17 @@ class PackedBatch:
     score_column: torch.Tensor
     velocities: VelocityLayout | None
     image_trajectory: torch.Tensor
+    guidance: Guidance
 
 
 @dataclass
 class PackedOutput:
     """
+    Result of a packed forward.
+
     Args:
-        log_probs, entropies (`torch.Tensor` of shape `(scores,)`): Of every sampled token, fp32.
-        velocities (`torch.Tensor` of shape `(copies, max_tokens, channels)`): Of every noised latent, fp32.
+        log_probs, entropies (`torch.Tensor` of shape `(scores,)`): Scores of every sampled token, fp32.
+        velocities (`torch.Tensor` of shape `(copies, max_tokens, channels)`): Velocities of every noised latent, fp32.
     """
 
     log_probs: torch.Tensor
@@ -89,9 +156,12 @@ class PackedOutput:
 @dataclass(frozen=True)
 class SampledText:
     """
+    Texts that were sampled, one per row.
+
     Args:
-        token_ids (`list[list[int]]`): Sampled ids, the end token included where it was sampled.
-        log_probs (`list[list[float]]`): Of each id, under the temperature alone (before top-p and top-k).
+        token_ids (`list[list[int]]`): Sampled ids, including the end token where it was sampled.
+        log_probs (`list[list[float]]`):
+            Log-probability of each id under the temperature alone, before top-p and top-k.
         ended (`list[bool]`): Whether each text ended by itself.
     """
 
@@ -102,10 +172,11 @@ class SampledText:
 
 class UnifiedModel(ABC):
     """
-    An AR-diffusion unified multimodal model as rollout and trainer see it.
+    An AR-diffusion unified multimodal model. A concrete model is a [`~transformers.PreTrainedModel`] as well, and its
+    configuration has an `image_token_id`, which TRL keeps a text generator from sampling.
 
-    `pack` and `forward` score whole trajectories with gradient; the other methods sample with a cache. Both must
-    give the same log-probabilities for the same weights.
+    `pack` and `forward` score whole trajectories with gradient. The other methods sample with a cache. Both paths must
+    give the same log-probabilities and velocities for the same weights.
     """
 
     latent_downsample: int
@@ -116,83 +187,337 @@ class UnifiedModel(ABC):
     """Largest number of latent tokens along one side of an image."""
     max_positions: int
     """Largest number of positions in a sequence."""
+    branches: ClassVar[tuple[str, ...]]
+    """Names of all guidance branches of the family, `"full"` first."""
+    generation_config: GenerationConfig
+    """TRL writes the token ids of the tokenizer into it."""
     work: WorkCounter | None = None
-    """Where the model counts what it computes, if anybody wants to know."""
-    lora_targets: ClassVar[Mapping[str, str]] = {}
-    """For each of [`LORA_TARGETS`], PEFT's `target_modules`: a regular expression that matches whole names."""
+    """Where the model counts the tokens that it computes; `None` does not count."""
 
-    @staticmethod
-    def is_generation_parameter(name: str) -> bool:
-        """Whether only the generation of images uses a parameter, by its name, which a wrapper may have prefixed."""
-        raise NotImplementedError("this model does not tell which of its parameters only generate images")
+    @property
+    def family(self) -> Family:
+        """The family of this model, found by the `model_type` of its configuration."""
+        return FAMILIES.get(self.config.model_type)()
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    @abstractmethod
+    def guidance(self, settings: GuidanceConfig) -> Guidance:
+        """
+        The family's guidance under a user's settings. A `text_scale` of at most 1 switches all guidance off.
+
+        Raises:
+            `ValueError`: If the family does not support a setting.
+        """
+
+    def latent_grid(self, height: int, width: int) -> tuple[int, int]:
+        """
+        Rows and columns of latent tokens of an image of this size in pixels.
+
+        Raises:
+            `ValueError`: If the model cannot paint this size.
+        """
+        stride = self.latent_downsample
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % stride:
+                raise ValueError(f"{name}={side} is no positive multiple of the model's {stride} pixels")
+        grid = (height // stride, width // stride)
+        if max(grid) > self.max_latent_size:
+            raise ValueError(
+                f"an image of {height} x {width} pixels has {grid[0]} x {grid[1]} latent tokens, more than the model's "
+                f"{self.max_latent_size} per side"
+            )
+        return grid
+
+    @abstractmethod
+    def num_positions(self, segments: Sequence[Segment]) -> int:
+        """
+        Upper bound of the positions that segments take, including everything that the family puts around them. Of an
+        image only the grid is read.
+        """
+
+    @abstractmethod
+    def text_slots(self, max_new_tokens: int) -> int:
+        """Cache slots that one sampled text of at most `max_new_tokens` tokens takes, delimiters included."""
+
+    @abstractmethod
+    def image_slots(self, grid: tuple[int, int]) -> int:
+        """Cache slots that one image of `grid` rows and columns takes while it is painted."""
+
+    def denoising_tokens(self, cache: Cache, grid: tuple[int, int]) -> int:
+        """Tokens that `predict_velocity` runs the network on for each image, for counts of work."""
+        return self.image_slots(grid)
 
     def vision_tokens(self, height: int, width: int) -> int:
-        """Tokens that the vision tower makes of an image, in pixels; 0 without a vision tower."""
+        """Tokens that the vision tower makes of an image of this size in pixels; 0 without a vision tower."""
         return 0
-
-    def keeps_fp32(self, name: str) -> bool:
-        """Whether a parameter is fp32 whatever type the model is loaded in."""
-        return False
-
-    def sharded_layers(self) -> Sequence[torch.nn.Module]:
-        """Modules the weights of which are gathered one at a time when they are sharded."""
-        return ()
 
     @abstractmethod
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
-        """Tensors for one forward over whole trajectories, in every guidance branch that `guidance` needs."""
+        """
+        Tensors for one forward over whole trajectories, in every guidance branch that is needed under the settings.
+        """
 
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Inputs of `forward` that make it run every part of the model and change none of its outputs. Processes that share
-        out the parameters among themselves wait for each other at every part.
+        Inputs of `forward` that make it run every part of the model without a change of its outputs. Processes with
+        sharded parameters wait for each other at every part.
         """
         return inputs
 
     @abstractmethod
-    def forward(self, context_gradient: str = "exact", **inputs: torch.Tensor) -> PackedOutput:
+    def forward(
+        self,
+        temperature: float = 1.0,
+        context_gradient: Literal["exact", "detached"] = "exact",
+        **inputs: torch.Tensor,
+    ) -> PackedOutput:
         """
-        Log-probabilities and entropies of sampled tokens and velocities of noised latents, in one call. Where
-        `context_gradient` is `"detached"`, velocities have the same values and no gradient through their context.
+        Log-probabilities and entropies of sampled tokens, and velocities of noised latents, in one call.
+
+        Args:
+            temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
+            context_gradient (`str`, *optional*, defaults to `"exact"`):
+                One of [`CONTEXT_GRADIENTS`]. With `"detached"`, velocities have the same values and no gradient
+                through their context.
+            inputs: `PackedBatch.inputs` on the model's device.
         """
 
     @abstractmethod
     def prefill(
-        self, contexts: Sequence[Sequence[Segment]], group_size: int, capacity: int, past: Any | None = None
-    ) -> Any:
+        self, contexts: Sequence[Sequence[Segment]], group_size: int = 1, capacity: int = 0, past: Any | None = None
+    ) -> Cache:
         """
-        A cache that holds every context once and gives `group_size` samples `capacity` slots of their own. `past` is the cache
-        of the turn before, in which much of the contexts may stand already; it is used up.
+        Read contexts.
+
+        Args:
+            contexts (`Sequence[Sequence[Segment]]`): What the samples of each group see. A context may be empty.
+            group_size (`int`, *optional*, defaults to `1`): Consecutive samples that share each context.
+            capacity (`int`, *optional*, defaults to `0`): Slots that each sample can fill afterwards.
+            past ([`Cache`], *optional*):
+                Cache of the previous turn. It may hold parts of the contexts, and is used up.
+
+        Returns:
+            [`Cache`] with `len(contexts) * group_size` rows.
         """
 
     @abstractmethod
-    def sample_text(self, cache: Any, uniforms: torch.Tensor, **sampling: Any) -> SampledText:
-        """Sample one text a row and leave it in the cache."""
+    def sample_text(
+        self, cache: Any, uniforms: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    ) -> SampledText:
+        """
+        Sample one text for each of the first rows of a cache, and leave it there.
+
+        Args:
+            cache ([`Cache`]): Its first `batch` rows are continued. Rows after them, of other guidance branches, stay.
+            uniforms (`torch.Tensor` of shape `(batch, max_new_tokens)`): Random numbers in [0, 1), one per token.
+            temperature (`float`, *optional*, defaults to `1.0`): 0 takes the likeliest token.
+            top_k (`int`, *optional*, defaults to `0`): Number of likeliest tokens to draw from; 0 means all.
+            top_p (`float`, *optional*, defaults to `1.0`): Share of the likeliest tokens to draw from.
+        """
 
     @abstractmethod
     def predict_velocity(
         self, cache: Any, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
     ) -> torch.Tensor:
         """
-        Velocity of `latents` `(rows, tokens, channels)` given each row's cache, which is read and not changed. The cache may
-        have fewer rows: each then serves the same number of consecutive latents.
+        Velocity of noised images, given each row's context in a cache, which is left as it is.
+
+        Args:
+            cache ([`Cache`]):
+                It may have fewer rows than `latents`. Each row then serves the same number of consecutive images.
+            latents (`torch.Tensor` of shape `(rows, tokens, channels)`): Noised images.
+            grid (`tuple[int, int]`): Their rows and columns of tokens.
+            timestep (`torch.Tensor` with one element): Time in [0, 1] of all rows.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, tokens, channels)`.
         """
 
     @abstractmethod
     def answer_logits(self, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
         """
-        Logits `(questions, vocabulary)` of the first token of an answer to each question about one image, which is given
-        as the vision tower's input `(3, height, width)` and read once.
+        Logits of the first token of an answer to each question about one image, which is read once.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(3, height, width)`):
+                Result of [`UnifiedProcessor.question_pixels`].
+            questions (`Sequence[TextSegment]`): Questions about the image.
+
+        Returns:
+            `torch.Tensor` of shape `(questions, vocabulary)`.
         """
 
     @abstractmethod
-    def image_slots(self, grid: tuple[int, int]) -> int:
-        """Cache slots that one image of latents takes."""
-
-    @abstractmethod
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels `(batch, 3, height, width)` in [-1, 1] to clean latents `(batch, tokens, channels)`."""
+        """Encode pixels `(batch, 3, height, width)` in [-1, 1] to clean latents `(batch, tokens, channels)`, fp32."""
 
     @abstractmethod
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Latents `(batch, tokens, channels)` to pixels `(batch, 3, height, width)` in [-1, 1]."""
+        """Decode clean latents `(batch, tokens, channels)` to pixels `(batch, 3, height, width)` in [-1, 1]."""
+
+
+class UnifiedProcessor(ABC):
+    """
+    Turns texts and images into segments. A concrete processor is a [`~transformers.processing_utils.ProcessorMixin`]
+    as well.
+
+    Sizes of images are `(height, width)` in pixels.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer. It has an `eos_token_id`."""
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids."""
+
+    @abstractmethod
+    def text_segment(self, text: str) -> TextSegment:
+        """A given text, without the delimiters that the model puts around it."""
+
+    @abstractmethod
+    def system_segments(self, think: bool, edits: bool) -> list[TextSegment]:
+        """
+        System prompt that a context begins with.
+
+        Args:
+            think (`bool`): Whether the policy writes a thought before it paints.
+            edits (`bool`): Whether the request is about a given image.
+        """
+
+    def request_segment(self, text: str, size: tuple[int, int]) -> TextSegment:
+        """A user's request for an image of the given size."""
+        return self.text_segment(text)
+
+    @abstractmethod
+    def reflection_request(self, prompt: str) -> str:
+        """Text of the request to refine an image that was made for `prompt`."""
+
+    @abstractmethod
+    def resize_image(self, image: Image.Image) -> Image.Image:
+        """The resize that every input image goes through first, to a size that the model can encode."""
+
+    @abstractmethod
+    def image_segment(self, image: Image.Image, model: Any) -> ImageSegment:
+        """An image of any size and mode as context. `model`, a [`UnifiedModel`], encodes it."""
+
+    def look(self, image: Image.Image) -> torch.Tensor | None:
+        """
+        Pixels `(3, height, width)` of an image as the model's vision tower reads them. `None` for a family that reads
+        an image by its latents alone.
+        """
+        return None
+
+    @abstractmethod
+    def question_pixels(self, image: Image.Image) -> torch.Tensor:
+        """Pixels `(3, height, width)` of an image as [`UnifiedModel.answer_logits`] reads them."""
+
+    @abstractmethod
+    def branch_context(self, branch: str, context: Sequence[Segment], size: tuple[int, int]) -> list[Segment]:
+        """
+        The context of a guidance branch.
+
+        Args:
+            branch (`str`): Name of a branch; `"full"` returns `context`.
+            context (`Sequence[Segment]`):
+                All that the policy sees when it starts to act: what was given, and what it sampled in earlier turns.
+            size (`tuple[int, int]`): Size of the image that is painted.
+        """
+
+
+class Family(ABC):
+    """
+    A model family. Register a subclass with `@FAMILIES.register(model_type)`, or by an entry point of that name in the
+    group `alphagrpo_ext.models`. A family whose configurations have several `model_type`s is registered under each.
+    """
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    """Model, a [`UnifiedModel`] with a `config_class`."""
+    processor_class: ClassVar[type[ProcessorMixin]]
+    """Processor, a [`UnifiedProcessor`]."""
+    lora_presets: ClassVar[Mapping[str, str]]
+    """
+    PEFT's `target_modules` for some of [`LORA_TARGETS`], at least `"both"`: regular expressions that match whole
+    names.
+    """
+    saved_files: ClassVar[tuple[str, ...]] = (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+    )
+    """Files of a folder that `save_pretrained` of model and processor wrote."""
+    hub_marker: ClassVar[str | None] = None
+    """A file that a repository on the Hub has if it is in the released layout; see [`Family.matches`]."""
+    hub_files: ClassVar[tuple[str, ...]] = ()
+    """Files of such a repository that are downloaded."""
+
+    def matches(self, folder: Path) -> bool:
+        """Whether a folder is in a layout of this family other than that of `save_pretrained`."""
+        return False
+
+    def load(
+        self, path: str, dtype: torch.dtype | str, revision: str | None = None, **kwargs: Any
+    ) -> tuple[PreTrainedModel, ProcessorMixin]:
+        """
+        Load a model and its processor.
+
+        Args:
+            path (`str`): A folder, or the id of a repository on the Hub that is not in the released layout.
+            dtype (`torch.dtype` or `"auto"`): Data type of the weights, except those that stay fp32.
+            revision (`str`, *optional*): Branch, tag or commit of a repository on the Hub.
+            kwargs: Passed to `from_pretrained`, e.g. `attn_implementation`.
+
+        Raises:
+            `ValueError`: If a weight is missing, left over or of another shape.
+        """
+        model, info = self.model_class.from_pretrained(
+            path, dtype=dtype, revision=revision, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        problems = [f"it lacks {name}" for name in sorted(info["missing_keys"])]
+        problems += [f"it has {name}, which the model does not have" for name in sorted(info["unexpected_keys"])]
+        problems += [
+            f"{name} has shape {tuple(actual)} instead of {tuple(expected)}"
+            for name, actual, expected in sorted(info["mismatched_keys"])
+        ]
+        if problems:
+            raise ValueError(f"the weights in {path} do not fit its configuration: {summarize(problems)}")
+        return model, self.load_processor(path, revision)
+
+    def load_processor(self, path: str, revision: str | None = None) -> ProcessorMixin:
+        """Load the processor alone, from a `path` as for [`Family.load`]."""
+        return self.processor_class.from_pretrained(path, revision=revision)
+
+    def lora_target_modules(self, preset: str) -> str:
+        """
+        PEFT's `target_modules` of a preset.
+
+        Raises:
+            `ValueError`: If the family does not have it.
+        """
+        if preset not in self.lora_presets:
+            raise ValueError(
+                f"{type(self).__name__} has no LoRA preset {preset!r}, available: {', '.join(self.lora_presets)}"
+            )
+        return self.lora_presets[preset]
+
+    @abstractmethod
+    def is_generation_parameter(self, name: str) -> bool:
+        """Whether only the generation of images uses a parameter. Wrappers may have put a prefix before its name."""
+
+    def keeps_fp32(self, name: str) -> bool:
+        """Whether a parameter stays fp32 in a model of any data type."""
+        return False
+
+    def sharded_layers(self, model: Any) -> Sequence[torch.nn.Module]:
+        """Modules of a model whose weights are gathered one module at a time when parameters are sharded."""
+        return ()
+
+    def freeze_vision_tower(self, model: Any) -> None:
+        """Exclude the modules that only read images from training. A family without a vision tower does nothing."""
+        return

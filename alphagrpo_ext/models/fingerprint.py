@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What tells one checkpoint from another: by its files, and as a name for a folder."""
+"""Identity of a checkpoint: a fingerprint of its files, and a label that can name a folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from alphagrpo_ext.models.loading import resolve_model_path
 
 def checkpoint_fingerprint(model_name_or_path: str | Path) -> tuple[str, ...]:
     """
-    Tells a checkpoint from one that was written in its place later, by names, sizes and times of its files; no weights are
-    read.
+    Fingerprint that tells a checkpoint from another one written in its place later. It consists of names, sizes and
+    times of files; no weights are read.
 
     Args:
         model_name_or_path (`str` or `Path`): As in [`~alphagrpo_ext.models.loading.load_model`].
 
     Returns:
-        `tuple[str, ...]`: An entry a file, and those of the model that an adapter was made for. A repository on the Hub that is
-        not downloaded as a folder has its name alone.
+        `tuple[str, ...]`: One entry per file, followed by the entries of the model that an adapter was made for. For a
+        repository on the Hub that is not downloaded as a folder, its name alone.
     """
     path = Path(resolve_model_path(model_name_or_path))
     if not path.is_dir():
@@ -34,7 +34,7 @@ def checkpoint_fingerprint(model_name_or_path: str | Path) -> tuple[str, ...]:
 
 
 def model_label(model_name_or_path: str) -> str:
-    """A name for a model's folder, e.g. `"bagel-shapes"`; no two models have the same."""
+    """Label of a model that can name a folder, e.g. `"bagel-shapes"`. Different models have different labels."""
     label = re.sub(r"[^\w.-]+", "-", model_name_or_path).strip("-.")
     if label == model_name_or_path:
         return label

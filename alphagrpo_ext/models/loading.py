@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From a name to a model and its processor: the packaged checkpoint, a released folder, or one that was saved."""
+"""From a name to a model and its processor: a packaged checkpoint, a folder, or a repository on the Hub.
+
+The `model_type` in `config.json` names the family in the registry, so that a third party's family loads by name. A
+folder without one, or with a type that nobody registered, belongs to the family that recognises its layout.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +18,76 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import PeftModel
-from transformers import AutoConfig, AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
-import alphagrpo_ext.models.bagel  # noqa: F401  (registers with the Auto classes)
 from alphagrpo_ext.models.adapters import adapter_base, is_adapter, load_adapter
-from alphagrpo_ext.models.bagel.checkpoint import (
-    DOWNLOADED_FILES,
-    is_released_layout,
-    load_released,
-    load_released_processor,
-)
-from alphagrpo_ext.models.contract import MODELS, UnifiedModel
-from alphagrpo_ext.models.weight_files import read_shapes, summarize
+from alphagrpo_ext.models.contract import FAMILIES, Family, UnifiedModel
+from alphagrpo_ext.models.weight_files import read_shapes
 
 
 PACKAGED_CHECKPOINTS = {"bagel-shapes": Path(__file__).parents[1] / "shapes" / "checkpoint"}
-SAVED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
 
 
 def resolve_model_path(model_name_or_path: str | Path, revision: str | None = None) -> str:
     """
-    Folder of a packaged checkpoint, of a local one, or of the files of a repository on the Hub that has BAGEL's released
-    layout, which are downloaded first; the id unchanged if the repository has another layout.
+    Folder of a packaged checkpoint, of a local one, or of the downloaded files of a repository on the Hub that has a
+    family's released layout. The id of a repository with another layout is returned unchanged.
 
     Args:
-        model_name_or_path (`str` or `Path`): As [`load_model`].
+        model_name_or_path (`str` or `Path`): As in [`load_model`].
         revision (`str`, *optional*): Branch, tag or commit of a repository on the Hub.
 
     Raises:
-        `FileNotFoundError`: If the name is a local folder that lacks a file, or is not there at all; the message names it.
+        `FileNotFoundError`: If the name is a local folder that lacks a file, or does not exist at all; the message
+        names it.
         `ValueError`: If a weight file is truncated.
     """
     path = Path(PACKAGED_CHECKPOINTS.get(str(model_name_or_path), model_name_or_path))
     if not path.is_dir():
         return _download(str(model_name_or_path), revision)
-    if not (is_released_layout(path) or is_adapter(path)):
-        _check_saved_files(path)
+    if is_adapter(path):
+        return str(path)
+    family = _family_of_folder(path)
+    if family is None or not family.matches(path):
+        _check_saved_files(path, Family.saved_files if family is None else family.saved_files)
     return str(path)
 
 
-def _check_saved_files(folder: Path) -> None:
-    missing = [name for name in SAVED_FILES if not (folder / name).exists()]
+def find_family(path: str, revision: str | None = None) -> Family:
+    """
+    The family of a checkpoint.
+
+    Args:
+        path (`str`): What [`resolve_model_path`] returned.
+        revision (`str`, *optional*): Branch, tag or commit of a repository on the Hub.
+
+    Raises:
+        `UnknownNameError`: If no family has the checkpoint's `model_type`; the message lists those that exist.
+    """
+    if not Path(path).is_dir():
+        return FAMILIES.get(_model_type(hf_hub_download(path, "config.json", revision=revision)))()
+    return _family_of_folder(Path(path)) or FAMILIES.get(_model_type(Path(path) / "config.json"))()
+
+
+def _family_of_folder(folder: Path) -> Family | None:
+    """The family by `model_type`, else the one that recognises the layout, else `None`."""
+    config = folder / "config.json"
+    if config.exists() and (model_type := _model_type(config)) in FAMILIES.names():
+        return FAMILIES.get(model_type)()
+    return next((family for family in _families() if family.matches(folder)), None)
+
+
+def _families() -> Iterator[Family]:
+    return (FAMILIES.get(name)() for name in FAMILIES.names())
+
+
+def _model_type(config: str | Path) -> str | None:
+    """The `model_type` in a `config.json`."""
+    return json.loads(Path(config).read_text(encoding="utf-8")).get("model_type")
+
+
+def _check_saved_files(folder: Path, names: Sequence[str]) -> None:
+    missing = [name for name in names if not (folder / name).exists()]
     weights, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if "model.safetensors" in missing and index.exists():
         missing.remove("model.safetensors")
@@ -67,12 +100,15 @@ def _check_saved_files(folder: Path) -> None:
 
 
 def _download(name: str, revision: str | None) -> str:
-    """Folder of a released checkpoint's files in the Hub's cache, or the id of a repository with another layout."""
+    """
+    Folder in the Hub's cache with the files of a released checkpoint, or the id of a repository with another layout.
+    """
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {name}")
     try:
-        if _has_file(name, "llm_config.json", revision):
-            return snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED_FILES))
+        for family in _families():
+            if family.hub_marker is not None and _has_file(name, family.hub_marker, revision):
+                return snapshot_download(name, revision=revision, allow_patterns=list(family.hub_files))
         if _has_file(name, "config.json", revision):
             return name
         reason = "it has no config.json, or the Hub cannot be reached and the cache lacks it"
@@ -104,11 +140,12 @@ def load_model(
 
     Args:
         model_name_or_path (`str` or `Path`):
-            `"bagel-shapes"` for the packaged checkpoint, a folder (BAGEL's released layout, one written by
-            `save_pretrained`, or an adapter's, which is put onto the model that it names), or the id of a repository on
-            the Hub, of which a released layout's files alone are downloaded.
+            `"bagel-shapes"` for the packaged checkpoint, a folder, or the id of a repository on the Hub. A folder
+            holds a family's released layout, what `save_pretrained` wrote, or an adapter, which is put onto the model
+            that it names. Of a repository with a released layout, only the files of that layout are downloaded.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
-            Of the weights; the autoencoder stays fp32. `"auto"` leaves them in the type in which they are stored.
+            Data type of the weights, except those that the family keeps in fp32. `"auto"` leaves weights in the type
+            in which they are stored.
         revision (`str`, *optional*):
             Branch, tag or commit of a repository on the Hub.
         kwargs:
@@ -116,8 +153,9 @@ def load_model(
 
     Raises:
         `FileNotFoundError`: If there is no such model, or it lacks a file; the message names it.
-        `ValueError`: If a file is truncated or damaged, if a weight is missing, left over or of another shape, or if an
-            adapter was made for another model.
+        `ValueError`: If a file is truncated or damaged, if a weight is missing, left over or of another shape, if an
+        adapter was
+            made for another model, or if no registered family has the model's type.
     """
     path = resolve_model_path(model_name_or_path, revision)
     if is_adapter(path):
@@ -125,35 +163,23 @@ def load_model(
         return load_adapter(model, path), processor
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    if is_released_layout(path):
-        model, processor = load_released(path, None if dtype == "auto" else dtype)
-        if not Path(model_name_or_path).is_dir():
-            # So that an adapter names the repository and not a folder of this machine.
-            model.name_or_path = model.config._name_or_path = str(model_name_or_path)
-        if kwargs.get("attn_implementation"):
-            model.set_attn_implementation(kwargs["attn_implementation"])
-        return model, processor
-    config = AutoConfig.from_pretrained(path, revision=revision)
-    model, info = MODELS.get(config.model_type).from_pretrained(
-        path, dtype=dtype, revision=revision, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-    )
-    problems = [f"it lacks {name}" for name in sorted(info["missing_keys"])]
-    problems += [f"it has {name}, which the model has not" for name in sorted(info["unexpected_keys"])]
-    problems += [
-        f"{name} has shape {tuple(actual)} instead of {tuple(expected)}"
-        for name, actual, expected in sorted(info["mismatched_keys"])
-    ]
-    if problems:
-        raise ValueError(f"the weights in {path} do not fit its configuration: {summarize(problems)}")
-    return model, load_processor(path, revision)
+    model, processor = find_family(path, revision).load(path, dtype, revision=revision, **kwargs)
+    if (
+        Path(path).is_dir()
+        and not Path(model_name_or_path).is_dir()
+        and str(model_name_or_path) not in PACKAGED_CHECKPOINTS
+    ):
+        # So that an adapter names the repository and not a folder of this machine.
+        model.name_or_path = model.config._name_or_path = str(model_name_or_path)
+    return model, processor
 
 
 def load_processor(model_name_or_path: str | Path, revision: str | None = None) -> ProcessorMixin:
     """
-    The processor of a model alone.
+    Load the processor of a model alone.
 
     Args:
-        model_name_or_path (`str` or `Path`): As [`load_model`].
+        model_name_or_path (`str` or `Path`): As in [`load_model`].
         revision (`str`, *optional*): Branch, tag or commit of a repository on the Hub.
 
     Raises:
@@ -162,6 +188,4 @@ def load_processor(model_name_or_path: str | Path, revision: str | None = None) 
     path = resolve_model_path(model_name_or_path, revision)
     if is_adapter(path):
         return load_processor(adapter_base(path))
-    if is_released_layout(path):
-        return load_released_processor(Path(path))
-    return AutoProcessor.from_pretrained(path, revision=revision)
+    return find_family(path, revision).load_processor(path, revision)

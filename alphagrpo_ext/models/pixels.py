@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures to tensors and back."""
+"""Conversion of images to tensors and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white."""
+    """An image in RGB. Transparent pixels become white."""
     if image.mode == "RGBA" or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, (255, 255, 255))
@@ -20,12 +20,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
-    """Pixels `(3, height, width)` in [-1, 1]."""
+    """Convert an image to pixels `(3, height, width)` in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return (pixels.permute(2, 0, 1) / 255 - 0.5) / 0.5
 
 
 def tensor_to_image(pixels: torch.Tensor) -> Image.Image:
-    """Pixels `(3, height, width)` in [-1, 1] to an image; values are truncated to eight bits, as the reference does."""
+    """
+    Convert pixels `(3, height, width)` in [-1, 1] to an image. Values are truncated to eight bits, as the reference
+    does.
+    """
     pixels = (pixels.float().cpu() * 0.5 + 0.5).clamp(0, 1) * 255
     return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())

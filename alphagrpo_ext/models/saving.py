@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Folders that are written whole or not at all, and a model in one."""
+"""Writing of folders that appear complete or not at all, and of a model into such a folder."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def check_output_folder(folder: str | Path) -> None:
 
 def check_free_space(folder: str | Path, num_bytes: int) -> None:
     """
-    Check that a folder, which need not exist yet, can take `num_bytes`.
+    Check that the disk of a folder, which need not exist yet, has room for `num_bytes`.
 
     Raises:
-        `OSError`: If its disk has less room; the message gives both figures.
+        `OSError`: If it has less room; the message gives both figures.
     """
     existing = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -46,12 +46,12 @@ def check_free_space(folder: str | Path, num_bytes: int) -> None:
 @contextmanager
 def staged_folder(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     """
-    A temporary folder beside `folder` that takes its place when the block ends, and is removed if the block fails. A
-    process that is killed leaves it behind, under a name that starts with a dot and ends in `.tmp`, and no `folder`.
+    A temporary folder that is renamed to `folder` when the block ends, and removed if the block fails. A process that
+    is killed leaves the temporary folder, whose name starts with a dot and ends in `.tmp`, and no `folder`.
 
     Args:
         folder (`str` or `Path`): The folder to write, which must be empty or not exist.
-        num_bytes (`int`, *optional*, defaults to `0`): What the block will write, at least.
+        num_bytes (`int`, *optional*, defaults to `0`): Least number of bytes that the block writes.
 
     Raises:
         `FileExistsError`: If `folder` has files.
@@ -74,7 +74,9 @@ def staged_folder(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file or the entries of a folder, so that what is renamed is complete even after a crash."""
+    """
+    Flush a file, or the entries of a folder, to the disk, so that a renamed folder is complete even after a crash.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,13 +93,13 @@ def save_model(
     model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path, max_shard_size: str = "5GB"
 ) -> None:
     """
-    Write a model and its processor by `save_pretrained`, whole or not at all.
+    Write a model and its processor by `save_pretrained`. The folder appears complete or not at all.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.
         processor ([`~transformers.ProcessorMixin`]): Its processor.
-        folder (`str` or `Path`): Where to; it must be empty or not exist.
-        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Largest weight file.
+        folder (`str` or `Path`): The folder to write, which must be empty or not exist.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
 
     Raises:
         `FileExistsError`: If `folder` has files.

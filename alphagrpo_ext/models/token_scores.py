@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Log-probabilities of tokens without the logits of all of them in memory at once."""
+"""Log-probabilities of tokens, computed in chunks so that the logits of all tokens are never in memory at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 MAX_LOGITS = 2**25
-"""Logits that are in memory at once: 128 MiB in fp32, 220 tokens of BAGEL's vocabulary."""
+"""Number of logits that are in memory at once: 128 MiB in fp32, or 220 tokens with a vocabulary of 152,000."""
 
 
 def score_tokens(
@@ -25,16 +25,17 @@ def score_tokens(
     """
     Log-probabilities of `targets` and entropies of their distributions, in chunks of tokens.
 
-    The backward computes the logits of a chunk anew, so that only hidden states are kept. A single chunk is not
-    computed twice.
+    The backward recomputes the logits of a chunk, so that only hidden states are kept. A single chunk is not
+    recomputed.
 
     Args:
-        head (`Callable`): Hidden states `(n, hidden)` to logits `(n, vocab_size)`.
-        hidden_states (`torch.Tensor` of shape `(tokens, hidden)`): Before the head.
+        head (`Callable`): Maps hidden states `(n, hidden)` to logits `(n, vocab_size)`.
+        hidden_states (`torch.Tensor` of shape `(tokens, hidden)`): Inputs of the head.
         targets (`torch.Tensor` of shape `(tokens,)`): Token ids.
-        vocab_size (`int`): Logits a token.
+        vocab_size (`int`): Number of logits per token.
         temperature (`float`, *optional*, defaults to `1.0`): Divides the logits.
-        max_logits (`int`, *optional*, defaults to [`MAX_LOGITS`]): Largest size of a chunk, in logits; at least one token.
+        max_logits (`int`, *optional*, defaults to [`MAX_LOGITS`]):
+            Largest number of logits in a chunk, which has at least one token.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities and entropies `(tokens,)`, in nats, fp32.

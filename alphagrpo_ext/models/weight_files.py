@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Weights in safetensors files: read through a memory map and written tensor by tensor."""
+"""Weights in safetensors files, which are read through a memory map and written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 
-# Pages of a map count as memory of the process until it is closed.
+# The map is renewed after this many bytes, because its pages count as memory of the process until it is closed.
 REMAP_BYTES = 256 * 2**20
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -21,11 +21,11 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """
-    Names and shapes of a safetensors file's tensors, in the file's order, from its header alone.
+    Names and shapes of the tensors of a safetensors file, in the file's order. Only the header is read.
 
     Raises:
         `FileNotFoundError`: If there is no such file.
-        `ValueError`: If the file is shorter than its header says, or is no safetensors file.
+        `ValueError`: If the file is shorter than its header says, or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -38,13 +38,13 @@ def read_tensors(path: str | Path, dtype: torch.dtype | None = None) -> Iterator
     """
     Names and tensors of a safetensors file, in the file's order.
 
-    A tensor that has the wanted type stays a view of the memory map: it takes memory where it is read, which processes
-    share, and a write copies the page and leaves the file alone. The others are converted one at a time. The file must not
-    be overwritten in place as long as a view is in use.
+    A tensor that has the wanted type stays a view of the memory map. Its pages take memory when they are read,
+    processes share them, and a write copies the page without a change of the file. Other tensors are converted one at
+    a time. The file must not be overwritten in place while a view is in use.
 
     Args:
         path (`str` or `Path`): The file.
-        dtype (`torch.dtype`, *optional*): Type of the tensors; without it, each keeps its own.
+        dtype (`torch.dtype`, *optional*): Data type of the tensors; `None` keeps the type of each.
     """
     names = list(read_shapes(path))
     while names:
@@ -61,7 +61,8 @@ def read_tensors(path: str | Path, dtype: torch.dtype | None = None) -> Iterator
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
-    Write a safetensors file, one tensor at a time and with a progress bar: of tensors on a GPU, only one is in memory.
+    Write a safetensors file tensor by tensor, with a progress bar. Of tensors on a GPU, one at a time is copied to
+    memory.
 
     Args:
         path (`str` or `Path`): The file.
@@ -103,14 +104,14 @@ def shape_differences(
     expected: Mapping[str, Sequence[int]], actual: Mapping[str, Sequence[int]], source: str
 ) -> list[str]:
     """
-    What is wrong with the tensors of a file or folder, one sentence part each.
+    Differences between expected and actual tensors, each as a part of a sentence.
 
     Args:
         expected, actual (`Mapping[str, Sequence[int]]`): Shapes by name.
-        source (`str`): What the actual ones were read from.
+        source (`str`): File or folder that the actual shapes were read from.
     """
     missing = [f"{source} lacks {name}" for name in expected if name not in actual]
-    extra = [f"{source} has {name}, which the model has not" for name in actual if name not in expected]
+    extra = [f"{source} has {name}, which the model does not have" for name in actual if name not in expected]
     wrong = [
         f"{name} in {source} has shape {tuple(actual[name])} instead of {tuple(shape)}"
         for name, shape in expected.items()
@@ -120,6 +121,6 @@ def shape_differences(
 
 
 def summarize(problems: Sequence[str], limit: int = 5) -> str:
-    """The first `limit` problems in one line, and how many more there are."""
+    """The first `limit` problems in one line, and the number of the others."""
     rest = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
     return "; ".join(problems[:limit]) + rest

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How much a policy computes: tokens pushed through its network, by kind, counted where the network is called."""
+"""
+Counts of the work of a policy: tokens that its network is run on, by kind. The model counts them where it calls the
+network.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from alphagrpo_ext.flow.guidance import guidance_branches
-
 
 KINDS = ("prefill", "decode", "denoise", "scoring", "training")
 """
-What the network is called for: reading contexts, writing text, predicting velocities, scoring trajectories without a
-gradient (for old and reference policies), and with one.
+Purposes of calls of the network: reading contexts, writing text, predicting velocities, scoring trajectories without
+gradient (for old and reference policies), and scoring them with gradient.
 """
 
 
 class Counted(Protocol):
-    """A model that counts its work where it is told to."""
+    """A model that counts its work in the counter that it is given."""
 
     work: WorkCounter | None
 
@@ -29,24 +30,27 @@ class Counted(Protocol):
 @dataclass
 class WorkCounter:
     """
-    Counts the work of one process, within [`~WorkCounter.of`]. What a policy does as its own judge does not count.
+    Counts the work of one process within [`~WorkCounter.of`]. The work of a policy as its own judge does not count.
 
-    Tokens are those that somebody asked for, delimiters included; places that pad a batch are counted on their own, so
-    that what a batch wastes is seen as well.
+    Tokens are those of samples, delimiters included. Places that pad a batch are counted separately, and show how much
+    of the batch is wasted.
 
     Args:
-        tokens (`Counter[str]`): Tokens of each of [`KINDS`]; those of `denoise` by guidance branch, `"denoise/full"`.
-        evaluations (`Counter[str]`): Calls of the network, of each of [`KINDS`].
-        padding (`int`): Places beside these tokens that the network was run on.
+        branches (`tuple[str, ...]`, *optional*, defaults to `("full",)`): Guidance branches of the model's family.
+        tokens (`Counter[str]`):
+            Tokens of each of [`KINDS`]. Those of `denoise` are counted by guidance branch, e.g. `"denoise/full"`.
+        evaluations (`Counter[str]`): Calls of the network for each of [`KINDS`].
+        padding (`int`): Further places that the network was run on.
     """
 
+    branches: tuple[str, ...] = ("full",)
     tokens: Counter[str] = field(default_factory=Counter)
     evaluations: Counter[str] = field(default_factory=Counter)
     padding: int = 0
 
     def count(self, kind: str, num_tokens: int, num_places: int, num_evaluations: int = 1) -> None:
         """
-        Calls of the network.
+        Count calls of the network.
 
         Args:
             kind (`str`): One of [`KINDS`].
@@ -59,25 +63,24 @@ class WorkCounter:
         self.padding += num_places - num_tokens
 
     def count_denoising(self, branches: Sequence[str], num_samples: int, num_tokens: int) -> None:
-        """One denoising step of `num_samples` images of `num_tokens` each, in all of `branches` at once."""
+        """Count one denoising step of `num_samples` images of `num_tokens` each, in all of `branches` at once."""
         for branch in branches:
             self.tokens[f"denoise/{branch}"] += num_samples * num_tokens
         self.evaluations["denoise"] += 1
 
     def metrics(self) -> dict[str, float]:
-        """Everything by the names that it is logged under; what did not occur is 0, so that the names never change."""
-        branches = guidance_branches(text_scale=2.0, image_scale=2.0)
+        """All counts by the names that they are logged under. The names never change: what did not occur is 0."""
         kinds = [kind for kind in KINDS if kind != "denoise"]
         return {
             **{f"work/{kind}_tokens": float(self.tokens[kind]) for kind in kinds},
-            **{f"work/denoise_tokens/{branch}": float(self.tokens[f"denoise/{branch}"]) for branch in branches},
+            **{f"work/denoise_tokens/{branch}": float(self.tokens[f"denoise/{branch}"]) for branch in self.branches},
             **{f"work/network_evaluations/{kind}": float(self.evaluations[kind]) for kind in KINDS},
             "work/padding_tokens": float(self.padding),
         }
 
     @contextmanager
     def of(self, *models: Counted) -> Iterator[None]:
-        """In this context, the work of `models` is counted here."""
+        """Count the work of `models` here for the time of the block."""
         for model in models:
             model.work = self
         try:
@@ -87,7 +90,7 @@ class WorkCounter:
                 model.work = None
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Set all counts to 0."""
         self.tokens.clear()
         self.evaluations.clear()
         self.padding = 0

@@ -11,8 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.models.contract import BRANCHES, PackedBatch, PackedOutput
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import Trajectory
 
@@ -68,7 +67,6 @@ class ImageScores:
         trajectories: Sequence[Trajectory],
         batch: PackedBatch,
         output: PackedOutput,
-        guidance: GuidanceConfig,
     ) -> ImageScores | None:
         """
         Guide the velocities of a packed forward and put them in order. `None` if there is nothing to score.
@@ -76,7 +74,6 @@ class ImageScores:
         Args:
             trajectories (`Sequence[Trajectory]`): What was packed.
             batch ([`PackedBatch`]), output ([`PackedOutput`]): Layout and result of the forward.
-            guidance ([`GuidanceConfig`]): The guidance that the images were sampled with.
         """
         if batch.velocities is None:
             return None
@@ -87,18 +84,20 @@ class ImageScores:
         num_steps = {window.num_steps for window in windows}
         if len(num_steps) != 1:
             raise ValueError(f"all windows of a batch must have the same number of steps, but they have {num_steps}")
-        # Row of each (branch, image, step) among the copies; -1 where a branch does not count at that time.
-        rows = torch.full((len(BRANCHES), len(windows), num_steps.pop()), -1)
+        # Row of each (branch, image, step) among the copies; -1 where a branch is not needed at that time.
+        rows = torch.full((len(layout.branches), len(windows), num_steps.pop()), -1)
         rows[layout.branch, layout.image, layout.step] = torch.arange(len(layout.image))
         velocities = output.velocities[rows[0].to(device)]
         mask = layout.mask[rows[0]][:, :1].to(device)
-        guided = (rows[1] >= 0).to(device)
-        if guided.any():
-            branches = [rows[i].to(device)[guided] for i in range(len(guidance.branches))]
+        # Images and steps that need the same branches are guided together.
+        for needed in (rows >= 0).flatten(1).int().unique(dim=1).T.bool():
+            branches = needed.nonzero().flatten().tolist()
+            if len(branches) == 1:
+                continue
+            guided = ((rows >= 0) == needed[:, None, None]).all(dim=0).to(device)
+            by_name = {layout.branches[i]: output.velocities[rows[i].to(device)[guided]] for i in branches}
             image_mask = mask.expand(*guided.shape, -1)[guided]
-            velocities = velocities.index_put(
-                (guided,), guidance.guide(*(output.velocities[index] for index in branches), mask=image_mask)
-            )
+            velocities = velocities.index_put((guided,), batch.guidance.combine(by_name, mask=image_mask))
         num_tokens = velocities.shape[2]
 
         def stack(states: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The multimodal rollout generator, and the tasks that say what goes into a context."""
+"""The multimodal rollout generator, and the tasks that define what a policy is given and how often it acts."""
 
-from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator
+from alphagrpo_ext.rollout.config import RolloutConfig
+from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.refinement import Refinement, RefinementStep, refine
-from alphagrpo_ext.rollout.task import TASKS, Task, TaskContexts
+from alphagrpo_ext.rollout.task import TASKS, Task
 
 
 __all__ = [
@@ -14,6 +15,5 @@ __all__ = [
     "RolloutConfig",
     "RolloutGenerator",
     "Task",
-    "TaskContexts",
     "refine",
 ]

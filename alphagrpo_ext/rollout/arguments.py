@@ -7,18 +7,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
-from alphagrpo_ext.rollout.generator import RolloutConfig
 
 
 @dataclass
 class SamplingArguments:
     """
-    How thoughts and images are sampled. The defaults suit the packaged model; for BAGEL set size, steps and guidance.
+    How thoughts and images are sampled. The defaults suit the packaged model; for a large one set size, steps and
+    guidance.
 
     Args:
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Type of the weights, e.g. `"bfloat16"`.
+            Data type of the weights, e.g. `"bfloat16"`.
         num_timesteps (`int`, *optional*, defaults to `11`):
             Points of the denoising schedule, one more than its steps.
         timestep_shift (`float`, *optional*, defaults to `1.0`):
@@ -39,7 +40,7 @@ class SamplingArguments:
             Sampling of texts; a temperature of 0 takes the likeliest token.
     """
 
-    dtype: str = field(default="float32", metadata={"help": "Type of the weights, e.g. 'bfloat16'."})
+    dtype: str = field(default="float32", metadata={"help": "Data type of the weights, e.g. 'bfloat16'."})
     num_timesteps: int = field(default=11, metadata={"help": "Points of the denoising schedule."})
     timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
     ode_solver: str = field(

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The denoising path of a group of samples: deterministic steps, and a window of stochastic ones."""
+"""The denoising path of a group of samples: deterministic steps, and a window of stochastic steps.
+
+A solver's history is cleared at the window and where guidance is switched on or off, because the velocity is
+discontinuous there. Each stretch of the path therefore begins with an Euler step.
+
+Images that share a thought fork after the first evaluation of the window. The state there is shared, and so is its
+velocity; only the noise differs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,11 +20,8 @@ from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.solvers import ODE_SOLVERS, Evaluation
 from alphagrpo_ext.flow.timesteps import DenoisingPath, denoising_path, flow_timesteps
 from alphagrpo_ext.flow.transitions import TRANSITIONS, transition
+from alphagrpo_ext.models.contract import Cache, Guidance, UnifiedModel
 from alphagrpo_ext.trajectory import DenoisingWindow
-
-
-if TYPE_CHECKING:
-    from alphagrpo_ext.models.contract import UnifiedModel
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,14 @@ class DenoisingConfig:
         window_size (`int`, *optional*, defaults to `0`):
             Number of stochastic steps.
         ode_solver (`str`, *optional*, defaults to `"euler"`):
-            Rule of the deterministic steps, a name in `ODE_SOLVERS`. Its memory ends at the stochastic window and where
-            guidance is switched on or off.
+            Rule of the deterministic steps, a name in `ODE_SOLVERS`. Its history is cleared at the stochastic window
+            and where guidance is switched on or off.
         ode_steps (`int`, *optional*):
-            Number of deterministic steps: those outside the window, shared out to the stretches before and after it in
-            proportion to their steps of the schedule, at least one each. The network is evaluated once for each of them and
-            for each of the window's. `None` takes the steps of the schedule.
+            Number of deterministic steps, which are those outside the window. They are divided between the stretches
+            before and after it in proportion to the steps of the schedule, with at least one step each. The network is
+            evaluated once for each of them and for each step of the window. `None` takes the steps of the schedule.
         forward_times (`tuple[float, ...]`, *optional*):
-            Times of the noised copies that are made of a deterministically painted image, to be trained on.
+            Times of noised copies of a deterministically painted image. The objective trains on these copies.
     """
 
     num_timesteps: int = 50
@@ -91,48 +95,46 @@ class DenoisingConfig:
         return denoising_path(schedule, window, self.ode_steps, self.timestep_shift)
 
     def without_window(self) -> DenoisingConfig:
-        """A deterministic path with as many evaluations of the network, of an image that is not trained on."""
+        """A deterministic path with equally many evaluations of the network, for an image that is not trained on."""
         steps = None if self.ode_steps is None else self.ode_steps + self.window_size
         return replace(self, window_start=None, window_size=0, forward_times=(), ode_steps=steps)
 
-    @property
-    def branches(self) -> tuple[str, ...]:
+    def branches(self, guidance: Guidance) -> tuple[str, ...]:
         """Guidance branches that at least one step needs, `"full"` first; a context is prefilled for no other."""
         times = flow_timesteps(self.num_timesteps, self.timestep_shift)[:-1]
-        return max((self.guidance.at(t).branches for t in times), key=len)
+        return max((guidance.branches_at(t) for t in times), key=len)
 
 
 @torch.no_grad()
 def denoise(
     model: UnifiedModel,
-    cache: Any,
+    cache: Cache,
     noise: torch.Tensor,
     grid: tuple[int, int],
     config: DenoisingConfig,
     transition_noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[DenoisingWindow | None]]:
     """
-    Paint one image a sample.
+    Paint one image per sample.
 
-    Guidance branches run as one batch: the cache holds the rows of the full branch first, then those of the other
-    branches in the order of `BRANCHES`. Where a step needs fewer branches, only their rows are evaluated.
+    Guidance branches run as one batch. The cache holds the rows of each branch, in the guidance's order. Where a step
+    needs fewer branches, only their rows are evaluated.
 
     Args:
         model ([`UnifiedModel`]): Predicts velocities.
-        cache: The model's cache with `branches * samples` rows.
+        cache ([`Cache`]): The model's cache with `branches * samples` rows.
         noise (`torch.Tensor` of shape `(samples, tokens, channels)`): Initial states.
         grid (`tuple[int, int]`): Rows and columns of tokens.
         config ([`DenoisingConfig`]): Schedule, guidance, solver and window.
         transition_noise (`torch.Tensor` of shape `(samples * forks, window_size, tokens, channels)`, *optional*):
-            Noise of the window's transitions; required with a window. With several `forks`, a sample's path forks in its
-            first stochastic step: consecutive ones share its context, its initial noise and every evaluation up to that
-            step's.
+            Noise of the window's transitions; required with a window. Several `forks` of a sample, one after the
+            other, share its context, its initial noise and every evaluation up to that of the first stochastic step.
 
     Returns:
         `tuple[torch.Tensor, list[DenoisingWindow | None]]`: Clean latents `(samples * forks, tokens, channels)`, fp32,
         and the window of each.
     """
-    num_samples = len(noise)
+    guidance = model.guidance(config.guidance)
     path = config.path(noise.device)
     timesteps, window = path.timesteps, path.window
     solver = ODE_SOLVERS.get(config.ode_solver)
@@ -142,44 +144,62 @@ def denoise(
     last_branches: tuple[str, ...] = ()
     for step in range(len(timesteps) - 1):
         t, t_next = timesteps[step], timesteps[step + 1]
-        guidance = config.guidance.at(t)
-        num_branches = len(guidance.branches)
-        velocities = model.predict_velocity(
-            cache.head(num_branches * num_samples), latents.repeat(num_branches, 1, 1), grid, t
-        )
-        if model.work is not None:
-            model.work.count_denoising(guidance.branches, num_samples, model.image_slots(grid))
-        velocity = guidance.guide(*velocities.float().chunk(num_branches))
+        branches = guidance.branches_at(t)
+        rows = cache.head(len(branches) * len(noise))
+        velocity = _guided_velocity(model, rows, latents, grid, t, guidance)
         if step not in window:
-            # Noise and a change of guidance make the velocity jump, across which nothing can be extrapolated.
-            if guidance.branches != last_branches:
+            if branches != last_branches:
                 evaluations = []
             evaluations = [*evaluations, Evaluation(t, latents, velocity)][-solver.order :]
-            latents, last_branches = solver.step(evaluations, t_next), guidance.branches
+            latents, last_branches = solver.step(evaluations, t_next), branches
             continue
         if not states:
-            forks = len(transition_noise) // num_samples
+            forks = len(transition_noise) // len(noise)
             latents, velocity = (x.repeat_interleave(forks, dim=0) for x in (latents, velocity))
             states.append(latents)
-        output = transition(
-            config.sde_type,
-            latents,
-            velocity,
-            t,
-            t_next,
-            config.noise_level,
-            noise=transition_noise[:, step - window.start].to(noise.device),
-        )
-        evaluations = []
+        evaluations, step_noise = [], transition_noise[:, step - window.start].to(noise.device)
+        output = transition(config.sde_type, latents, velocity, t, t_next, config.noise_level, noise=step_noise)
         latents = output.next_latents
         states.append(latents)
         log_probs.append(output.log_prob)
     if not states:
-        return latents, [None] * num_samples
-    stacked, stacked_log_probs = torch.stack(states, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu()
+        return latents, [None] * len(noise)
     times = timesteps[window.start : window.stop + 1].cpu()
-    windows = [
-        DenoisingWindow(latents=stacked[i], timesteps=times, start=config.window_start, log_probs=stacked_log_probs[i])
-        for i in range(len(stacked))
+    return latents, _windows(states, log_probs, times, config.window_start)
+
+
+def _guided_velocity(
+    model: UnifiedModel,
+    cache: Cache,
+    latents: torch.Tensor,
+    grid: tuple[int, int],
+    t: torch.Tensor,
+    guidance: Guidance,
+) -> torch.Tensor:
+    """Guided velocity of `latents` `(samples, tokens, channels)` at time `t`, of the same shape, fp32."""
+    branches = guidance.branches_at(t)
+    velocities = model.predict_velocity(cache, latents.repeat(len(branches), 1, 1), grid, t)
+    if model.work is not None:
+        num_images = cache.num_rows // len(branches)
+        model.work.count_denoising(branches, num_images, model.denoising_tokens(cache, grid))
+    chunks = velocities.float().chunk(len(branches))
+    return guidance.combine(dict(zip(branches, chunks, strict=True)))
+
+
+def _windows(
+    states: Sequence[torch.Tensor], log_probs: Sequence[torch.Tensor], timesteps: torch.Tensor, start: int
+) -> list[DenoisingWindow]:
+    """
+    The window of each sample.
+
+    Args:
+        states (`Sequence[torch.Tensor]`): K + 1 states `(samples, tokens, channels)`.
+        log_probs (`Sequence[torch.Tensor]`): K log-probabilities `(samples,)` of the transitions between them.
+        timesteps (`torch.Tensor` of shape `(K + 1,)`): Times of the states.
+        start (`int`): Index of the first state in the schedule.
+    """
+    stacked, stacked_log_probs = torch.stack(list(states), dim=1).cpu(), torch.stack(list(log_probs), dim=1).cpu()
+    return [
+        DenoisingWindow(latents=latents, timesteps=timesteps, start=start, log_probs=values)
+        for latents, values in zip(stacked, stacked_log_probs, strict=True)
     ]
-    return latents, windows

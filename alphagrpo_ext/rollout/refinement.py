@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Self-reflective refinement at inference time: paint, look, say what is wrong, paint anew, as often as is worth it."""
+"""Self-reflective refinement at inference time: paint, look, say what is wrong, and paint anew, for several rounds.
+
+Each round starts from image and request alone, so that any number of rounds fits into the context and a round can
+start from the best image so far. In training a round sees the rounds before it.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,26 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from PIL import Image
-from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.contract import UnifiedModel
-from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, sample_generator
-from alphagrpo_ext.rollout.task import TASKS
-from alphagrpo_ext.trajectory import Trajectory
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.rollout.config import RolloutConfig
+from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
+from alphagrpo_ext.rollout.task import TASKS, Task
 
 
 Scorer: TypeAlias = Callable[[list[Image.Image], list[Mapping[str, Any]]], list[float | None]]
-"""Rewards of images, each for its row; `None` where there is none."""
+"""Rewards of images, each for its row; `None` where a reward is missing."""
 
 
 @dataclass(frozen=True)
 class RefinementStep:
     """
+    One image of a refinement.
+
     Args:
-        image (`PIL.Image.Image`): What was painted.
+        image (`PIL.Image.Image`): The painted image.
         text (`str`): What the policy wrote before it.
-        reward (`float`, *optional*): Of the image; `None` without a scorer, or where it gave none.
+        reward (`float`, *optional*): Reward of the image; `None` without a scorer, or where it gave none.
     """
 
     image: Image.Image
@@ -38,8 +43,10 @@ class RefinementStep:
 @dataclass
 class Refinement:
     """
+    The images of one row.
+
     Args:
-        steps (`list[RefinementStep]`): The first image, and one a round.
+        steps (`list[RefinementStep]`): The first image, and one per round.
     """
 
     steps: list[RefinementStep]
@@ -56,9 +63,49 @@ class Refinement:
         return reward is not None and best is not None and best >= reward
 
 
+class _Refiner:
+    """Samples and scores images for [`refine`], whose arguments it takes."""
+
+    def __init__(
+        self,
+        model: UnifiedModel,
+        processor: UnifiedProcessor,
+        config: RolloutConfig,
+        seed: int | str,
+        scorer: Scorer | None,
+    ) -> None:
+        self.model, self.processor, self.config = model, processor, config
+        self.seed, self.scorer = seed, scorer
+
+    def given(self, rows: Sequence[Mapping[str, Any]]) -> list[RefinementStep]:
+        """Steps of images that rows have already."""
+        images = [row["image"] for row in rows]
+        return [
+            RefinementStep(image, "", reward)
+            for image, reward in zip(images, self._rewards(images, rows), strict=True)
+        ]
+
+    def sample(
+        self, task: Task, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], turn: int
+    ) -> list[RefinementStep]:
+        """One step per row. `indices` are those of the rows among all, and set the noise together with `turn`."""
+        generate = RolloutGenerator(self.model, self.processor, task)
+        generators = [sample_generator(self.seed, turn, index) for index in indices]
+        trajectories = generate(rows, generators, self.config)
+        images = [trajectory.final_image for trajectory in trajectories]
+        texts = [
+            self.processor.decode([token_id for text in trajectory.sampled_texts for token_id in text.content_ids])
+            for trajectory in trajectories
+        ]
+        return [RefinementStep(*step) for step in zip(images, texts, self._rewards(images, rows), strict=True)]
+
+    def _rewards(self, images: list[Image.Image], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        return self.scorer(images, list(rows)) if self.scorer and images else [None] * len(images)
+
+
 def refine(
     model: UnifiedModel,
-    processor: ProcessorMixin,
+    processor: UnifiedProcessor,
     rows: Sequence[Mapping[str, Any]],
     config: RolloutConfig,
     num_rounds: int = 1,
@@ -69,62 +116,47 @@ def refine(
     keep_best: bool = False,
 ) -> list[Refinement]:
     """
-    Paint every prompt, then reflect on the image and paint it anew, up to `num_rounds` times. A round sees the image that
-    it refines and the request, and no earlier round.
+    Paint every prompt, then reflect on the image and paint it anew, up to `num_rounds` times. A round sees the image
+    that it refines and the request, and no earlier round.
 
     Args:
         model ([`UnifiedModel`]): The policy.
-        processor (`ProcessorMixin`): Its processor.
-        rows (`Sequence[Mapping[str, Any]]`): Each has a `prompt`; one with an `image` starts from that.
+        processor ([`UnifiedProcessor`]): Its processor.
+        rows (`Sequence[Mapping[str, Any]]`): Each has a `prompt`. A row with an `image` starts from that image.
         config ([`RolloutConfig`]): How to sample.
-        num_rounds (`int`, *optional*, defaults to `1`): Most rounds; 0 only paints.
+        num_rounds (`int`, *optional*, defaults to `1`): Largest number of rounds; 0 only paints.
         think (`bool`, *optional*, defaults to `True`): Whether the first image follows a thought.
-        seed (`int` or `str`, *optional*, defaults to `0`): Of all noise.
+        seed (`int` or `str`, *optional*, defaults to `0`): Seed of all noise.
         scorer (`Scorer`, *optional*): Scores images, e.g. with a judge.
         stop_reward (`float`, *optional*): A row whose image has this reward is not refined further.
         keep_best (`bool`, *optional*, defaults to `False`):
             Whether a round refines the best image so far instead of the last one.
 
     Returns:
-        `list[Refinement]`: One a row.
+        `list[Refinement]`: One per row.
 
     Raises:
-        `ValueError`: If `stop_reward` or `keep_best` is asked for without a scorer, or `num_rounds` is negative.
+        `ValueError`: If `stop_reward` or `keep_best` is set without a scorer, or `num_rounds` is negative.
     """
     if num_rounds < 0:
         raise ValueError(f"num_rounds must not be negative, but is {num_rounds}")
     if scorer is None and (stop_reward is not None or keep_best):
         raise ValueError("stop_reward and keep_best need a scorer, which tells how good an image is")
     rows = list(rows)
-
-    def steps(trajectories: Sequence[Trajectory], of_rows: list[Mapping[str, Any]]) -> list[RefinementStep]:
-        images = [trajectory.final_image for trajectory in trajectories]
-        rewards = scorer(images, of_rows) if scorer and images else [None] * len(images)
-        texts = [
-            processor.decode([i for text in trajectory.sampled_texts for i in text.content_ids])
-            for trajectory in trajectories
-        ]
-        return [RefinementStep(*step) for step in zip(images, texts, rewards, strict=True)]
-
-    def run(task: str, of_rows: list[Mapping[str, Any]], indices: Sequence[int], turn: int) -> list[RefinementStep]:
-        generate = RolloutGenerator(model, processor, TASKS.get(task)(think=think or turn > 0))
-        generators = [sample_generator(seed, turn, index) for index in indices]
-        return steps(generate(of_rows, generators, config), of_rows)
-
+    refiner = _Refiner(model, processor, config, seed, scorer)
     given = [i for i, row in enumerate(rows) if row.get("image") is not None]
     painted = [i for i in range(len(rows)) if i not in given]
-    results: dict[int, Refinement] = {}
-    rewards = scorer([rows[i]["image"] for i in given], [rows[i] for i in given]) if scorer and given else None
-    for place, i in enumerate(given):
-        results[i] = Refinement([RefinementStep(rows[i]["image"], "", rewards[place] if rewards else None)])
-    for i, step in zip(painted, run("reasoning_t2i", [rows[i] for i in painted], painted, 0), strict=True):
-        results[i] = Refinement([step])
+    first_steps = dict(zip(given, refiner.given([rows[i] for i in given]), strict=True))
+    paint = TASKS.get("reasoning_t2i")(think=think)
+    first_steps |= zip(painted, refiner.sample(paint, [rows[i] for i in painted], painted, turn=0), strict=True)
+    results = [Refinement([first_steps[i]]) for i in range(len(rows))]
     for turn in range(1, num_rounds + 1):
-        open_rows = [i for i in range(len(rows)) if not results[i].reached(stop_reward)]
+        open_rows = [i for i, result in enumerate(results) if not result.reached(stop_reward)]
         if not open_rows:
             break
         sources = [results[i].best if keep_best else results[i].steps[-1] for i in open_rows]
-        of_rows = [{**rows[i], "image": source.image} for i, source in zip(open_rows, sources, strict=True)]
-        for i, step in zip(open_rows, run("self_reflection", of_rows, open_rows, turn), strict=True):
+        inputs = [{**rows[i], "image": source.image} for i, source in zip(open_rows, sources, strict=True)]
+        reflect = TASKS.get("self_reflection")(think=True)
+        for i, step in zip(open_rows, refiner.sample(reflect, inputs, open_rows, turn), strict=True):
             results[i].steps.append(step)
-    return [results[i] for i in range(len(rows))]
+    return results

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a task is: from a dataset row to the segments that the policy sees before it acts."""
+"""Tasks: what of a dataset row the policy sees before it acts, and how often it acts."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from PIL import Image
-from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.contract import BRANCHES, UnifiedModel
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import Registry
+from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
 
@@ -28,41 +28,6 @@ TASKS: Registry = Registry(
 )
 
 
-@dataclass(frozen=True)
-class TaskContexts:
-    """
-    Context of each guidance branch.
-
-    Args:
-        full (`list[Segment]`): All that was given.
-        text_dropped (`list[Segment]`): The same without the last text.
-        image_dropped (`list[Segment]`): The same without images.
-    """
-
-    full: list[Segment] = field(default_factory=list)
-    text_dropped: list[Segment] = field(default_factory=list)
-    image_dropped: list[Segment] = field(default_factory=list)
-
-    def branch(self, name: str) -> list[Segment]:
-        if name not in BRANCHES:
-            raise ValueError(f"unknown guidance branch {name!r}, available: {', '.join(BRANCHES)}")
-        return getattr(self, name)
-
-    def after_turn(self, sampled: Sequence[Segment], request: TextSegment) -> TaskContexts:
-        """
-        Contexts of the turn that follows: what the policy wrote and painted is context now, and asked about.
-
-        As in BAGEL's inferencer, what is dropped with the text is the last request alone, and what is left without images
-        are the requests alone.
-
-        Args:
-            sampled (`Sequence[Segment]`): Texts and image of the turn, in order.
-            request ([`TextSegment`]): What the policy is asked to do next.
-        """
-        past = [*self.full, *sampled]
-        return TaskContexts(full=[*past, request], text_dropped=past, image_dropped=[*self.image_dropped, request])
-
-
 class Task(ABC):
     """
     A kind of request. Register one with `@TASKS.register("name")`.
@@ -70,7 +35,7 @@ class Task(ABC):
     Args:
         think (`bool`): Whether the policy writes a thought before it paints.
         num_reflection_rounds (`int`, *optional*, defaults to `1`):
-            How often the policy refines an image, for a task that does.
+            How often the policy refines an image, in tasks that refine.
     """
 
     needs_image: bool = False
@@ -86,24 +51,38 @@ class Task(ABC):
 
     @property
     def num_turns(self) -> int:
-        """How often the policy acts: writes, if it thinks, and paints."""
+        """How often the policy acts, which is to write, if it thinks, and to paint."""
         return 1
 
     @abstractmethod
-    def contexts(self, row: Mapping[str, Any], processor: ProcessorMixin, model: UnifiedModel) -> TaskContexts:
-        """Contexts of one dataset row. Rows with equal prompts, one after the other, share them."""
+    def context(
+        self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, size: tuple[int, int]
+    ) -> list[Segment]:
+        """
+        What the policy sees of a dataset row when it starts to act. Consecutive rows with equal prompts share it.
 
-    def request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
-        """What the policy is asked to do in each turn."""
-        return processor.text_segment(prompt_text(row["prompt"]))
+        Args:
+            row (`Mapping[str, Any]`): The row.
+            processor ([`UnifiedProcessor`]), model ([`UnifiedModel`]): Turn texts and images into segments.
+            size (`tuple[int, int]`): Height and width of the image to paint, in pixels.
+        """
 
-    def max_positions(self, row: Mapping[str, Any], processor: ProcessorMixin, max_new_tokens: int) -> int:
-        """Largest number of positions that a trajectory of this row can take: a token one, an image at most two."""
-        texts = [len(processor.encode_text(processor.generation_system_prompt))] if self.think else []
-        texts += [len(self.request(row, processor).token_ids)] * self.num_turns
-        texts += [max_new_tokens] * (self.num_turns if self.think else 0)
-        num_images = self.num_turns + self.needs_image
-        return sum(length + 2 for length in texts) + 2 * num_images
+    def request(self, row: Mapping[str, Any], processor: UnifiedProcessor, size: tuple[int, int]) -> TextSegment:
+        """What the policy is asked to do in each turn; arguments as in [`~Task.context`]."""
+        return processor.request_segment(prompt_text(row["prompt"]), size)
+
+    def max_positions(
+        self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, config: RolloutConfig
+    ) -> int:
+        """
+        Largest number of positions that a trajectory of this row can take. A given image counts as large as a painted
+        one, so that no image is decoded.
+        """
+        image = ImageSegment(torch.empty(0, model.latent_channels), config.grid(model))
+        thoughts = [TextSegment([0] * config.max_new_tokens, role="assistant")] if self.think else []
+        turn = [self.request(row, processor, config.size), *thoughts, image]
+        given = [*processor.system_segments(self.think, edits=self.needs_image), *[image] * self.needs_image]
+        return model.num_positions([*given, *turn * self.num_turns])
 
 
 def context_image(row: Mapping[str, Any]) -> Image.Image:
@@ -120,16 +99,6 @@ def context_image(row: Mapping[str, Any]) -> Image.Image:
             f"{prompt_text(row['prompt'])!r}"
         )
     return image
-
-
-def image_request_contexts(image: ImageSegment, request: TextSegment, system: list[TextSegment]) -> TaskContexts:
-    """
-    Contexts of a request about an image, as in BAGEL's inferencer: without the text remain system prompt and image,
-    without the image system prompt and request.
-    """
-    return TaskContexts(
-        full=[*system, image, request], text_dropped=[*system, image], image_dropped=[*system, request]
-    )
 
 
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:

@@ -45,7 +45,8 @@ def set_generation_learning_rate(
         learning_rate (`float`): Learning rate of the generation expert.
     """
     policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    generation = {id(p) for name, p in model.named_parameters() if policy.is_generation_parameter(name)}
+    family = policy.family
+    generation = {id(p) for name, p in model.named_parameters() if family.is_generation_parameter(name)}
     groups = []
     for group in optimizer.param_groups:
         own = [parameter for parameter in group["params"] if id(parameter) in generation]

@@ -122,7 +122,7 @@ class PackedScorer:
         return PackedScores(
             log_probs=blank.index_put(index, output.log_probs),
             entropies=blank.index_put(index, output.entropies),
-            images=ImageScores.from_packed(trajectories, batch, output, self.guidance),
+            images=ImageScores.from_packed(trajectories, batch, output),
         )
 
     def split(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
@@ -275,7 +275,7 @@ def _with_window_steps(trajectory: Trajectory, start: int, stop: int) -> Traject
         if isinstance(segment, ImageSegment):
             window = segment.window and _narrowed_window(segment.window, start, stop)
             return replace(segment, window=window) if window else segment
-        return TextSegment(segment.content_ids) if segment.sampled and start else segment
+        return TextSegment(segment.content_ids, role=segment.role) if segment.sampled and start else segment
 
     return Trajectory([narrow(segment) for segment in trajectory.segments])
 

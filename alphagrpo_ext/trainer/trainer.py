@@ -120,7 +120,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self.tasks = validated_tasks(args, reward_funcs, named, processing_class, policy)
         check_optimizer_is_made_here(args, optimizers[0])
         if args.freeze_vision_tower:
-            policy.freeze_vision_tower()
+            policy.family.freeze_vision_tower(policy)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         needs_reference = bool(args.beta or args.image_beta or args.rollout_policy == "reference")
         reference = references.frozen_copy(policy) if needs_reference and not has_adapter else None
@@ -128,7 +128,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._rollout_step: RolloutStep | None = None
         self._loss_scores: PackedScores | None = None
         self.stopwatch = Stopwatch()
-        self._work = WorkCounter()
+        self._work = WorkCounter(policy.branches)
         self._counted_models = [policy] if reference is None else [policy, reference]
         # TRL would load a reference from the folder of the policy, and refuses one that follows an adapter: both are made here.
         beta, sync_ref_model = args.beta, args.sync_ref_model

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
-from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import UnknownNameError
+from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.step import task_name
@@ -57,7 +57,7 @@ def validated_tasks(
     args: AlphaGRPOConfig,
     reward_funcs: Callable | list[Callable],
     named: Mapping[str, datasets.Dataset],
-    processor: ProcessorMixin,
+    processor: UnifiedProcessor,
     model: UnifiedModel,
 ) -> dict[str, Task]:
     """
@@ -77,7 +77,7 @@ def validated_tasks(
     )
     tasks = {name: args.make_task(name) for name in names}
     for dataset in named.values():
-        validate_rows(dataset, tasks, args.task, processor, model, args.max_completion_length)
+        validate_rows(dataset, tasks, args.task, processor, model, args.eval_rollout())
     return tasks
 
 
@@ -103,9 +103,9 @@ def validate_rows(
     dataset: datasets.Dataset,
     tasks: Mapping[str, Task],
     default: str,
-    processor: ProcessorMixin,
+    processor: UnifiedProcessor,
     model: UnifiedModel,
-    max_new_tokens: int,
+    config: RolloutConfig,
 ) -> None:
     """
     Check that every row has the image that its task needs, and that the longest prompt fits the model.
@@ -115,7 +115,7 @@ def validate_rows(
         tasks (`Mapping[str, Task]`): By name, all that the rows mention.
         default (`str`): Task of rows that name none.
         processor, model: Of the policy.
-        max_new_tokens (`int`): Longest thought, in tokens.
+        config ([`RolloutConfig`]): Size of images, and the longest thought.
 
     Raises:
         `ValueError`: At the first row that fails; the message names it.
@@ -133,10 +133,10 @@ def validate_rows(
         if name not in longest or len(str(row["prompt"])) > len(str(longest[name][1]["prompt"])):
             longest[name] = (index, row)
     for name, (index, row) in longest.items():
-        positions = tasks[name].max_positions(row, processor, max_new_tokens)
+        positions = tasks[name].max_positions(row, processor, model, config)
         if positions > model.max_positions:
             raise ValueError(
                 f"row {index} of task '{name}' can take {positions} positions, more than the model's "
                 f"{model.max_positions}: lower num_reflection_rounds ({tasks[name].num_reflection_rounds}) or "
-                f"max_completion_length ({max_new_tokens}), or shorten the prompt ({prompt_text(row['prompt'])[:80]!r})"
+                f"max_completion_length ({config.max_new_tokens}), or shorten the prompt ({prompt_text(row['prompt'])[:80]!r})"
             )

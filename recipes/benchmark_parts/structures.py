@@ -52,7 +52,7 @@ class Update:
 
     def image_loss(self, trajectories: list[Trajectory], batch: PackedBatch, output: PackedOutput) -> torch.Tensor:
         """The share of an average over all trained steps that those of `trajectories` have."""
-        scores = ImageScores.from_packed(trajectories, batch, output, GUIDANCE)
+        scores = ImageScores.from_packed(trajectories, batch, output)
         # At a ratio of 1 a loss does not show what its velocities are, and a penalty does.
         objective = OBJECTIVES.get("flow_grpo")(ObjectiveConfig(beta=0.1, kl_type="velocity"))
         advantages = torch.linspace(-1, 2, len(trajectories))
@@ -88,7 +88,7 @@ def with_own_pictures(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 def pack_alone(model: BagelModel, trajectories: list[Trajectory]) -> PackedBatch:
     """Packed so that no guidance branch shares its context."""
-    return pack_trajectories(trajectories, GUIDANCE, model.config, shares_contexts=False)
+    return pack_trajectories(trajectories, model.guidance(GUIDANCE), model.config, shares_contexts=False)
 
 
 def rebuilt_with_gradient(update: Update) -> float:

@@ -89,7 +89,7 @@ def build_model(size: Size, seed: int = 0) -> BagelModel:
         model = BagelModel(config)
         # A new model predicts no velocity at all, and then nothing else has a gradient.
         torch.nn.init.normal_(model.llm2vae.weight, std=0.02)
-    model.freeze_vision_tower()
+    model.family.freeze_vision_tower(model)
     return model.train()
 
 

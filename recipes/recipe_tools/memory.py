@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import flow_timesteps
-from alphagrpo_ext.models.contract import BRANCHES, LORA_TARGETS, MODELS, UnifiedModel
+from alphagrpo_ext.models.bagel.guidance import BRANCHES
+from alphagrpo_ext.models.contract import FAMILIES, LORA_TARGETS, UnifiedModel
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, TextSegment, Trajectory
 
 
@@ -219,15 +220,16 @@ def build_policy(config: PreTrainedConfig, settings: MemorySettings) -> tuple[Un
     name = "eager" if settings.attn_implementation == "eager" else "sdpa"
     config = type(config).from_dict(config.to_dict())
     config._attn_implementation = name
-    model = MODELS.get(config.model_type)(config)
+    family = FAMILIES.get(config.model_type)()
+    model = family.model_class(config)
     dtype = getattr(torch, settings.dtype)
-    keep = model.keeps_fp32
+    keep = family.keeps_fp32
     for parameter_name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if keep(parameter_name) else dtype)
-    model.freeze_vision_tower()
+    family.freeze_vision_tower(model)
     policy: torch.nn.Module = model
     if settings.lora_rank is not None:
-        targets = model.lora_targets[settings.lora_targets]
+        targets = family.lora_target_modules(settings.lora_targets)
         policy = get_peft_model(model, LoraConfig(r=settings.lora_rank, target_modules=targets))
     if settings.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -296,7 +298,7 @@ def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> Memor
                 loss = loss + output.log_probs.sum()
             loss.backward()
         peak = tracker.peak
-        layers = [_num_bytes(layer.parameters()) for layer in model.sharded_layers()]
+        layers = [_num_bytes(layer.parameters()) for layer in model.family.sharded_layers(model)]
     computed, shards = _num_bytes(parameters), settings.num_shards
     root = computed - sum(layers)
     in_training = _num_bytes(trained)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The policy as its own judge: its understanding branch looks at what its generation branch has painted."""
+"""The policy as its own judge: its understanding side answers questions about the images that it has painted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
@@ -22,19 +21,19 @@ from reward_models.judges.yes_no import yes_no_token_ids, yes_probability_of_log
 @JUDGES.register("policy")
 class PolicyJudge(Judge):
     """
-    Asks a unified model about its own images: no second model, no server. The questions are put as they are, without
-    further words, as unified models are taught. An image is read once for all its questions.
+    Asks a unified model about its own images, without a second model or a server. Questions are asked without an
+    instruction around them, as unified models are taught. An image is read once for all its questions.
 
-    The judge changes as the policy learns. It needs whole weights in this process, so it works with one process, DDP and
-    ZeRO up to stage 2, but not with sharded parameters.
+    The judge changes as the policy learns. It needs whole weights in this process, so it works with one process, DDP
+    and ZeRO up to stage 2, but not with sharded parameters.
 
     Args:
         model ([`UnifiedModel`]): The policy, unwrapped.
-        processor ([`~transformers.ProcessorMixin`]): Its processor.
-        batch_size (`int`, *optional*, defaults to `32`): Questions at once.
+        processor ([`UnifiedProcessor`]): Its processor.
+        batch_size (`int`, *optional*, defaults to `32`): Number of questions per forward.
     """
 
-    def __init__(self, model: UnifiedModel, processor: ProcessorMixin, batch_size: int = 32) -> None:
+    def __init__(self, model: UnifiedModel, processor: UnifiedProcessor, batch_size: int = 32) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
         self.model = model
@@ -56,8 +55,8 @@ class PolicyJudge(Judge):
         return await asyncio.to_thread(self.probabilities, image, list(questions))
 
     def probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
-        """P(yes) of each question, in this thread."""
-        pixel_values = self.processor.vit_pixels(self.processor.resize_image(image))
+        """P(yes) of each question, computed in this thread."""
+        pixel_values = self.processor.question_pixels(image)
         segments = [self.processor.text_segment(question) for question in questions]
         result: list[float] = []
         for start in range(0, len(segments), self.batch_size):

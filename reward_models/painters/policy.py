@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.flow import GuidanceConfig
-from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator, Task, TaskContexts
+from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator, Task
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import sample_generator
-from alphagrpo_ext.trajectory import TextSegment
+from alphagrpo_ext.trajectory import Segment, TextSegment
 from reward_models.painters.base import PAINTERS, ImageRequest, Painter, PainterArguments, UnpaintableError
 
 
@@ -40,14 +39,14 @@ class PolicyPainter(Painter):
 
     Args:
         model ([`UnifiedModel`]): The model, in evaluation mode.
-        processor (`ProcessorMixin`): Its processor.
+        processor (`UnifiedProcessor`): Its processor.
         config ([`RolloutConfig`]): Image size, denoising and batch size.
 
     Raises:
         `ValueError`: If the model cannot paint the size.
     """
 
-    def __init__(self, model: UnifiedModel, processor: ProcessorMixin, config: RolloutConfig) -> None:
+    def __init__(self, model: UnifiedModel, processor: UnifiedProcessor, config: RolloutConfig) -> None:
         config.grid(model)
         self.policy = (model, processor)
         self.config = config
@@ -108,7 +107,7 @@ class PolicyPainter(Painter):
             name = f"{kind} {request.thought!r}"
             task = tasks.setdefault(name, GivenThought(TASKS.get(kind)(request.thought is not None), request.thought))
             row = {"prompt": request.prompt, "image": request.image, "task": name}
-            num_positions = task.max_positions(row, processor, max_new_tokens=0)
+            num_positions = task.max_positions(row, processor, model, self.config)
             if num_positions > model.max_positions:
                 raise UnpaintableError(
                     f"request {index}: prompt, thought and images take up to {num_positions} positions, more than the "
@@ -134,16 +133,20 @@ class GivenThought(Task):
         self.thought = thought
         self.needs_image = task.needs_image
 
-    def contexts(self, row: Mapping[str, Any], processor: ProcessorMixin, model: UnifiedModel) -> TaskContexts:
-        contexts = self.task.contexts(row, processor, model)
+    def context(
+        self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, size: tuple[int, int]
+    ) -> list[Segment]:
+        context = self.task.context(row, processor, model, size)
         if self.thought is None:
-            return contexts
+            return context
         # As after sampling, only the full branch holds the thought.
-        return replace(contexts, full=[*contexts.full, processor.text_segment(self.thought)])
+        return [*context, TextSegment(processor.text_segment(self.thought).token_ids, role="assistant")]
 
-    def request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
-        return self.task.request(row, processor)
+    def request(self, row: Mapping[str, Any], processor: UnifiedProcessor, size: tuple[int, int]) -> TextSegment:
+        return self.task.request(row, processor, size)
 
-    def max_positions(self, row: Mapping[str, Any], processor: ProcessorMixin, max_new_tokens: int) -> int:
-        num_tokens = len(processor.encode_text(self.thought)) if self.thought else 0
-        return self.task.max_positions(row, processor, num_tokens + max_new_tokens)
+    def max_positions(
+        self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, config: RolloutConfig
+    ) -> int:
+        num_tokens = len(processor.text_segment(self.thought).token_ids) if self.thought else 0
+        return self.task.max_positions(row, processor, model, replace(config, max_new_tokens=num_tokens))

@@ -6,121 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphagrpo_ext.flow import RENORM_TYPES, GuidanceConfig, flow_timesteps, guidance_branches, guide, in_interval
-
-
-BRANCHES = ("v", "v_cfg_text", "v_cfg_img")
-
-
-@pytest.fixture
-def velocities():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 3, 7, 5, generator=generator) for _ in BRANCHES]
-
-
-def guide_combo(velocities, combo):
-    return guide(
-        *velocities,
-        text_scale=combo["cfg_text_scale"],
-        image_scale=combo["cfg_img_scale"],
-        renorm_type=combo["cfg_renorm_type"],
-        renorm_min=combo["cfg_renorm_min"],
-    )
-
-
-class TestGuide:
-    def test_equals_reference(self, golden):
-        combos = {combo["key"]: combo for combo in golden.case("unit_cfg")["combos"]}
-        checked = set()
-        for key in golden.keys("unit/cfg/"):
-            folder, name = key.rsplit("/", 1)
-            if name in BRANCHES:
-                continue
-            velocities = [golden[f"{folder}/{branch}"] for branch in BRANCHES]
-            golden.check(key, guide_combo(velocities, combos[name]))
-            checked.add(name)
-        assert checked == set(combos)
-
-    def test_equals_reference_on_model_velocities(self, golden):
-        combos = {combo["key"]: combo for combo in golden.case("unit_cfg")["combos"]}
-        keys = [key for key in golden.keys("flow_") if "/cfg/" in key]
-        assert keys
-        for key in keys:
-            folder, name = key.split("/cfg/")
-            names = {"v": "v_gen"}
-            velocities = [golden[f"{folder}/{names.get(branch, branch)}"] for branch in BRANCHES]
-            golden.check(key, guide_combo(velocities, combos[name]))
-
-    @pytest.mark.parametrize("renorm_type", RENORM_TYPES)
-    @pytest.mark.parametrize("image_scale", [1.0, 2.0])
-    def test_samples_do_not_influence_each_other(self, velocities, renorm_type, image_scale):
-        settings = dict(text_scale=4.0, image_scale=image_scale, renorm_type=renorm_type)
-        batched = guide(*velocities, **settings)
-        for i in range(2):
-            for j in range(3):
-                torch.testing.assert_close(guide(*(v[i, j] for v in velocities), **settings), batched[i, j])
-
-    @pytest.mark.parametrize("renorm_type", RENORM_TYPES)
-    def test_padding_changes_nothing(self, velocities, renorm_type):
-        settings = dict(text_scale=4.0, image_scale=2.0, renorm_type=renorm_type)
-        mask = torch.arange(7) < torch.tensor([[[4]], [[6]]])
-        garbage = [v.masked_fill(~mask[..., None], 1e3) for v in velocities]
-        guided = guide(*garbage, **settings, mask=mask)
-        for i, num_tokens in enumerate((4, 6)):
-            alone = guide(*(v[i, :, :num_tokens] for v in velocities), **settings)
-            torch.testing.assert_close(guided[i, :, :num_tokens], alone)
-
-    def test_global_norm_never_exceeds_unguided_norm(self, velocities):
-        guided = guide(*velocities, text_scale=4.0, image_scale=2.0, renorm_type="global")
-        norm, norm_full = (torch.linalg.vector_norm(v, dim=(-2, -1)) for v in (guided, velocities[0]))
-        assert (norm <= norm_full * (1 + 1e-6)).all()
-
-    @pytest.mark.parametrize("renorm_type", RENORM_TYPES)
-    def test_renorm_min_of_one_is_plain_guidance(self, velocities, renorm_type):
-        full, text_dropped, _ = velocities
-        guided = guide(full, text_dropped, text_scale=3.0, image_scale=1.0, renorm_type=renorm_type, renorm_min=1.0)
-        torch.testing.assert_close(guided, text_dropped + 3.0 * (full - text_dropped))
-
-    def test_image_guidance_is_off_without_text_guidance(self, velocities):
-        assert torch.equal(guide(*velocities, text_scale=1.0, image_scale=2.0), velocities[0])
-
-    def test_half_precision_is_computed_in_fp32(self, velocities):
-        halves = [v.bfloat16() for v in velocities]
-        guided = guide(*halves, text_scale=4.0, image_scale=2.0)
-        assert guided.dtype == torch.float32
-        assert torch.equal(guided, guide(*(v.float() for v in halves), text_scale=4.0, image_scale=2.0))
-
-    @pytest.mark.parametrize("renorm_type", RENORM_TYPES)
-    def test_gradient_reaches_every_branch(self, velocities, renorm_type):
-        velocities = [v.requires_grad_() for v in velocities]
-        guide(*velocities, text_scale=4.0, image_scale=2.0, renorm_type=renorm_type).square().sum().backward()
-        assert all(v.grad.isfinite().all() and v.grad.abs().sum() > 0 for v in velocities)
-
-    def test_rejects_unknown_renorm_type_and_lists_the_known(self, velocities):
-        with pytest.raises(ValueError, match="'local'.*global, channel, text_channel"):
-            guide(*velocities, text_scale=4.0, image_scale=1.0, renorm_type="local")
-
-    def test_rejects_renorm_min_out_of_range(self, velocities):
-        with pytest.raises(ValueError, match="renorm_min .* 1.5"):
-            guide(*velocities, text_scale=4.0, image_scale=1.0, renorm_min=1.5)
-
-    def test_rejects_missing_branch(self, velocities):
-        with pytest.raises(ValueError, match="velocity_image_dropped"):
-            guide(*velocities[:2], text_scale=4.0, image_scale=2.0)
-
-
-@pytest.mark.parametrize(
-    "text_scale, image_scale, num_branches", [(1.0, 2.0, 1), (0.0, 1.0, 1), (1.5, 1.0, 2), (1.5, 1.5, 3)]
-)
-def test_branches_are_exactly_those_that_matter(velocities, text_scale, image_scale, num_branches):
-    assert len(guidance_branches(text_scale, image_scale)) == num_branches
-
-    def guided(velocities):
-        return guide(*velocities, text_scale=text_scale, image_scale=image_scale)
-
-    for i in range(len(velocities)):
-        changed = [v + (i == j) for j, v in enumerate(velocities)]
-        assert torch.equal(guided(velocities), guided(changed)) == (i >= num_branches)
+from alphagrpo_ext.flow import GuidanceConfig, PlainGuidance, in_interval
 
 
 class TestInInterval:
@@ -135,42 +21,52 @@ class TestInInterval:
             assert not in_interval(t, (0.4, 1.0))
             assert in_interval(t, (0.0, 0.4))
 
-    def test_equals_reference(self, golden):
-        paths = {name: case for name, case in golden.cases.items() if name.startswith("ode/") and "steps" in case}
-        assert paths
-        for case in paths.values():
-            arguments = case["args"]
-            timesteps = flow_timesteps(arguments["num_timesteps"], arguments["timestep_shift"])
-            config = GuidanceConfig(
-                arguments["cfg_text_scale"], arguments["cfg_img_scale"], tuple(arguments["cfg_interval"])
-            )
-            scales = [(at.text_scale, at.image_scale) for at in map(config.at, timesteps[:-1])]
-            assert scales == [(step["cfg_text_scale"], step["cfg_img_scale"]) for step in case["steps"]]
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(renorm_type="local"), "renorm_type 'local'.*global, channel, text_channel"),
+        (dict(renorm_min=-0.1), "renorm_min .* -0.1"),
+        (dict(renorm_min=1.5), "renorm_min .* 1.5"),
+        (dict(renorm_min=math.nan), "renorm_min .* nan"),
+        (dict(interval=(0.8, 0.2)), r"interval .* \(0.8, 0.2\)"),
+    ],
+)
+def test_settings_reject_bad_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(GuidanceConfig(), **change)
 
 
-class TestGuidanceConfig:
-    def test_guides_as_the_function_does_inside_the_interval(self, velocities):
-        config = GuidanceConfig(4.0, 2.0, (0.4, 1.0), "text_channel", 0.1)
-        inside = config.at(0.7)
-        assert inside == config
-        assert inside.branches == ("full", "text_dropped", "image_dropped")
-        expected = guide(*velocities, text_scale=4.0, image_scale=2.0, renorm_type="text_channel", renorm_min=0.1)
-        assert torch.equal(inside.guide(*velocities), expected)
-
-    def test_does_not_guide_outside_the_interval(self, velocities):
-        outside = GuidanceConfig(4.0, 2.0, (0.4, 1.0)).at(0.4)
-        assert outside.branches == ("full",)
-        assert torch.equal(outside.guide(velocities[0]), velocities[0])
-
-    @pytest.mark.parametrize(
-        "change, message",
-        [
-            (dict(renorm_type="local"), "renorm_type 'local'"),
-            (dict(renorm_min=-0.1), "renorm_min .* -0.1"),
-            (dict(renorm_min=math.nan), "renorm_min .* nan"),
-            (dict(interval=(0.8, 0.2)), r"interval .* \(0.8, 0.2\)"),
-        ],
+class TestPlainGuidance:
+    VELOCITIES = dict(
+        zip(("full", "negative"), torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0)), strict=True)
     )
-    def test_rejects_bad_settings(self, change, message):
-        with pytest.raises(ValueError, match=message):
-            replace(GuidanceConfig(), **change)
+
+    def test_needs_the_negative_branch_inside_the_interval_alone(self):
+        guidance = PlainGuidance(GuidanceConfig(4.0, interval=(0.4, 1.0)))
+        assert guidance.branches == guidance.branches_at(0.7) == ("full", "negative")
+        assert guidance.branches_at(0.4) == ("full",)
+        assert PlainGuidance(GuidanceConfig(text_scale=1.0)).branches == ("full",)
+
+    def test_without_renormalisation_is_linear(self):
+        full, negative = self.VELOCITIES.values()
+        guidance = PlainGuidance(GuidanceConfig(3.0, renorm_min=1.0))
+        torch.testing.assert_close(guidance.combine(self.VELOCITIES), negative + 3.0 * (full - negative))
+        assert torch.equal(guidance.combine({"full": full}), full)
+
+    @pytest.mark.parametrize(("renorm_type", "dims"), [("global", (-2, -1)), ("channel", -1)])
+    def test_norm_never_exceeds_the_unguided_norm(self, renorm_type, dims):
+        guided = PlainGuidance(GuidanceConfig(4.0, renorm_type=renorm_type)).combine(self.VELOCITIES)
+        norm, norm_full = (torch.linalg.vector_norm(v, dim=dims) for v in (guided, self.VELOCITIES["full"]))
+        assert (norm <= norm_full * (1 + 1e-6)).all()
+
+    def test_padding_changes_nothing(self):
+        guidance = PlainGuidance(GuidanceConfig(4.0))
+        mask = (torch.arange(7) < 4).expand(3, 7)
+        garbage = {name: v.masked_fill(~mask[..., None], 1e3) for name, v in self.VELOCITIES.items()}
+        alone = guidance.combine({name: v[:, :4] for name, v in self.VELOCITIES.items()})
+        torch.testing.assert_close(guidance.combine(garbage, mask)[:, :4], alone)
+
+    def test_rejects_the_renormalisation_of_image_guidance(self):
+        with pytest.raises(ValueError, match="'text_channel' needs image guidance"):
+            PlainGuidance(GuidanceConfig(renorm_type="text_channel"))

@@ -20,7 +20,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from alphagrpo_ext.models.bagel.checkpoint import RELEASED_FILES, load_released
-from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, SAVED_FILES, load_model, resolve_model_path
+from alphagrpo_ext.models.contract import Family
+from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model, resolve_model_path
 from alphagrpo_ext.models.saving import save_model
 
 
@@ -30,6 +31,7 @@ REPOSITORY = "someone/BAGEL-tiny"
 
 LOAD_FROM_HUB = """
 import sys
+from alphagrpo_ext.models.contract import Family
 from alphagrpo_ext.models.loading import load_model
 
 model, processor = load_model(sys.argv[1], dtype="auto")
@@ -52,7 +54,7 @@ def cache_repository(cache: Path, files: Path, revision: str = "main") -> Path:
 
 
 class TestSavedFolder:
-    @pytest.mark.parametrize("name", SAVED_FILES)
+    @pytest.mark.parametrize("name", Family.saved_files)
     def test_missing_file_is_named(self, saved, name):
         (saved / name).unlink()
         with pytest.raises(FileNotFoundError, match=f"lacks {re.escape(name)}"):
@@ -92,7 +94,7 @@ class TestSavedFolder:
         save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
         message = {
             "missing": f"it lacks {key}",
-            "extra": f"it has {key}_extra, which the model has not",
+            "extra": f"it has {key}_extra, which the model does not have",
             "shape": rf"{key} has shape \(\d+,\) instead of \(\d+,\)",
         }[fault]
         with pytest.raises(ValueError, match=message):

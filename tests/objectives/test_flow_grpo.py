@@ -8,7 +8,8 @@ import torch
 
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import flow_timesteps
-from alphagrpo_ext.models.contract import BRANCHES, PackedBatch, PackedOutput, VelocityLayout
+from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, VelocityLayout
 from alphagrpo_ext.objectives import OBJECTIVES, ImageScores, ObjectiveConfig
 from alphagrpo_ext.objectives.regularizers import score_transitions
 from alphagrpo_ext.registry import UnknownNameError
@@ -139,7 +140,7 @@ def make_packed(guidance: GuidanceConfig, seed: int = 0) -> tuple[list[Trajector
         image = ImageSegment(window.latents[-1], grid, sampled=True, window=window)
         trajectories.append(Trajectory([image]))
         for step in range(3):
-            branches = guidance.at(times[step]).branches
+            branches = guidance.branches_at(times[step])
             copies += [(i, step, BRANCHES.index(name), num_tokens) for name in branches]
     trajectories.insert(1, Trajectory([]))
     # The order of copies is the packer's business.
@@ -151,9 +152,10 @@ def make_packed(guidance: GuidanceConfig, seed: int = 0) -> tuple[list[Trajector
         step=torch.tensor([c[1] for c in copies]),
         branch=torch.tensor([c[2] for c in copies]),
         mask=torch.arange(width) < torch.tensor([c[3] for c in copies])[:, None],
+        branches=BRANCHES,
     )
     nothing = torch.zeros(0, dtype=torch.long)
-    batch = PackedBatch({}, nothing, nothing, layout, image_trajectory=torch.tensor([0, 2]))
+    batch = PackedBatch({}, nothing, nothing, layout, torch.tensor([0, 2]), guidance)
     velocities = torch.randn(len(copies), width, NUM_CHANNELS, generator=generator, requires_grad=True)
     return trajectories, batch, PackedOutput(torch.zeros(0), torch.zeros(0), velocities)
 
@@ -165,22 +167,21 @@ def make_packed(guidance: GuidanceConfig, seed: int = 0) -> tuple[list[Trajector
 def test_guided_velocities_equal_a_loop_over_steps(
     interval: tuple[float, float], image_scale: float, renorm_type: str
 ) -> None:
-    guidance = GuidanceConfig(3.0, image_scale, interval, renorm_type)
+    guidance = BagelGuidance(GuidanceConfig(3.0, image_scale, interval, renorm_type))
     trajectories, batch, output = make_packed(guidance)
-    scores = ImageScores.from_packed(trajectories, batch, output, guidance)
+    scores = ImageScores.from_packed(trajectories, batch, output)
     assert scores.trajectory.tolist() == [0, 2]
     layout = batch.velocities
     for i, trajectory in enumerate((trajectories[0], trajectories[2])):
         window = trajectory.sampled_images[0].window
         num_tokens = window.latents.shape[1]
         for k in range(window.num_steps):
-            at = guidance.at(window.timesteps[k])
-            parts = []
-            for name in at.branches:
+            parts = {}
+            for name in guidance.branches_at(window.timesteps[k]):
                 chosen = (layout.image == i) & (layout.step == k) & (layout.branch == BRANCHES.index(name))
                 (velocity,) = output.velocities[chosen]
-                parts.append(velocity[:num_tokens])
-            torch.testing.assert_close(scores.velocities[i, k, :num_tokens], at.guide(*parts))
+                parts[name] = velocity[:num_tokens]
+            torch.testing.assert_close(scores.velocities[i, k, :num_tokens], guidance.combine(parts))
             assert torch.equal(scores.latents[i, k, :num_tokens], window.latents[k])
             assert torch.equal(scores.next_latents[i, k, :num_tokens], window.latents[k + 1])
             assert scores.t[i, k] == window.timesteps[k]
@@ -189,9 +190,9 @@ def test_guided_velocities_equal_a_loop_over_steps(
 
 
 def test_every_branch_gets_a_gradient() -> None:
-    guidance = GuidanceConfig(3.0, 2.0, (0.7, 1.0))
+    guidance = BagelGuidance(GuidanceConfig(3.0, 2.0, (0.7, 1.0)))
     trajectories, batch, output = make_packed(guidance)
-    scores = ImageScores.from_packed(trajectories, batch, output, guidance)
+    scores = ImageScores.from_packed(trajectories, batch, output)
     objective = OBJECTIVES.get("flow_grpo")(ObjectiveConfig())
     objective(scores, torch.ones(2)).loss.sum().backward()
     gradient = output.velocities.grad
@@ -200,15 +201,15 @@ def test_every_branch_gets_a_gradient() -> None:
 
 
 def test_images_without_window_are_not_scored() -> None:
-    guidance = GuidanceConfig()
+    guidance = BagelGuidance(GuidanceConfig())
     trajectories, batch, output = make_packed(guidance)
-    assert ImageScores.from_packed(trajectories, replace(batch, velocities=None), output, guidance) is None
+    assert ImageScores.from_packed(trajectories, replace(batch, velocities=None), output) is None
 
 
 def test_windows_of_different_lengths_raise() -> None:
-    guidance = GuidanceConfig()
+    guidance = BagelGuidance(GuidanceConfig())
     trajectories, batch, output = make_packed(guidance)
     window = trajectories[0].sampled_images[0].window
     window.timesteps = window.timesteps[:-1]
     with pytest.raises(ValueError, match="same number of steps"):
-        ImageScores.from_packed(trajectories, batch, output, guidance)
+        ImageScores.from_packed(trajectories, batch, output)

@@ -30,7 +30,8 @@ def paint(model: BagelModel) -> Callable[..., tuple[torch.Tensor, list[Denoising
     """Paints two images from the same noise at every call."""
 
     def paint(config: DenoisingConfig) -> tuple[torch.Tensor, list[DenoisingWindow | None]]:
-        contexts = [[TextSegment([20, 21, 22])], [TextSegment([23])]] + [[]] * 2 * (len(config.guidance.branches) - 1)
+        num_branches = len(model.guidance(config.guidance).branches)
+        contexts = [[TextSegment([20, 21, 22])], [TextSegment([23])]] + [[]] * 2 * (num_branches - 1)
         cache = model.prefill(contexts, group_size=1, capacity=model.image_slots(GRID))
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(2, 1 + config.window_size, 16, model.latent_channels, generator=generator)

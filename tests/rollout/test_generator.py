@@ -263,7 +263,9 @@ def test_deterministic_path_has_no_window(sample: Callable[..., list[Trajectory]
     assert trajectory.sampled_images[0].window is None
 
 
-def test_window_starts_from_the_deterministic_path(model: BagelModel, sample: Callable[..., list[Trajectory]]) -> None:
+def test_window_starts_from_the_deterministic_path(
+    model: BagelModel, sample: Callable[..., list[Trajectory]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The steps before the window take no noise, so they are those of the deterministic path from the same noise."""
     (stochastic,) = sample([PROMPTS[0]], [0], think=False)
     cache = model.prefill([stochastic.segments[:1], []], group_size=1, capacity=model.image_slots((6, 6)))
@@ -271,14 +273,12 @@ def test_window_starts_from_the_deterministic_path(model: BagelModel, sample: Ca
     states = []
     predict_velocity = model.predict_velocity
 
-    class Recorder:
-        work = None
+    def recording(cache, latents, *args):
+        states.append(latents[:1])
+        return predict_velocity(cache, latents, *args)
 
-        def predict_velocity(self, cache, latents, *args):
-            states.append(latents[:1])
-            return predict_velocity(cache, latents, *args)
-
-    denoise(Recorder(), cache, noise, (6, 6), replace(CONFIG.denoising, window_start=None, window_size=0))
+    monkeypatch.setattr(model, "predict_velocity", recording)
+    denoise(model, cache, noise, (6, 6), replace(CONFIG.denoising, window_start=None, window_size=0))
     torch.testing.assert_close(stochastic.sampled_images[0].window.latents[0], states[1][0], atol=1e-5, rtol=1e-5)
 
 

@@ -27,7 +27,7 @@ def micro_step(policy: torch.nn.Module, model: torch.nn.Module, settings: Memory
     batch = model.pack(trajectories, settings.guidance)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
         output = policy(**batch.inputs)
-    scores = ImageScores.from_packed(trajectories, batch, output, settings.guidance)
+    scores = ImageScores.from_packed(trajectories, batch, output)
     objective = OBJECTIVES.get("flow_grpo")(ObjectiveConfig())
     loss = objective(scores, torch.linspace(-1, 1, len(trajectories))).loss.mean()
     if len(output.log_probs):

@@ -8,8 +8,8 @@ import torch
 
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelConfig, BagelModel
-from alphagrpo_ext.models.contract import BRANCHES
-from alphagrpo_ext.rollout.denoising import DenoisingConfig
+from alphagrpo_ext.models.bagel.guidance import BRANCHES, branch_context
+from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 
 
@@ -114,8 +114,8 @@ class Rollout:
         """Continue every context `group_size` times with a thought and an image."""
         branches = self.branches(contexts)
         num_samples = len(contexts) * group_size
-        image_slots = self.model.image_slots(self.grid)
-        cache = self.model.prefill(sum(branches.values(), []), group_size, self.max_new_tokens + 2 + image_slots)
+        capacity = self.model.text_slots(self.max_new_tokens) + self.model.image_slots(self.grid)
+        cache = self.model.prefill(sum(branches.values(), []), group_size, capacity)
         samples = [Trajectory(list(context)) for context in contexts for _ in range(group_size)]
         if self.max_new_tokens:
             uniforms = torch.rand(num_samples, self.max_new_tokens, generator=self.generator)
@@ -126,7 +126,7 @@ class Rollout:
         shape = (self.grid[0] * self.grid[1], self.model.config.latent_channels)
         noise = torch.randn(num_samples, *shape, generator=self.generator)
         window_noise = torch.randn(num_samples, self.config.window_size, *shape, generator=self.generator)
-        latents, windows = self.model.sample_image(cache, noise, self.grid, self.config, transition_noise=window_noise)
+        latents, windows = denoise(self.model, cache, noise, self.grid, self.config, window_noise)
         pixels = self.model.decode_latents(latents, self.grid).clamp(-1, 1)
         for i, sample in enumerate(samples):
             contexts_of_image = {name: branches[name][i // group_size] for name in BRANCHES[1:]}
@@ -143,16 +143,8 @@ class Rollout:
         return samples
 
     def branches(self, contexts: Sequence[list[Segment]]) -> dict[str, list[list[Segment]]]:
-        """What each guidance branch sees before the thought: all; all but the last text; given texts."""
-        given = [[s for s in context if isinstance(s, TextSegment) and not s.sampled] for context in contexts]
-        return {
-            "full": list(contexts),
-            "text_dropped": [
-                [segment for segment in context if segment is not texts[-1]]
-                for context, texts in zip(contexts, given, strict=True)
-            ],
-            "image_dropped": given,
-        }
+        """What each guidance branch sees before the thought."""
+        return {name: [branch_context(name, context) for context in contexts] for name in BRANCHES}
 
 
 @pytest.fixture

@@ -77,8 +77,8 @@ def make_trainer(
 ) -> Callable[..., AlphaGRPOTrainer]:
     """
     Builds a trainer of a random tiny model on prompts of the shapes world: 4 rollouts a step, with guidance in a part of
-    the window. Keyword arguments are those of [`AlphaGRPOConfig`], but for `model`, `reward_funcs`, `datasets` and
-    `lora`. The trainer's `recorder` keeps its updates.
+    the window. Keyword arguments are those of [`AlphaGRPOConfig`], but for `model`, `reward_funcs`, `datasets`,
+    `processing_class` and `lora`. The trainer's `recorder` keeps its updates.
     """
 
     def make(
@@ -86,6 +86,7 @@ def make_trainer(
         reward_funcs: Any = brightness,
         lora: bool = False,
         datasets: dict[str, Any] | None = None,
+        processing_class: Any = None,
         **settings: Any,
     ) -> AlphaGRPOTrainer:
         defaults = {
@@ -120,7 +121,7 @@ def make_trainer(
             model=make_shapes_bagel() if model is None else model,
             reward_funcs=reward_funcs,
             args=AlphaGRPOConfig(**(defaults | settings)),
-            processing_class=None if isinstance(model, str) else shapes_processor,
+            processing_class=None if isinstance(model, str) else processing_class or shapes_processor,
             peft_config=peft_config,
             **(datasets or {"train_dataset": rows, "eval_dataset": rows.select(range(2))}),
         )

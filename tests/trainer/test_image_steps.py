@@ -123,7 +123,7 @@ def test_parts_join_to_the_whole(make_trainer: MakeTrainer) -> None:
     def scores(trajectories: list[Trajectory]) -> ImageScores:
         batch = model.pack(trajectories, guidance)
         with torch.no_grad():
-            return ImageScores.from_packed(trajectories, batch, model(**batch.inputs), guidance)
+            return ImageScores.from_packed(trajectories, batch, model(**batch.inputs))
 
     whole = scores(update.trajectories)
     joined = join_window_steps([scores(part) for part in split_window_steps(update.trajectories, 2)])

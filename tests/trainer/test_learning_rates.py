@@ -26,7 +26,7 @@ def is_generation(name: str) -> bool:
 @pytest.mark.parametrize("targets", LORA_TARGETS)
 def test_presets_adapt_their_expert(make_shapes_bagel: Callable[[], BagelModel], targets: str) -> None:
     model = make_shapes_bagel()
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=model.lora_targets[targets]))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=model.family.lora_target_modules(targets)))
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     found = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trainable}
     suffixes = {"both": ("", "_moe_gen"), "generation": ("_moe_gen",), "understanding": ("",)}[targets]

@@ -32,7 +32,7 @@ def score(trainer: AlphaGRPOTrainer, trajectories: list[Trajectory]) -> ImageSco
     model, guidance = trainer.model.eval(), trainer.args.objective_guidance
     batch = model.pack(trajectories, guidance)
     with torch.no_grad():
-        return ImageScores.from_packed(trajectories, batch, model(**batch.inputs), guidance)
+        return ImageScores.from_packed(trajectories, batch, model(**batch.inputs))
 
 
 def likelihood(trainer: AlphaGRPOTrainer, scores: ImageScores) -> torch.Tensor:

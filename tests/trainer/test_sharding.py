@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel
-from alphagrpo_ext.rollout.denoising import DenoisingConfig
+from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.trainer.distributed import Sharding, check_sharding, gathered_policy, use_uniform_precision
 
 
@@ -58,7 +58,7 @@ def test_gathered_policy_generates_and_is_sharded_again(
 
     def paint(model: BagelModel) -> torch.Tensor:
         cache = model.prefill([[]], capacity=model.image_slots((2, 2)))
-        latents, _ = model.sample_image(cache, noise, (2, 2), config)
+        latents, _ = denoise(model, cache, noise, (2, 2), config)
         return model.decode_latents(latents, (2, 2))
 
     for _ in range(2):

@@ -4,7 +4,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES, LORA_TARGET_MODULES_OF, BagelConfig
+from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES, BagelConfig
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 
@@ -16,4 +16,4 @@ AutoModelForCausalLM.register(BagelConfig, BagelModel)
 AutoModelForImageTextToText.register(BagelConfig, BagelModel)
 AutoProcessor.register(BagelConfig, BagelProcessor)
 
-__all__ = ["LORA_TARGET_MODULES", "LORA_TARGET_MODULES_OF", "BagelConfig", "BagelModel", "BagelProcessor"]
+__all__ = ["LORA_TARGET_MODULES", "BagelConfig", "BagelModel", "BagelProcessor"]

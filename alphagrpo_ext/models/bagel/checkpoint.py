@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""BAGEL's released checkpoint folder, read into [`BagelModel`] and written from it."""
+"""Reading and writing of [`BagelModel`] in the layout of the released checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DOWNLOADED_FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     PROCESSOR_CONFIG,
 )
-"""All that is read of a released checkpoint; a repository may hold more, such as weights without EMA."""
+"""All files of a released checkpoint that are read. A repository may hold others, such as weights without EMA."""
 SPECIAL_TOKENS = {
     "bos_token_id": "<|im_start|>",
     "eos_token_id": "<|im_end|>",
@@ -52,7 +52,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 @dataclass(frozen=True)
 class ReleasedTensor:
     """
-    Where the release keeps a tensor of [`BagelModel`].
+    Place of a tensor of [`BagelModel`] in the release.
 
     Args:
         file (`str`): `"ema.safetensors"`, or `"ae.safetensors"` for the autoencoder.
@@ -98,7 +98,9 @@ def released_vae_key(key: str, num_levels: int) -> str:
 
 
 def released_tensors(model: BagelModel) -> dict[str, ReleasedTensor]:
-    """Place in the release of every tensor of a model, which may be on the meta device, by the model's own name."""
+    """
+    Places of all tensors of a model in the release, by their names in the model, which may be on the meta device.
+    """
     num_levels = len(model.config.vae_config["block_out_channels"])
     tensors = {}
     for key, tensor in model.state_dict().items():
@@ -133,10 +135,10 @@ def _shape(shapes: Shapes, name: str, file: str) -> tuple[int, ...]:
 
 def vae_config_from_shapes(shapes: Shapes) -> dict[str, Any]:
     """
-    Sizes of the autoencoder, which the release does not write down: read off the shapes of its weights.
+    Sizes of the autoencoder, read from the shapes of its weights because the release does not state them.
 
     Args:
-        shapes (`Mapping[str, tuple[int, ...]]`): Those of `ae.safetensors`.
+        shapes (`Mapping[str, tuple[int, ...]]`): Shapes of `ae.safetensors`.
 
     Raises:
         `ValueError`: If a weight that tells a size is missing.
@@ -154,11 +156,11 @@ def vae_config_from_shapes(shapes: Shapes) -> dict[str, Any]:
 
 def config_from_released(folder: str | Path, shapes: Shapes, vae_shapes: Shapes) -> BagelConfig:
     """
-    Configuration from the released JSON files, and from shapes where they are silent.
+    Configuration from the released JSON files, and from the shapes of weights where these say nothing.
 
     Args:
         folder (`str` or `Path`): The checkpoint folder.
-        shapes, vae_shapes (`Mapping[str, tuple[int, ...]]`): Those of `ema.safetensors` and `ae.safetensors`.
+        shapes, vae_shapes (`Mapping[str, tuple[int, ...]]`): Shapes of `ema.safetensors` and `ae.safetensors`.
 
     Raises:
         `ValueError`: If a file is damaged, a weight that tells a size is missing, or the tokenizer does not fit.
@@ -168,7 +170,7 @@ def config_from_released(folder: str | Path, shapes: Shapes, vae_shapes: Shapes)
     for name, values, field in (("llm", llm_config, "vocab_size"), ("vit", vit_config, "num_hidden_layers")):
         if field not in values:
             raise ValueError(f"{folder / name}_config.json lacks {field}")
-    # As the reference does after reading: heads untied, and the last layer of the vision tower dropped.
+    # The reference unties the heads and drops the last layer of the vision tower after reading.
     llm_config["tie_word_embeddings"] = False
     vit_config["num_hidden_layers"] -= 1
     vae_config = vae_config_from_shapes(vae_shapes)
@@ -204,13 +206,14 @@ def load_released(folder: str | Path, dtype: torch.dtype | None = torch.float32)
     """
     Load a released checkpoint.
 
-    Names and shapes are checked before a weight is read, and no weight is initialised. One that is stored in `dtype` stays
-    a view of the file until it is written to or moved to another device; the others are converted one at a time.
+    Names and shapes are checked before a weight is read, and no weight is initialised. A weight that is stored in
+    `dtype` stays a view of the file until it is written to or moved to another device. Other weights are converted one
+    at a time.
 
     Args:
-        folder (`str` or `Path`): Folder with the released files, which must stay as they are while the model is in use.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all weights but the autoencoder's, which
-            stay fp32. `None` leaves each in the type in which it is stored.
+        folder (`str` or `Path`): Folder with the released files, which must not change while the model is in use.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Data type of all weights except those of the
+            autoencoder, which stay fp32. `None` keeps the type in which each weight is stored.
 
     Raises:
         `FileNotFoundError`: If a file is missing; the message names it.
@@ -229,10 +232,10 @@ def load_released(folder: str | Path, dtype: torch.dtype | None = torch.float32)
     if problems:
         raise ValueError(f"the weights in {folder} do not fit its configuration: {summarize(problems)}")
     model.load_state_dict(_read_state(folder, tensors, model, dtype), strict=True, assign=True)
-    # The rotary frequencies are no part of a checkpoint, so they are still on the meta device.
+    # The rotary frequencies are not in a checkpoint, so they are still on the meta device.
     model.language_model.model.rotary_emb = type(model.language_model.model.rotary_emb)(config.text_config)
     model.vae.requires_grad_(False)
-    # PEFT writes the one, TRL reads the other.
+    # PEFT writes the first of these names, TRL reads the second.
     model.name_or_path = model.config._name_or_path = str(folder)
     return model.eval(), load_released_processor(folder)
 
@@ -253,7 +256,7 @@ def _read_state(
 
 
 def load_released_processor(folder: Path) -> BagelProcessor:
-    # The release has no such file; `save_released` adds it, so that prompts and sizes are kept.
+    # `save_released` adds this file to the layout, so that prompts and sizes are kept.
     if (folder / PROCESSOR_CONFIG).exists():
         return BagelProcessor.from_pretrained(folder)
     return BagelProcessor(tokenizer=AutoTokenizer.from_pretrained(folder))
@@ -261,13 +264,14 @@ def load_released_processor(folder: Path) -> BagelProcessor:
 
 def save_released(model: BagelModel, processor: BagelProcessor, folder: str | Path) -> None:
     """
-    Write a model in the released layout, whole or not at all: [`load_released`] and the reference code read it. The
-    processor's settings go into `processor_config.json`, which the reference code does not look at.
+    Write a model in the released layout, which [`load_released`] and the reference code read. The folder appears
+    complete or not at all. Settings of the processor go into `processor_config.json`, which the reference code does
+    not read.
 
     Args:
-        model ([`BagelModel`]): The model, with its adapters merged; weights keep their types.
+        model ([`BagelModel`]): The model, with its adapters merged. Weights keep their data types.
         processor ([`BagelProcessor`]): Its processor.
-        folder (`str` or `Path`): Where to; it must be empty or not exist.
+        folder (`str` or `Path`): The folder to write, which must be empty or not exist.
 
     Raises:
         `FileExistsError`: If `folder` has files.
@@ -300,7 +304,7 @@ def save_released(model: BagelModel, processor: BagelProcessor, folder: str | Pa
 
 def _write_configs(config: BagelConfig, folder: Path) -> None:
     generic = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
-    # The Transformers of the reference code knows neither of them, and both follow from the rest.
+    # The Transformers version of the reference code has neither of them, and both follow from the other settings.
     generic |= {"rope_parameters", "layer_types"}
     llm_config, vit_config = (
         {"model_type": part.model_type, **{k: v for k, v in part.to_dict().items() if k not in generic}}
@@ -316,7 +320,10 @@ def _write_configs(config: BagelConfig, folder: Path) -> None:
 
 
 def _write_processor(processor: BagelProcessor, folder: Path) -> None:
-    """Tokenizer files as the release has them, of which the Transformers of the reference code reads the slow ones."""
+    """
+    Write tokenizer files as in the release. The Transformers version of the reference code reads the slow tokenizer's
+    files.
+    """
     processor.save_pretrained(folder)
     tokenizer = processor.tokenizer
     tokenizer.backend_tokenizer.model.save(str(folder))
@@ -336,7 +343,7 @@ def _write_processor(processor: BagelProcessor, folder: Path) -> None:
 
 
 def _check_readable(config: BagelConfig, folder: Path, tensors: Mapping[str, ReleasedTensor]) -> None:
-    """Raise `ValueError` that names every setting of `config` that would be read back as another."""
+    """Raise `ValueError` that names every setting of `config` that would be read back with another value."""
     shapes = [{t.name: t.shape for t in tensors.values() if t.file == file} for file in (MODEL_WEIGHTS, VAE_WEIGHTS)]
     actual = config_from_released(folder, *shapes)
     pairs = {

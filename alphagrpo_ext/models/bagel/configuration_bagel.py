@@ -28,12 +28,12 @@ def _lora_targets(expert: str) -> str:
 
 
 # Attention and MLP of the experts, and nothing of the vision tower.
-LORA_TARGET_MODULES_OF = {
+LORA_PRESETS = {
     "both": _lora_targets("(_moe_gen)?"),
     "generation": _lora_targets("_moe_gen"),
     "understanding": _lora_targets(""),
 }
-LORA_TARGET_MODULES = LORA_TARGET_MODULES_OF["both"]
+LORA_TARGET_MODULES = LORA_PRESETS["both"]
 
 
 class BagelConfig(PreTrainedConfig):

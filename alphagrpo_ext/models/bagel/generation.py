@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -19,55 +18,8 @@ from alphagrpo_ext.models.bagel.layout import (
 )
 from alphagrpo_ext.models.bagel.prefill import plan_prefill
 from alphagrpo_ext.models.contract import SampledText
-from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
-from alphagrpo_ext.trajectory import DenoisingWindow, Segment, TextSegment
-
-
-def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    """
-    Set all but the likeliest tokens to -inf.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, vocabulary)`): Logits at the sampling temperature.
-        top_k (`int`, *optional*, defaults to `0`): Keep so many; 0 keeps all.
-        top_p (`float`, *optional*, defaults to `1.0`): Keep the smallest set with at least this probability.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if top_p < 1.0:
-        sorted_logits, order = logits.sort(dim=-1, descending=True)
-        probabilities = sorted_logits.softmax(dim=-1)
-        dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p
-        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return logits
-
-
-def sample_tokens(
-    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Sample by the inverse of the cumulative distribution, so that a token depends on its own uniform number alone.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, vocabulary)`): Raw logits.
-        uniforms (`torch.Tensor` of shape `(batch,)`): Numbers in [0, 1).
-        temperature (`float`, *optional*, defaults to `1.0`): 0 takes the likeliest token.
-        top_k, top_p: See [`filter_logits`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Tokens `(batch,)` and their log-probabilities under the temperature alone.
-    """
-    logits = logits.float()
-    if temperature > 0:
-        logits = logits / temperature
-        cumulative = filter_logits(logits, top_k, top_p).softmax(dim=-1).cumsum(dim=-1)
-        # Scaled by the last entry, which rounding keeps from being exactly 1.
-        tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    else:
-        tokens = logits.argmax(dim=-1)
-    return tokens, logits.log_softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+from alphagrpo_ext.models.token_sampling import sample_tokens
+from alphagrpo_ext.trajectory import Segment, TextSegment
 
 
 class BagelGenerationMixin:
@@ -166,9 +118,7 @@ class BagelGenerationMixin:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        eos_token_id: int | None = None,
-        return_logits: bool = False,
-    ) -> SampledText | tuple[SampledText, torch.Tensor]:
+    ) -> SampledText:
         """
         Sample one text a row and leave it in the cache, between its delimiters.
 
@@ -179,21 +129,16 @@ class BagelGenerationMixin:
             cache ([`BagelCache`]): Its first `batch` rows are continued; there must be `max_new_tokens + 2` free slots.
             uniforms (`torch.Tensor` of shape `(batch, max_new_tokens)`): The randomness, a row a sample.
             temperature, top_k, top_p: See [`sample_tokens`].
-            eos_token_id (`int`, *optional*): Ends a text; defaults to the model's.
-            return_logits (`bool`, *optional*, defaults to `False`): Also return the logits of every step.
-
-        Returns:
-            [`SampledText`], and if asked for `(batch, steps, vocabulary)` logits.
         """
         batch, max_new_tokens = uniforms.shape
-        eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        eos = self.config.eos_token_id
         rows = cache.head(batch)
         device = cache.positions.device
         uniforms = uniforms.to(device)
         tokens = torch.full((batch,), self.config.bos_token_id, device=device)
         reading = torch.ones(batch, dtype=torch.bool, device=device)
         sampling = reading.clone()
-        sampled, log_probs, counted, all_logits = [], [], [], []
+        sampled, log_probs, counted = [], [], []
         for step in range(max_new_tokens + 2):
             num_steps = step + 1
             last = not bool(sampling.any())
@@ -206,8 +151,6 @@ class BagelGenerationMixin:
                 sampled.append(tokens)
                 log_probs.append(token_log_probs)
                 counted.append(sampling)
-                if return_logits:
-                    all_logits.append(logits)
                 sampling = sampling & (tokens != eos)
             else:
                 tokens = torch.full_like(tokens, eos)
@@ -222,7 +165,7 @@ class BagelGenerationMixin:
             num_delimiters = sum(1 if ended else 2 for ended in text.ended)
             num_tokens = num_delimiters + sum(len(ids) for ids in text.token_ids)
             self.work.count("decode", num_tokens, num_steps * batch, num_steps)
-        return (text, torch.stack(all_logits, dim=1)) if return_logits else text
+        return text
 
     def _feed(self, cache: BagelCache, tokens: torch.Tensor, reading: torch.Tensor) -> torch.Tensor:
         """Read one token a row; rows that read no longer leave no trace. Returns next-token logits."""
@@ -299,14 +242,3 @@ class BagelGenerationMixin:
         self.extend(cache, rows)
         start = torch.full((len(rows),), self.config.bos_token_id, device=cache.positions.device)
         return self._feed(cache, start, torch.ones_like(start, dtype=torch.bool))
-
-    def image_slots(self, grid: tuple[int, int]) -> int:
-        """Cache slots that one image of latents takes."""
-        return grid[0] * grid[1] + 2
-
-    @torch.no_grad()
-    def sample_image(
-        self, cache: BagelCache, noise: torch.Tensor, grid: tuple[int, int], config: DenoisingConfig, **kwargs: Any
-    ) -> tuple[torch.Tensor, list[DenoisingWindow | None]]:
-        """Paint one image a sample; see [`denoise`]."""
-        return denoise(self, cache, noise, grid, config, **kwargs)

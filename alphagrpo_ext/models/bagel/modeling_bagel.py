@@ -8,7 +8,6 @@ Source: Emerging Properties in Unified Multimodal Pretraining (https://huggingfa
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,14 +38,15 @@ from alphagrpo_ext.models.bagel.attention import (
     copy_attention,
 )
 from alphagrpo_ext.models.bagel.cache import BagelCache
-from alphagrpo_ext.models.bagel.configuration_bagel import LORA_TARGET_MODULES_OF, BagelConfig
+from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
 from alphagrpo_ext.models.bagel.flex_attention import block_mask_attention, visibility_block_mask
 from alphagrpo_ext.models.bagel.generation import BagelGenerationMixin
+from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, patchify, unpatchify, visibility_mask
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
-from alphagrpo_ext.models.contract import MODELS, PackedBatch, PackedOutput, UnifiedModel
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.models.token_scores import score_tokens
-from alphagrpo_ext.trajectory import Trajectory
+from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
 
 def sinusoidal_time_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
@@ -58,7 +58,9 @@ def sinusoidal_time_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor
 
 
 def sincos_position_table(side: int, hidden_size: int) -> torch.Tensor:
-    """Two-dimensional table `(side**2, hidden_size)`: columns in the first half of the channels, rows in the second."""
+    """
+    Two-dimensional table `(side**2, hidden_size)`: columns in the first half of the channels, rows in the second.
+    """
     quarter = hidden_size // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
@@ -69,7 +71,7 @@ def sincos_position_table(side: int, hidden_size: int) -> torch.Tensor:
 
 
 class BagelAttention(nn.Module):
-    """Joint attention of both experts: each projects its own tokens, all tokens attend to each other."""
+    """Joint attention of both experts. Each expert projects its own tokens, and all tokens attend to each other."""
 
     def __init__(self, config: BagelConfig, layer_idx: int) -> None:
         super().__init__()
@@ -135,21 +137,21 @@ class BagelAttention(nn.Module):
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         layout: PackedLayout,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Contexts among themselves, and copies over contexts and themselves; see [`PackedLayout`]."""
+        """Attention of contexts to themselves, and of copies to contexts and themselves; see [`PackedLayout`]."""
         states = [self._project(und, "")] + ([] if gen is None else [self._project(gen, "_moe_gen")])
-        # Rotated before heads and tokens change places, so that a copy's tokens stay together in memory.
+        # Rotated before heads and tokens are transposed, so that the tokens of a copy stay contiguous in memory.
         states = [
             (*apply_rotary_pos_emb(query, key, *embeddings, unsqueeze_dim=2), value)
             for (query, key, value), embeddings in zip(states, position_embeddings, strict=False)
         ]
-        query, key, value = (layout.split(*of_experts) for of_experts in zip(*states, strict=True))
+        query, key, value = (layout.split(*expert_states) for expert_states in zip(*states, strict=True))
         contexts, copies = [], []
-        for i, of_bucket in enumerate(layout.buckets):
+        for i, bucket_layout in enumerate(layout.buckets):
             if layout.has_contexts:
                 context_query, context_key, context_value = (
                     part[0][i].transpose(1, 2) for part in (query, key, value)
                 )
-                mask = of_bucket.context_mask
+                mask = bucket_layout.context_mask
                 output, _ = self._attention_function(mask)(
                     *(self, context_query, context_key, context_value, mask[:, None]),
                     dropout=0.0,
@@ -160,13 +162,13 @@ class BagelAttention(nn.Module):
                     layout.states[i].store(self.layer_idx, context_key, context_value)
             else:
                 context_key, context_value = layout.states[i].of_layer(self.layer_idx)
-            if layout.has_copies and of_bucket.bucket.copies:
+            if layout.has_copies and bucket_layout.bucket.copies:
                 own_query, own_key, own_value = (
                     part[1][i].flatten(1, 2).transpose(1, 2) for part in (query, key, value)
                 )
-                states_of_copies = CopyStates(own_query, context_key, context_value, own_key, own_value)
-                output = copy_attention(self.config._attn_implementation)(states_of_copies, of_bucket, self.scaling)
-                copies.append(output.transpose(1, 2).flatten(2).unflatten(1, (of_bucket.bucket.copies, -1)))
+                copy_states = CopyStates(own_query, context_key, context_value, own_key, own_value)
+                output = copy_attention(self.config._attn_implementation)(copy_states, bucket_layout, self.scaling)
+                copies.append(output.transpose(1, 2).flatten(2).unflatten(1, (bucket_layout.bucket.copies, -1)))
         und, gen = layout.merge(contexts, copies)
         return self.o_proj(und), self.o_proj_moe_gen(gen) if gen.shape[1] else None
 
@@ -174,7 +176,7 @@ class BagelAttention(nn.Module):
         if isinstance(mask, BlockMask):
             return block_mask_attention
         name = self.config._attn_implementation
-        # A prefilled context is short and comes with a mask of all pairs.
+        # A prefilled context is short, and its mask covers all pairs.
         name = "sdpa" if name == "flex_attention" else name
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
@@ -233,7 +235,8 @@ class BagelDecoder(nn.Module):
         """
         Args:
             und (`torch.Tensor` of shape `(batch, und_tokens, hidden)`): Embeddings for the understanding expert.
-            gen (`torch.Tensor` of shape `(batch, gen_tokens, hidden)`, *optional*): For the generation expert.
+            gen (`torch.Tensor` of shape `(batch, gen_tokens, hidden)`, *optional*):
+                Embeddings for the generation expert.
             positions (`torch.Tensor` of shape `(batch, und_tokens + gen_tokens)`): Rotary positions.
             mask (`torch.Tensor` of shape `(batch, queries, keys)`, `BlockMask` or [`PackedLayout`]): Visibility, bool.
             cache ([`BagelCache`], *optional*): Context that comes before these tokens.
@@ -242,7 +245,7 @@ class BagelDecoder(nn.Module):
         Returns:
             The normed hidden states of both experts' tokens.
         """
-        # SDPA would make the same numbers of a bool mask in every layer, and keep each for the backward.
+        # SDPA would convert a bool mask in every layer, and keep each result for the backward.
         kind, implementation = und.device.type, self.config._attn_implementation
         computes_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else und.dtype
         if isinstance(mask, PackedLayout):
@@ -260,7 +263,7 @@ class BagelDecoder(nn.Module):
                 mask = additive_mask(mask, computes_in)
             position_embeddings = self.rotary_emb(und, positions)
         for layer in self.layers:
-            # Transformers takes away what is called a cache under gradient checkpointing.
+            # Under gradient checkpointing, Transformers removes arguments whose name says cache.
             und, gen = layer(
                 und, gen, position_embeddings=position_embeddings, mask=mask, context=cache, prefill=prefill
             )
@@ -269,8 +272,8 @@ class BagelDecoder(nn.Module):
 
 class BagelHead(nn.Linear):
     """
-    Language-model head that scores tokens chunk by chunk. It is one call of one module, so that what gathers the weights of
-    sharded modules does so once.
+    Language-model head that scores tokens chunk by chunk. It is one call of one module, so that sharded weights are
+    gathered once.
     """
 
     def forward(
@@ -292,7 +295,7 @@ class BagelLanguageModel(nn.Module):
 
 
 class BagelTimeEmbedder(nn.Module):
-    """Time in [0, 1] to a vector of the decoder's width."""
+    """Maps a time in [0, 1] to a vector of the decoder's width."""
 
     sinusoid_dim = 256
 
@@ -319,7 +322,7 @@ class BagelPositionTable(nn.Module):
 
 
 class BagelConnector(nn.Module):
-    """Vision-tower width to decoder width."""
+    """Maps the vision tower's outputs to the width of the decoder."""
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
@@ -333,7 +336,7 @@ class BagelConnector(nn.Module):
 
 
 class BagelVisionEmbeddings(nn.Module):
-    """Patches as a linear layer, and learned positions looked up by flattened two-dimensional ids."""
+    """Patch embedding by a linear layer, with learned positions that are indexed by flattened two-dimensional ids."""
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
@@ -355,7 +358,9 @@ class BagelVisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`(images, patches, values)` to `(images, patches, hidden)`; `mask` `(images, patches)` is false on padding."""
+        """
+        `(images, patches, values)` to `(images, patches, hidden)`; `mask` `(images, patches)` is false on padding.
+        """
         hidden_states = self.embeddings(patches.to(self.embeddings.patch_embedding.weight.dtype), position_ids)
         attention_mask = additive_mask(mask, hidden_states.dtype)[:, None, None].expand(-1, 1, mask.shape[1], -1)
         hidden_states = self.encoder(hidden_states, attention_mask).last_hidden_state
@@ -373,7 +378,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     base_model_prefix = "bagel"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer"]
-    # Anchored, because this is searched for in names, and `vae2llm` and `llm2vae` are no part of the autoencoder.
+    # Anchored, because `vae2llm` and `llm2vae` are not part of the autoencoder.
     _keep_in_fp32_modules_strict = [r"^vae\."]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -387,21 +392,22 @@ class BagelPreTrainedModel(PreTrainedModel):
             init.zeros_(module.llm2vae.weight)
 
 
-@MODELS.register(BagelConfig.model_type)
 class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     """
     BAGEL with all its parts; module names are those of the released checkpoint.
 
-    The forward scores whole trajectories ([`BagelModel.pack`] makes its inputs); `prefill`, `sample_text`,
-    `predict_velocity` and `sample_image` generate.
+    The forward scores whole trajectories, and [`BagelModel.pack`] makes its inputs. `prefill`, `sample_text` and
+    `predict_velocity` generate.
 
     Args:
         config ([`BagelConfig`]): Sizes of every part.
     """
 
+    branches = BRANCHES
+
     def __init__(self, config: BagelConfig) -> None:
         super().__init__(config)
-        self._tell_parts_attention()
+        self._set_attention_of_parts()
         hidden_size = config.text_config.hidden_size
         self.language_model = BagelLanguageModel(config)
         self.time_embedder = BagelTimeEmbedder(hidden_size)
@@ -423,11 +429,12 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id
         )
         self.post_init()
-        # To which that has added the autoencoder's, some of which are in no autoencoder of ours: FSDP would look for them.
+        # `post_init` adds the autoencoder's classes, and FSDP would look for those that this autoencoder does not
+        # have.
         self._no_split_modules = set(type(self)._no_split_modules)
 
-    def _tell_parts_attention(self) -> None:
-        # The parts are plain modules, so nothing else tells them.
+    def _set_attention_of_parts(self) -> None:
+        # Transformers sets the implementation of the whole model alone, because the parts are plain modules.
         name = self.config._attn_implementation
         self.config.text_config._attn_implementation = name
         # The vision tower sees single images and has no block mask.
@@ -435,13 +442,13 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
 
     def set_attn_implementation(self, attn_implementation: str, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        self._tell_parts_attention()
+        self._set_attention_of_parts()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
-        # Loading replaces the parameters, and with them forgets that these are frozen.
+        # Loading replaces the parameters, and the new ones are not frozen.
         model.vae.requires_grad_(False)
         return loaded
 
@@ -457,21 +464,22 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.language_model.lm_head = value
 
-    lora_targets = LORA_TARGET_MODULES_OF
-
-    @staticmethod
-    def is_generation_parameter(name: str) -> bool:
-        return re.search(r"_moe_gen\.|(^|\.)(vae2llm|llm2vae|time_embedder)\.", name) is not None
-
     def vision_tokens(self, height: int, width: int) -> int:
         patch_size = self.config.vision_config.patch_size
         return (height // patch_size) * (width // patch_size)
 
-    def keeps_fp32(self, name: str) -> bool:
-        return name.startswith("vae.")
+    def guidance(self, settings: GuidanceConfig) -> BagelGuidance:
+        return BagelGuidance(settings)
 
-    def sharded_layers(self) -> Sequence[nn.Module]:
-        return [*self.language_model.model.layers, *self.vit_model.vision_model.encoder.layers]
+    def num_positions(self, segments: Sequence[Segment]) -> int:
+        # A text takes a position for each delimiter, an image one for its latents and one for its vision block.
+        return sum(len(s.content_ids) + 2 if isinstance(s, TextSegment) else 2 for s in segments)
+
+    def text_slots(self, max_new_tokens: int) -> int:
+        return max_new_tokens + 2
+
+    def image_slots(self, grid: tuple[int, int]) -> int:
+        return grid[0] * grid[1] + 2
 
     @property
     def latent_downsample(self) -> int:
@@ -489,22 +497,9 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
     def max_positions(self) -> int:
         return self.config.text_config.max_position_embeddings
 
-    def freeze_vision_tower(self) -> None:
-        """Exclude what only reads images (vision tower and connector) from training."""
-        self.vit_model.requires_grad_(False)
-        self.connector.requires_grad_(False)
-
-    def encode_images(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Args:
-            images (`torch.Tensor` of shape `(batch, 3, height, width)`): Pixels in [-1, 1].
-            noise (`torch.Tensor`, *optional*): Sample the posterior with this noise instead of taking its mean.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, channels)`: Scaled latents, fp32.
-        """
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        # The mean, where the reference samples, so that a rollout and its packed forward see the same latents.
+        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
         latents = self.vae.config.scaling_factor * (latents.float() - self.vae.config.shift_factor)
         return patchify(latents, self.config.latent_patch_size)
 
@@ -544,7 +539,7 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         return und, gen
 
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
-        return pack_trajectories(trajectories, guidance, self.config)
+        return pack_trajectories(trajectories, self.guidance(guidance), self.config)
 
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if "vit_patches" in inputs:
@@ -553,7 +548,7 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         place = torch.zeros(1, 1, dtype=torch.long)
         return {
             **inputs,
-            # One patch that is padding: the vision tower runs, and nobody sees what comes of it.
+            # One patch that is padding: the vision tower runs, and its output is not used.
             "vit_patches": torch.zeros(1, 1, vision.num_channels * vision.patch_size**2),
             "vit_position_ids": place,
             "vit_mask": torch.zeros(1, 1, dtype=torch.bool),
@@ -583,14 +578,15 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             score_index (`torch.Tensor` of shape `(scores,)`):
                 Places in the flattened `input_ids` whose next token was sampled.
             score_targets (`torch.Tensor` of shape `(scores,)`): The sampled tokens.
-            rows (`torch.Tensor` of shape `(1, und + gen)`, *optional*): The row of every token, if rows follow each other.
+            rows (`torch.Tensor` of shape `(1, und + gen)`, *optional*):
+                The row of every token, if rows are concatenated.
             buckets (`torch.Tensor` of shape `(buckets, 5)`, *optional*):
-                How they do, a [`Bucket`] a line. Without it, a mask of all pairs decides who sees whom.
+                How rows are concatenated: one [`Bucket`] per line. Without it, attention uses a mask of all pairs.
             velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*):
                 Places of noised latents in the flattened latents.
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
             context_gradient (`str`, *optional*, defaults to `"exact"`):
-                Whether noised copies have a gradient through their context, or see it `"detached"`.
+                With `"detached"`, noised copies have no gradient through their context.
         """
         if self.work is not None:
             kind = "training" if torch.is_grad_enabled() else "scoring"
@@ -609,25 +605,21 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
             und, gen = self.language_model.model(und, gen, positions, mask)
         head, scored = self.language_model.lm_head, und.flatten(0, 1)[score_index]
         if isinstance(head, BaseTunerLayer):
-            # An adapter around the head can only make logits.
+            # An adapter around the head returns logits alone.
             log_probs, entropies = score_tokens(head, scored, score_targets, head.out_features, temperature)
         else:
             log_probs, entropies = head(scored, score_targets, temperature)
         velocities = None
         if velocity_index is not None:
             velocities = self.llm2vae(gen.flatten(0, 1)[velocity_index]).float()
-        return PackedOutput(
-            log_probs=log_probs,
-            entropies=entropies,
-            velocities=velocities,
-        )
+        return PackedOutput(log_probs, entropies, velocities)
 
     def _run_detached(
         self, und: torch.Tensor, gen: torch.Tensor, positions: torch.Tensor, layout: PackedLayout, has_scores: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Contexts first, with the gradient of their sampled texts, if there are any; and then copies over their keys and
-        values, which are cut off from it.
+        Run contexts first, with gradient if they have sampled texts, and then copies over detached keys and values of
+        the contexts.
         """
         contexts = layout.contexts_alone()
         parts = (contexts, layout.copies_alone(contexts.states))
@@ -639,12 +631,15 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         ]
         outputs = []
         for part, has_gradient, *tensors in zip(parts, (has_scores, True), *split, strict=True):
-            of_und, at_und, of_gen, at_gen = tensors
+            und_part, und_positions_part, gen_part, gen_positions_part = tensors
             with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):
                 outputs.append(
                     self.language_model.model(
-                        of_und, of_gen if part.num_gen else None, torch.cat([at_und, at_gen], dim=1), part
+                        und_part,
+                        gen_part if part.num_gen else None,
+                        torch.cat([und_positions_part, gen_positions_part], dim=1),
+                        part,
                     )
                 )
-        of_und, of_gen = zip(*outputs, strict=True)
-        return torch.cat(of_und, dim=1), torch.cat([x for x in of_gen if x is not None], dim=1)
+        und_outputs, gen_outputs = zip(*outputs, strict=True)
+        return torch.cat(und_outputs, dim=1), torch.cat([x for x in gen_outputs if x is not None], dim=1)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.bagel.layout import (
     NOISED_BLOCK,
     PADDING_BLOCK,
@@ -28,7 +28,7 @@ from alphagrpo_ext.models.bagel.layout import (
     grid_position_ids,
 )
 from alphagrpo_ext.models.bagel.shared_contexts import ContextName, context_name, holders
-from alphagrpo_ext.models.contract import BRANCHES, PackedBatch, VelocityLayout
+from alphagrpo_ext.models.contract import PackedBatch, VelocityLayout
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 
 
@@ -272,7 +272,7 @@ class _PackedSequence:
 class _Packer:
     """Lays out trajectories one after the other."""
 
-    def __init__(self, guidance: GuidanceConfig, config: BagelConfig, shares_contexts: bool) -> None:
+    def __init__(self, guidance: BagelGuidance, config: BagelConfig, shares_contexts: bool) -> None:
         self.guidance, self.config, self.shares_contexts = guidance, config, shares_contexts
         self.rows: list[_PackedRow] = []
         # Contexts with which the trajectory does not begin, and who sees them: image, its index, branch, and steps.
@@ -303,7 +303,7 @@ class _Packer:
         """Copies of an image behind the trajectory's context of this name, and elsewhere those that see another."""
         times, index = image.window.timesteps[:-1].tolist(), len(self.image_trajectory)
         for branch, branch_name in enumerate(BRANCHES):
-            steps = [step for step, time in enumerate(times) if branch_name in self.guidance.at(time).branches]
+            steps = [step for step, time in enumerate(times) if branch_name in self.guidance.branches_at(time)]
             if not steps:
                 continue
             context = image.guidance_contexts.get(branch_name, [])
@@ -333,7 +333,7 @@ class _Packer:
 
 def pack_trajectories(
     trajectories: Sequence[Trajectory],
-    guidance: GuidanceConfig,
+    guidance: BagelGuidance,
     config: BagelConfig,
     shares_contexts: bool = True,
 ) -> PackedBatch:
@@ -347,7 +347,7 @@ def pack_trajectories(
 
     Args:
         trajectories (`Sequence[Trajectory]`): What to score.
-        guidance ([`GuidanceConfig`]): Decides which branches are needed at which times.
+        guidance ([`BagelGuidance`]): Decides which branches are needed at which times.
         config ([`BagelConfig`]): Sizes and delimiters.
         shares_contexts (`bool`, *optional*, defaults to `True`):
             Whether they do; without, every guidance branch of every image has a row of its own, to compare with.
@@ -382,11 +382,12 @@ def pack_trajectories(
             mask, torch.tensor([start for _, start, _ in copies])[:, None] + offsets, 0
         )
         image, branch, step = torch.tensor([key for key, *_ in copies]).T
-        layout = VelocityLayout(image=image, step=step, branch=branch, mask=mask)
+        layout = VelocityLayout(image=image, step=step, branch=branch, mask=mask, branches=BRANCHES)
     return PackedBatch(
         inputs=inputs,
         score_trajectory=torch.tensor([score[3] for score in scores], dtype=torch.long),
         score_column=torch.tensor([score[4] for score in scores], dtype=torch.long),
         velocities=layout,
         image_trajectory=torch.tensor(packer.image_trajectory, dtype=torch.long),
+        guidance=guidance,
     )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Texts to ids and images to pixels, as BAGEL's inferencer prepares them."""
+"""BAGEL's processor: texts to token ids and images to pixels, as its inferencer prepares them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.models.bagel.guidance import branch_context
+from alphagrpo_ext.models.contract import UnifiedProcessor
 from alphagrpo_ext.models.pixels import image_to_tensor, to_rgb
-from alphagrpo_ext.trajectory import ImageSegment, TextSegment
+from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
 
 GENERATION_SYSTEM_PROMPT = (
@@ -33,17 +36,14 @@ REFLECTION_PROMPT = (
 )
 
 
-def resized_size(
-    width: int, height: int, max_size: int, min_size: int, stride: int, max_pixels: int | None = None
-) -> tuple[int, int]:
+def resized_size(width: int, height: int, max_size: int, min_size: int, stride: int) -> tuple[int, int]:
     """
     Width and height after BAGEL's resize: the long side at most `max_size`, the short one at least `min_size` where
     that allows, both multiples of `stride`.
 
     Args:
-        width, height (`int`): Of the image.
+        width, height (`int`): Size of the image.
         max_size, min_size, stride (`int`): Limits of the transform, in pixels.
-        max_pixels (`int`, *optional*): Largest area; unlike the reference, the area is met, not undershot.
     """
 
     def snap(scale: float, width: int, height: int) -> tuple[int, int]:
@@ -53,25 +53,23 @@ def resized_size(
     scale = min(max_size / max(width, height), 1.0)
     scale = max(scale, min_size / min(width, height))
     new_width, new_height = snap(scale, width, height)
-    if max_pixels is not None and new_width * new_height > max_pixels:
-        new_width, new_height = snap((max_pixels / (new_width * new_height)) ** 0.5, new_width, new_height)
     if max(new_width, new_height) > max_size:
         new_width, new_height = snap(max_size / max(new_width, new_height), new_width, new_height)
     return new_width, new_height
 
 
-class BagelProcessor(ProcessorMixin):
+class BagelProcessor(ProcessorMixin, UnifiedProcessor):
     """
     Tokenizer and image transforms of BAGEL.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Texts to ids.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         generation_system_prompt, understanding_system_prompt (`str`, *optional*):
-            What makes the model think before it paints, or before it answers.
+            System prompts that ask the model to think before it paints, or before it answers.
         reflection_prompt (`str`, *optional*):
-            What makes it refine an image that was made for a request, which takes the place of `{prompt}`.
+            Request to refine an image. The request that the image was made for replaces `{prompt}`.
         vae_max_size, vae_min_size, vae_stride (`int`, *optional*, defaults to `1024`, `512`, `16`):
-            Limits of the resize that every input image goes through.
+            Limits of the resize of every input image.
         vit_max_size, vit_min_size, vit_stride (`int`, *optional*, defaults to `980`, `224`, `14`):
             Limits of the second resize, for the vision tower.
     """
@@ -98,18 +96,22 @@ class BagelProcessor(ProcessorMixin):
         super().__init__(tokenizer, **kwargs)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text, without delimiters."""
+        """Token ids of a text, without delimiters."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def text_segment(self, text: str) -> TextSegment:
         return TextSegment(self.encode_text(text))
 
+    def system_segments(self, think: bool, edits: bool) -> list[TextSegment]:
+        return [TextSegment(self.encode_text(self.generation_system_prompt), role="system")] if think else []
+
     def reflection_request(self, prompt: str) -> str:
-        """The turn that asks to refine an image that was made for `prompt`."""
         return self.reflection_prompt.replace("{prompt}", prompt)
 
+    def branch_context(self, branch: str, context: Sequence[Segment], size: tuple[int, int]) -> list[Segment]:
+        return branch_context(branch, context)
+
     def resize_image(self, image: Image.Image) -> Image.Image:
-        """The resize that every input image goes through first."""
         image = to_rgb(image)
         size = resized_size(*image.size, self.vae_max_size, self.vae_min_size, self.vae_stride)
         return image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
@@ -119,18 +121,17 @@ class BagelProcessor(ProcessorMixin):
         size = resized_size(*resized.size, self.vit_max_size, self.vit_min_size, self.vit_stride)
         return image_to_tensor(resized.resize(size, Image.Resampling.BICUBIC) if size != resized.size else resized)
 
-    @torch.no_grad()
-    def image_segment(self, image: Image.Image, model: Any, look: bool = True) -> ImageSegment:
-        """
-        An image as context.
+    def look(self, image: Image.Image) -> torch.Tensor:
+        return self.vit_pixels(self.resize_image(image))
 
-        Args:
-            image (`PIL.Image.Image`): Any size and mode.
-            model ([`BagelModel`]): Encodes it.
-            look (`bool`, *optional*, defaults to `True`): Whether the vision tower sees it too.
-        """
+    def question_pixels(self, image: Image.Image) -> torch.Tensor:
+        # BAGEL answers from its vision tower alone.
+        return self.look(image)
+
+    @torch.no_grad()
+    def image_segment(self, image: Image.Image, model: Any) -> ImageSegment:
         resized = self.resize_image(image)
         pixels = image_to_tensor(resized)
         latents = model.encode_images(pixels[None].to(model.device))[0].cpu()
         grid = (resized.height // model.latent_downsample, resized.width // model.latent_downsample)
-        return ImageSegment(latents, grid, self.vit_pixels(resized) if look else None, image=resized)
+        return ImageSegment(latents, grid, self.vit_pixels(resized), image=resized)

@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.processing_utils import ProcessorMixin
-
-from alphagrpo_ext.models.contract import UnifiedModel
-from alphagrpo_ext.rollout.task import TASKS, Task, TaskContexts, context_image, image_request_contexts
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.rollout.task import TASKS, Task, context_image
+from alphagrpo_ext.trajectory import Segment
 
 
 @TASKS.register("image_editing")
@@ -19,7 +18,8 @@ class ImageEditing(Task):
 
     needs_image = True
 
-    def contexts(self, row: Mapping[str, Any], processor: ProcessorMixin, model: UnifiedModel) -> TaskContexts:
-        system = [processor.text_segment(processor.generation_system_prompt)] if self.think else []
+    def context(
+        self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, size: tuple[int, int]
+    ) -> list[Segment]:
         image = processor.image_segment(context_image(row), model)
-        return image_request_contexts(image, self.request(row, processor), system)
+        return [*processor.system_segments(self.think, edits=True), image, self.request(row, processor, size)]

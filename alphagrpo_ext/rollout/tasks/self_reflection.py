@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Self-reflective refinement: the policy's own flawed image, what is wrong with it, and the image painted anew."""
+"""
+Self-reflective refinement: an image of the policy, a text that says what is wrong with it, and the image painted anew.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.processing_utils import ProcessorMixin
-
+from alphagrpo_ext.models.contract import UnifiedProcessor
 from alphagrpo_ext.rollout.task import TASKS, prompt_text
 from alphagrpo_ext.rollout.tasks.image_editing import ImageEditing
 from alphagrpo_ext.trajectory import TextSegment
@@ -29,5 +30,5 @@ class SelfReflection(ImageEditing):
     def num_turns(self) -> int:
         return self.num_reflection_rounds
 
-    def request(self, row: Mapping[str, Any], processor: ProcessorMixin) -> TextSegment:
-        return processor.text_segment(processor.reflection_request(prompt_text(row["prompt"])))
+    def request(self, row: Mapping[str, Any], processor: UnifiedProcessor, size: tuple[int, int]) -> TextSegment:
+        return processor.request_segment(processor.reflection_request(prompt_text(row["prompt"])), size)

@@ -13,9 +13,10 @@ from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel import attention as attention_module
 from alphagrpo_ext.models.bagel.attention import BucketLayout, CopyStates
+from alphagrpo_ext.models.bagel.guidance import BRANCHES
 from alphagrpo_ext.models.bagel.layout import NOISED_BLOCK, PADDING_BLOCK, visibility_mask
 from alphagrpo_ext.models.bagel.packing import Bucket, pack_trajectories
-from alphagrpo_ext.models.contract import BRANCHES, PackedBatch, PackedOutput
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.trajectory import Trajectory
 
@@ -92,7 +93,9 @@ class TestSharedContexts:
         self, tiny_bagel: BagelModel, trajectories: list[Trajectory]
     ) -> None:
         shared = tiny_bagel.pack(trajectories, CONFIG.guidance)
-        own = pack_trajectories(trajectories, CONFIG.guidance, tiny_bagel.config, shares_contexts=False)
+        own = pack_trajectories(
+            trajectories, tiny_bagel.guidance(CONFIG.guidance), tiny_bagel.config, shares_contexts=False
+        )
         assert num_context_tokens(shared) < 0.8 * num_context_tokens(own)
         for name in ("image", "step", "branch", "mask"):
             assert torch.equal(getattr(shared.velocities, name), getattr(own.velocities, name))

@@ -18,10 +18,12 @@ from alphagrpo_ext.flow import GuidanceConfig, ode_step, solvers
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.cache import BagelCache
 from alphagrpo_ext.models.bagel.checkpoint import load_released
+from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.bagel.layout import BagelRow, collate_rows, grid_position_ids, patchify, unpatchify
 from alphagrpo_ext.models.bagel.modeling_bagel import sinusoidal_time_embedding
+from alphagrpo_ext.models.contract import SampledText
 from alphagrpo_ext.models.pixels import tensor_to_image
-from alphagrpo_ext.rollout.denoising import DenoisingConfig
+from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 from support.golden_io import Golden
 
@@ -95,7 +97,7 @@ def add_op(row: BagelRow, op: dict[str, Any], model: BagelModel, golden: Golden,
     elif op["op"] == "vit_image":
         row.add_pixels(golden.vit_pixels(op["image"]))
     else:
-        latents = model.encode_images(golden.vae_pixels(op["image"])[None], noise=golden[noise_key])
+        latents = sampled_latents(model, golden.vae_pixels(op["image"])[None], golden[noise_key])
         row.add_latents(latents[0], tuple(op["grid_hw"]), op["timestep"])
 
 
@@ -196,9 +198,33 @@ def decode_greedily(model: BagelModel, cache: BagelCache, tokens: list[int]) -> 
     Decode, compare the tokens, and return the logits. The reference's list starts with the delimiter, and leaves out
     the last prediction, be it an end token or one too many.
     """
-    text, logits = model.sample_text(cache, torch.zeros(1, len(tokens)), temperature=0, return_logits=True)
+    text, logits = sample_with_logits(model, cache, torch.zeros(1, len(tokens)))
     assert text.token_ids[0][: len(tokens) - 1] == tokens[1:]
     return logits[0]
+
+
+def sampled_latents(model: BagelModel, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Latents `(batch, tokens, channels)` sampled from the autoencoder's posterior, where the model takes the mean."""
+    posterior = model.vae.encode(pixels).latent_dist
+    latents = posterior.mean + posterior.std * noise - model.vae.config.shift_factor
+    return patchify(model.vae.config.scaling_factor * latents, model.config.latent_patch_size)
+
+
+def sample_with_logits(
+    model: BagelModel, cache: BagelCache, uniforms: torch.Tensor
+) -> tuple[SampledText, torch.Tensor]:
+    """Greedy texts, and the logits `(batch, steps, vocabulary)` that they were sampled from."""
+    logits = []
+    hook = model.language_model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+    text = model.sample_text(cache, uniforms, temperature=0)
+    hook.remove()
+    return text, torch.stack(logits[: max(len(ids) for ids in text.token_ids)], dim=1)
+
+
+def combine_at(t: float, settings: GuidanceConfig, velocities: torch.Tensor) -> torch.Tensor:
+    """Guided velocity at one time, from those of all branches."""
+    guidance = BagelGuidance(settings)
+    return guidance.combine({name: velocities[BRANCHES.index(name)] for name in guidance.branches_at(t)})
 
 
 def guidance_from(arguments: dict[str, Any]) -> GuidanceConfig:
@@ -273,7 +299,7 @@ def test_autoencoder(golden, model):
     posterior = model.vae.encode(pixels).latent_dist
     golden.check("vae/mean", posterior.mean)
     golden.check("vae/logvar", posterior.logvar)
-    sampled, mean = model.encode_images(pixels, noise=noise), model.encode_images(pixels)
+    sampled, mean = sampled_latents(model, pixels, noise), model.encode_images(pixels)
     golden.check("vae/z", unpatchify(sampled, grid, size))
     golden.check("vae/z_mean", unpatchify(mean, grid, size))
     decoded = model.decode_latents(sampled, grid)
@@ -314,11 +340,12 @@ class TestContexts:
                 assert context.cache.positions.tolist() == [recorded["rope"]]
 
     @torch.no_grad()
-    def test_early_stop(self, golden, model, in_one_pass):
+    def test_early_stop(self, golden, model, in_one_pass, monkeypatch):
         case = golden.case("text")
         tokens, end = case["early_stop"]["tokens"], case["early_stop"]["end_token_id"]
         context = run_context(model, golden, "text", case["ops"], in_one_pass, capacity=len(tokens) + 3)
-        text = model.sample_text(context.cache, torch.zeros(1, len(tokens) + 1), temperature=0, eos_token_id=end)
+        monkeypatch.setattr(model.config, "eos_token_id", end)
+        text = model.sample_text(context.cache, torch.zeros(1, len(tokens) + 1), temperature=0)
         assert text.token_ids == [[*tokens[1:], end]]
         assert text.ended == [True]
 
@@ -355,7 +382,7 @@ def test_velocities(golden, model, name):
         for combo in case["cfg_combos"]:
             key = f"{name}/t{i}/cfg/{combo['key']}"
             if key in golden:
-                golden.check(key, guidance_from(combo).at(t).guide(*velocities))
+                golden.check(key, combine_at(t, guidance_from(combo), velocities))
 
 
 @torch.no_grad()
@@ -403,7 +430,7 @@ def check_image(model: BagelModel, golden: Golden, name: str, states: list[tuple
         timestep_shift=arguments["timestep_shift"],
         guidance=guidance_from(arguments),
     )
-    latents, _ = model.sample_image(cache, golden[f"{name}/init_noise"][None], grid, config)
+    latents, _ = denoise(model, cache, golden[f"{name}/init_noise"][None], grid, config)
     for key, states_or_velocities in zip(("x_t", "v_t"), zip(*states, strict=True), strict=True):
         if f"{name}/{key}" in golden:
             golden.check(f"{name}/{key}", torch.cat(states_or_velocities))
@@ -446,7 +473,7 @@ class TestBatch:
             kind, layer = key[-2:]
             states = {"k": cache.prefix_keys, "v": cache.prefix_values}[kind][int(layer)]
             golden.check(key, states.transpose(1, 2)[cache.prefix_mask])
-        text, logits = model.sample_text(cache, torch.zeros(len(rows), steps), temperature=0, return_logits=True)
+        text, logits = sample_with_logits(model, cache, torch.zeros(len(rows), steps))
         golden.check("batched/text_step_logits", logits.transpose(0, 1))
         assert [ids[: steps - 1] for ids in text.token_ids] == [ids[1:] for ids in tokens]
 
@@ -454,7 +481,7 @@ class TestBatch:
         config = replace(BATCHED_CONFIG, guidance=replace(BATCHED_CONFIG.guidance, renorm_type="channel"))
         for i, (grid, noise) in enumerate(images):
             cache, _ = model.prefill_rows([rows[i], BagelRow(model.config)], capacity=model.image_slots(grid))
-            latents, _ = model.sample_image(cache, noise[None], grid, config)
+            latents, _ = denoise(model, cache, noise[None], grid, config)
             golden.check(f"batched/channel/latent{i}", latents[0])
 
     def test_global_norm_does_not_couple_samples(self, model, rows, images):
@@ -463,10 +490,10 @@ class TestBatch:
         noise = torch.stack([noise * (i + 1) for i in range(len(rows))])
         empty = BagelRow(model.config)
         together, _ = model.prefill_rows([*rows, *[empty] * len(rows)], capacity=model.image_slots(grid))
-        latents, _ = model.sample_image(together, noise, grid, config)
+        latents, _ = denoise(model, together, noise, grid, config)
         for i, row in enumerate(rows):
             alone, _ = model.prefill_rows([row, empty], capacity=model.image_slots(grid))
-            expected, _ = model.sample_image(alone, noise[i : i + 1], grid, config)
+            expected, _ = denoise(model, alone, noise[i : i + 1], grid, config)
             torch.testing.assert_close(latents[i : i + 1], expected, rtol=0, atol=2e-5)
 
 
@@ -530,7 +557,7 @@ def test_training_forward(golden, model):
         canvas[:, : pixels.shape[1], : pixels.shape[2]] = pixels
     grid = (height // model.latent_downsample, width // model.latent_downsample)
     with torch.no_grad():
-        clean = unpatchify(model.encode_images(padded, noise=vae_noise), grid, model.config.latent_patch_size)
+        clean = unpatchify(sampled_latents(model, padded, vae_noise), grid, model.config.latent_patch_size)
     golden.check("train/padded_latent", clean)
 
     times = golden["train/packed_timesteps_logit"].sigmoid()

@@ -84,12 +84,12 @@ def roll_out(policy: tuple[Any, Any], row: dict[str, Any], config: RolloutConfig
     """
     model, processor = policy
     task = TASKS.get("self_reflection" if row.get("image") else "reasoning_t2i")(think=True)
-    contexts, grid = task.contexts(row, processor, model), config.grid(model)
-    branches = config.denoising.guidance.branches
+    context, grid = task.context(row, processor, model, config.size), config.grid(model)
+    branches = model.guidance(config.denoising.guidance).branches
     cache = model.prefill(
-        [contexts.branch(name) for name in branches],
+        [processor.branch_context(name, context, config.size) for name in branches],
         group_size=1,
-        capacity=config.max_new_tokens + 2 + model.image_slots(grid),
+        capacity=model.text_slots(config.max_new_tokens) + model.image_slots(grid),
     )
     uniforms = torch.zeros(1, config.max_new_tokens)
     sampled = model.sample_text(cache, uniforms, temperature=0.0)
@@ -277,7 +277,7 @@ def test_packages_can_add_painters() -> None:
     ("changes", "message"),
     [
         ({"image_height": 26}, "height=26 is no positive multiple"),
-        ({"image_width": 240}, "more than the model's 6 a side"),
+        ({"image_width": 240}, "more than the model's 6 per side"),
         ({"painter_batch_size": 0}, "painter_batch_size must be at least 1, but is 0"),
         ({"num_timesteps": 1}, "num_timesteps must be at least 2"),
         ({"cfg_renorm_type": "none"}, "unknown renorm_type 'none'"),

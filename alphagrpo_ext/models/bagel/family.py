@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""BAGEL as a registered model family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphagrpo_ext.models.bagel.checkpoint import (
+    DOWNLOADED_FILES,
+    is_released_layout,
+    load_released,
+    load_released_processor,
+)
+from alphagrpo_ext.models.bagel.configuration_bagel import LORA_PRESETS, BagelConfig
+from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
+from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.models.contract import FAMILIES, Family
+
+
+@FAMILIES.register(BagelConfig.model_type)
+class BagelFamily(Family):
+    """BAGEL, in its released layout and in that of `save_pretrained`."""
+
+    model_class = BagelModel
+    processor_class = BagelProcessor
+    lora_presets = LORA_PRESETS
+    hub_marker = "llm_config.json"
+    hub_files = DOWNLOADED_FILES
+
+    def matches(self, folder: Path) -> bool:
+        return is_released_layout(folder)
+
+    def load(
+        self, path: str, dtype: torch.dtype | str, revision: str | None = None, **kwargs: Any
+    ) -> tuple[BagelModel, BagelProcessor]:
+        if not is_released_layout(path):
+            return super().load(path, dtype, revision, **kwargs)
+        model, processor = load_released(path, None if dtype == "auto" else dtype)
+        if kwargs.get("attn_implementation"):
+            model.set_attn_implementation(kwargs["attn_implementation"])
+        return model, processor
+
+    def load_processor(self, path: str, revision: str | None = None) -> BagelProcessor:
+        return (
+            load_released_processor(Path(path)) if is_released_layout(path) else super().load_processor(path, revision)
+        )
+
+    def is_generation_parameter(self, name: str) -> bool:
+        return re.search(r"_moe_gen\.|(^|\.)(vae2llm|llm2vae|time_embedder)\.", name) is not None
+
+    def keeps_fp32(self, name: str) -> bool:
+        return name.startswith("vae.")
+
+    def sharded_layers(self, model: BagelModel) -> Sequence[torch.nn.Module]:
+        return [*model.language_model.model.layers, *model.vit_model.vision_model.encoder.layers]
+
+    def freeze_vision_tower(self, model: BagelModel) -> None:
+        model.vit_model.requires_grad_(False)
+        model.connector.requires_grad_(False)

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The conformance suite of model families. A family that passes it works with every task, objective and trainer setting.
+
+Subclass [`FamilyConformance`] in a test file and give it a fixture `case`:
+
+```python
+class TestMyFamily(FamilyConformance):
+    @pytest.fixture
+    def case(self) -> FamilyCase:
+        return FamilyCase(make_tiny_model().eval(), make_processor(), size=(16, 24))
+```
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from alphagrpo_ext.flow import GuidanceConfig, transition
+from alphagrpo_ext.models.contract import PackedOutput, UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.saving import save_model
+from alphagrpo_ext.objectives import ImageScores
+from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
+from alphagrpo_ext.rollout.denoising import DenoisingConfig
+from alphagrpo_ext.rollout.generator import sample_generator
+from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
+
+
+PROMPTS = ("a red circle", "two blue squares on a white table")
+OFF, ON = GuidanceConfig(text_scale=1.0), GuidanceConfig(text_scale=3.0, image_scale=1.5, interval=(0.0, 1.0))
+# The window is at .8, .6 and .4, of which two are guided.
+PARTLY = replace(ON, interval=(0.5, 1.0))
+TEXT_TOLERANCE, IMAGE_TOLERANCE = 1e-4, 1e-5
+
+
+@dataclass
+class FamilyCase:
+    """
+    What the suite is run on.
+
+    Args:
+        model ([`UnifiedModel`]): A tiny model in fp32 and evaluation mode, with weights of a size at which all matter.
+        processor ([`UnifiedProcessor`]): Its processor.
+        size (`tuple[int, int]`): Height and width of painted images, in pixels.
+    """
+
+    model: UnifiedModel
+    processor: UnifiedProcessor
+    size: tuple[int, int]
+
+    def config(self, guidance: GuidanceConfig = ON, **settings: Any) -> RolloutConfig:
+        denoising = DenoisingConfig(6, 1.0, guidance, window_start=1, window_size=3)
+        return RolloutConfig(*self.size, max_new_tokens=5, denoising=denoising, **settings)
+
+    def picture(self, seed: int) -> Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 256, (*self.size, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    def sample(
+        self,
+        task: str = "self_reflection",
+        config: RolloutConfig | None = None,
+        think: bool = True,
+        samples: Sequence[tuple[int, int]] = ((0, 0), (0, 1), (1, 2), (1, 3)),
+    ) -> list[Trajectory]:
+        """Trajectories of `samples`, which are pairs of a prompt and a seed. Self-reflection has two rounds."""
+        generate = RolloutGenerator(self.model, self.processor, TASKS.get(task)(think=think, num_reflection_rounds=2))
+        rows: list[dict[str, Any]] = [{"prompt": PROMPTS[prompt]} for prompt, _ in samples]
+        if generate.task.needs_image:
+            rows = [row | {"image": self.picture(prompt)} for row, (prompt, _) in zip(rows, samples, strict=True)]
+        return generate(rows, [sample_generator(0, 0, seed) for _, seed in samples], config or self.config())
+
+    def score(
+        self,
+        trajectories: Sequence[Trajectory],
+        guidance: GuidanceConfig = ON,
+        forward: Any = None,
+        **options: Any,
+    ) -> tuple[PackedOutput, ImageScores | None]:
+        """A packed forward, and the guided velocities."""
+        batch = self.model.pack(trajectories, guidance)
+        output = (forward or self.model)(**batch.inputs, **options)
+        return output, ImageScores.from_packed(trajectories, batch, output)
+
+
+def sampled_log_probs(trajectories: Sequence[Trajectory]) -> list[float]:
+    return [p for t in trajectories for text in t.sampled_texts for p in text.log_probs]
+
+
+def assert_on_policy(
+    case: FamilyCase, trajectories: list[Trajectory], guidance: GuidanceConfig, forward: Any = None
+) -> None:
+    """Every ratio of the current policy to the one that sampled is 1."""
+    with torch.no_grad():
+        output, scores = case.score(trajectories, guidance, forward)
+    assert output.log_probs.tolist() == pytest.approx(sampled_log_probs(trajectories), abs=TEXT_TOLERANCE)
+    replayed = transition(
+        "flow_sde", scores.latents, scores.velocities, scores.t, scores.t_next, 0.7, next_latents=scores.next_latents
+    )
+    recorded = torch.stack([image.window.log_probs for t in trajectories for image in t.sampled_images])
+    torch.testing.assert_close(replayed.log_prob, recorded, atol=IMAGE_TOLERANCE, rtol=0)
+
+
+def assert_same_scores(actual: tuple[PackedOutput, ImageScores], expected: tuple[PackedOutput, ImageScores]) -> None:
+    torch.testing.assert_close(actual[0].log_probs, expected[0].log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual[1].velocities, expected[1].velocities, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.invariant
+class FamilyConformance:
+    """The suite. A subclass defines the fixture `case`."""
+
+    @pytest.mark.parametrize("guidance", [OFF, PARTLY, ON], ids=["unguided", "partly guided", "guided"])
+    @pytest.mark.parametrize("task", ["reasoning_t2i", "image_editing", "self_reflection"])
+    def test_on_policy_ratio_is_one(self, case: FamilyCase, task: str, guidance: GuidanceConfig) -> None:
+        trajectories = case.sample(task, case.config(guidance))
+        assert_on_policy(case, trajectories, guidance)
+        assert_on_policy(case, trajectories[-1:], guidance)
+
+    @pytest.mark.parametrize(
+        "settings", [{"think": False}, {"branches_per_thought": 2}], ids=["no thought", "shared thought"]
+    )
+    def test_on_policy_ratio_is_one_for_other_rollouts(self, case: FamilyCase, settings: dict[str, Any]) -> None:
+        think = settings.pop("think", True)
+        trajectories = case.sample("reasoning_t2i", case.config(**settings), think=think)
+        assert_on_policy(case, trajectories, ON)
+
+    def test_on_policy_ratio_is_one_with_an_adapter(self, case: FamilyCase) -> None:
+        before = case.sample("reasoning_t2i")
+        targets = case.model.family.lora_target_modules("both")
+        adapted = get_peft_model(case.model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+        trajectories = case.sample("reasoning_t2i")
+        assert sampled_log_probs(trajectories) != sampled_log_probs(before)
+        assert_on_policy(case, trajectories, ON, adapted)
+
+    @torch.no_grad()
+    def test_every_branch_equals_the_cached_prediction(self, case: FamilyCase) -> None:
+        """Each velocity of a packed forward is that of its branch's context, read anew into a cache."""
+        trajectories = case.sample("image_editing")
+        batch = case.model.pack(trajectories, ON)
+        output, layout = case.model(**batch.inputs), batch.velocities
+        assert {layout.branches[i] for i in layout.branch} == set(case.model.guidance(ON).branches)
+        assert layout.branches == case.model.branches and layout.branches[0] == "full"
+        found: dict[str, list[torch.Tensor]] = {}
+        for row, (image_index, step, branch) in enumerate(zip(layout.image, layout.step, layout.branch, strict=True)):
+            trajectory, name = trajectories[image_index], layout.branches[branch]
+            (image,) = trajectory.sampled_images
+            context = trajectory.segments[:-1] if name == "full" else image.guidance_contexts[name]
+            cache = case.model.prefill([context], capacity=case.model.image_slots(image.grid))
+            latents, time = image.window.latents[step][None], image.window.timesteps[step]
+            expected = case.model.predict_velocity(cache, latents, image.grid, time)[0]
+            velocity = output.velocities[row, layout.mask[row]]
+            torch.testing.assert_close(velocity, expected, atol=1e-4, rtol=1e-4)
+            case.model.predict_velocity(cache, latents + 1, image.grid, time / 2)
+            again = case.model.predict_velocity(cache, latents, image.grid, time)[0]
+            assert torch.equal(again, expected), "predict_velocity must leave the cache as it is"
+            found.setdefault(name, []).append(velocity)
+        first, *others = (torch.stack(values) for values in found.values())
+        assert all((first - other).abs().max() > 1e-3 for other in others), "branches must differ"
+
+    @torch.no_grad()
+    def test_neighbours_change_nothing(self, case: FamilyCase) -> None:
+        trajectories = case.sample()
+        together = case.score(trajectories)
+        for i, trajectory in enumerate(trajectories):
+            output, scores = case.score([trajectory])
+            first = sum(len(text.token_ids) for t in trajectories[:i] for text in t.sampled_texts)
+            log_probs = together[0].log_probs[first : first + len(output.log_probs)]
+            torch.testing.assert_close(output.log_probs, log_probs, atol=1e-5, rtol=1e-5)
+            velocities = together[1].velocities[together[1].trajectory == i]
+            torch.testing.assert_close(scores.velocities, velocities, atol=1e-5, rtol=1e-5)
+
+    def test_samples_do_not_depend_on_their_batch(self, case: FamilyCase) -> None:
+        samples = ((0, 0), (0, 1), (1, 2), (1, 3))
+        together = case.sample("reasoning_t2i", samples=samples)
+        for trajectory, sample in zip(together, samples, strict=True):
+            (alone,) = case.sample("reasoning_t2i", samples=[sample])
+            assert alone.sampled_texts[0].token_ids == trajectory.sampled_texts[0].token_ids
+            latents = (alone.sampled_images[0].latents, trajectory.sampled_images[0].latents)
+            torch.testing.assert_close(*latents, atol=1e-4, rtol=1e-4)
+
+    @torch.no_grad()
+    def test_target_never_reaches_its_context(self, case: FamilyCase) -> None:
+        """The noised and the painted last image change neither a text nor another image or step."""
+        trajectories = case.sample()
+        before = case.score(trajectories)
+        for trajectory in trajectories:
+            image = trajectory.sampled_images[-1]
+            image.latents = torch.randn_like(image.latents)
+            image.window.latents[-2] = torch.randn_like(image.window.latents[-2])
+        after = case.score(trajectories)
+        assert torch.allclose(after[0].log_probs, before[0].log_probs, atol=1e-6)
+        changed = (after[1].velocities - before[1].velocities).abs().amax(dim=(2, 3)) > 1e-6
+        # Images are first and second round of each trajectory; the state that was replaced is the input of the last
+        # step.
+        assert changed.tolist() == [[False, False, False], [False, False, True]] * len(trajectories)
+
+    @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapter"])
+    def test_gradient_reaches_every_trained_parameter(self, case: FamilyCase, lora: bool) -> None:
+        model: torch.nn.Module = case.model
+        trajectories = case.sample()
+        if lora:
+            targets = case.model.family.lora_target_modules("both")
+            model = get_peft_model(case.model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        output, scores = case.score(trajectories, forward=model)
+        (output.log_probs.sum() + scores.velocities.square().sum()).backward()
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        assert trained
+        missing = [name for name, p in trained if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not missing
+
+    def test_text_reaches_no_generation_parameter(self, case: FamilyCase) -> None:
+        family = case.model.family
+        trajectories = [Trajectory(t.segments[:-1]) for t in case.sample("reasoning_t2i")]
+        assert all(not t.sampled_images for t in trajectories)
+        output, scores = case.score(trajectories)
+        assert scores is None
+        output.log_probs.sum().backward()
+        generation = [p for name, p in case.model.named_parameters() if family.is_generation_parameter(name)]
+        assert generation and all(p.grad is None or not p.grad.any() for p in generation)
+
+    def test_detached_context_has_the_same_values_and_another_gradient(self, case: FamilyCase) -> None:
+        trajectories, gradients, outputs = case.sample("reasoning_t2i"), [], []
+        parameters = [p for p in case.model.parameters() if p.requires_grad]
+        for context_gradient in ("exact", "detached"):
+            outputs.append(case.score(trajectories, context_gradient=context_gradient))
+            loss = outputs[-1][1].velocities.square().sum()
+            gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+        assert_same_scores(*outputs)
+        pairs = [[torch.zeros(1) if g is None else g for g in pair] for pair in zip(*gradients, strict=True)]
+        assert any((exact - detached).abs().max() > 1e-6 for exact, detached in pairs)
+
+    @torch.no_grad()
+    def test_all_parts_change_no_output(self, case: FamilyCase) -> None:
+        for task in ("reasoning_t2i", "image_editing"):
+            batch = case.model.pack(case.sample(task), ON)
+            expected, actual = case.model(**batch.inputs), case.model(**case.model.with_all_parts(batch.inputs))
+            torch.testing.assert_close(actual.log_probs, expected.log_probs)
+            torch.testing.assert_close(actual.velocities, expected.velocities)
+
+    @torch.no_grad()
+    def test_saved_model_loads_by_name(self, case: FamilyCase, tmp_path: Path) -> None:
+        trajectories = case.sample("image_editing")
+        save_model(case.model, case.processor, tmp_path / "saved")
+        model, processor = load_model(tmp_path / "saved")
+        assert type(model) is type(case.model) and type(processor) is type(case.processor)
+        trained = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (model, case.model)]
+        assert trained[0] == trained[1]
+        loaded = FamilyCase(model.eval(), processor, case.size)
+        assert_same_scores(loaded.score(trajectories), case.score(trajectories))
+        again = loaded.sample("image_editing")
+        assert sampled_log_probs(again) == pytest.approx(sampled_log_probs(trajectories), abs=TEXT_TOLERANCE)
+
+    def test_other_data_type_keeps_what_stays_fp32(self, case: FamilyCase, tmp_path: Path) -> None:
+        save_model(case.model, case.processor, tmp_path / "saved")
+        model, _ = load_model(tmp_path / "saved", dtype=torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            expected = torch.float32 if model.family.keeps_fp32(name) else torch.bfloat16
+            assert parameter.dtype == expected, name
+
+    @torch.no_grad()
+    def test_answers_do_not_depend_on_other_questions(self, case: FamilyCase) -> None:
+        pixels = case.processor.question_pixels(case.picture(0))
+        questions = [case.processor.text_segment(text) for text in PROMPTS]
+        logits = case.model.answer_logits(pixels, questions)
+        assert logits.ndim == 2 and len(logits) == 2
+        for i, question in enumerate(questions):
+            torch.testing.assert_close(
+                case.model.answer_logits(pixels, [question])[0], logits[i], atol=1e-4, rtol=1e-4
+            )
+        other = case.model.answer_logits(case.processor.question_pixels(case.picture(1)), questions)
+        assert (other - logits).abs().max() > 1e-4, "the image must matter"
+
+    @torch.no_grad()
+    def test_images_and_latents(self, case: FamilyCase) -> None:
+        model, grid = case.model, case.model.latent_grid(*case.size)
+        pixels = torch.rand(2, 3, *case.size) * 2 - 1
+        latents = model.encode_images(pixels)
+        assert latents.shape == (2, grid[0] * grid[1], model.latent_channels) and latents.dtype == torch.float32
+        torch.testing.assert_close(model.encode_images(pixels[1:]), latents[1:], atol=1e-4, rtol=1e-4)
+        assert model.decode_latents(latents, grid).shape == pixels.shape
+        segment = case.processor.image_segment(case.picture(0), model)
+        assert segment.latents.shape == (segment.grid[0] * segment.grid[1], model.latent_channels)
+        assert model.num_positions([segment]) > 0
+        for height, width in (
+            (case.size[0] + 1, case.size[1]),
+            (case.size[0], model.latent_downsample * (model.max_latent_size + 1)),
+        ):
+            with pytest.raises(ValueError, match="latent tokens|multiple of the model's"):
+                model.latent_grid(height, width)
+
+    def test_cache_head_is_its_first_rows(self, case: FamilyCase) -> None:
+        contexts = [[case.processor.text_segment(text)] for text in PROMPTS]
+        grid = case.model.latent_grid(*case.size)
+        cache = case.model.prefill(contexts, group_size=2, capacity=case.model.image_slots(grid))
+        assert (cache.num_rows, cache.head(2).num_rows) == (4, 2)
+        latents = torch.randn(4, grid[0] * grid[1], case.model.latent_channels)
+        whole = case.model.predict_velocity(cache, latents, grid, torch.tensor(0.5))
+        head = case.model.predict_velocity(cache.head(2), latents[:2], grid, torch.tensor(0.5))
+        torch.testing.assert_close(head, whole[:2], atol=1e-5, rtol=1e-5)
+
+    def test_segments(self, case: FamilyCase) -> None:
+        processor = case.processor
+        assert processor.decode(processor.text_segment(PROMPTS[0]).token_ids) == PROMPTS[0]
+        assert all(segment.role == "system" for segment in processor.system_segments(think=True, edits=True))
+        assert PROMPTS[0] in processor.reflection_request(PROMPTS[0])
+        look = processor.look(case.picture(0))
+        assert look is None or (look.ndim == 3 and len(look) == 3)
+        context = [processor.text_segment(PROMPTS[0]), ImageSegment(torch.zeros(1, 1), (1, 1)), TextSegment([0])]
+        assert processor.branch_context("full", context, case.size) == context
