@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +24,7 @@ from alphagrpo_ext.trainer.rewards import RECTIFICATIONS, SELECTIONS
 
 
 ROLLOUT_POLICIES = ("policy", "reference")
-"""Who samples what is trained on."""
+"""The models that can sample the rollouts."""
 
 
 @dataclass
@@ -32,20 +33,21 @@ class AlphaGRPOConfig(GRPOConfig):
     Configuration class for the [`AlphaGRPOTrainer`].
 
     Every argument of [`~trl.GRPOConfig`] keeps its meaning for text. The defaults are those of the paper's released
-    configuration for reasoning text-to-image. Where the paper leaves a choice to TRL, TRL's default holds, but for
-    `loss_type`, which is `"grpo"`, the loss that sequence-level ratios were published with.
+    configuration for reasoning text-to-image. Where the paper leaves a choice to TRL, TRL's default holds, except for
+    `loss_type`. It is `"grpo"`, the loss that sequence-level ratios, the paper's setting for text, were published with; TRL
+    warns about other combinations.
 
     Args:
         task (`str`, *optional*, defaults to `"reasoning_t2i"`):
-            What the policy is asked to do; a registered task. A row's column `task` takes precedence.
+            Task of the policy, a registered name. The column `task` of a row takes precedence.
         think (`bool`, *optional*, defaults to `True`):
             Whether the policy writes a thought before it paints.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Whether to exclude the vision tower and its connector from training.
 
         lora_targets (`str`, *optional*, defaults to `"both"`):
-            Which expert an adapter is put on, in its attention and MLP: `"both"`, `"generation"` or `"understanding"`.
-            Recipes look here unless `lora_target_modules` names modules.
+            Expert whose attention and MLP get an adapter: `"both"`, `"generation"` or `"understanding"`. Recipes use it unless
+            `lora_target_modules` names modules.
 
         > Parameters that control rollouts
 
@@ -60,7 +62,7 @@ class AlphaGRPOConfig(GRPOConfig):
         noise_level (`float`, *optional*, defaults to `0.7`):
             Noise level of that transition.
         sde_window_size (`int`, *optional*, defaults to `10`):
-            Number of stochastic, trained steps of an image.
+            Number of stochastic steps of an image, which are the trained ones.
         sde_window_range (`list[int]`, *optional*, defaults to `[0, 11]`):
             First step that may be trained, and the step after the last one that may.
         cfg_text_scale, cfg_img_scale (`float`, *optional*, defaults to `4.0` and `1.0`):
@@ -73,17 +75,17 @@ class AlphaGRPOConfig(GRPOConfig):
             Least factor of the renormalisation.
         ode_solver (`str`, *optional*, defaults to `"euler"`):
             Solver of the steps outside the window, one evaluation of the network each: `"euler"`, or of second order
-            `"ab2"` (Adams-Bashforth) or `"dpmpp_2m"` (DPM-Solver++). It starts anew after the window and where guidance is
-            switched on or off.
+            `"ab2"` (Adams-Bashforth) or `"dpmpp_2m"` (DPM-Solver++). Its history is cleared after the window and where
+            guidance is switched on or off.
         ode_steps (`int`, *optional*):
             Steps outside the window in total. The window's own steps stay those of the schedule, so an image takes
-            `sde_window_size + ode_steps` evaluations wherever the window lies. What is before the window and what is after
-            it share them in proportion to their steps of the schedule and need at least one each. `None` takes the steps of
+            `sde_window_size + ode_steps` evaluations wherever the window lies. The stretches before and after the
+            window share them in proportion to their steps of the schedule and need at least one each. `None` takes the steps of
             the schedule. Initial images of self-reflection, which have no window, take as many steps as the others.
         branches_per_thought (`int`, *optional*, defaults to `1`):
             Images painted after each thought of a group, which then has `num_generations / branches_per_thought` thoughts.
             Images of one thought share its decoding, its cache, their initial noise and all evaluations up to the first of
-            the window, the noise of which tells them apart. Each trajectory keeps the advantage of its own image, so the
+            the window, whose noise tells them apart. Each trajectory keeps the advantage of its own image, so the
             gradient of a thought is that of the mean advantage of its images; with a single thought a group that mean is 0,
             and text learns nothing. Where a task has several rounds, images share in the first round only.
         rollout_batch_size (`int`, *optional*):
@@ -92,16 +94,15 @@ class AlphaGRPOConfig(GRPOConfig):
         > Parameters that control self-reflection
 
         num_reflection_rounds (`int`, *optional*, defaults to `1`):
-            How often the policy reflects and paints anew; every round looks at the image before it.
+            Number of rounds in which the policy reflects and paints again. Every round sees the image before it.
         num_initial_images (`int`, *optional*, defaults to `1`):
-            Images that every process paints for each of its prompts, without a thought and deterministically, for one of
-            them to be refined by the whole group. A row with an `image` has that one.
+            Images that every process paints for each of its prompts, without a thought and deterministically. The whole group
+            refines one of them. A row with an `image` uses that one.
         stage1_selection (`str`, *optional*, defaults to `"lowest"`):
-            Which of a prompt's images is refined: the one with the `"lowest"` reward, or one `"sampled"` by
-            `softmax(1 - reward)`.
+            Image of a prompt that is refined: the one with the `"lowest"` reward, or one `"sampled"` by `softmax(1 - reward)`.
         rectification (`str`, *optional*, defaults to `"minimum"`):
-            Reward of an image that is no better than the one it was to fix: the group's `"minimum"`, that of the
-            `"initial"` image, or its own (`"off"`).
+            Reward of an image that is no better than the one it refines: the `"minimum"` of the group, that of the `"initial"`
+            image, or its own (`"off"`).
         separate_advantages (`bool`, *optional*, defaults to `True`):
             Whether rewards of functions that judge text alone (those with an attribute `text_only` that is true) are kept
             out of the advantages of images.
@@ -116,7 +117,7 @@ class AlphaGRPOConfig(GRPOConfig):
             `ode_solver` and `ode_steps` in evaluation, where the whole path is outside a window: `eval_ode_steps` evaluations
             of the network, whatever `eval_num_timesteps` is.
         eval_timestep_shift (`float`, *optional*):
-            `timestep_shift` in evaluation; `None` takes the training value. What spreads many steps well need not spread few.
+            `timestep_shift` in evaluation. `None` takes the training value, which need not suit another number of steps.
         eval_cfg_text_scale, eval_cfg_img_scale (`float`, *optional*), eval_cfg_interval (`list[float]`, *optional*):
             Guidance in evaluation; `None` takes the training value.
         eval_temperature, eval_top_p (`float`, *optional*, defaults to `0.3` and `1.0`):
@@ -126,18 +127,18 @@ class AlphaGRPOConfig(GRPOConfig):
 
         report (`bool`, *optional*, defaults to `False`):
             Whether to keep a page `report.html` in `output_dir` up to date: curves, and trajectories with their images and
-            answers. What it is made from is in `output_dir/report`. The configurations of the recipes turn it on.
+            answers. Its data is in `output_dir/report`. The configurations of the recipes turn it on.
         report_steps (`int`, *optional*, defaults to `10`):
             Steps between rollouts that the page shows, and the fewest between two writes of it.
         report_num_trajectories (`int`, *optional*, defaults to `240`):
-            Most trajectories on the page: the newest, up to half of them, the first, and the most telling in between.
+            Most trajectories on the page: the newest, up to half of them, the first, and the most informative in between.
         report_image_size (`int`, *optional*, defaults to `256`):
             Longest side of an image on the page, in pixels; larger ones are scaled down.
 
         > Parameters that control training
 
         image_objective (`str`, *optional*, defaults to `"flow_grpo"`):
-            What the image gets its gradient from; a registered objective.
+            Objective that gives images their gradient, a registered name.
         text_loss_weight, image_loss_weight (`float`, *optional*, defaults to `1.0`):
             Weights of the two losses.
         image_epsilon (`float`, *optional*, defaults to `1e-5`):
@@ -155,33 +156,33 @@ class AlphaGRPOConfig(GRPOConfig):
             effect on these objectives, which paint deterministically. They train the velocity without guidance, whatever
             guidance images are painted with.
         nft_beta (`float`, *optional*, defaults to `1.0`):
-            How much of DiffusionNFT's implicit policies is the current policy; the rest is the one that sampled.
+            Share of the current policy in DiffusionNFT's implicit policies. The rest is the policy that sampled.
         generation_learning_rate (`float`, *optional*):
-            Learning rate of what only the generation of images uses; `None` takes `learning_rate`. The scheduler scales
-            both.
+            Learning rate of the parameters that only the generation of images uses. `None` takes `learning_rate`. The
+            scheduler scales both.
         image_steps_per_forward (`int`, *optional*):
             Most trained steps of an image in one packed forward. `None` takes all of them at once. A smaller number needs
             less memory and more time, as every forward reads the context anew; the gradient is the same.
         context_gradient (`str`, *optional*, defaults to `"exact"`):
-            Whether the loss of images has a gradient through prompt and thought (`"exact"`) or takes the context for given
-            (`"detached"`), as codes that train one step a forward do. Losses are equal, and text keeps its own gradient.
-            Detached is faster where no text is sampled, as contexts then need no backward.
+            Whether the loss of images has a gradient through prompt and thought (`"exact"`) or treats the context as a constant
+            (`"detached"`), as codebases do that run one forward per trained step. The loss is the same, and text keeps its
+            own gradient. Detached is faster where no text is sampled, because contexts then need no backward.
         offload_ref_model (`bool`, *optional*, defaults to `False`):
-            Whether the reference model, which a KL without an adapter needs, lives in the host's memory. It visits the
-            accelerator while it scores a rollout, or samples one.
+            Whether the reference model, which a KL without an adapter needs, stays in the memory of the host. It is moved to
+            the accelerator while it scores or samples a rollout.
         rollout_policy (`str`, *optional*, defaults to `"policy"`):
-            Who samples what is trained on: the `"policy"`, or the `"reference"` that follows it (`sync_ref_model`), as
-            DiffusionNFT's sampling policy does. Ratios and old velocities are then those of the reference.
+            Model that samples the rollouts: the `"policy"`, or the `"reference"` that follows it (`sync_ref_model`), like the
+            sampling policy of DiffusionNFT. Ratios and old velocities are then those of the reference.
         ref_model_decay_ramp (`float`, *optional*):
-            With `sync_ref_model`, the share of itself that the reference keeps rises by so much a step, until it is
-            `1 - ref_model_mixup_alpha`. `None` starts with that. DiffusionNFT's experiments have 0.001 and an alpha of 0.5.
+            With `sync_ref_model`, how much the share of itself that the reference keeps rises per step, until it is
+            `1 - ref_model_mixup_alpha`. `None` starts with that. DiffusionNFT's experiments use 0.001 and an alpha of 0.5.
     """
 
     per_device_train_batch_size: int = field(
-        default=14, metadata={"help": "Trajectories a process trains on at once. The default is one group."}
+        default=14, metadata={"help": "Trajectories per process in a micro-batch. The default is one group."}
     )
     num_generations: int = field(
-        default=14, metadata={"help": "Trajectories sampled for every prompt: the size of a group, at least 2."}
+        default=14, metadata={"help": "Trajectories sampled per prompt: the size of a group, at least 2."}
     )
     learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
@@ -202,7 +203,7 @@ class AlphaGRPOConfig(GRPOConfig):
     )
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range of the ratio of text."})
 
-    task: str = field(default="reasoning_t2i", metadata={"help": "What the policy is asked to do; a registered task."})
+    task: str = field(default="reasoning_t2i", metadata={"help": "Task of the policy, a registered name."})
     think: bool = field(default=True, metadata={"help": "Whether the policy writes a thought before it paints."})
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Whether to exclude vision tower and connector from training."}
@@ -211,7 +212,7 @@ class AlphaGRPOConfig(GRPOConfig):
     lora_targets: str = field(
         default="both",
         metadata={
-            "help": "Which expert an adapter is put on: 'both', 'generation' or 'understanding'; --lora_target_modules "
+            "help": "Expert that gets an adapter: 'both', 'generation' or 'understanding'; --lora_target_modules "
             "takes precedence."
         },
     )
@@ -250,7 +251,7 @@ class AlphaGRPOConfig(GRPOConfig):
     ode_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps outside the window, shared between what is before and after it; those of the schedule by "
+            "help": "Steps outside the window, shared by the stretches before and after it; those of the schedule by "
             "default."
         },
     )
@@ -265,9 +266,11 @@ class AlphaGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "Samples that a process generates at once; all by default."}
     )
 
-    num_reflection_rounds: int = field(default=1, metadata={"help": "How often the policy reflects and paints anew."})
+    num_reflection_rounds: int = field(
+        default=1, metadata={"help": "Rounds in which the policy reflects and paints again."}
+    )
     num_initial_images: int = field(
-        default=1, metadata={"help": "Images a process paints for each prompt, for one of them to be refined."}
+        default=1, metadata={"help": "Images per prompt that a process paints; the group refines one of them."}
     )
     stage1_selection: str = field(
         default="lowest",
@@ -276,7 +279,7 @@ class AlphaGRPOConfig(GRPOConfig):
     rectification: str = field(
         default="minimum",
         metadata={
-            "help": "Reward of an image no better than the one it was to fix: the group's 'minimum', that of the "
+            "help": "Reward of an image no better than the one it refines: the 'minimum' of the group, that of the "
             "'initial' image, or its own: 'off'."
         },
     )
@@ -336,7 +339,7 @@ class AlphaGRPOConfig(GRPOConfig):
         metadata={"help": "Interval, before the shift, of the times that objectives of the forward process train."},
     )
     nft_beta: float = field(
-        default=1.0, metadata={"help": "How much of DiffusionNFT's implicit policies is the current policy."}
+        default=1.0, metadata={"help": "Share of the current policy in DiffusionNFT's implicit policies."}
     )
     generation_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the generation expert; learning_rate by default."}
@@ -352,20 +355,20 @@ class AlphaGRPOConfig(GRPOConfig):
     )
     offload_ref_model: bool = field(
         default=False,
-        metadata={"help": "Whether the reference model of training without an adapter lives in the host's memory."},
+        metadata={"help": "Whether the reference model, needed without an adapter, stays in the memory of the host."},
     )
     rollout_policy: str = field(
         default="policy",
-        metadata={"help": "Who samples what is trained on: 'policy', or the 'reference' that follows it."},
+        metadata={"help": "Model that samples the rollouts: 'policy', or the 'reference' that follows it."},
     )
     ref_model_decay_ramp: float | None = field(
         default=None,
-        metadata={"help": "How fast the share that a following reference keeps of itself rises, a step."},
+        metadata={"help": "Rise per step of the share of itself that a following reference keeps."},
     )
 
     def __post_init__(self) -> None:
-        # Without it, processes that are launched together on a machine without accelerators do not find each other. Who
-        # names the device to accelerate has seen to that, and DeepSpeed takes a CPU only without it.
+        # On a machine without accelerators, processes that are launched together find each other only with `use_cpu`. It stays
+        # off where the launcher names the device to accelerate, because DeepSpeed takes a CPU only without it.
         named_device = "ACCELERATE_TORCH_DEVICE" in os.environ
         self.use_cpu = self.use_cpu or not (torch.accelerator.is_available() or named_device)
         super().__post_init__()
@@ -379,11 +382,24 @@ class AlphaGRPOConfig(GRPOConfig):
                 f"max_completion_length, the longest thought, must be positive, but is {self.max_completion_length}"
             )
         self.make_task(self.task)
+        self._check_choices()
+        self._check_bounds()
+        OBJECTIVES.get(self.image_objective)(self.objective)
+        if self.trains_forward_process and self.image_beta and self.image_kl_type == "mean":
+            raise ValueError(
+                f"image_kl_type='mean' compares the means of transitions, which image_objective={self.image_objective!r} "
+                f"does not sample: set image_kl_type='velocity', or image_beta=0"
+            )
+        self._check_rollouts()
+        self._check_branches()
+
+    def _check_choices(self) -> None:
         for name, choices in (
             ("stage1_selection", SELECTIONS),
             ("rectification", RECTIFICATIONS),
             ("context_gradient", CONTEXT_GRADIENTS),
             ("rollout_policy", ROLLOUT_POLICIES),
+            ("lora_targets", LORA_TARGETS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
@@ -392,35 +408,27 @@ class AlphaGRPOConfig(GRPOConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs a reference that follows: set sync_ref_model=True"
                 )
-        if self.ref_model_decay_ramp is not None and self.ref_model_decay_ramp <= 0:
-            raise ValueError(f"ref_model_decay_ramp must be positive, but is {self.ref_model_decay_ramp}")
-        if self.num_initial_images < 1:
-            raise ValueError(f"num_initial_images must be at least 1, but is {self.num_initial_images}")
-        if self.lora_targets not in LORA_TARGETS:
-            raise ValueError(f"lora_targets must be one of {', '.join(LORA_TARGETS)}, but is {self.lora_targets!r}")
-        if self.image_steps_per_forward is not None and self.image_steps_per_forward < 1:
-            raise ValueError(f"image_steps_per_forward must be at least 1, but is {self.image_steps_per_forward}")
-        if self.generation_learning_rate is not None and self.generation_learning_rate < 0:
-            raise ValueError(f"generation_learning_rate must not be negative, but is {self.generation_learning_rate}")
-        for name in ("report_steps", "report_num_trajectories", "report_image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        OBJECTIVES.get(self.image_objective)(self.objective)
-        if self.trains_forward_process and self.image_beta and self.image_kl_type == "mean":
-            raise ValueError(
-                f"image_kl_type='mean' compares the means of transitions, which image_objective={self.image_objective!r} "
-                f"does not sample: set image_kl_type='velocity', or image_beta=0"
-            )
+
+    def _check_bounds(self) -> None:
+        at_least_1 = ("num_initial_images", "image_steps_per_forward", "report_steps", "report_num_trajectories")
+        positive = ("ref_model_decay_ramp", "noise_level", "image_epsilon", "image_advantage_clip")
+        not_negative = ("generation_learning_rate", "text_loss_weight", "image_loss_weight", "image_beta")
+        for names, is_valid, rule in (
+            ((*at_least_1, "report_image_size"), lambda value: value >= 1, "be at least 1"),
+            (positive, lambda value: value > 0, "be positive"),
+            (not_negative, lambda value: value >= 0, "not be negative"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_valid(value):
+                    raise ValueError(f"{name} must {rule}, but is {value}")
         for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval", "forward_time_interval"):
             bounds = getattr(self, name)
             if bounds is not None and len(bounds) != 2:
                 raise ValueError(f"{name} takes two numbers, but is {bounds}")
-        for name in ("noise_level", "image_epsilon", "image_advantage_clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
-        for name in ("text_loss_weight", "image_loss_weight", "image_beta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+
+    def _check_rollouts(self) -> None:
+        """Check that every window that may be drawn, and the path of an evaluation, can be sampled."""
         try:
             self.train_rollout(0)
             if not self.trains_forward_process:
@@ -439,10 +447,9 @@ class AlphaGRPOConfig(GRPOConfig):
                 f"in evaluation: {error} (eval_num_timesteps={self.eval_num_timesteps}, "
                 f"eval_ode_solver={self.eval_ode_solver}, eval_ode_steps={self.eval_ode_steps})"
             ) from error
-        self._check_branches()
 
     def _check_branches(self) -> None:
-        """Images of one thought are painted by one process, in one rollout."""
+        """Check that one process paints all images of a thought, in one rollout."""
         samples = self.per_device_train_batch_size * self.steps_per_generation
         for name, count in (
             ("num_generations", self.num_generations),
@@ -451,8 +458,19 @@ class AlphaGRPOConfig(GRPOConfig):
             if count % self.branches_per_thought:
                 raise ValueError(f"branches_per_thought={self.branches_per_thought} must divide {name} {count}")
 
+    def copy(self) -> AlphaGRPOConfig:
+        """Copy the configuration. TRL and Transformers write to the fields of the one that they are given."""
+        result = copy.copy(self)
+        result.accelerator_config = copy.copy(self.accelerator_config)
+        return result
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a run needs a reference: for a KL, or to sample rollouts."""
+        return bool(self.beta or self.image_beta or self.rollout_policy == "reference")
+
     def make_task(self, name: str) -> Task:
-        """A registered task, as this configuration sets it up."""
+        """Make a registered task with the settings of this configuration."""
         return TASKS.get(name)(think=self.think, num_reflection_rounds=self.num_reflection_rounds)
 
     @property
@@ -481,12 +499,12 @@ class AlphaGRPOConfig(GRPOConfig):
 
     @property
     def trains_forward_process(self) -> bool:
-        """Whether the image objective trains on noised copies of painted images, and not on transitions."""
+        """Whether the image objective trains on noised copies of painted images instead of transitions."""
         return OBJECTIVES.get(self.image_objective).trains_on == "forward_process"
 
     @property
     def objective_guidance(self) -> GuidanceConfig:
-        """Guidance of the velocities that the image objective is given: that of rollouts, or none."""
+        """Guidance of the velocities that the image objective receives: that of rollouts, or none."""
         return replace(self.guidance, text_scale=1.0) if self.trains_forward_process else self.guidance
 
     def train_rollout(self, step: int) -> RolloutConfig:
@@ -505,7 +523,7 @@ class AlphaGRPOConfig(GRPOConfig):
         return self._train_rollout(window_start=window.start, window_size=len(window))
 
     def _train_rollout(self, **trained_steps: Any) -> RolloutConfig:
-        """Settings of all training rollouts, with those of [`DenoisingConfig`] that say what is trained on."""
+        """Settings of a training rollout, with those fields of [`DenoisingConfig`] that say which steps are trained."""
         denoising = DenoisingConfig(
             num_timesteps=self.num_timesteps,
             timestep_shift=self.timestep_shift,
@@ -529,7 +547,7 @@ class AlphaGRPOConfig(GRPOConfig):
         )
 
     def eval_rollout(self) -> RolloutConfig:
-        """Settings of evaluation: deterministic denoising, and guidance and temperature of its own."""
+        """Settings of an evaluation: deterministic denoising, and its own guidance and temperature."""
 
         def either(value, default):
             return default if value is None else value

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A sharded policy, whole for the time of a rollout: parameters are gathered once, not once a token."""
+"""Gathers the parameters of a sharded policy once per rollout, instead of once per token."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from alphagrpo_ext.models.contract import UnifiedModel
 @dataclass(frozen=True)
 class Sharding:
     """
-    How the policy's parameters are spread over processes.
+    How the parameters of the policy are distributed over processes.
 
     Args:
-        zero_stage (`int`): Stage of DeepSpeed's ZeRO; 0 without DeepSpeed.
-        fsdp_version (`int` or `None`): 2 for FSDP2; `None` without FSDP.
+        zero_stage (`int`): Stage of DeepSpeed's ZeRO. 0 without DeepSpeed.
+        fsdp_version (`int` or `None`): 2 for FSDP2. `None` without FSDP.
     """
 
     zero_stage: int
@@ -38,18 +38,20 @@ class Sharding:
 
     @property
     def shards_parameters(self) -> bool:
-        """Whether a process holds only a part of each parameter, so that all must run the same modules in step."""
+        """Whether a process holds only a part of each parameter, so that all processes must run the same modules together."""
         return self.zero_stage == 3 or self.fsdp_version is not None
 
 
 def check_sharding(sharding: Sharding, gather_for_generation: bool) -> None:
     """
+    Check that a rollout can end under a sharding.
+
     Args:
-        sharding ([`Sharding`]): Of the policy.
+        sharding ([`Sharding`]): Sharding of the policy.
         gather_for_generation (`bool`): TRL's `ds3_gather_for_generation`.
 
     Raises:
-        `ValueError`: If a rollout could not end under this sharding, with what to set instead.
+        `ValueError`: If it could not. The message says what to set instead.
     """
     if sharding.fsdp_version == 1:
         raise ValueError(
@@ -79,10 +81,10 @@ def prepare_sharding(accelerator: Accelerator, gather_for_generation: bool) -> S
 
 def use_uniform_precision(accelerator: Accelerator) -> None:
     """
-    Have FSDP2 leave the inputs of forwards alone, so that the packed forward sees the times that the rollout saw: in
-    bf16 they have two or three digits. Gradients are summed up in fp32, as in DDP.
+    Keep FSDP2 from casting the inputs of forwards, so that the packed forward sees the times that the rollout saw, which have
+    two or three digits in bf16. Gradients are summed in fp32, as in DDP.
 
-    To be called before the model is prepared; does nothing without FSDP2.
+    Call it before the model is prepared. It does nothing without FSDP2.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
@@ -105,13 +107,13 @@ def gathered_policy(
     """
     The policy with whole parameters, for calls that are not its forward: prefill, sampling, painting, answering.
 
-    All processes enter and leave together. In between none waits for another, so that each may generate as much as it
-    likes; a process holds all parameters for that time. Whoever writes to them loses it.
+    All processes enter and leave together. In between no process waits for another, so that each may generate as much as it
+    likes. Meanwhile a process holds all parameters. What is written to them is lost.
 
     Args:
         model (`torch.nn.Module`): The policy, wrapped by DDP, DeepSpeed or FSDP2, or not at all.
-        accelerator ([`~accelerate.Accelerator`]): What wrapped it.
-        gradient_checkpointing_kwargs (`dict`, *optional*): With what to switch checkpointing on again, if it is on.
+        accelerator ([`~accelerate.Accelerator`]): Accelerator that wrapped it.
+        gradient_checkpointing_kwargs (`dict`, *optional*): Arguments to switch gradient checkpointing on again, if it is on.
     """
     with (
         unwrap_model_for_generation(
@@ -125,7 +127,7 @@ def gathered_policy(
 
 @contextmanager
 def _on_device(policy: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Where FSDP2 or DeepSpeed are to shard a model, it waits for that in the memory of the host."""
+    """A model that FSDP2 or DeepSpeed have yet to shard is in the memory of the host. Move it for the time of the block."""
     home = policy.device
     if home == device:
         yield
@@ -139,13 +141,13 @@ def _on_device(policy: torch.nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(model: FSDPModule) -> Iterator[None]:
-    """FSDP2's parameters gathered once, and kept through any number of forwards of submodules."""
+    """Gather the parameters of FSDP2 once, and keep them through any number of forwards of submodules."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    # The module that first runs becomes the root, and here that would be a submodule.
+    # The first module that runs becomes the root, and here that would be a submodule.
     model._get_fsdp_state()._lazy_init()
     groups = [module._get_fsdp_state()._fsdp_param_group for module in modules]
     groups = [group for group in dict.fromkeys(groups) if group is not None]
-    # There is a setter for this and no getter, and the modules differ in it.
+    # FSDP2 has a setter for this and no getter, and the modules differ in it.
     resharding = [group.post_forward_mesh_info for group in groups]
     model.set_reshard_after_forward(False)
     try:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from torch import nn
 
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import TASKS, Task
@@ -39,7 +38,7 @@ class ImageRewards:
     The reward functions that judge images, for images that no sampled text comes with.
 
     Args:
-        functions (`Sequence[Callable]`): As given to the trainer. Reward models read text alone and are left out.
+        functions (`Sequence[Callable]`): Reward functions as TRL calls them.
         weights (`torch.Tensor` of shape `(functions,)`): Their weights.
         trainer_state ([`~transformers.TrainerState`]): Passed on to the functions.
         loop (`asyncio.AbstractEventLoop`, *optional*): Runs the asynchronous ones; TRL starts it if there are any.
@@ -68,32 +67,33 @@ class ImageRewards:
         """
         if not images:
             return []
-        columns = [reward_row(row) for row in rows]
-        prompts = [row["prompt"] for row in columns]
+        judged = [reward_row(row) for row in rows]
+        prompts = [row["prompt"] for row in judged]
         arguments = {
             "prompts": prompts,
             "completions": ["" if isinstance(p, str) else [{"role": "assistant", "content": ""}] for p in prompts],
             "completion_ids": [[] for _ in prompts],
-            **{key: [row[key] for row in columns] for key in columns[0] if key not in ("prompt", "completion")},
+            **{key: [row[key] for row in judged] for key in judged[0] if key not in ("prompt", "completion")},
             **{"images": list(images), "texts": [[] for _ in prompts], "trajectory": [None] * len(prompts)},
             **{"trainer_state": self.trainer_state, "log_extra": _drop, "log_metric": _drop},
         }
-        results = {i: f(**arguments) for i, f in enumerate(self.functions) if not isinstance(f, nn.Module)}
-        waiting = {i: result for i, result in results.items() if inspect.isawaitable(result)}
+        results = [function(**arguments) for function in self.functions]
+        waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
         if waiting:
-            future = asyncio.run_coroutine_threadsafe(_gather(*waiting.values()), self.loop)
-            results.update(zip(waiting, future.result(), strict=True))
-        rewards = torch.full((len(rows), len(self.functions)), torch.nan)
-        for i, result in results.items():
+            future = asyncio.run_coroutine_threadsafe(_gather([results[i] for i in waiting]), self.loop)
+            for i, result in zip(waiting, future.result(), strict=True):
+                results[i] = result
+        for function, result in zip(self.functions, results, strict=True):
             if len(result) != len(rows):
-                name = getattr(self.functions[i], "__name__", type(self.functions[i]).__name__)
+                name = getattr(function, "__name__", type(function).__name__)
                 raise ValueError(f"the reward function '{name}' returned {len(result)} rewards for {len(rows)} images")
-            rewards[:, i] = torch.tensor([torch.nan if reward is None else reward for reward in result])
+        columns = [[torch.nan if reward is None else reward for reward in result] for result in results]
+        rewards = torch.tensor(columns, dtype=torch.float32).T
         totals = weighted_sum(rewards, self.weights.cpu()).tolist()
         return [None if total != total else total for total in totals]
 
 
-async def _gather(*results: Any) -> list[Any]:
+async def _gather(results: Sequence[Any]) -> list[Any]:
     return await asyncio.gather(*results)
 
 

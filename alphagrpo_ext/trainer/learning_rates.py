@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Learning rates of the two experts as groups of the optimizer's parameters."""
+"""Learning rates of the two experts, as parameter groups of the optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_optimizer_is_made_here(args: AlphaGRPOConfig, optimizer: torch.optim.O
     Check that `generation_learning_rate` can have an effect.
 
     Raises:
-        `ValueError`: If the optimizer is another's, who knows no experts: passed to the trainer, or DeepSpeed's own.
+        `ValueError`: If the optimizer is passed to the trainer or is DeepSpeed's own, which do not know the experts.
     """
     if args.generation_learning_rate is None:
         return
@@ -33,9 +33,10 @@ def set_generation_learning_rate(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, policy: torch.nn.Module, learning_rate: float
 ) -> None:
     """
-    Split every group of a fresh optimizer in two: what only the generation of images uses gets its own learning rate.
+    Split every parameter group of a new optimizer in two, so that parameters that only the generation of images uses have their
+    own learning rate.
 
-    Everything else of a group, such as its weight decay, stays. A scheduler, which is made later, scales each group from
+    The other settings of a group, such as its weight decay, stay. The scheduler, which is made later, scales each group from
     its own initial rate.
 
     Args:
@@ -53,5 +54,5 @@ def set_generation_learning_rate(
         others = [parameter for parameter in group["params"] if id(parameter) not in generation]
         groups += [{**group, "params": others}] if others else []
         groups += [{**group, "params": own, "lr": learning_rate}] if own else []
-    # The trainer logs the rate of the first group: the understanding expert's, if that is trained.
+    # The trainer logs the rate of the first group, which is the understanding expert's if that is trained.
     optimizer.param_groups[:] = groups

@@ -31,8 +31,12 @@ SELECTIONS = ("lowest", "sampled")
 
 
 def judges_images(functions: Sequence[Callable]) -> torch.Tensor:
-    """Which reward functions judge images, bool `(functions,)`: all but those with a true attribute `text_only`."""
-    return torch.tensor([not getattr(function, "text_only", False) for function in functions])
+    """
+    Which reward functions judge images, bool `(functions,)`: all but reward models, which read texts, and functions with a true
+    attribute `text_only`.
+    """
+    is_text_only = [isinstance(f, torch.nn.Module) or getattr(f, "text_only", False) for f in functions]
+    return ~torch.tensor(is_text_only)
 
 
 def select_initial(rewards: Sequence[float | None], selection: str, rng: random.Random) -> int:

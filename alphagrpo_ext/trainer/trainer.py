@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import Sampler
@@ -44,11 +43,11 @@ from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
 from alphagrpo_ext.trainer.rewards import image_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
-from alphagrpo_ext.trainer.upstream import check_trl_version
+from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
 from alphagrpo_ext.trainer.validation import named_datasets, validated_tasks
 
 
-check_trl_version(trl.__version__)
+check_installed()
 
 
 class AlphaGRPOTrainer(GRPOTrainer):
@@ -78,7 +77,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             The model's processor. Loaded with the model if that is given by name.
         reward_funcs, reward_processing_classes, callbacks, optimizers, peft_config:
-            As in [`~trl.GRPOTrainer`].
+            As in [`~trl.GRPOTrainer`]. Its other arguments are refused.
     """
 
     _tag_names = ["trl", "alphagrpo"]
@@ -106,9 +105,15 @@ class AlphaGRPOTrainer(GRPOTrainer):
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Any = None,
     ) -> None:
-        args = AlphaGRPOConfig("alphagrpo") if args is None else copy.copy(args)
+        refuse_arguments(quantization_config, tools, rollout_func, environment_factory)
+        given_args = AlphaGRPOConfig("alphagrpo") if args is None else args
+        args = copy.copy(given_args)
         if isinstance(model, str):
             model, loaded_processor = load_model(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
             processing_class = processing_class or loaded_processor
@@ -131,9 +136,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._work = WorkCounter(policy.branches)
         self._counted_models = [policy] if reference is None else [policy, reference]
         # TRL would load a reference from the folder of the policy, and refuses one that follows an adapter: both are made here.
-        beta, sync_ref_model = args.beta, args.sync_ref_model
-        args.beta = 0.0 if reference is not None else beta
-        args.sync_ref_model = sync_ref_model and not needs_reference
+        args.beta = 0.0 if reference is not None else args.beta
+        args.sync_ref_model = args.sync_ref_model and not needs_reference
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -147,11 +151,12 @@ class AlphaGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             rollout_func=self._sample_rollout,
         )
-        args.beta, args.sync_ref_model = beta, sync_ref_model
+        for name in ("beta", "sync_ref_model", "model_init_kwargs"):
+            setattr(args, name, getattr(given_args, name))
         if reference is not None:
-            self.beta = beta
+            self.beta = args.beta
             self.ref_model = references.prepare_reference(reference, self.accelerator, args.offload_ref_model)
-        if sync_ref_model and needs_reference:
+        if args.sync_ref_model and needs_reference:
             self.add_callback(references.follow_policy(self.model, self.ref_model, self.accelerator))
         self._add_own_callbacks()
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
@@ -306,17 +311,12 @@ class AlphaGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in [`~transformers.Trainer`]; see [`resolve_checkpoint`] for what can be resumed from, and for errors."""
         checkpoint = self._resume.begin(resume_from_checkpoint)
-        eval_on_start = self.args.eval_on_start
-        if checkpoint is None:
-            # An evaluation before training, which a restarted run may have kept, must not matter to it.
-            set_seed(self.args.seed, device_specific=True)
-        else:
-            # It was made before the first step, and is in the history.
-            self.args.eval_on_start = False
-        try:
-            return super().train(checkpoint and str(checkpoint), *args, **kwargs)
-        finally:
-            self.args.eval_on_start = eval_on_start
+        return super().train(checkpoint and str(checkpoint), *args, **kwargs)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
+        if skip_scheduler and self._resume.checkpoint is not None:
+            return {}  # The evaluation of `eval_on_start`, which a resumed run has in its history.
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         self._resume.sampler = super()._get_train_sampler(*args, **kwargs)

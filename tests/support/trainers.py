@@ -78,7 +78,7 @@ def make_trainer(
     """
     Builds a trainer of a random tiny model on prompts of the shapes world: 4 rollouts a step, with guidance in a part of
     the window. Keyword arguments are those of [`AlphaGRPOConfig`], but for `model`, `reward_funcs`, `datasets`,
-    `processing_class` and `lora`. The trainer's `recorder` keeps its updates.
+    `processing_class`, `lora` and `arguments` of the constructor. The trainer's `recorder` keeps its updates.
     """
 
     def make(
@@ -87,6 +87,7 @@ def make_trainer(
         lora: bool = False,
         datasets: dict[str, Any] | None = None,
         processing_class: Any = None,
+        arguments: dict[str, Any] | None = None,
         **settings: Any,
     ) -> AlphaGRPOTrainer:
         defaults = {
@@ -121,6 +122,7 @@ def make_trainer(
             model=make_shapes_bagel() if model is None else model,
             reward_funcs=reward_funcs,
             args=AlphaGRPOConfig(**(defaults | settings)),
+            **(arguments or {}),
             processing_class=None if isinstance(model, str) else processing_class or shapes_processor,
             peft_config=peft_config,
             **(datasets or {"train_dataset": rows, "eval_dataset": rows.select(range(2))}),

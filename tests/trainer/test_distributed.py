@@ -151,6 +151,13 @@ def test_two_processes_train_as_one(
         names = [name for name, *_ in two.outcome["rollouts"]]
         assert any(names[i] != names[i + 4] for i in range(0, len(names), 8))
 
+    for run in (one, two):
+        scored, sampled = run.outcome["scored_log_probs"], run.outcome["sampled_log_probs"]
+        assert len(scored) == len(sampled) == 3
+        # Later rollouts of a reference that follows are not the policy's.
+        num_compared = 1 if tasks == "following" else 3
+        assert scored[:num_compared] == pytest.approx(sampled[:num_compared], abs=1e-4)
+
     (whole,) = one.outcome["num_parameters"]
     shares = [held / whole for held in two.outcome["num_parameters"]]
     # FSDP2 leaves the autoencoder whole, a sixth of this model.
@@ -167,6 +174,17 @@ def test_two_processes_train_as_one(
     for name in moved:
         error = (together[name] - alone[name]).norm() / (alone[name] - before[name]).norm()
         assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.slow
+def test_gradients_are_exchanged_once_where_steps_are_split(train: Callable[..., Run]) -> None:
+    whole, parts = (train("ddp", max_steps=2, image_steps_per_forward=steps) for steps in (None, 1))
+    assert whole.outcome["exchanges"] == [True, True]
+    # Two trained steps in two forwards. The first backward of an optimizer step keeps its gradients.
+    assert parts.outcome["exchanges"] == [False, True, False, True]
+    expected, actual = whole.weights(), parts.weights()
+    for name, weight in expected.items():
+        torch.testing.assert_close(actual[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from transformers import TrainerCallback
 
 from alphagrpo_ext.shapes import Scene, SceneObject, build_dataset, render
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
@@ -87,6 +88,43 @@ def test_lowest_of_the_initial_images_is_refined(make: Callable[..., AlphaGRPOTr
     assert trainer.state.log_history[0]["reflection/initial_reward"] == pytest.approx(min(initial), abs=1e-5)
 
 
+def test_logs_are_about_the_images_that_get_a_gradient(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    """What reward functions log while they score initial images is dropped."""
+    columns = []
+
+    def recording(
+        images: list[PILImage.Image], trajectory: list, log_metric: Callable, log_extra: Callable, **kwargs: Any
+    ) -> list[float]:
+        stage = 1.0 if trajectory[0] is None else 2.0
+        log_metric("stage", stage)
+        log_extra("stage", [stage] * len(images))
+        log_extra(f"only in stage {stage}", [stage] * len(images))
+        return brightness(images)
+
+    class Columns(TrainerCallback):
+        def on_rollout(self, *args: Any, rollout: Any, **kwargs: Any) -> None:
+            columns.append(rollout.extra_columns)
+
+    trainer = make(reward_funcs=recording, arguments={"callbacks": [Columns()]})
+    trainer.train()
+    assert trainer.state.log_history[0]["stage"] == 2.0
+    assert columns == [{"stage": [2.0] * 4, "only in stage 2.0": [2.0] * 4}]
+
+
+def test_asynchronous_and_failing_functions_score_initial_images(make: Callable[..., AlphaGRPOTrainer]) -> None:
+    async def later(images: list[PILImage.Image], **kwargs: Any) -> list[float]:
+        return brightness(images)
+
+    def silent(images: list[PILImage.Image], **kwargs: Any) -> list[None]:
+        return [None] * len(images)
+
+    trainer = make(reward_funcs=[later, silent])
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    expected = brightness([update.trajectories[0].segments[1].image])[0]
+    assert trainer.state.log_history[0]["reflection/initial_reward"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_image_of_a_row_is_the_one_to_refine(make: Callable[..., AlphaGRPOTrainer]) -> None:
     trainer = make(datasets=rows(*[("a red circle on a white background", None, PICTURE)] * 4))
     trainer.train()
@@ -115,7 +153,7 @@ def test_nothing_improved_means_no_gradient(make: Callable[..., AlphaGRPOTrainer
 @pytest.mark.parametrize("scale_rewards", ["batch", "group", "none"])
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 def test_advantages_are_trls(make: Callable[..., AlphaGRPOTrainer], scale_rewards: str, aggregation: str) -> None:
-    """What credit computes for a part of the reward functions equals what TRL computes for all of them."""
+    """What `group_advantages` computes for some reward functions equals what TRL computes for all of them."""
     trainer = make(
         reward_funcs=[brightness, lambda images, **kwargs: [len(set(image.tobytes())) / 255 for image in images]],
         scale_rewards=scale_rewards,

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
+import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
 from alphagrpo_ext.flow.transitions import transition
-from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.shapes import build_dataset
-from alphagrpo_ext.trainer import AlphaGRPOTrainer
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from reward_models.dvreward import DVReward
+from support.trainers import brightness
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -373,14 +380,121 @@ def test_packaged_model_trains_by_name(make_trainer: MakeTrainer) -> None:
     assert history(trainer, "image/ratio_mean") == [1.0]
 
 
-@pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
-def test_row_without_question_is_found_before_training(make_trainer: MakeTrainer, split: str) -> None:
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset", "eval_dataset['second']"])
+def test_row_without_question_is_found_before_training(make_trainer: MakeTrainer, name: str) -> None:
     rows = build_dataset("train", 8, seed=0)
-    broken = rows.to_list()
-    broken[5]["semantic_questions"] = [{"tag": "Count", "is_valid": True}]
-    datasets = {"train_dataset": rows, "eval_dataset": rows, split: Dataset.from_list(broken)}
-    with pytest.raises(ValueError, match="row 5.*question"):
+    items = rows.to_list()
+    items[5]["semantic_questions"] = [{"tag": "Count", "is_valid": True}]
+    broken = Dataset.from_list(items)
+    evaluated = {"eval_dataset": broken, "eval_dataset['second']": {"first": rows, "second": broken}}.get(name, rows)
+    datasets = {"train_dataset": broken if name == "train_dataset" else rows, "eval_dataset": evaluated}
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: .*row 5.*question"):
         make_trainer(reward_funcs=DVReward("shapes"), datasets=datasets)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.1, "image_beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+        {"beta": 0.1, "lora": True, "sync_ref_model": True, "ref_model_sync_steps": 1},
+        {"model": "bagel-shapes", "model_init_kwargs": {"attn_implementation": "eager"}, "beta": 0.1},
+        {"eval_on_start": True, "eval_strategy": "steps"},
+    ],
+    ids=["reference model", "reference adapter", "model by name", "evaluation"],
+)
+def test_arguments_of_the_caller_stay_as_they_are(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    given, values = [], []
+    post_init = AlphaGRPOConfig.__post_init__
+
+    def remember(config: AlphaGRPOConfig) -> None:
+        post_init(config)
+        given.append(config)
+        values.append({field.name: copy.deepcopy(getattr(config, field.name)) for field in fields(config)})
+
+    monkeypatch.setattr(AlphaGRPOConfig, "__post_init__", remember)
+    trainer = make_trainer(**settings)
+    trainer.train()
+    (args,), (expected,) = given, values
+    assert {name: getattr(args, name) for name in expected} == expected
+    # What the trainer works with has the same values.
+    for name in ("beta", "sync_ref_model", "model_init_kwargs", "eval_on_start"):
+        assert getattr(trainer.args, name) == expected[name]
+
+
+class TextLength(torch.nn.Module):
+    """A reward model as TRL calls it: it is given the tokens of a text, and has seen no image."""
+
+    config = SimpleNamespace(_name_or_path="models/text-length")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        self.num_calls += 1
+        return SimpleNamespace(logits=attention_mask.sum(dim=1, keepdim=True).float())
+
+
+def test_reward_model_reads_texts_with_its_own_tokenizer(make_trainer: MakeTrainer, shapes_processor: Any) -> None:
+    tokenizer, reward_model = shapes_processor.tokenizer, TextLength()
+    trainer = make_trainer(
+        reward_funcs=[brightness, reward_model],
+        arguments={"reward_processing_classes": [None, tokenizer]},
+        task="self_reflection",
+    )
+    assert trainer.reward_processing_classes == [None, tokenizer]
+    trainer.train()
+    # Not for the initial images, which follow no text.
+    assert reward_model.num_calls == 1
+    assert history(trainer, "rewards/text-length/mean")[0] > 1
+    (update,) = trainer.recorder.updates
+    assert not torch.equal(update.inputs["advantages"], update.inputs["image_advantages"])
+
+
+@pytest.mark.parametrize("has_own_adapter", [False, True])
+def test_old_and_reference_scores_are_told_apart_by_the_active_adapter(
+    make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel], has_own_adapter: bool
+) -> None:
+    """TRL passes the same model for both."""
+    model = None
+    if has_own_adapter:
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGET_MODULES)
+        model = get_peft_model(make_shapes_bagel(), config)
+    settings = {"beta": 0.1, "image_beta": 0.1, "num_iterations": 2, "max_steps": 3, "learning_rate": 1e-2}
+    trainer = make_trainer(model=model, lora=not has_own_adapter, **settings)
+    steps = []
+    add_scores = trainer._add_scores
+    trainer._add_scores = lambda step, output: steps.append(step) or add_scores(step, output)
+    trainer.train()
+    assert [list(step.scores) for step in steps] == [["old", "reference"]] * 2
+    step = steps[1]
+    old, reference = step.scores["old"], step.scores["reference"]
+    for i, trajectory in enumerate(step.trajectories):
+        sampled = [p for text in trajectory.sampled_texts for p in text.log_probs]
+        assert old.log_probs[i, : len(sampled)].tolist() == pytest.approx(sampled, abs=1e-4)
+        assert reference.log_probs[i, : len(sampled)].tolist() != pytest.approx(sampled, abs=1e-3)
+    assert trainer._rollout_step is None
+
+
+def test_column_of_an_earlier_step_is_not_handed_on(make_trainer: MakeTrainer) -> None:
+    """TRL keeps a column that a reward function filled once."""
+    seen = []
+
+    def reward(images: list, log_extra: Callable, trainer_state: Any, **kwargs: Any) -> list[float]:
+        log_extra("always", [trainer_state.global_step] * len(images))
+        if trainer_state.global_step == 0:
+            log_extra("once", ["first"] * len(images))
+        return brightness(images)
+
+    class Columns(TrainerCallback):
+        def on_rollout(self, *args: Any, rollout: Any, **kwargs: Any) -> None:
+            seen.append(rollout.extra_columns)
+
+    trainer = make_trainer(reward_funcs=reward, max_steps=2, arguments={"callbacks": [Columns()]})
+    trainer.train()
+    assert seen == [{"always": [0] * 4, "once": ["first"] * 4}, {"always": [1] * 4}]
 
 
 def test_impossible_image_size_is_found_before_training(make_trainer: MakeTrainer) -> None:

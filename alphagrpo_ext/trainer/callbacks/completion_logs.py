@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-TRL's table of completions, where TRL does not bring it: TensorBoard gets nothing of it, and of the images in a cell wandb
-keeps the word "Image" alone.
+Completion logs for trackers that TRL's table of completions does not reach: TRL sends none to TensorBoard, and wandb keeps
+only the word "Image" of the images in a cell.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NUM_SAMPLES = 8
 
 class TensorBoardCompletionsCallback(TrainerCallback):
     """
-    Writes with every log the first samples of TRL's table of completions: images under `completions/0/image` and so on, and
+    Writes the first samples of TRL's table of completions with every log: images under `completions/0/image` and so on, and
     the other columns as a table under `completions`.
 
     Args:
-        writer ([`~transformers.integrations.TensorBoardCallback`]): Callback whose file is written to.
-        table (`Mapping[str, Any]`): The trainer's `_logs`, which TRL makes its table from.
-        num_samples (`int`, *optional*, defaults to `8`): Samples that are written.
+        writer ([`~transformers.integrations.TensorBoardCallback`]): Callback whose event file is written to.
+        table (`Mapping[str, Any]`): TRL's table of completions.
+        num_samples (`int`, *optional*, defaults to `8`): Number of samples written.
     """
 
     def __init__(self, writer: TensorBoardCallback, table: Mapping[str, Any], num_samples: int = NUM_SAMPLES) -> None:
@@ -63,12 +63,12 @@ class TensorBoardCompletionsCallback(TrainerCallback):
 
 class WandbImagesCallback(TrainerCallback):
     """
-    Logs with every log the images of the first samples of TRL's table of completions to the current run of wandb, as
+    Logs the images of the first samples of TRL's table of completions to the current run of wandb with every log, as
     `completion_images` with their prompts.
 
     Args:
-        table (`Mapping[str, Any]`): The trainer's `_logs`, which TRL makes its table from.
-        num_samples (`int`, *optional*, defaults to `8`): Samples that are logged.
+        table (`Mapping[str, Any]`): TRL's table of completions.
+        num_samples (`int`, *optional*, defaults to `8`): Number of samples logged.
     """
 
     def __init__(self, table: Mapping[str, Any], num_samples: int = NUM_SAMPLES) -> None:
@@ -89,7 +89,7 @@ class WandbImagesCallback(TrainerCallback):
 
 def completions_callbacks(callbacks: Sequence[TrainerCallback], table: Mapping[str, Any]) -> list[TrainerCallback]:
     """
-    Those that the trackers among a trainer's callbacks need.
+    Make the callbacks for the trackers among the callbacks of a trainer.
 
     Args:
         callbacks (`Sequence[TrainerCallback]`): The trainer's callbacks.
@@ -105,7 +105,7 @@ def completions_callbacks(callbacks: Sequence[TrainerCallback], table: Mapping[s
 
 
 def completion_images(trajectories: Sequence[Trajectory]) -> list[list[Image.Image]]:
-    """The images of each trajectory, in order: those that the policy was given, and those that it painted."""
+    """Return the images of each trajectory, given and painted, in their order."""
     return [
         [segment.image for segment in trajectory.segments if isinstance(segment, ImageSegment) and segment.image]
         for trajectory in trajectories
@@ -113,7 +113,7 @@ def completion_images(trajectories: Sequence[Trajectory]) -> list[list[Image.Ima
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """Images of one sample in a row, in their order, with their tops aligned."""
+    """Paste the images of one sample side by side, in their order, with their tops aligned."""
     sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
     left = 0
     for image in images:
@@ -124,10 +124,10 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
 
 def markdown_table(columns: Mapping[str, Sequence[Any]]) -> str:
     """
-    A table in Markdown; what has a meaning there is escaped.
+    Write a table in Markdown. Characters with a meaning in Markdown or HTML are escaped.
 
     Args:
-        columns (`Mapping[str, Sequence[Any]]`): Cells by title; all columns are equally long.
+        columns (`Mapping[str, Sequence[Any]]`): Cells by title of their column. All columns have the same length.
     """
     lines = [_row(list(columns)), "| " + " | ".join("---" for _ in columns) + " |"]
     return "\n".join([*lines, *(_row(row) for row in zip(*columns.values(), strict=True))])

@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Callbacks that any Transformers trainer takes."""
+"""Logs of a run as a file of JSON lines, for any Transformers trainer."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alphagrpo_ext.files import write_text
 
 
 class JsonLinesCallback(TrainerCallback):
     """
     Write every log of the main process to a file of JSON lines.
 
-    The file holds one run: when training begins it is written anew with what the checkpoint that it goes on from had
-    logged, so that a run that was stopped and resumed has each line once.
+    The file holds one run. When training begins, it is rewritten with what the run had logged until the checkpoint that it
+    resumes from. So a run that was stopped and resumed has each line once.
 
     Args:
-        path (`str` or `Path`): The file. Its folder is made.
+        path (`str` or `Path`): The file. Its folder is created.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -31,10 +32,7 @@ class JsonLinesCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_text("".join(_line(entry["step"], entry) for entry in state.log_history), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(_line(entry["step"], entry) for entry in state.log_history))
 
     def on_log(
         self,

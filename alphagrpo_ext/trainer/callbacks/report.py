@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Keeps a run's report up to date."""
+"""Keeps the report of a run up to date."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 
 class ReportCallback(TrainerCallback):
     """
-    Writes `report.html` in `output_dir`, and in its folder `report` what the page is made from; see
+    Writes `report.html` in `output_dir`, and the data of the page in its folder `report`; see
     [`~alphagrpo_ext.report.write_report`].
 
-    Every `report_steps` steps some groups of the rollout are added, half of them those that show most and half the first
-    ones, which are a fair sample. The page is written with the logs, at most once in as many steps, and when training ends.
-    A run that is resumed from a checkpoint goes on with what was there until then.
+    Every `report_steps` steps some groups of the rollout are added: half of them are the most informative ones, and half the
+    first ones, which are a fair sample. The page is written with the logs, at most once per `report_steps` steps, and when
+    training ends. A run that resumes from a checkpoint keeps what was there at that step.
     """
 
     def __init__(self) -> None:
@@ -77,9 +77,9 @@ class ReportCallback(TrainerCallback):
     def _groups(
         self, args: AlphaGRPOConfig, step: int, rollout: ScoredRollout, prompts: Sequence[str]
     ) -> list[TrajectoryGroup]:
-        """Chosen groups of all processes. All of them choose the same, and each describes its own trajectories."""
+        """Records of the groups to show. All processes choose the same groups, and each describes its own trajectories."""
         size = rollout.group_size
-        chosen = choose_of_rollout(
+        chosen = groups_to_show(
             rollout.rewards.view(-1, size),
             rollout.initial_rewards.view(-1, size),
             # A page shows at least four rollouts: half of it is the newest.
@@ -129,31 +129,32 @@ class ReportCallback(TrainerCallback):
 
 def is_due(step: int, every: int, period: int) -> bool:
     """
-    Whether a rollout is shown: the first one, and the first one after each multiple of a number of steps.
+    Whether a rollout is shown: the first one, and the first one after each multiple of `every` steps.
 
     Args:
         step (`int`): Optimizer step that the rollout is for, from 1.
         every (`int`): Steps between rollouts that are shown.
-        period (`int`): Steps that a rollout serves.
+        period (`int`): Optimizer steps per rollout.
     """
     return step == 1 or step // every != (step - period) // every
 
 
-def choose_of_rollout(rewards: torch.Tensor, initial_rewards: torch.Tensor, count: int) -> list[int]:
+def groups_to_show(rewards: torch.Tensor, initial_rewards: torch.Tensor, count: int) -> list[int]:
     """
-    Which groups of a rollout are shown: as many of the most telling ones (see [`TrajectoryGroup`]) as of the first ones.
+    Choose the groups of a rollout that are shown: as many of the most informative ones as of the first ones. A group is
+    informative if its rewards differ much, or if many of its images are worse than the one that they refine.
 
     Args:
         rewards, initial_rewards (`torch.Tensor` of shape `(groups, group size)`): NaN where there is none.
-        count (`int`): Groups to choose.
+        count (`int`): Number of groups.
 
     Returns:
-        `list[int]`: Their places, rising.
+        `list[int]`: Their indices, in ascending order.
     """
     highest, lowest = (rewards.nan_to_num(nan=bound) for bound in (float("-inf"), float("inf")))
     spread = (highest.amax(dim=1) - lowest.amin(dim=1)).clamp(min=0)
-    telling = spread + (rewards < initial_rewards).float().mean(dim=1)
-    chosen = telling.argsort(descending=True, stable=True)[: (count + 1) // 2].tolist()
+    informative = spread + (rewards < initial_rewards).float().mean(dim=1)
+    chosen = informative.argsort(descending=True, stable=True)[: (count + 1) // 2].tolist()
     rest = [place for place in range(len(rewards)) if place not in chosen]
     return sorted(chosen + rest[: count - len(chosen)])
 
@@ -181,7 +182,7 @@ def _record(rollout: ScoredRollout, i: int, max_size: int) -> TrajectoryRecord:
 
 
 def _turns(trajectory: Trajectory, texts: Sequence[str], max_size: int) -> list[Turn]:
-    # Where the policy does not think, it has images alone.
+    # A policy that does not think has images and no texts.
     images = [data_url(image.image, max_size) for image in trajectory.sampled_images]
     return [Turn(texts[place] if place < len(texts) else "", image) for place, image in enumerate(images)]
 

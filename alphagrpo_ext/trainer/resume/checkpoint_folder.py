@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoint folders: complete or not there at all, and which of them a run goes on from."""
+"""Checkpoint folders, which are complete or absent, and the choice of the one that a run resumes from."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "checkpoint.json"
-"""Written last into a checkpoint: what belongs to it."""
+"""File that lists the files of a checkpoint. It is written last."""
 INCOMPLETE_NAME = "incomplete"
-"""Folder of `output_dir` where a checkpoint lies until it is complete."""
+"""Folder of `output_dir` where a checkpoint is written until it is complete."""
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is incomplete or is not what was written."""
+    """Raised for a checkpoint that is incomplete or differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """
-    What belongs to a checkpoint.
+    The contents of a checkpoint.
 
     Args:
-        step (`int`): Optimizer steps done.
-        num_processes (`int`): Processes that trained.
-        written_at (`float`): When it was completed, in seconds since the epoch.
+        step (`int`): Number of optimizer steps done.
+        num_processes (`int`): Number of processes that trained.
+        written_at (`float`): Time of completion, in seconds since the epoch.
         files (`dict[str, int]`): Size in bytes of every file, by its path in the folder.
     """
 
@@ -47,12 +47,12 @@ class Manifest:
 
 def write_manifest(folder: Path, step: int, num_processes: int) -> None:
     """
-    Note what a folder holds: the last thing to do before it is a checkpoint.
+    Write the manifest of a folder. This is the last step before the folder is a checkpoint.
 
     Args:
         folder (`Path`): The folder.
-        step (`int`): Optimizer steps done.
-        num_processes (`int`): Processes that train.
+        step (`int`): Number of optimizer steps done.
+        num_processes (`int`): Number of processes that train.
     """
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
@@ -66,14 +66,14 @@ def write_manifest(folder: Path, step: int, num_processes: int) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """
-    What a checkpoint holds, after a check that it is all there.
+    Read the manifest of a checkpoint and check that all of its files are there.
 
     Args:
         folder (`Path`): The checkpoint.
 
     Raises:
-        `DamagedCheckpointError`: If the folder does not exist, has no manifest, or a file is missing or of another size;
-            the message names it.
+        `DamagedCheckpointError`: If the folder does not exist or has no manifest, or if a file is missing or of another size.
+            The message names it.
     """
     if not folder.is_dir():
         raise DamagedCheckpointError(f"there is no checkpoint folder {folder}")
@@ -98,11 +98,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def publish(staged: Path, final: Path) -> None:
     """
-    Move a complete checkpoint to its place, in one step.
+    Move a complete checkpoint to its final path, in one step.
 
     Args:
-        staged (`Path`): The folder, below the `incomplete` of the same file system. That is removed.
-        final (`Path`): Its place. What lies there already, as after a resume from an earlier step, is replaced.
+        staged (`Path`): The folder, inside a folder `incomplete` on the same file system, which is removed.
+        final (`Path`): Its final path. A checkpoint that is there already, as after a resume from an earlier step, is replaced.
     """
     if final.exists():
         os.replace(final, staged.with_name(f"replaced-{final.name}"))
@@ -112,9 +112,9 @@ def publish(staged: Path, final: Path) -> None:
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """
-    The complete checkpoint that was written last. One that is not complete is reported and passed over.
+    Find the complete checkpoint that was written last. Incomplete ones are skipped with a warning.
 
-    Not the one with the highest step: a run that starts anew in the folder of an earlier one has lower steps.
+    It need not have the highest step: a run that starts anew in the folder of an earlier one has lower steps.
 
     Args:
         output_dir (`str` or `Path`): Folder of a run.
@@ -136,31 +136,31 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def asks_to_resume(resume_from_checkpoint: str | bool | None) -> bool:
-    """Whether an argument, which a command line gives as text, asks to go on with a run."""
+    """Whether an argument, which is text on a command line, asks to resume a run."""
     return str(resume_from_checkpoint or "").lower() not in ("", "false", "none")
 
 
 def asks_for_last(resume_from_checkpoint: str | bool | None) -> bool:
-    """Whether an argument asks to go on from the last checkpoint, and names none."""
+    """Whether an argument asks for the last checkpoint, without naming it."""
     return str(resume_from_checkpoint).lower() in ("true", "last")
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
     """
-    The checkpoint that a run goes on from.
+    Find the checkpoint that a run resumes from.
 
     Args:
         resume_from_checkpoint (`str` or `bool`, *optional*):
-            `True`, `"true"` or `"last"` for the last complete one in `output_dir`, a path for that one. `None`, `False`,
-            `"false"` or an empty string for none.
+            `True`, `"true"` or `"last"` for the last complete one in `output_dir`, or a path. `None`, `False`, `"false"` or an
+            empty string for none.
         output_dir (`str` or `Path`): Folder of the run.
 
     Returns:
-        `Path`: `None` to start from the beginning, as also where the last one is asked for and there is none: the same
-        command then starts a run and goes on with it, however early it was stopped.
+        `Path`: `None` to start from the beginning. That is also the result if the last one is asked for and there is none, so
+        that the same command starts a run and resumes it, however early it was stopped.
 
     Raises:
-        `DamagedCheckpointError`: If the path that is named is no complete checkpoint.
+        `DamagedCheckpointError`: If the named path is not a complete checkpoint.
     """
     if not asks_to_resume(resume_from_checkpoint):
         return None

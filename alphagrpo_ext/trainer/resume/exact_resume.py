@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import set_seed
 from datasets import IterableDataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -86,7 +87,7 @@ def progress_path(checkpoint: Path, process_index: int) -> Path:
 
 def rollouts_path(checkpoint: Path, process_index: int) -> Path:
     """File of a process' buffered rollouts. It exists only if some of them are still to be trained on."""
-    return checkpoint / f"rollouts_{process_index}.safetensors"
+    return checkpoint / f"rollouts_{process_index}.pt"
 
 
 class ExactResume(TrainerCallback):
@@ -121,6 +122,8 @@ class ExactResume(TrainerCallback):
         self.checkpoint = resolve_checkpoint(resume_from_checkpoint, args.output_dir)
         self.started_at, self.seconds_before = time.time(), 0.0
         if self.checkpoint is None:
+            # The order of prompts must not depend on an evaluation before training, which a restarted run may have kept.
+            set_seed(args.seed, device_specific=True)
             return None
         num_processes = read_manifest(self.checkpoint).num_processes
         if num_processes != args.world_size:

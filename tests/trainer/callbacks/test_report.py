@@ -11,7 +11,7 @@ import torch
 
 from alphagrpo_ext.report import ReportStore
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
-from alphagrpo_ext.trainer.callbacks.report import choose_of_rollout, is_due
+from alphagrpo_ext.trainer.callbacks.report import groups_to_show, is_due
 from reward_models import DVReward
 from reward_models.format import FORMATS
 
@@ -122,15 +122,15 @@ def test_rollouts_that_are_due(every: int, period: int, expected: list[int]) -> 
     assert [step for step in range(1, 8, period) if is_due(step, every, period)] == expected
 
 
-def test_telling_groups_and_a_fair_sample_are_shown() -> None:
+def test_informative_groups_and_a_fair_sample_are_shown() -> None:
     nan = float("nan")
     rewards = torch.tensor([[0.5, 0.5], [0.5, 0.6], [0.1, 0.9], [nan, 0.4], [0.2, 0.2]])
     initial = torch.full((5, 2), nan)
-    assert choose_of_rollout(rewards, initial, 2) == [0, 2]
+    assert groups_to_show(rewards, initial, 2) == [0, 2]
     # Both members of the last group are worse than what they were given.
     initial[4] = 0.3
-    assert choose_of_rollout(rewards, initial, 3) == [0, 2, 4]
-    assert choose_of_rollout(rewards, initial, 9) == [0, 1, 2, 3, 4]
+    assert groups_to_show(rewards, initial, 3) == [0, 2, 4]
+    assert groups_to_show(rewards, initial, 9) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["report_steps", "report_num_trajectories", "report_image_size"])
