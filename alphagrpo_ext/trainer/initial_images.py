@@ -65,8 +65,8 @@ class ImageRewards:
         Raises:
             `ValueError`: If a function returns another number of rewards.
         """
-        if not images:
-            return []
+        if not images or not self.functions:
+            return [None] * len(images)
         judged = [reward_row(row) for row in rows]
         prompts = [row["prompt"] for row in judged]
         arguments = {

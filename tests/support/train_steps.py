@@ -65,6 +65,7 @@ class Outcome:
         sampled_log_probs, scored_log_probs (`list[list[float]]`):
             For every step the sum of log-probabilities of the texts of a process and the mean of those of its transitions,
             averaged over processes, as the rollout and as the packed forward of the loss saw them.
+        exchanges (`list[bool]`): Whether DDP exchanged gradients in each backward of rank 0.
     """
 
     rollouts: list[Any] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Outcome:
     gathers: list[int] = field(default_factory=list)
     sampled_log_probs: list[list[float]] = field(default_factory=list)
     scored_log_probs: list[list[float]] = field(default_factory=list)
+    exchanges: list[bool] = field(default_factory=list)
 
 
 def held_elements(parameter: torch.Tensor) -> int:
@@ -90,7 +92,7 @@ class ObservedTrainer(AlphaGRPOTrainer):
     def __init__(self, outcome: Outcome, **kwargs: Any) -> None:
         self.outcome = outcome
         super().__init__(**kwargs)
-        sample, score = self.rollout_func, self.scorer.score
+        sample, score, backward = self.rollout_func, self.scorer.score, self.accelerator.backward
 
         def observed_score(*args: Any) -> PackedScores:
             scores = score(*args)
@@ -99,7 +101,12 @@ class ObservedTrainer(AlphaGRPOTrainer):
             return scores
 
         self.rollout_func = lambda *args: self.note_gathers(lambda: sample(*args))
-        self.scorer.score = observed_score
+
+        def observed_backward(*args: Any, **kwargs: Any) -> None:
+            self.outcome.exchanges.append(getattr(self.model_wrapped, "require_backward_grad_sync", False))
+            backward(*args, **kwargs)
+
+        self.scorer.score, self.accelerator.backward = observed_score, observed_backward
 
     def note_scores(self, scores: PackedScores) -> None:
         images, objective = scores.images, self.image_loss.objective.config

@@ -143,10 +143,6 @@ def test_two_processes_train_as_one(
     for (task, reward, *actions), expected in zip(two.outcome["rollouts"], one.outcome["rollouts"], strict=True):
         assert [task, *actions] == [expected[0], *expected[2:]]
         assert reward == pytest.approx(expected[1], abs=1e-3)
-    # What the rollout sampled with whole parameters is what the packed forward scores with shares of them.
-    if tasks != "following":
-        assert len(two.outcome["scored_log_probs"]) == 3
-        np.testing.assert_allclose(two.outcome["scored_log_probs"], two.outcome["sampled_log_probs"], atol=1e-4)
     if tasks == "mixed":
         names = [name for name, *_ in two.outcome["rollouts"]]
         assert any(names[i] != names[i + 4] for i in range(0, len(names), 8))
@@ -156,7 +152,7 @@ def test_two_processes_train_as_one(
         assert len(scored) == len(sampled) == 3
         # Later rollouts of a reference that follows are not the policy's.
         num_compared = 1 if tasks == "following" else 3
-        assert scored[:num_compared] == pytest.approx(sampled[:num_compared], abs=1e-4)
+        np.testing.assert_allclose(scored[:num_compared], sampled[:num_compared], atol=1e-4)
 
     (whole,) = one.outcome["num_parameters"]
     shares = [held / whole for held in two.outcome["num_parameters"]]
