@@ -20,9 +20,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from alphagrpo_ext.models.bagel.checkpoint import RELEASED_FILES, load_released
-from alphagrpo_ext.models.contract import Family
+from alphagrpo_ext.models.contract import FAMILIES, Family
 from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model, resolve_model_path
 from alphagrpo_ext.models.saving import save_model
+from alphagrpo_ext.registry import UnknownNameError
 
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,26 @@ class TestSavedFolder:
         }[fault]
         with pytest.raises(ValueError, match=message):
             load_model(saved)
+
+
+class TestFamily:
+    def set_type(self, folder: Path, model_type: str) -> None:
+        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+
+    def test_unknown_type_lists_the_known(self, saved):
+        self.set_type(saved, "bagle")
+        with pytest.raises(UnknownNameError, match="unknown model family 'bagle'. Did you mean 'bagel'?"):
+            load_model(saved)
+
+    def test_released_layout_is_recognised_beside_a_foreign_configuration(self, golden, tmp_path):
+        folder = Path(shutil.copytree(golden.checkpoint, tmp_path / "released"))
+        self.set_type(folder, "qwen2")
+        assert load_model(folder)[0].config.model_type == "bagel"
+
+    def test_unknown_lora_preset_lists_the_known(self):
+        with pytest.raises(ValueError, match="BagelFamily has no LoRA preset 'all', available: both, generation"):
+            FAMILIES.get("bagel")().lora_target_modules("all")
 
 
 class TestHub:

@@ -39,7 +39,7 @@ DOWNLOADED_FILES = (
     PROCESSOR_CONFIG,
 )
 """All files of a released checkpoint that are read. A repository may hold others, such as weights without EMA."""
-SPECIAL_TOKENS = {
+DELIMITER_TOKENS = {
     "bos_token_id": "<|im_start|>",
     "eos_token_id": "<|im_end|>",
     "image_start_token_id": "<|vision_start|>",
@@ -185,7 +185,7 @@ def config_from_released(folder: str | Path, shapes: Shapes, vae_shapes: Shapes)
         max_latent_size=round(positions**0.5),
         **{
             name: _token_id(tokenizer, token, folder, llm_config["vocab_size"])
-            for name, token in SPECIAL_TOKENS.items()
+            for name, token in DELIMITER_TOKENS.items()
         },
     )
 
@@ -348,7 +348,7 @@ def _check_readable(config: BagelConfig, folder: Path, tensors: Mapping[str, Rel
     actual = config_from_released(folder, *shapes)
     pairs = {
         field: (getattr(config, field), getattr(actual, field))
-        for field in ("latent_patch_size", "max_latent_size", "connector_hidden_act", *SPECIAL_TOKENS)
+        for field in ("latent_patch_size", "max_latent_size", "connector_hidden_act", *DELIMITER_TOKENS)
     }
     vae_config = {key: list(v) if isinstance(v, tuple) else v for key, v in config.vae_config.items()}
     for key in sorted(vae_config.keys() | actual.vae_config.keys()):

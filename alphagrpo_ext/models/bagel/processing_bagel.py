@@ -18,18 +18,18 @@ from alphagrpo_ext.models.pixels import image_to_tensor, to_rgb
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
 
-GENERATION_SYSTEM_PROMPT = (
+BAGEL_GENERATION_PROMPT = (
     "You should first think about the planning process in the mind and then generate the image. \n"
     "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
     "image here"
 )
-UNDERSTANDING_SYSTEM_PROMPT = (
+BAGEL_UNDERSTANDING_PROMPT = (
     "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
     "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
     "answer here"
 )
 
-REFLECTION_PROMPT = (
+BAGEL_REFLECTION_PROMPT = (
     "This image was made for the request: {prompt}\n"
     "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
     "it, and say exactly what must be changed. Then paint the corrected image."
@@ -77,9 +77,9 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        generation_system_prompt: str = GENERATION_SYSTEM_PROMPT,
-        understanding_system_prompt: str = UNDERSTANDING_SYSTEM_PROMPT,
-        reflection_prompt: str = REFLECTION_PROMPT,
+        generation_system_prompt: str = BAGEL_GENERATION_PROMPT,
+        understanding_system_prompt: str = BAGEL_UNDERSTANDING_PROMPT,
+        reflection_prompt: str = BAGEL_REFLECTION_PROMPT,
         vae_max_size: int = 1024,
         vae_min_size: int = 512,
         vae_stride: int = 16,
