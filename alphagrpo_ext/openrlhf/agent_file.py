@@ -140,7 +140,7 @@ class AgentExecutor(MultiTurnAgentExecutor):
 
     def __init__(self) -> None:
         super().__init__(ReflectionAgent)
-        self.config = PluginConfig.from_environment()
+        self.config = PluginConfig()
         self._client = AsyncRewardClient(self.config)
 
     async def execute(
