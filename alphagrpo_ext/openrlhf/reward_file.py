@@ -16,7 +16,7 @@ from typing import Any
 
 from alphagrpo_ext.openrlhf.environment import PluginConfig
 from alphagrpo_ext.reward_client.client import PaintRequest, RewardClient, noise_seed, parse_label
-from alphagrpo_ext.reward_client.thought import thought_of
+from alphagrpo_ext.reward_client.thought import extract_thought
 
 
 # Not `__name__`, because OpenRLHF gives the module a name of its own.
@@ -64,7 +64,7 @@ def _rewards(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[st
     import torch
 
     records = [parse_label(label) for label in labels]
-    thoughts = [thought_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    thoughts = [extract_thought(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
     images = _client().generate(
         [
             PaintRequest(record.prompt, thought, seed=noise_seed(CONFIG.seed, record.prompt, 0))

@@ -15,7 +15,7 @@ SPECIAL_TOKENS = re.compile(
 """`<think>` is not among them, because it belongs to the thought."""
 
 
-def thought_of(query: str, prompt: str, where: str = "the query") -> str:
+def extract_thought(query: str, prompt: str, where: str = "the query") -> str:
     """
     Return what the policy wrote after its prompt, without special tokens.
 

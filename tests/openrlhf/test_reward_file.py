@@ -44,13 +44,13 @@ CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     ],
 )
 def test_thought_is_what_follows_the_prompt(load_file, query: str, prompt: str, thought: str) -> None:
-    assert load_file("reward_file").thought_of(query, prompt) == thought
+    assert load_file("reward_file").extract_thought(query, prompt) == thought
 
 
 @pytest.mark.parametrize(("query", "prompt"), [("prompt thought", "a prompt"), ("a pro", "a prompt"), ("", "a")])
 def test_query_without_its_prompt_is_an_error(load_file, query: str, prompt: str) -> None:
     with pytest.raises(ValueError, match="does not begin with the prompt"):
-        load_file("reward_file").thought_of(query, prompt)
+        load_file("reward_file").extract_thought(query, prompt)
 
 
 def test_reward_is_that_of_the_painted_thought(load_file, server, example, monkeypatch) -> None:
