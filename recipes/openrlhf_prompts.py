@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Write a prompt dataset for OpenRLHF: prompts with questions become JSON lines with `prompt`, what the policy is asked, and
-`label`, the JSON of the record by which images are scored.
+Write a prompt dataset for OpenRLHF as JSON lines. In each line, `prompt` is the text that the policy is asked, and `label` is the
+JSON of the prompt and its questions, by which images are scored.
 
-Without arguments it takes prompts of the shapes world:
+Without arguments the script takes prompts of the shapes world:
 
 ```bash
 python recipes/openrlhf_prompts.py --output_dir runs/openrlhf
 ```
 
-Prompts of your own, and another request to the policy:
+With prompts of your own and another request to the policy:
 
 ```bash
 python recipes/openrlhf_prompts.py --prompt_file questions.jsonl --template "Plan this picture: {prompt}"
 ```
 
-OpenRLHF reads it with `--data.prompt_dataset runs/openrlhf/prompts.jsonl --data.input_key prompt --data.label_key label
+OpenRLHF reads the file with `--data.prompt_dataset runs/openrlhf/prompts.jsonl --data.input_key prompt --data.label_key label
 --data.apply_chat_template`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,33 +30,34 @@ from typing import Any
 
 from trl import TrlParser
 
+from alphagrpo_ext.files import write_text
 from alphagrpo_ext.rollout.task import prompt_text
 from reward_models.prompts.loading import load_prompts
 
 
-# OpenRLHF reads this as the place of an image.
+# OpenRLHF replaces this text by an image.
 IMAGE_MARK = "<image>"
 
 
 @dataclass
-class PromptArguments:
+class OpenRLHFPromptArguments:
     """Arguments of the conversion."""
 
     prompt_file: str | None = field(
         default=None,
-        metadata={"help": "Prompts with questions, as JSON lines; without it, those of the shapes world."},
+        metadata={"help": "File of prompts with questions, as JSON lines. Default: prompts of the shapes world."},
     )
     split: str = field(default="train", metadata={"help": "Split of the shapes world: 'train' or 'evaluation'."})
-    num_prompts: int = field(default=1024, metadata={"help": "Prompts drawn from the shapes world."})
+    num_prompts: int = field(default=1024, metadata={"help": "Number of prompts drawn from the shapes world."})
     template: str = field(
         default=(
             "Plan an image for this request: {prompt}\\nSay what it shows, where everything is and how it looks. The image "
             "is then painted from your plan."
         ),
-        metadata={"help": "What the policy is asked; {prompt} stands for the prompt, and \\n for a line break."},
+        metadata={"help": "What the policy is asked; {prompt} is replaced by the prompt, and \\n by a line break."},
     )
     system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat, if any."})
-    output_dir: str = field(default="runs/openrlhf", metadata={"help": "Where `prompts.jsonl` goes."})
+    output_dir: str = field(default="runs/openrlhf", metadata={"help": "Folder in which `prompts.jsonl` is written."})
 
     def __post_init__(self) -> None:
         if self.num_prompts < 1:
@@ -69,17 +69,17 @@ class PromptArguments:
             raise ValueError(f"template and system_prompt must not contain {IMAGE_MARK}: there is no image to show")
 
 
-def convert(row: Mapping[str, Any], args: PromptArguments, where: str) -> dict[str, Any]:
+def convert(row: Mapping[str, Any], args: OpenRLHFPromptArguments, where: str) -> dict[str, Any]:
     """
-    One line of the dataset.
+    Convert a row to one line of the dataset.
 
     Args:
-        row (`Mapping[str, Any]`): Has `prompt`, `semantic_questions` and `quality_questions`.
-        args ([`PromptArguments`]): The request to the policy.
-        where (`str`): How error messages call the row.
+        row (`Mapping[str, Any]`): A row with `prompt`, `semantic_questions` and `quality_questions`.
+        args ([`OpenRLHFPromptArguments`]): Template of the request to the policy.
+        where (`str`): Name of the row in error messages.
 
     Raises:
-        `ValueError`: If OpenRLHF would misread the prompt, or the row is one of image editing.
+        `ValueError`: If OpenRLHF would misread the prompt, or if the row asks to edit an image.
     """
     prompt = prompt_text(row["prompt"])
     if IMAGE_MARK in prompt:
@@ -103,7 +103,7 @@ def convert(row: Mapping[str, Any], args: PromptArguments, where: str) -> dict[s
     }
 
 
-def main(args: PromptArguments) -> None:
+def main(args: OpenRLHFPromptArguments) -> None:
     dataset = load_prompts(args.prompt_file, args.split, args.num_prompts)
     source = args.prompt_file or f"shapes world, {args.split}"
     lines = [
@@ -111,13 +111,10 @@ def main(args: PromptArguments) -> None:
         for index, row in enumerate(dataset)
     ]
     output = Path(args.output_dir) / "prompts.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, output)
+    write_text(output, "\n".join(lines) + "\n")
     print(f"{len(lines)} prompts in {output}")
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((PromptArguments,)).parse_args_and_config()
+    (arguments,) = TrlParser((OpenRLHFPromptArguments,)).parse_args_and_config()
     main(arguments)

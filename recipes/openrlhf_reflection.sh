@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 
-# Self-reflection with OpenRLHF: a vision-language model plans an image, looks at what the reward server paints, says what is
-# wrong, and is rewarded for the refined image. On one node with 8 GPUs:
+# Self-reflection with OpenRLHF. A vision-language model plans an image, looks at the image that the reward server paints, and says
+# what is wrong. Its reward is that of the refined image. On one node with 8 GPUs:
 #
 #   bash recipes/openrlhf_reflection.sh
 #
-# Every setting below is an environment variable; further flags of OpenRLHF go on the command line and win. The settings of
-# the plug-in (ALPHAGRPO_...) stand in alphagrpo_ext/openrlhf/environment.py. Without ALPHAGRPO_SERVER_URL the script starts a
-# reward server with the packaged shapes world, which shows that everything works; for real images serve a real painter and
-# judge, e.g. on a node of their own, and set ALPHAGRPO_SERVER_URL and PROMPTS.
+# Every setting below is an environment variable. Further flags of OpenRLHF on the command line override the flags below. The
+# settings of the plug-in (ALPHAGRPO_...) are listed in alphagrpo_ext/openrlhf/environment.py. Without ALPHAGRPO_SERVER_URL the
+# script starts a reward server with the packaged shapes world, to show that everything works. For real images, start a server
+# with a real painter and judge, e.g. on a node of its own, and set ALPHAGRPO_SERVER_URL and PROMPTS.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Ray's workers inherit it and so find the package, installed or not.
+# Ray's workers inherit the variable, so they find the package even if it is not installed.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 PYTHON=${PYTHON:-python}
@@ -33,10 +33,10 @@ export ALPHAGRPO_POLICY_SEES_IMAGES=${ALPHAGRPO_POLICY_SEES_IMAGES:-true}
 
 mkdir -p "$OUTPUT_DIR"
 
-# The reward server paints and judges. It ends with this script.
+# The reward server paints and judges. It is stopped when this script ends.
 if [[ -z ${ALPHAGRPO_SERVER_URL:-} ]]; then
     export ALPHAGRPO_SERVER_URL="http://127.0.0.1:$SERVER_PORT"
-    # Unquoted, so that it splits into flags.
+    # Unquoted, so that the shell splits it into flags.
     # shellcheck disable=SC2086
     "$PYTHON" -m reward_models.server $SERVER_FLAGS --port "$SERVER_PORT" > "$OUTPUT_DIR/server.log" 2>&1 &
     server=$!
@@ -50,10 +50,10 @@ if [[ -z ${ALPHAGRPO_SERVER_URL:-} ]]; then
     done
 fi
 
-# What the policy is asked, and as a label the record by which the server scores.
+# The dataset: requests to the policy, and labels with the questions by which the server scores.
 "$PYTHON" recipes/openrlhf_prompts.py --output_dir "$OUTPUT_DIR" ${PROMPTS:+--prompt_file "$PROMPTS"}
 
-# The agent, and the dataset that it gets.
+# The agent and its dataset.
 flags=(
     --train.agent_func_path alphagrpo_ext/openrlhf/agent_file.py
     --data.prompt_dataset "$OUTPUT_DIR/prompts.jsonl"
@@ -63,7 +63,7 @@ flags=(
     --data.max_len "$MAX_LEN"
 )
 
-# An image for every round of reflection; the vision tower stays as it is.
+# One image per round of reflection. The vision tower is frozen.
 case "${ALPHAGRPO_POLICY_SEES_IMAGES,,}" in
     true | 1 | yes)
         flags+=(
@@ -73,8 +73,8 @@ case "${ALPHAGRPO_POLICY_SEES_IMAGES,,}" in
         ;;
 esac
 
-# Rollouts: groups of one prompt, sampled on-policy. --rollout.max_new_tokens only keeps room for answers when a prompt is too
-# long; how long a turn may be is set by ALPHAGRPO_MAX_NEW_TOKENS and --data.max_len.
+# Rollouts: groups of one prompt, sampled on-policy. --rollout.max_new_tokens only reserves room for answers when a prompt is too
+# long. The length of a turn is limited by ALPHAGRPO_MAX_NEW_TOKENS and --data.max_len.
 flags+=(
     --rollout.batch_size "$PROMPTS_PER_STEP"
     --rollout.n_samples_per_prompt "$GROUP_SIZE"
@@ -84,7 +84,7 @@ flags+=(
     --rollout.top_p 1.0
 )
 
-# GRPO with sequence-level ratios, one update a step, without a reference model.
+# GRPO with sequence-level ratios, one update per step and no reference model.
 flags+=(
     --algo.advantage.estimator group_norm
     --algo.kl.init_coef 0
@@ -95,7 +95,7 @@ flags+=(
     --train.num_episodes 1
 )
 
-# The model, its optimizer, and what is kept.
+# The model, its optimizer, checkpoints and logs.
 flags+=(
     --actor.model_name_or_path "$MODEL"
     --actor.adam.lr "$LEARNING_RATE"
@@ -109,7 +109,7 @@ flags+=(
     --logger.tensorboard_dir "$OUTPUT_DIR/tensorboard"
 )
 
-# Training and generation take turns on all GPUs. Packing does not work with images, so it stays off.
+# Training and generation alternate on all GPUs. Packing is off, because it does not support images.
 flags+=(
     --train.colocate_all
     --actor.num_nodes 1

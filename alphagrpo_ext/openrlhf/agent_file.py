@@ -3,9 +3,16 @@
 """
 Self-reflection for OpenRLHF's multi-turn rollouts: `--train.agent_func_path alphagrpo_ext/openrlhf/agent_file.py`.
 
-The policy writes a thought, and the reward server paints it. The policy looks at the image and writes a reflection, and the
-server refines the image by it; so on for every round. The episode is worth what its last image is worth. Settings come from
-environment variables: see `environment.py`.
+The policy writes a thought, and the reward server paints an image with it. The policy looks at the image and writes a
+reflection, and the server refines the image by it, once per round. The reward of an episode is that of its last image. Settings
+come from environment variables; see `environment.py`.
+
+Rewards telescope. OpenRLHF adds up the rewards of all turns, so each turn returns the difference to the turn before. At any turn
+the sum is the reward of an episode that ends there, and an episode that runs out of tokens does not get an accidental 0.
+
+Turns share the token budget. OpenRLHF would let the first turn take all tokens of the episode, so [`TurnEngine`] gives each turn
+an equal share of what is left. It also forbids image tokens in texts: OpenRLHF stops the whole run if a text has an image token
+without an image.
 """
 
 from __future__ import annotations
@@ -31,21 +38,21 @@ from alphagrpo_ext.reward_client.client import (
 )
 
 
-# Not by `__name__`: OpenRLHF gives the module a name of its own.
+# Not `__name__`, because OpenRLHF gives the module a name of its own.
 logger = logging.getLogger("alphagrpo_ext.openrlhf.agent_file")
 
 FORBIDDEN_BIAS = -100.0
-"""The lowest that vLLM takes."""
+"""The lowest bias that vLLM accepts."""
 
 
 class TurnEngine:
     """
-    The host's engine, as one episode sees it: it leaves room for later turns, keeps the tokens of images out of texts, and
-    remembers what was written. The host would let the first turn take all tokens, and tells an agent the text of a turn but
-    not whether it was cut off.
+    OpenRLHF's engine for one episode. It limits the tokens of each turn, forbids image tokens and records the turns.
+
+    OpenRLHF tells an agent the text of a turn, but not whether the turn was cut off, so turns are recorded here.
 
     Args:
-        engine: The host's, with `async generate(ids, sampling_params, multi_modal_data=None)`.
+        engine: OpenRLHF's engine, with `async generate(ids, sampling_params, multi_modal_data=None)`.
         tokenizer: The policy's tokenizer or processor.
         config ([`PluginConfig`]): Limits of turns.
     """
@@ -55,7 +62,6 @@ class TurnEngine:
         self._tokenizer = tokenizer
         self._config = config
         ids = (getattr(tokenizer, name, None) for name in ("image_token_id", "video_token_id"))
-        # One such token without an image behind it would stop the whole run.
         self._forbidden = {token: FORBIDDEN_BIAS for token in ids if token is not None}
         self.turns: list[Turn] = []
 
@@ -73,12 +79,12 @@ class TurnEngine:
 
 class ReflectionAgent(AgentInstanceBase):
     """
-    One episode.
+    Agent of one episode.
 
     Args:
-        config ([`PluginConfig`]): The settings.
-        client ([`AsyncRewardClient`]): Paints and scores.
-        engine ([`TurnEngine`]): Knows what the policy wrote.
+        config ([`PluginConfig`]): Settings.
+        client ([`AsyncRewardClient`]): Client of the reward server, which paints and scores.
+        engine ([`TurnEngine`]): Engine that records what the policy wrote.
     """
 
     def __init__(self, config: PluginConfig, client: AsyncRewardClient, engine: TurnEngine) -> None:
@@ -88,10 +94,12 @@ class ReflectionAgent(AgentInstanceBase):
         self._label: Label | None = None
         self._image: Image.Image | None = None
         self._initial: ImageScore | None = None
-        self._rewarded = 0.0
+        self._reward = 0.0
 
     async def reset(self, states: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """
+        Read the label at the start of an episode.
+
         Raises:
             `ValueError`: If the label is malformed; see [`parse_label`].
         """
@@ -100,11 +108,10 @@ class ReflectionAgent(AgentInstanceBase):
 
     async def step(self, states: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """
-        Paint what the policy wrote, and show it the image unless this was the last turn.
+        Paint the image of the policy's turn, score it, and show it to the policy unless this was the last turn.
 
         Returns:
-            `dict[str, Any]`: As OpenRLHF wants it. It adds up `rewards` over an episode; the sum is at any turn the reward
-            that the episode has if it ends there, as it does when the tokens run out.
+            `dict[str, Any]`: The fields that OpenRLHF expects. `rewards` is the change of the episode's reward.
 
         Raises:
             [`RewardServerError`]: If the image could not be painted or scored, after all retries.
@@ -117,11 +124,11 @@ class ReflectionAgent(AgentInstanceBase):
         (final,) = await self._client.score([self._image], [self._label])
         initial = self._initial = self._initial or final
         reward = rectified_reward(initial, final, self._config.rectification)
-        added, self._rewarded = reward - self._rewarded, reward
+        change, self._reward = reward - self._reward, reward
         done = round_index >= self._config.num_reflection_rounds
         return {
-            # float64, so that the sum is exact to the last digits of what is logged.
-            "rewards": torch.tensor(added, dtype=torch.float64),
+            # float64, so that the sum over turns equals the logged reward.
+            "rewards": torch.tensor(change, dtype=torch.float64),
             "scores": reward,
             "environment_feedback": "" if done else feedback_text(turn, prompt, self._config),
             "environment_images": [self._image] if self._config.policy_sees_images and not done else None,
@@ -132,15 +139,15 @@ class ReflectionAgent(AgentInstanceBase):
 
 class AgentExecutor(MultiTurnAgentExecutor):
     """
-    Runs episodes of [`ReflectionAgent`]. OpenRLHF creates it once an actor, without arguments.
+    Executor of episodes of [`ReflectionAgent`]. OpenRLHF creates one per actor, without arguments.
 
     Raises:
-        `ValueError`: If an environment variable has a bad value; the message names it.
+        `ValueError`: If an environment variable has an invalid value; the message names it.
     """
 
     def __init__(self) -> None:
         super().__init__(ReflectionAgent)
-        self.config = PluginConfig.from_environment()
+        self.config = PluginConfig()
         self._client = AsyncRewardClient(self.config)
 
     async def execute(
@@ -154,10 +161,10 @@ class AgentExecutor(MultiTurnAgentExecutor):
         images: Any = None,
     ) -> dict[str, Any]:
         """
-        One episode, as OpenRLHF calls it. See [`~openrlhf.utils.agent.MultiTurnAgentExecutor`].
+        Run one episode. See [`~openrlhf.utils.agent.MultiTurnAgentExecutor`].
 
         Raises:
-            `ValueError`: If the settings and the policy do not fit each other, or the label is malformed.
+            `ValueError`: If the policy cannot be shown images although the settings say so, or if the label is malformed.
             [`RewardServerError`]: If an image could not be painted or scored, after all retries.
         """
         num_images = self.config.num_reflection_rounds if self.config.policy_sees_images else 0
@@ -168,10 +175,10 @@ class AgentExecutor(MultiTurnAgentExecutor):
             )
         engine = TurnEngine(llm_engine, hf_tokenizer, self.config)
         episode = MultiTurnAgentExecutor(ReflectionAgent)
-        # The host makes the agent itself, without arguments.
+        # OpenRLHF creates the agent itself, without arguments.
         episode.agent_instance_cls = partial(ReflectionAgent, self.config, self._client, engine)
         try:
-            # The host changes the parameters as it goes, and gives the same ones to a whole group.
+            # OpenRLHF changes the parameters during an episode and passes the same object to a whole group.
             return await episode.execute(
                 prompt, label, deepcopy(sampling_params), max_length, hf_tokenizer, engine, images
             )

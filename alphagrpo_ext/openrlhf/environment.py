@@ -1,19 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Settings of the plug-in, from environment variables: OpenRLHF hands nothing else to the files that it loads."""
+"""
+Settings of the plug-in for OpenRLHF, read from environment variables.
+
+OpenRLHF passes nothing else to the files that it loads, so there is no command line and no configuration file here. The files
+are loaded when an actor starts: a wrong setting stops the run there, and not at the first reward. Nothing heavy is imported.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 PREFIX = "ALPHAGRPO_"
-RECTIFICATIONS = ("minimum", "initial", "off")
-# A misspelt name is this much like a right one; the variables of other parts are not.
+# A misspelt name is at least this similar to the right one. Variables of other programs are less similar.
 SIMILARITY = 0.85
 
 CHATML_FEEDBACK = "\n<|im_start|>user\n{image}{request}<|im_end|>\n<|im_start|>assistant\n"
@@ -30,130 +45,101 @@ UNSEEN_REQUEST = (
     "what you say."
 )
 
-
-def _text(value: str) -> str:
-    # A shell's plain quotes leave a line break as two characters.
-    return value.replace("\\n", "\n")
-
-
-def _flag(value: str) -> bool:
-    answers = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if value.lower() not in answers:
-        raise ValueError("true or false")
-    return answers[value.lower()]
+Rectification = Literal["minimum", "initial", "off"]
+# Inside a shell's plain quotes, a line break is written as two characters.
+TemplateText = Annotated[str, AfterValidator(lambda text: text.replace("\\n", "\n"))]
+ServerURL = Annotated[str, StringConstraints(strip_whitespace=True)]
 
 
-def _setting(default: Any, read: Callable[[str], Any], expected: str, **kwargs: Any) -> Any:
-    return field(default=default, metadata={"read": read, "expected": expected}, **kwargs)
-
-
-@dataclass(frozen=True)
-class PluginConfig:
+class PluginConfig(BaseSettings):
     r"""
-    What the plug-in needs to know. A field is set by the environment variable of its name in capitals after `ALPHAGRPO_`,
-    e.g. `server_url` by `ALPHAGRPO_SERVER_URL`; an empty variable counts as not set. On several nodes the variables have to
-    reach the Ray actors, e.g. by `ray job submit --runtime-env-json`.
+    Settings of the plug-in.
+
+    A field that is not passed is read from the environment variable `ALPHAGRPO_` plus its name in capitals: `server_url`
+    from `ALPHAGRPO_SERVER_URL`. An empty variable counts as not set. On several nodes the variables must reach the Ray
+    actors, e.g. by `ray job submit --runtime-env-json`.
 
     Args:
         server_url (`str`, *optional*, defaults to `"http://127.0.0.1:8001"`):
-            Where the reward server is.
-        server_key (`str`, *optional*):
-            Its bearer key, if it wants one.
+            URL of the reward server.
+        server_key (`SecretStr`, *optional*):
+            Bearer key of the reward server, if it requires one. It is never printed.
         timeout (`float`, *optional*, defaults to `180.0`):
-            Seconds for one try of a request.
+            Seconds that one attempt of a request may take.
         max_retries (`int`, *optional*, defaults to `10`):
-            Further tries of a request: 10 last about two and a half minutes where no connection can be made.
+            Number of further attempts. Ten attempts take about two and a half minutes if no connection can be made.
         max_concurrency (`int`, *optional*, defaults to `8`):
-            Requests of one process that are with the server at once; further ones wait. Each vLLM engine is a process, and
-            all of them together should not ask for more than the server's `max_queue`, 64 by default.
+            Number of requests that one process has open at the server; further ones wait. Each vLLM engine is a process. All
+            of them together should not open more requests than the server's `max_queue`, 64 by default.
         seed (`int`, *optional*):
-            If set, the noise of an image follows from it, the prompt and the turn, and is the same for a whole group, whose
-            rewards then differ by its texts alone. Otherwise the server draws its own.
+            If set, the noise of an image follows from the seed, the prompt and the turn. It is then equal for a whole group,
+            so that rewards in the group differ by their texts only. If not set, the server draws the noise.
         num_reflection_rounds (`int`, *optional*, defaults to `1`):
-            How often the agent reflects on an image and has it painted anew. 0 only paints.
+            How often the agent reflects on an image and has it painted anew. With 0 it only paints.
         rectification (`str`, *optional*, defaults to `"minimum"`):
-            What an episode gets whose last image is no better than its first: `"minimum"` the least reward there is, 0;
-            `"initial"` the reward of the first image; `"off"` that of the last. See [`rectified_reward`].
+            Reward of an episode whose last image is not better than its first: `"minimum"` gives the lowest possible reward,
+            0; `"initial"` the reward of the first image; `"off"` that of the last image. See [`rectified_reward`].
         policy_sees_images (`bool`, *optional*, defaults to `True`):
-            Whether the policy is a vision-language model that is shown its images. A text-only policy has to be told so: it
-            gets the request alone.
+            Whether the policy is a vision-language model that is shown its images. For a text-only policy set it to false:
+            it then gets the reflection request without an image.
         image_placeholder (`str`, *optional*, defaults to `"<|vision_start|><|image_pad|><|vision_end|>"`):
-            What stands for one image in a text for the policy's processor. The default is that of Qwen's models.
+            Text that the policy's processor replaces by one image. The default is that of Qwen's models.
         feedback_template (`str`, *optional*, defaults to ChatML):
-            What follows on the end of the policy's turn, up to the start of its next one, as its chat template writes it.
-            `{image}` is where the placeholder goes and `{request}` where the reflection request goes.
+            Text between the end of one turn of the policy and the start of its next, in the form of its chat template.
+            `{image}` is replaced by the placeholder and `{request}` by the reflection request.
         end_of_turn (`str`, *optional*, defaults to `"<|im_end|>"`):
-            What ends a turn of the policy. It is put before the feedback where the policy was cut off before it.
+            Text that ends a turn of the policy. It is inserted before the feedback if the turn was cut off.
         reflection_request (`str`, *optional*):
-            What asks the policy to reflect; `{prompt}` stands for the request. Defaults to one text for a policy that sees
-            its image and another for one that does not.
+            Text that asks the policy to reflect; `{prompt}` is replaced by the prompt. There are two defaults: one for a
+            policy that sees its image and one for a policy that does not.
         max_new_tokens (`int`, *optional*):
-            Most tokens of a turn of the agent. A turn never takes more than its equal share of what is left of
-            `--data.max_len`, so that later ones have room.
+            Maximum number of tokens per turn. A turn never takes more than its equal share of the tokens that are left of
+            `--data.max_len`, so that later turns have room.
 
     Raises:
-        `ValueError`: If a value is out of range; the message names the environment variable.
+        `ValueError`: If a value is invalid or a variable's name looks misspelt; the message names the environment variable.
     """
 
-    server_url: str = _setting("http://127.0.0.1:8001", str.strip, "a URL")
-    server_key: str | None = _setting(None, str.strip, "a key", repr=False)
-    timeout: float = _setting(180.0, float, "a number of seconds")
-    max_retries: int = _setting(10, int, "a whole number")
-    max_concurrency: int = _setting(8, int, "a whole number")
-    seed: int | None = _setting(None, int, "a whole number")
-    num_reflection_rounds: int = _setting(1, int, "a whole number")
-    rectification: str = _setting("minimum", str.strip, f"one of {', '.join(RECTIFICATIONS)}")
-    policy_sees_images: bool = _setting(True, _flag, "true or false")
-    image_placeholder: str = _setting(QWEN_IMAGE_PLACEHOLDER, _text, "a text")
-    feedback_template: str = _setting(CHATML_FEEDBACK, _text, "a text")
-    end_of_turn: str = _setting("<|im_end|>", _text, "a text")
-    reflection_request: str | None = _setting(None, _text, "a text")
-    max_new_tokens: int | None = _setting(None, int, "a whole number")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    def __post_init__(self) -> None:
-        def require(condition: bool, name: str, what: str) -> None:
-            if not condition:
-                raise ValueError(f"{variable(name)} must {what}, but is {getattr(self, name)!r}")
+    server_url: ServerURL = Field("http://127.0.0.1:8001", pattern="^https?://")
+    server_key: SecretStr | None = None
+    timeout: float = Field(180.0, gt=0, allow_inf_nan=False)
+    max_retries: int = Field(10, ge=0)
+    max_concurrency: int = Field(8, ge=1)
+    seed: int | None = None
+    num_reflection_rounds: int = Field(1, ge=0)
+    rectification: Rectification = "minimum"
+    policy_sees_images: bool = True
+    image_placeholder: TemplateText = QWEN_IMAGE_PLACEHOLDER
+    feedback_template: TemplateText = CHATML_FEEDBACK
+    end_of_turn: TemplateText = "<|im_end|>"
+    reflection_request: TemplateText | None = None
+    max_new_tokens: int | None = Field(None, ge=1)
 
-        require(self.server_url.startswith(("http://", "https://")), "server_url", "start with http:// or https://")
-        # Written so that NaN fails too.
-        require(0 < self.timeout < float("inf"), "timeout", "be a positive number of seconds")
-        require(self.max_retries >= 0, "max_retries", "not be negative")
-        require(self.max_concurrency >= 1, "max_concurrency", "be at least 1")
-        require(self.num_reflection_rounds >= 0, "num_reflection_rounds", "not be negative")
-        require(self.rectification in RECTIFICATIONS, "rectification", f"be one of {', '.join(RECTIFICATIONS)}")
-        require(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", "be at least 1")
-        require("{request}" in self.feedback_template, "feedback_template", "contain {request}")
-        num_images = self.feedback_template.count("{image}")
-        require(num_images == 1 or not self.policy_sees_images, "feedback_template", "contain {image} once")
+    def __init__(self, **values: Any) -> None:
+        check_spelling()
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # Not chained: Pydantic's own message would print a key.
+            raise ValueError("; ".join(map(describe_error, error.errors()))) from None
 
+    @model_validator(mode="before")
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> PluginConfig:
-        """
-        Args:
-            environment (`Mapping[str, str]`, *optional*): Read instead of the process's own.
+    def drop_empty_values(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out values that are blank, so that fields keep their defaults."""
+        return {name: value for name, value in values.items() if not isinstance(value, str) or value.strip()}
 
-        Raises:
-            `ValueError`: If a value cannot be read or is out of range, or if a variable's name looks misspelt. The message
-                names the variable.
-        """
-        environment = os.environ if environment is None else environment
-        settings = {variable(setting.name): setting for setting in fields(cls)}
-        for name in environment:
-            if name.startswith(PREFIX) and name not in settings:
-                similar = difflib.get_close_matches(name, settings, n=1, cutoff=SIMILARITY)
-                if similar:
-                    raise ValueError(f"there is no environment variable {name}; did you mean {similar[0]}?")
-        values = {}
-        for name, setting in settings.items():
-            value = environment.get(name, "")
-            if not value.strip():
-                continue
-            try:
-                values[setting.name] = setting.metadata["read"](value)
-            except ValueError as error:
-                raise ValueError(f"{name} must be {setting.metadata['expected']}, but is {value!r}") from error
-        return cls(**values)
+    @field_validator("feedback_template")
+    @classmethod
+    def check_feedback_template(cls, template: str, info: ValidationInfo) -> str:
+        """Check that the reflection request, and the image if it is shown, have a place in the feedback."""
+        if "{request}" not in template:
+            raise ValueError("must contain {request}")
+        if info.data.get("policy_sees_images") and template.count("{image}") != 1:
+            raise ValueError("must contain {image} once")
+        return template
 
     @property
     def request(self) -> str:
@@ -166,3 +152,30 @@ class PluginConfig:
 def variable(name: str) -> str:
     """The environment variable of a field of [`PluginConfig`]."""
     return PREFIX + name.upper()
+
+
+def check_spelling() -> None:
+    """
+    Look for environment variables whose names are nearly those of settings.
+
+    Raises:
+        `ValueError`: If there is one; the message names the variable that is probably meant.
+    """
+    known = [variable(name) for name in PluginConfig.model_fields]
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            similar = difflib.get_close_matches(name, known, n=1, cutoff=SIMILARITY)
+            if similar:
+                raise ValueError(f"there is no environment variable {name}; did you mean {similar[0]}?")
+
+
+def describe_error(error: Mapping[str, Any]) -> str:
+    """One of Pydantic's errors in a sentence that names the environment variable."""
+    name = str(error["loc"][0])
+    expected = {
+        "bool_parsing": "must be true or false",
+        "string_pattern_mismatch": "must start with http:// or https://",
+    }
+    rule = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    value = "" if name == "server_key" else f", but is {error['input']!r}"
+    return f"{variable(name)} {expected.get(error['type'], rule)}{value}"

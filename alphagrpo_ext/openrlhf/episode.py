@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an episode of self-reflection says to the policy and what it is worth, whoever runs it."""
+"""
+Texts and rewards of an episode of self-reflection, as functions that do not depend on OpenRLHF.
+
+OpenRLHF does not show an agent the other episodes of its group. Rectification therefore takes 0, the lowest possible reward, where
+the trainer takes the lowest reward of the group.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alphagrpo_ext.openrlhf.environment import PluginConfig
+from alphagrpo_ext.openrlhf.environment import PluginConfig, Rectification
 from alphagrpo_ext.reward_client.client import ImageScore
 
 
 @dataclass(frozen=True)
 class Turn:
     """
-    What the policy wrote in one turn.
+    Text that the policy wrote in one turn.
 
     Args:
-        text (`str`): Without special tokens.
-        is_ended (`bool`): Whether the policy wrote the end of the turn itself; otherwise it was cut off.
+        text (`str`): The text, without special tokens.
+        is_ended (`bool`): Whether the policy ended the turn itself. If not, the turn was cut off.
     """
 
     text: str
@@ -26,29 +31,29 @@ class Turn:
 
 def feedback_text(turn: Turn, prompt: str, config: PluginConfig) -> str:
     """
-    What comes between a turn of the policy and its next one.
+    Write the text between a turn of the policy and its next one.
 
     Args:
-        turn ([`Turn`]): The turn that it follows on.
-        prompt (`str`): The request.
-        config ([`PluginConfig`]): Has the texts.
+        turn ([`Turn`]): The turn before the text.
+        prompt (`str`): The prompt.
+        config ([`PluginConfig`]): Templates.
 
     Returns:
-        `str`: In the form of the chat template, with one image placeholder if the policy sees images, and none otherwise.
+        `str`: A text in the form of the chat template, with one image placeholder if the policy sees images.
     """
     placeholder = config.image_placeholder if config.policy_sees_images else ""
-    # The prompt last, so that braces in it are left alone.
+    # The prompt is inserted last, so that braces in it are not replaced.
     template = config.feedback_template.replace("{image}", placeholder).replace("{request}", config.request)
     return ("" if turn.is_ended else config.end_of_turn) + template.replace("{prompt}", prompt)
 
 
 def turn_budget(num_tokens: int, turns_left: int, max_new_tokens: int | None) -> int:
     """
-    Most tokens of the next turn.
+    Compute the maximum number of tokens of the next turn.
 
     Args:
-        num_tokens (`int`): Tokens that are left for the episode.
-        turns_left (`int`): Turns of the policy that are to come, the next one included.
+        num_tokens (`int`): Number of tokens that are left for the episode.
+        turns_left (`int`): Number of turns that are left for the policy, the next one included.
         max_new_tokens (`int`, *optional*): Limit of every turn.
     """
     share = max(num_tokens // max(turns_left, 1), 1)
@@ -57,22 +62,23 @@ def turn_budget(num_tokens: int, turns_left: int, max_new_tokens: int | None) ->
 
 def is_false_positive(initial: ImageScore, final: ImageScore) -> bool:
     """
-    Whether the last image is no better than the first although there was something to make better. Two images that both
-    pass every question are not: the first is the policy's own work, and must not pay off more for having a flaw to repair.
+    Whether the last image is not better than the first, although the first had something to improve.
+
+    Two images that both pass every question are not a false positive: the first image is the policy's own work, too, and it must
+    not gain from a flaw that it can repair later.
     """
     return final.reward <= initial.reward and not (initial.strict_pass and final.strict_pass)
 
 
-def rectified_reward(initial: ImageScore, final: ImageScore, rectification: str) -> float:
+def rectified_reward(initial: ImageScore, final: ImageScore, rectification: Rectification) -> float:
     """
-    False-positive rectification (https://huggingface.co/papers/2605.12495) of one episode: without an improvement there is
-    nothing to praise.
+    Compute the reward of an episode with false-positive rectification (https://huggingface.co/papers/2605.12495): an episode
+    that does not improve its first image gets no reward for its last one.
 
-    OpenRLHF shows an agent no group, so `"minimum"` takes the least reward that there is, where [`AlphaGRPOTrainer`] takes
-    the least of the group. Neither can lead to a positive advantage.
+    `"minimum"` gives 0, where [`AlphaGRPOTrainer`] gives the lowest reward of the group. Neither leads to a positive advantage.
 
     Args:
-        initial, final ([`ImageScore`]): Scores of the first and of the last image, which may be the same.
+        initial, final ([`ImageScore`]): Scores of the first and of the last image, which may be the same image.
         rectification (`str`): `"minimum"`, `"initial"` or `"off"`; see [`PluginConfig`].
 
     Returns:
@@ -84,7 +90,7 @@ def rectified_reward(initial: ImageScore, final: ImageScore, rectification: str)
 
 
 def episode_logs(initial: ImageScore, final: ImageScore) -> dict[str, float]:
-    """Metrics of an episode: `semantic`, `quality` and `strict_pass` are of the last image; rewards are not rectified."""
+    """Metrics of an episode. `semantic`, `quality` and `strict_pass` are those of the last image; rewards are not rectified."""
     return {
         "initial_reward": initial.reward,
         "final_reward": final.reward,

@@ -3,8 +3,8 @@
 """
 DVReward for OpenRLHF's single-turn rollouts: `--reward.remote_url alphagrpo_ext/openrlhf/reward_file.py`.
 
-The policy's completion is a thought. The reward server paints the request with it, and the reward is that of the image.
-Settings come from environment variables: see `environment.py`.
+The policy's completion is a thought. The reward server paints the prompt with this thought and scores the image, and the score
+is the completion's reward. Settings come from environment variables; see `environment.py`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,26 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
-
 from alphagrpo_ext.openrlhf.environment import PluginConfig
 from alphagrpo_ext.reward_client.client import PaintRequest, RewardClient, noise_seed, parse_label
-from alphagrpo_ext.reward_client.thought import thought_of
+from alphagrpo_ext.reward_client.thought import extract_thought
 
 
-# Not by `__name__`: OpenRLHF gives the module a name of its own.
+# Not `__name__`, because OpenRLHF gives the module a name of its own.
 logger = logging.getLogger("alphagrpo_ext.openrlhf.reward_file")
 
-# Read at once, so that a bad value stops the run when OpenRLHF loads the file, not at the first reward.
-CONFIG = PluginConfig.from_environment()
+# Read at import, so that a bad value stops the run when OpenRLHF loads the file, and not at the first reward.
+CONFIG = PluginConfig()
 
 
 def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     """
-    Rewards of completions, as OpenRLHF calls it: positionally, in a thread, with sequences of length 1.
+    Compute rewards of completions. OpenRLHF calls it positionally, in a thread, with sequences of length 1.
 
     Args:
         queries (`Sequence[str]`): Prompt and completion, with special tokens.
-        prompts (`Sequence[str]`): The prompts, as the policy got them.
-        labels (`Sequence[str]`): JSON of the records; see [`parse_label`].
+        prompts (`Sequence[str]`): The prompts, as the policy was given them.
+        labels (`Sequence[str]`): Prompts with questions, as JSON; see [`parse_label`].
 
     Returns:
         `dict[str, Any]`: `rewards` and `scores`, tensors of shape `(samples,)` in [0, 1], and `extra_logs`, a tensor of that
@@ -48,7 +46,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     try:
         return _rewards(queries, prompts, labels)
     except Exception as error:
-        # OpenRLHF notes it at INFO, goes on without a reward and fails later, with a message that does not say why.
+        # OpenRLHF logs the error at INFO, goes on without a reward and fails later, with a message that does not say why.
         logger.error(
             "no reward for a sample; this is why OpenRLHF stops with 'reward_model_group is required': %s: %s",
             type(error).__name__,
@@ -63,8 +61,10 @@ def _client() -> RewardClient:
 
 
 def _rewards(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    import torch
+
     records = [parse_label(label) for label in labels]
-    thoughts = [thought_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    thoughts = [extract_thought(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
     images = _client().generate(
         [
             PaintRequest(record.prompt, thought, seed=noise_seed(CONFIG.seed, record.prompt, 0))

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Client of the reward server, which paints and judges images: one for threads, one for event loops."""
+"""
+Clients of the reward server, which paints and judges images: one for threads and one for event loops.
+
+OpenRLHF calls its reward file in threads and its agents in event loops, so both exist. They share everything but the call that
+sends a request: request bodies, checks of answers, connection limits and the retry policy are functions of this module.
+"""
 
 from __future__ import annotations
 
@@ -11,39 +16,41 @@ import io
 import json
 import math
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from PIL import Image
 
-from alphagrpo_ext.files import require_extra
 from alphagrpo_ext.openrlhf.environment import PluginConfig, variable
 
 
 if TYPE_CHECKING:
     import httpx
+    from tenacity import RetryCallState
 
 
-RETRIED_STATUS_CODES = (408, 425, 429)
-"""Beside those from 500 on."""
+TRANSIENT_STATUS_CODES = (408, 425, 429)
+"""Status codes below 500 that a later attempt may not get."""
 INITIAL_BACKOFF, MAX_BACKOFF = 0.5, 30.0
+"""Seconds."""
 MAX_RETRY_AFTER = 60.0
+"""Seconds."""
 
 
 class RewardServerError(RuntimeError):
-    """The reward server did not give what was asked for. The message says why and what to do."""
+    """The reward server did not return what was asked for. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Label:
     """
-    A prompt with its questions: what OpenRLHF carries through a run as `label`.
+    A prompt with its questions. OpenRLHF carries it through a run as the column `label`.
 
     Args:
-        prompt (`str`): The request, without a chat template.
+        prompt (`str`): The prompt, without a chat template.
         semantic_questions, quality_questions (`list[dict]`): Each with `question`, `tag` and perhaps `is_valid`.
     """
 
@@ -58,10 +65,10 @@ class PaintRequest:
     An image to paint.
 
     Args:
-        prompt (`str`): The request.
-        thought (`str`, *optional*): What the policy wrote: a plan, or with `image` a reflection on it.
+        prompt (`str`): The prompt.
+        thought (`str`, *optional*): Text that the policy wrote: a plan, or a reflection on `image` if that is given.
         image (`PIL.Image.Image`, *optional*): An image to refine.
-        seed (`int`, *optional*): Of the noise; `None` leaves it to the server.
+        seed (`int`, *optional*): Seed of the noise; with `None` the server draws the noise.
     """
 
     prompt: str
@@ -73,11 +80,11 @@ class PaintRequest:
 @dataclass(frozen=True)
 class ImageScore:
     """
-    How an image did.
+    Score of one image.
 
     Args:
         reward (`float`): DVReward, in [0, 1].
-        semantic, quality (`tuple[float | None, ...]`): P(yes) of each question.
+        semantic, quality (`tuple[float | None, ...]`): P(yes) of each question, `None` without an answer.
         strict_pass (`bool`): Whether every answer is yes.
     """
 
@@ -98,20 +105,16 @@ class ImageScore:
 
 class RewardClient:
     """
-    Asks the reward server from threads, any number at once.
+    Client of the reward server for threads, any number of which may share it.
 
-    A request is tried again after connections that fail or time out, the status codes 408, 425, 429 and from 500 on, with
-    exponential back-off and jitter, or after the time that the server names.
+    A request is repeated after connections that fail or time out and after the status codes 408, 425, 429 and 500 or above;
+    see [`retry_policy`].
 
     Args:
-        config ([`PluginConfig`]): Where the server is, and how patient to be.
-
-    Raises:
-        `ImportError`: If `httpx` is not installed.
+        config ([`PluginConfig`]): URL, key, limits and number of retries.
     """
 
     def __init__(self, config: PluginConfig) -> None:
-        require_extra("httpx", "openrlhf")
         import httpx
 
         self.config = config
@@ -119,19 +122,20 @@ class RewardClient:
 
     def generate(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
         """
-        Paint images, one a request, in RGB.
+        Paint one RGB image per request.
 
         Raises:
-            [`RewardServerError`]: If the server is out of reach, refuses or sends something else.
+            [`RewardServerError`]: If the server is out of reach, refuses, or sends an unexpected answer.
         """
         return read_images(self._post("generate", generate_body(requests)), len(requests))
 
     def score(self, images: Sequence[Image.Image], labels: Sequence[Label]) -> list[ImageScore]:
         """
-        Score images, each by the questions of its label.
+        Score each image by the questions of its label.
 
         Raises:
-            [`RewardServerError`]: Likewise, and if an image could not be scored: that is never a reward.
+            [`RewardServerError`]: As for [`RewardClient.generate`], and if an image could not be scored. A missing score never
+                becomes a reward.
         """
         return read_scores(self._post("score", score_body(images, labels)), len(images))
 
@@ -140,45 +144,32 @@ class RewardClient:
         self._http.close()
 
     def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        import httpx
+        from tenacity import Retrying
 
-        tries = 0
-        while True:
-            try:
-                outcome = self._http.post(path, json=body)
-            except httpx.TransportError as error:
-                outcome = error
-            if isinstance(outcome, httpx.Response) and outcome.is_success:
-                return outcome
-            tries += 1
-            time.sleep(seconds_to_wait(outcome, tries, self.config))
+        return Retrying(**retry_policy(self.config))(self._http.post, path, json=body)
 
 
 class AsyncRewardClient:
     """
-    [`RewardClient`] for event loops. It may be used from several: each gets a connection pool of its own.
+    [`RewardClient`] for event loops. Several loops may share it: each gets a connection pool of its own.
 
     Args:
-        config ([`PluginConfig`]): Where the server is, and how patient to be.
-
-    Raises:
-        `ImportError`: If `httpx` is not installed.
+        config ([`PluginConfig`]): URL, key, limits and number of retries.
     """
 
     def __init__(self, config: PluginConfig) -> None:
-        require_extra("httpx", "openrlhf")
         self.config = config
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
 
     async def generate(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
-        """As [`RewardClient.generate`]."""
-        # Compression takes milliseconds, in which the event loop would stand still.
+        """Like [`RewardClient.generate`]."""
+        # Compression takes milliseconds, which would block the event loop.
         body = await asyncio.to_thread(generate_body, requests)
         response = await self._post("generate", body)
         return await asyncio.to_thread(read_images, response, len(requests))
 
     async def score(self, images: Sequence[Image.Image], labels: Sequence[Label]) -> list[ImageScore]:
-        """As [`RewardClient.score`]."""
+        """Like [`RewardClient.score`]."""
         body = await asyncio.to_thread(score_body, images, labels)
         return read_scores(await self._post("score", body), len(images))
 
@@ -190,28 +181,20 @@ class AsyncRewardClient:
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         import httpx
+        from tenacity import AsyncRetrying
 
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
             self._pools[loop] = httpx.AsyncClient(**_http_options(self.config))
-        tries = 0
-        while True:
-            try:
-                outcome = await self._pools[loop].post(path, json=body)
-            except httpx.TransportError as error:
-                outcome = error
-            if isinstance(outcome, httpx.Response) and outcome.is_success:
-                return outcome
-            tries += 1
-            await asyncio.sleep(seconds_to_wait(outcome, tries, self.config))
+        return await AsyncRetrying(**retry_policy(self.config))(self._pools[loop].post, path, json=body)
 
 
 def parse_label(label: str) -> Label:
     """
-    Read OpenRLHF's `label`, as `recipes/openrlhf_prompts.py` writes it.
+    Read a label of OpenRLHF's dataset, as `recipes/openrlhf_prompts.py` writes it.
 
     Args:
-        label (`str`): JSON of a record with `prompt`, `semantic_questions` and `quality_questions`.
+        label (`str`): A JSON object with `prompt`, `semantic_questions` and `quality_questions`.
 
     Raises:
         `ValueError`: If it is anything else; the message names the field.
@@ -222,7 +205,7 @@ def parse_label(label: str) -> Label:
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"the label is not JSON ({error}): {str(label)[:100]!r}; {advice}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"the label must be the JSON of a record, but is {label[:100]!r}; {advice}")
+        raise ValueError(f"the label must be a JSON object, but is {label[:100]!r}; {advice}")
     if not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
         raise ValueError(f"the label's 'prompt' must be a text, but is {record.get('prompt')!r}; {advice}")
     for name in ("semantic_questions", "quality_questions"):
@@ -232,7 +215,7 @@ def parse_label(label: str) -> Label:
 
 
 def noise_seed(seed: int | None, prompt: str, turn: int) -> int | None:
-    """Seed in [0, 2^31) of the image of a turn (0-based), the same for a whole group; `None` if there is no `seed`."""
+    """Seed in [0, 2^31) of the image of a turn (0-based), equal for a whole group, or `None` if `seed` is `None`."""
     if seed is None:
         return None
     digest = hashlib.sha256(f"{seed} {turn} {prompt}".encode()).digest()
@@ -240,7 +223,7 @@ def noise_seed(seed: int | None, prompt: str, turn: int) -> int | None:
 
 
 def generate_body(requests: Sequence[PaintRequest]) -> dict[str, Any]:
-    """JSON of `POST /generate`. Images travel as PNG, which loses nothing."""
+    """Body of `POST /generate`. Images are sent as PNG, which is lossless."""
     return {
         "items": [
             {
@@ -255,7 +238,7 @@ def generate_body(requests: Sequence[PaintRequest]) -> dict[str, Any]:
 
 
 def score_body(images: Sequence[Image.Image], labels: Sequence[Label]) -> dict[str, Any]:
-    """JSON of `POST /score`."""
+    """Body of `POST /score`."""
     return {
         "items": [{"image": encode_image(image), **vars(label)} for image, label in zip(images, labels, strict=True)]
     }
@@ -263,7 +246,7 @@ def score_body(images: Sequence[Image.Image], labels: Sequence[Label]) -> dict[s
 
 def read_images(response: httpx.Response, count: int) -> list[Image.Image]:
     """
-    The images that answer `POST /generate`.
+    Read the images in the answer to `POST /generate`.
 
     Raises:
         [`RewardServerError`]: If there are not `count` of them.
@@ -276,7 +259,7 @@ def read_images(response: httpx.Response, count: int) -> list[Image.Image]:
 
 def read_scores(response: httpx.Response, count: int) -> list[ImageScore]:
     """
-    The scores that answer `POST /score`.
+    Read the scores in the answer to `POST /score`.
 
     Raises:
         [`RewardServerError`]: If there are not `count` of them, or an image could not be scored.
@@ -298,73 +281,100 @@ def read_scores(response: httpx.Response, count: int) -> list[ImageScore]:
 
 
 def encode_image(image: Image.Image) -> str:
-    """An image as PNG in base64, without transparency."""
+    """Encode an image as PNG in base64, without transparency."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def decode_image(data: str) -> Image.Image:
-    """The RGB image of a PNG in base64."""
+    """Decode a PNG in base64 to an RGB image."""
     return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
 
 
-def seconds_to_wait(outcome: httpx.Response | httpx.TransportError, tries: int, config: PluginConfig) -> float:
+def retry_policy(config: PluginConfig) -> dict[str, Any]:
     """
-    How long to wait after a failed try.
+    Arguments of tenacity's `Retrying` and `AsyncRetrying`.
 
-    Args:
-        outcome (`httpx.Response` or `httpx.TransportError`): What the try ended with.
-        tries (`int`): Failed tries so far, this one included.
-        config ([`PluginConfig`]): How often to try.
-
-    Raises:
-        [`RewardServerError`]: If another try is of no use, or was the last one.
+    A failed attempt is repeated up to `config.max_retries` times, unless the server refused the request itself. The pause is an
+    exponential back-off or the server's `Retry-After`, whichever is longer. After the last attempt a [`RewardServerError`]
+    is raised.
     """
-    status = getattr(outcome, "status_code", None)
-    transient = status is None or status in RETRIED_STATUS_CODES or status >= 500
-    if not transient or tries > config.max_retries:
-        raise RewardServerError(_explain(outcome, tries, config)) from (outcome if status is None else None)
-    backoff = min(INITIAL_BACKOFF * 2 ** (tries - 1), MAX_BACKOFF)
+    import httpx
+    from tenacity import retry_if_exception_type, retry_if_result, stop_after_attempt, stop_any
+
+    return {
+        "retry": retry_if_exception_type(httpx.TransportError)
+        | retry_if_result(lambda response: not response.is_success),
+        "stop": stop_any(_is_refused, stop_after_attempt(config.max_retries + 1)),
+        "wait": _seconds_to_wait,
+        "retry_error_callback": partial(_give_up, config),
+    }
+
+
+def _failed_response(state: RetryCallState) -> httpx.Response | None:
+    """The response of a failed attempt, or `None` if the attempt ended without a response."""
+    return None if state.outcome.failed else state.outcome.result()
+
+
+def _is_refused(state: RetryCallState) -> bool:
+    response = _failed_response(state)
+    return response is not None and response.status_code < 500 and response.status_code not in TRANSIENT_STATUS_CODES
+
+
+def _seconds_to_wait(state: RetryCallState) -> float:
+    backoff = min(INITIAL_BACKOFF * 2 ** (state.attempt_number - 1), MAX_BACKOFF)
+    response = _failed_response(state)
     try:
-        asked_for = float(outcome.headers["retry-after"])
-    except (AttributeError, KeyError, ValueError):
-        asked_for = 0.0
-    # Without jitter, all that were turned away would come back at the same moment.
-    return max(backoff, min(asked_for, MAX_RETRY_AFTER)) * (1 + random.random() / 4)
+        retry_after = 0.0 if response is None else float(response.headers.get("retry-after", 0))
+    except ValueError:
+        retry_after = 0.0
+    # Without jitter, all clients that were turned away would come back at the same moment.
+    return max(backoff, min(retry_after, MAX_RETRY_AFTER)) * (1 + random.random() / 4)
 
 
-def _explain(outcome: httpx.Response | httpx.TransportError, tries: int, config: PluginConfig) -> str:
+def _give_up(config: PluginConfig, state: RetryCallState) -> NoReturn:
+    server = f"the reward server at {config.server_url} ({variable('server_url')})"
+    attempts = f"after {state.attempt_number} {'try' if state.attempt_number == 1 else 'tries'}"
+    response = _failed_response(state)
+    if response is None:
+        error = state.outcome.exception()
+        raise RewardServerError(f"{server} {_explain_transport(error, attempts, config)}") from error
+    answer = f"{response.status_code} {attempts}: {response.text[:500]}"
+    raise RewardServerError(f"{server} {_explain_status(response)} ({answer})")
+
+
+def _explain_transport(error: BaseException, attempts: str, config: PluginConfig) -> str:
     import httpx
 
-    where = f"the reward server at {config.server_url} ({variable('server_url')})"
-    after = f"after {tries} {'try' if tries == 1 else 'tries'}"
-    if isinstance(outcome, httpx.TimeoutException):
-        return f"{where} did not answer in {config.timeout} s {after}: raise {variable('timeout')}, or ask less of it"
-    if isinstance(outcome, httpx.TransportError):
+    if isinstance(error, httpx.TimeoutException):
         return (
-            f"{where} is out of reach {after} ({type(outcome).__name__}: {outcome}): start it with "
-            "`python -m reward_models.server`, or set the variable to where it is"
+            f"did not answer in {config.timeout} s {attempts}: raise {variable('timeout')}, or send it fewer requests"
         )
-    answer = f"{outcome.status_code} {after}: {outcome.text[:500]}"
-    if outcome.status_code in (401, 403):
-        return f"{where} refused the key: set {variable('server_key')} to the server's own ({answer})"
-    if outcome.status_code == 429:
-        return (
-            f"{where} is too busy: lower {variable('max_concurrency')} or raise {variable('max_retries')} ({answer})"
-        )
-    if outcome.status_code >= 500:
-        return f"{where} failed, see its log ({answer})"
-    return f"{where} refused a request to {outcome.url.path} ({answer})"
+    return (
+        f"is out of reach {attempts} ({type(error).__name__}: {error}): start it with `python -m reward_models.server`, or set "
+        "the variable to its URL"
+    )
+
+
+def _explain_status(response: httpx.Response) -> str:
+    if response.status_code in (401, 403):
+        return f"refused the key: set {variable('server_key')} to the server's own"
+    if response.status_code == 429:
+        return f"is too busy: lower {variable('max_concurrency')} or raise {variable('max_retries')}"
+    if response.status_code >= 500:
+        return "failed, see its log"
+    return f"refused a request to {response.url.path}"
 
 
 def _http_options(config: PluginConfig) -> dict[str, Any]:
     import httpx
 
+    key = config.server_key
     return {
         "base_url": config.server_url,
-        "headers": {} if config.server_key is None else {"Authorization": f"Bearer {config.server_key}"},
-        # Waiting for a free connection is a queue, not a fault.
+        "headers": {} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
+        # Requests that wait for a free connection are a queue, so they do not time out.
         "timeout": httpx.Timeout(config.timeout, pool=None),
         "limits": httpx.Limits(
             max_connections=config.max_concurrency, max_keepalive_connections=config.max_concurrency
@@ -377,7 +387,7 @@ def _read_list(response: httpx.Response, name: str, count: int) -> list[Any]:
         items = response.json()[name]
     except (ValueError, KeyError, TypeError) as error:
         raise RewardServerError(
-            f"{response.url} did not answer with '{name}', so it is hardly the reward server; check "
+            f"{response.url} did not answer with '{name}', so it is probably not the reward server; check "
             f"{variable('server_url')} (it sent {response.text[:200]!r})"
         ) from error
     if not isinstance(items, list) or len(items) != count:

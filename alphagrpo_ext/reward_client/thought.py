@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a policy of OpenRLHF wrote: its completion, told from the prompt, without special tokens."""
+"""Separation of a completion from its prompt, for policies of OpenRLHF: both arrive in one string with special tokens."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SPECIAL_TOKENS = re.compile(
     r"|<｜[^<>｜\s]+｜>"  # of DeepSeek
     r"|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_(?:turn|image)>|\[/?INST\]"
 )
-"""`<think>` is not among them: it is part of what the policy says."""
+"""`<think>` is not among them, because it belongs to the thought."""
 
 
-def thought_of(query: str, prompt: str, where: str = "the query") -> str:
+def extract_thought(query: str, prompt: str, where: str = "the query") -> str:
     """
-    What the policy wrote after its prompt, without special tokens.
+    Return what the policy wrote after its prompt, without special tokens.
 
-    White space and special tokens may differ between the prompt and the beginning of the query: a tokenizer that cleans up
-    spaces, one that adds a token at the start, and a processor that repeats an image's token all do that.
+    White space and special tokens are ignored when the prompt is compared with the beginning of the query: some tokenizers clean
+    up spaces or add a token at the start, and a processor repeats the token of an image.
 
     Args:
         query (`str`): Prompt and completion, decoded from token ids.
         prompt (`str`): The prompt.
-        where (`str`, *optional*, defaults to `"the query"`): How error messages call the query.
+        where (`str`, *optional*, defaults to `"the query"`): Name of the query in error messages.
 
     Raises:
         `ValueError`: If the query does not begin with the prompt.
@@ -39,7 +39,7 @@ def thought_of(query: str, prompt: str, where: str = "the query") -> str:
             place += 1
         if place == len(query) or query[place] != character:
             raise ValueError(
-                f"{where} does not begin with the prompt, so what the policy wrote cannot be told: raise --data.max_len "
+                f"{where} does not begin with the prompt, so the completion cannot be separated from it: raise --data.max_len "
                 f"if prompts were cut; the query is {query[:200]!r}, the prompt {prompt[:200]!r}"
             )
         place += 1

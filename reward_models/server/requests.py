@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from alphagrpo_ext.reward_client.thought import thought_of
+from alphagrpo_ext.reward_client.thought import extract_thought
 from alphagrpo_ext.rollout.task import prompt_text
 from reward_models.endpoints.structured_output import check_unicode
 from reward_models.files.image_decoding import EncodedImage
@@ -70,7 +70,7 @@ def read_reward_request(
     pairs = []
     for i, (query, prompt, label) in enumerate(zip(request.query, request.prompts, request.labels, strict=True)):
         record = _read_label(label, limits.max_questions, f"labels[{i}]")
-        thought = thought_of(query, prompt, f"query[{i}]")
+        thought = extract_thought(query, prompt, f"query[{i}]")
         pairs.append((ImageRequest(_text_of_prompt(record.prompt, f"labels[{i}]"), thought), record))
     return pairs
 

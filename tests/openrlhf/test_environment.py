@@ -2,59 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
+from pydantic import SecretStr
 
 from alphagrpo_ext.openrlhf.environment import SEEN_REQUEST, UNSEEN_REQUEST, PluginConfig, variable
 
 
-def test_without_variables_everything_has_its_default() -> None:
-    assert PluginConfig.from_environment({}) == PluginConfig()
-    assert PluginConfig.from_environment({"ALPHAGRPO_TIMEOUT": "", "PATH": "/bin"}) == PluginConfig()
+def test_without_variables_everything_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = PluginConfig()
+    assert defaults.server_url == "http://127.0.0.1:8001" and defaults.timeout == 180.0
+    for value in ("", " "):
+        monkeypatch.setenv("ALPHAGRPO_TIMEOUT", value)
+        assert PluginConfig() == defaults
 
 
-def test_variables_are_read() -> None:
-    config = PluginConfig.from_environment(
-        {
-            "ALPHAGRPO_SERVER_URL": "https://rewards.example:9000/base",
-            "ALPHAGRPO_SERVER_KEY": "hidden",
-            "ALPHAGRPO_TIMEOUT": "2.5",
-            "ALPHAGRPO_MAX_RETRIES": "0",
-            "ALPHAGRPO_MAX_CONCURRENCY": "3",
-            "ALPHAGRPO_SEED": "7",
-            "ALPHAGRPO_NUM_REFLECTION_ROUNDS": "2",
-            "ALPHAGRPO_RECTIFICATION": "off",
-            "ALPHAGRPO_POLICY_SEES_IMAGES": "False",
-            "ALPHAGRPO_IMAGE_PLACEHOLDER": "<image>",
-            "ALPHAGRPO_FEEDBACK_TEMPLATE": r"\nUSER: {request}\nASSISTANT:",
-            "ALPHAGRPO_END_OF_TURN": "</s>",
-            "ALPHAGRPO_REFLECTION_REQUEST": "What is wrong?",
-            "ALPHAGRPO_MAX_NEW_TOKENS": "64",
-        }
-    )
-    assert config == PluginConfig(
-        server_url="https://rewards.example:9000/base",
-        server_key="hidden",
-        timeout=2.5,
-        max_retries=0,
-        max_concurrency=3,
-        seed=7,
-        num_reflection_rounds=2,
-        rectification="off",
-        policy_sees_images=False,
-        image_placeholder="<image>",
-        feedback_template="\nUSER: {request}\nASSISTANT:",
-        end_of_turn="</s>",
-        reflection_request="What is wrong?",
-        max_new_tokens=64,
-    )
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "SERVER_URL": "https://rewards.example:9000/base",
+        "SERVER_KEY": "hidden",
+        "TIMEOUT": "2.5",
+        "MAX_RETRIES": "0",
+        "MAX_CONCURRENCY": "3",
+        "SEED": "7",
+        "NUM_REFLECTION_ROUNDS": "2",
+        "RECTIFICATION": "off",
+        "POLICY_SEES_IMAGES": "False",
+        "IMAGE_PLACEHOLDER": "<image>",
+        "FEEDBACK_TEMPLATE": r"\nUSER: {request}\nASSISTANT:",
+        "END_OF_TURN": "</s>",
+        "REFLECTION_REQUEST": "What is wrong?",
+        "MAX_NEW_TOKENS": "64",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ALPHAGRPO_{name}", value)
+    config = PluginConfig()
+    assert config.model_dump() == {
+        "server_url": "https://rewards.example:9000/base",
+        "server_key": SecretStr("hidden"),
+        "timeout": 2.5,
+        "max_retries": 0,
+        "max_concurrency": 3,
+        "seed": 7,
+        "num_reflection_rounds": 2,
+        "rectification": "off",
+        "policy_sees_images": False,
+        "image_placeholder": "<image>",
+        "feedback_template": "\nUSER: {request}\nASSISTANT:",
+        "end_of_turn": "</s>",
+        "reflection_request": "What is wrong?",
+        "max_new_tokens": 64,
+    }
     assert config.request == "What is wrong?"
 
 
-def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALPHAGRPO_TIMEOUT", "soon")
     monkeypatch.setenv("ALPHAGRPO_SEED", "11")
-    assert PluginConfig.from_environment().seed == 11
+    config = PluginConfig(timeout=3.0)
+    assert (config.timeout, config.seed) == (3.0, 11)
 
 
 @pytest.mark.parametrize(
@@ -78,15 +83,33 @@ def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> 
         ("MAX_NEW_TOKENS", "0"),
     ],
 )
-def test_bad_value_names_the_variable(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"ALPHAGRPO_{name} must .*but is '?{value[:4]}"):
-        PluginConfig.from_environment({f"ALPHAGRPO_{name}": value})
+def test_bad_value_names_the_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ALPHAGRPO_{name}", value)
+    with pytest.raises(ValueError, match=f"^ALPHAGRPO_{name} must .*but is '{value[:4]}"):
+        PluginConfig()
 
 
-def test_misspelt_variable_is_an_error_and_a_foreign_one_is_not() -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("POLICY_SEES_IMAGES", "maybe", "true or false"),
+        ("RECTIFICATION", "zero", "'minimum', 'initial' or 'off'"),
+        ("MAX_CONCURRENCY", "0", "greater than or equal to 1"),
+        ("SERVER_URL", "localhost", "start with http:// or https://"),
+    ],
+)
+def test_bad_value_is_told_what_is_allowed(name: str, value: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ALPHAGRPO_{name}", value)
+    with pytest.raises(ValueError, match=f"must .*{rule}"):
+        PluginConfig()
+
+
+def test_misspelt_variable_is_an_error_and_a_foreign_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALPHAGRPO_GOLDEN_DIR", "/tmp")
+    PluginConfig()
+    monkeypatch.setenv("ALPHAGRPO_SERVER_ULR", "http://localhost")
     with pytest.raises(ValueError, match="no environment variable ALPHAGRPO_SERVER_ULR; .*ALPHAGRPO_SERVER_URL?"):
-        PluginConfig.from_environment({"ALPHAGRPO_SERVER_ULR": "http://localhost"})
-    PluginConfig.from_environment({"ALPHAGRPO_GOLDEN_DIR": "/tmp"})
+        PluginConfig()
 
 
 def test_text_only_policy_is_asked_without_an_image() -> None:
@@ -95,9 +118,14 @@ def test_text_only_policy_is_asked_without_an_image() -> None:
 
 
 def test_key_is_not_shown() -> None:
-    assert "hidden" not in repr(PluginConfig(server_key="hidden"))
+    config = PluginConfig(server_key="hidden")
+    assert "hidden" not in f"{config!r} {config} {config.model_dump()}"
+    for values in ({"server_key": 1234567}, {"server_key": "hidden", "timeout": 0}):
+        with pytest.raises(ValueError) as error:
+            PluginConfig(**values)
+        assert "hidden" not in str(error.value) and "1234567" not in str(error.value)
 
 
 def test_every_setting_is_documented() -> None:
-    for setting in fields(PluginConfig):
-        assert f"\n        {setting.name} (`" in PluginConfig.__doc__, variable(setting.name)
+    for name in PluginConfig.model_fields:
+        assert f"\n        {name} (`" in PluginConfig.__doc__, variable(name)

@@ -44,13 +44,13 @@ CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     ],
 )
 def test_thought_is_what_follows_the_prompt(load_file, query: str, prompt: str, thought: str) -> None:
-    assert load_file("reward_file").thought_of(query, prompt) == thought
+    assert load_file("reward_file").extract_thought(query, prompt) == thought
 
 
 @pytest.mark.parametrize(("query", "prompt"), [("prompt thought", "a prompt"), ("a pro", "a prompt"), ("", "a")])
 def test_query_without_its_prompt_is_an_error(load_file, query: str, prompt: str) -> None:
     with pytest.raises(ValueError, match="does not begin with the prompt"):
-        load_file("reward_file").thought_of(query, prompt)
+        load_file("reward_file").extract_thought(query, prompt)
 
 
 def test_reward_is_that_of_the_painted_thought(load_file, server, example, monkeypatch) -> None:
@@ -101,14 +101,15 @@ def test_failure_is_logged_with_its_cause_and_raised(load_file, server, example,
 
 def test_bad_setting_stops_the_host_when_it_loads_the_file(load_file, monkeypatch) -> None:
     monkeypatch.setenv("ALPHAGRPO_TIMEOUT", "never")
-    with pytest.raises(ValueError, match="ALPHAGRPO_TIMEOUT must be a number of seconds, but is 'never'"):
+    with pytest.raises(ValueError, match="ALPHAGRPO_TIMEOUT must be a valid number.*but is 'never'"):
         load_file("reward_file")
 
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys, alphagrpo_ext.openrlhf.reward_file, alphagrpo_ext.openrlhf.episode;"
-        "print([name for name in ('transformers', 'trl', 'datasets', 'diffusers', 'reward_models') if name in sys.modules])"
+        "heavy = ('torch', 'transformers', 'trl', 'datasets', 'diffusers', 'reward_models');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -20,14 +20,15 @@ import torch
 from safetensors.torch import load_file
 
 from alphagrpo_ext.trainer.resume.checkpoint_folder import DamagedCheckpointError, write_manifest
-from recipe_tools.openrlhf_flag_table import FlagError
+from recipe_tools import ray_job, recipe_arguments
+from recipe_tools.recipe_arguments import UnknownArgumentError
 
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "ray_train.py"
 DEADLINE = 900.0
 
-# A few seconds of work, in which two workers share every group.
+# A few seconds of work. Two workers share every group.
 TINY = (
     *("--eval_seeds", "0", "--num_train_prompts", "16", "--max_completion_length", "8", "--num_timesteps", "6"),
     *("--sde_window_size", "2", "--sde_window_range", "0", "4", "--bf16", "false", "--logging_steps", "1"),
@@ -53,17 +54,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def load() -> ModuleType:
+@pytest.fixture(scope="module")
+def ray_train() -> ModuleType:
     spec = importlib.util.spec_from_file_location("ray_train", RECIPE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def ray_train() -> ModuleType:
-    return load()
 
 
 @contextmanager
@@ -103,36 +100,36 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
-def test_arguments_are_checked_before_ray_starts(ray_train: ModuleType) -> None:
-    recipe = ray_train.load_recipe(ray_train.find_recipe("self_reflection"))
-    settings = ray_train.read_settings(recipe, ["--learning_rate", "1e-5", "--formats", "think"])
+def test_arguments_are_checked_before_ray_starts() -> None:
+    recipe = recipe_arguments.load_recipe(recipe_arguments.find_recipe("self_reflection"))
+    settings = recipe_arguments.read_settings(recipe, ["--learning_rate", "1e-5", "--formats", "think"])
     assert settings.learning_rate == 1e-5
     # Of the recipe's own configuration.
     assert settings.task == "self_reflection"
-    with pytest.raises(FlagError, match="unknown argument --learnin_rate: did you mean --learning_rate?"):
-        ray_train.read_settings(recipe, ["--learnin_rate", "1e-5"])
-    with pytest.raises(FlagError, match="did you mean --num_workers?"):
-        ray_train.read_settings(recipe, ["--num_worker", "2"])
+    with pytest.raises(UnknownArgumentError, match="unknown argument --learnin_rate: did you mean --learning_rate?"):
+        recipe_arguments.read_settings(recipe, ["--learnin_rate", "1e-5"])
+    with pytest.raises(UnknownArgumentError, match="did you mean --num_workers?"):
+        recipe_arguments.read_settings(recipe, ["--num_worker", "2"], ["num_workers"])
 
 
-def test_unknown_names_in_a_configuration_are_found(ray_train: ModuleType, tmp_path: Path) -> None:
-    recipe = ray_train.load_recipe(ray_train.find_recipe("reasoning_t2i"))
+def test_unknown_names_in_a_configuration_are_found(tmp_path: Path) -> None:
+    recipe = recipe_arguments.load_recipe(recipe_arguments.find_recipe("reasoning_t2i"))
     config = tmp_path / "config.yaml"
     config.write_text("learning_rat: 1.0e-5\n")
-    with pytest.raises(FlagError, match="--learning_rat"):
-        ray_train.read_settings(recipe, ["--config", str(config)])
+    with pytest.raises(UnknownArgumentError, match="--learning_rat"):
+        recipe_arguments.read_settings(recipe, ["--config", str(config)])
 
 
-def test_recipes_are_found_by_name_and_by_path(ray_train: ModuleType, tmp_path: Path) -> None:
+def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     path = ROOT / "recipes" / "reasoning_t2i.py"
-    assert ray_train.find_recipe("reasoning_t2i") == path
-    assert ray_train.find_recipe(str(path)) == path
+    assert recipe_arguments.find_recipe("reasoning_t2i") == path
+    assert recipe_arguments.find_recipe(str(path)) == path
     with pytest.raises(ValueError, match="did you mean 'reasoning_t2i'.*reasoning_t2i, self_reflection"):
-        ray_train.find_recipe("reasoning_t2")
+        recipe_arguments.find_recipe("reasoning_t2")
     other = tmp_path / "other.py"
     other.write_text("def main(args: dict) -> None:\n    pass\n")
     with pytest.raises(ValueError, match="does not train"):
-        ray_train.load_recipe(other)
+        recipe_arguments.load_recipe(other)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +147,7 @@ def test_ray_arguments_are_validated(ray_train: ModuleType, settings: dict, mess
     assert "0123" not in str(error.value)
 
 
-def test_a_restart_never_takes_the_checkpoint_of_another_run(ray_train: ModuleType, tmp_path: Path) -> None:
+def test_a_restart_never_takes_the_checkpoint_of_another_run(tmp_path: Path) -> None:
     def checkpoint(folder: Path, step: int) -> Path:
         path = folder / f"checkpoint-{step}"
         path.mkdir(parents=True)
@@ -158,28 +155,28 @@ def test_a_restart_never_takes_the_checkpoint_of_another_run(ray_train: ModuleTy
         return path
 
     other, output = checkpoint(tmp_path / "other", 3), tmp_path / "run"
-    assert ray_train.check_output_dir(output, None) is None
-    assert ray_train.check_output_dir(output, "last") is None
-    assert ray_train.check_output_dir(output, str(other)) == str(other)
+    assert ray_job.choose_initial_checkpoint(output, None) is None
+    assert ray_job.choose_initial_checkpoint(output, "last") is None
+    assert ray_job.choose_initial_checkpoint(output, str(other)) == str(other)
     earlier, last = checkpoint(output, 5), checkpoint(output, 20)
-    # One that a failure left unfinished is none.
+    # A checkpoint that a failure left unfinished does not count.
     (output / "checkpoint-25").mkdir()
     for resume_from in ("last", "true", str(last)):
-        assert ray_train.check_output_dir(output, resume_from) == str(last)
+        assert ray_job.choose_initial_checkpoint(output, resume_from) == str(last)
     with pytest.raises(ValueError, match="checkpoint-20 of an earlier run.*--resume_from_checkpoint last"):
-        ray_train.check_output_dir(output, None)
-    with pytest.raises(ValueError, match="checkpoint-20, from which a restart would go on"):
-        ray_train.check_output_dir(output, str(earlier))
+        ray_job.choose_initial_checkpoint(output, None)
+    with pytest.raises(ValueError, match="checkpoint-20, from which a restart would continue"):
+        ray_job.choose_initial_checkpoint(output, str(earlier))
     for path in (tmp_path / "no-such", output / "checkpoint-25"):
         with pytest.raises(DamagedCheckpointError, match=path.name):
-            ray_train.check_output_dir(output, str(path))
+            ray_job.choose_initial_checkpoint(output, str(path))
 
 
-def test_attempts_are_told_in_a_sentence(ray_train: ModuleType, tmp_path: Path) -> None:
+def test_attempts_are_told_in_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "attempts.jsonl"
     starts = [None, None, "/run/checkpoint-2"]
     path.write_text("".join(json.dumps({"resumed_from": start}) + "\n" for start in starts))
-    sentence = ray_train.describe_attempts(path, Path("/run"))
+    sentence = ray_job.describe_attempts(path, Path("/run"))
     assert sentence == "Finished after 2 restarts, from the start, checkpoint-2: /run"
 
 

@@ -136,8 +136,8 @@ def test_slow_server_names_the_variable(ask, make_server) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("hello", "hardly the reward server"),
-        ({"pictures": []}, "hardly the reward server"),
+        ("hello", "probably not the reward server"),
+        ({"pictures": []}, "probably not the reward server"),
         ({"images": []}, "must send 1 images"),
         ({"images": "aGVsbG8="}, "must send 1 images"),
         ({"images": ["aGVsbG8="]}, "cannot be read"),
@@ -206,7 +206,7 @@ def test_label_is_read(example) -> None:
     [
         ("", "not JSON"),
         (None, "not JSON"),
-        ("[1]", "JSON of a record"),
+        ("[1]", "a JSON object"),
         ('{"semantic_questions": [], "quality_questions": []}', "'prompt' must be a text"),
         ('{"prompt": " ", "semantic_questions": [], "quality_questions": []}', "'prompt' must be a text"),
         ('{"prompt": "a", "quality_questions": []}', "'semantic_questions' must be a list"),

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from alphagrpo_ext.reward_client.thought import thought_of
+from alphagrpo_ext.reward_client.thought import extract_thought
 from reward_models.dvreward import DVReward
 from support.server_samples import JSON, SAMPLE, SAMPLES, ForgetfulJudge, ScenePainter, metric, refusal, running
 
@@ -83,7 +83,7 @@ def test_label_may_hold_a_conversation_and_questions_of_one_side_alone() -> None
     ],
 )
 def test_thought_is_what_follows_the_prompt(query: str, prompt: str, expected: str) -> None:
-    assert thought_of(query, prompt) == expected
+    assert extract_thought(query, prompt) == expected
 
 
 @pytest.mark.parametrize(
