@@ -122,18 +122,12 @@ def acting_reference(trainer: AlphaGRPOTrainer) -> Iterator[torch.nn.Module]:
         yield trainer.model
 
 
-def reference_samples(trainer: AlphaGRPOTrainer) -> bool:
-    """Whether the reference samples rollouts; in evaluation the policy does."""
-    return trainer.args.rollout_policy == "reference" and trainer.model.training
-
-
 @contextmanager
-def sampling_policy(trainer: AlphaGRPOTrainer) -> Iterator[UnifiedModel]:
-    """The policy that samples rollouts, unwrapped and with whole parameters; see [`gathered_policy`]."""
-    checkpointing = trainer.args.gradient_checkpointing_kwargs
-    with acting_reference(trainer) if reference_samples(trainer) else nullcontext(trainer.model) as model:
+def gathered_reference(trainer: AlphaGRPOTrainer) -> Iterator[UnifiedModel]:
+    """The reference, unwrapped and with whole parameters, to sample rollouts with; see [`gathered_policy`]."""
+    with acting_reference(trainer) as model:
         wrapped = trainer.model_wrapped if model is trainer.model else model
-        with gathered_policy(wrapped, trainer.accelerator, checkpointing) as policy:
+        with gathered_policy(wrapped, trainer.accelerator, trainer.args.gradient_checkpointing_kwargs) as policy:
             yield policy
 
 

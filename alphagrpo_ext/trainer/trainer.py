@@ -189,8 +189,6 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with gathered_policy(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
             yield policy
 
-    # A training step. TRL rolls out in `_prepare_inputs`, if no buffered rollout is left, and then computes the loss.
-
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         with self.stopwatch.micro_batch(), self._work.of(*self._counted_models):
             output = super().training_step(model, inputs, num_items_in_batch)
@@ -233,7 +231,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with (
             self.stopwatch.measure("rollout"),
             torch.no_grad(),
-            references.sampling_policy(self) as policy,
+            references.gathered_reference(self) if self._reference_samples else self.gathered_policy() as policy,
             self.accelerator.autocast(),
         ):
             generate = RolloutGenerator(policy, self.processing_class, self.tasks)
@@ -247,6 +245,11 @@ class AlphaGRPOTrainer(GRPOTrainer):
         step.texts = [[decode(text.content_ids) for text in t.sampled_texts] for t in step.trajectories]
         return rollout_fields(step.trajectories, step.texts, self._tokenizer.eos_token_id)
 
+    @property
+    def _reference_samples(self) -> bool:
+        """Whether the reference samples rollouts; in evaluation the policy does."""
+        return self.args.rollout_policy == "reference" and self.model.training
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         with self.stopwatch.measure("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -254,8 +257,6 @@ class AlphaGRPOTrainer(GRPOTrainer):
         metrics = judge_step(step, rewards, functions, weights, self.tasks, self.args, self.accelerator)
         self._append_metrics(metrics)
         return step.rewards
-
-    # Scores of policies: of the old one and the reference during a rollout, and of the trained one for the loss.
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -275,11 +276,11 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     def _add_scores(self, step: RolloutStep, output: dict[str, Any]) -> None:
         """Score a rollout with the reference where TRL does not, and hand the scores of images to the loss."""
-        reference_samples = references.reference_samples(self)
-        if "reference" not in step.scores and (reference_samples or (self.args.image_beta and step.has_windows)):
+        is_needed = self._reference_samples or (self.args.image_beta and step.has_windows)
+        if is_needed and "reference" not in step.scores:
             length = output["completion_ids"].shape[1]
             step.scores["reference"] = references.score_with_reference(self, step, length)
-        if reference_samples:
+        if self._reference_samples:
             step.scores["old"] = step.scores["reference"]
             output["old_per_token_logps"] = step.scores["old"].log_probs
         if "old" in step.scores and step.has_windows:
