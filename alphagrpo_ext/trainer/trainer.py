@@ -9,7 +9,6 @@ The methods below are overrides of TRL's and Transformers' trainers, in the orde
 
 from __future__ import annotations
 
-import copy
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,7 +112,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
     ) -> None:
         refuse_arguments(quantization_config, tools, rollout_func, environment_factory)
         given_args = AlphaGRPOConfig("alphagrpo") if args is None else args
-        args = copy.copy(given_args)
+        args = given_args.copy()
         if isinstance(model, str):
             model, loaded_processor = load_model(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
             processing_class = processing_class or loaded_processor
@@ -127,8 +126,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         if args.freeze_vision_tower:
             policy.family.freeze_vision_tower(policy)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        needs_reference = bool(args.beta or args.image_beta or args.rollout_policy == "reference")
-        reference = references.frozen_copy(policy) if needs_reference and not has_adapter else None
+        has_reference = args.has_reference
+        reference = references.frozen_copy(policy) if has_reference and not has_adapter else None
         # The rollout that TRL is generating, scoring and rewarding, and the scores that its loss is being computed from.
         self._rollout_step: RolloutStep | None = None
         self._loss_scores: PackedScores | None = None
@@ -137,7 +136,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._counted_models = [policy] if reference is None else [policy, reference]
         # TRL would load a reference from the folder of the policy, and refuses one that follows an adapter: both are made here.
         args.beta = 0.0 if reference is not None else args.beta
-        args.sync_ref_model = args.sync_ref_model and not needs_reference
+        args.sync_ref_model = args.sync_ref_model and not has_reference
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -156,7 +155,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         if reference is not None:
             self.beta = args.beta
             self.ref_model = references.prepare_reference(reference, self.accelerator, args.offload_ref_model)
-        if args.sync_ref_model and needs_reference:
+        if args.sync_ref_model and has_reference:
             self.add_callback(references.follow_policy(self.model, self.ref_model, self.accelerator))
         self._add_own_callbacks()
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
