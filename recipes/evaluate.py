@@ -40,6 +40,7 @@ from accelerate import PartialState
 from transformers.processing_utils import ProcessorMixin
 from trl import TrlParser
 
+from alphagrpo_ext.files import FileInUseError
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
 from alphagrpo_ext.models.loading import load_model
@@ -47,11 +48,12 @@ from alphagrpo_ext.rollout import TASKS, RolloutGenerator
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.shapes.editing import editing_rows
 from reward_models.arguments import RewardArguments
-from reward_models.evaluation.evaluate import evaluate, refinement_table, share_of_work
-from reward_models.evaluation.files import settings_digest
+from reward_models.evaluation.evaluate import evaluate, share_of_work
+from reward_models.evaluation.results import save_results
+from reward_models.evaluation.scores import NamedEvaluation
+from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import EvaluationStore
-from reward_models.evaluation.tables import NamedEvaluation, save_reports
-from reward_models.files.json_lines_file import FileInUseError
+from reward_models.evaluation.text_tables import refinement_table
 from reward_models.prompts.loading import load_prompts
 from reward_models.prompts.questions import from_row
 from reward_models.prompts.rows import PromptRows
@@ -249,7 +251,7 @@ def main(args: EvaluationArguments) -> None:
     if not PartialState().is_main_process:
         return
     records = [from_row(row, where=f"row {index}") for index, row in enumerate(rows)]
-    print(f"\n{save_reports(Path(args.output_dir), results, records, settings_of(args))}")
+    print(f"\n{save_results(Path(args.output_dir), results, records, settings_of(args))}")
     for name in dict.fromkeys(args.models):
         rounds = {
             entry.mode: (entry.initial, entry.evaluation) for entry in results if entry.model == name and entry.initial

@@ -53,10 +53,11 @@ from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from reward_models.arguments import RewardArguments
 from reward_models.benchmarks import BENCHMARKS, Benchmark, BenchmarkPrompt
 from reward_models.dvreward import DVReward, Score
-from reward_models.evaluation.files import settings_digest
 from reward_models.evaluation.kept_scores import KeptScores
+from reward_models.evaluation.results import save_results
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
-from reward_models.evaluation.tables import NamedEvaluation, save_reports
+from reward_models.evaluation.scores import NamedEvaluation
+from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.prompts.questions import PromptRecord, load_records
 
 
@@ -267,7 +268,7 @@ async def score(
                     index, number = start + place // num_images, place % num_images
                     prompt = asked[index][0]
                     row = {"prompt": prompt.prompt, "category": prompt.category}
-                    sample = EvaluatedSample.of(row, index, number, "", None, result)
+                    sample = EvaluatedSample.from_score(row, index, number, "", None, result)
                     samples.append(replace(sample, image_file=str(folder / benchmark.image_path(prompt, number))))
                 progress.update(len(scores))
     return Evaluation(sorted(samples, key=lambda sample: (sample.seed, sample.index)))
@@ -323,7 +324,7 @@ def main(args: ExportArguments) -> None:
         evaluation = asyncio.run(score(benchmark, asked, args.make_reward(policy), args, kept))
     named = NamedEvaluation(args.model_label or args.model_name_or_path, args.benchmark, evaluation)
     settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
-    table = save_reports(Path(args.output_dir), [named], [record for _, record in asked], settings)
+    table = save_results(Path(args.output_dir), [named], [record for _, record in asked], settings)
     print(f"\n{table}\n\n{len(asked)} of {len(prompts)} prompts have questions. Scores: {args.output_dir}")
 
 

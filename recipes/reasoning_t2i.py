@@ -43,10 +43,12 @@ from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from recipe_tools.contact_sheet import contact_sheet
 from reward_models.arguments import PromptArguments
-from reward_models.evaluation.evaluate import comparison_table, evaluate
-from reward_models.evaluation.files import evaluate_once, settings_digest
-from reward_models.evaluation.page import compare
+from reward_models.evaluation.evaluate import evaluate
+from reward_models.evaluation.page import make_report_comparison
 from reward_models.evaluation.samples import Evaluation
+from reward_models.evaluation.settings_digest import settings_digest
+from reward_models.evaluation.store import evaluate_once
+from reward_models.evaluation.text_tables import comparison_table
 from reward_models.prompts.loading import load_prompts
 
 
@@ -134,7 +136,9 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
     os.replace(temporary, output_dir / "summary.json")
     if training_args.report:
-        ReportStore(output_dir).save_comparison(compare(before, after, max_image_size=training_args.report_image_size))
+        ReportStore(output_dir).save_comparison(
+            make_report_comparison(before, after, max_image_size=training_args.report_image_size)
+        )
         write_report(output_dir)
     save_picture(before, after, output_dir / "before_after.png")
     print(

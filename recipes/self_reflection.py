@@ -44,10 +44,13 @@ from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from recipe_tools.contact_sheet import contact_sheet
 from reward_models.arguments import PromptArguments
-from reward_models.evaluation.evaluate import RefinementScore, evaluate, refinement_table
-from reward_models.evaluation.files import evaluate_once, settings_digest
-from reward_models.evaluation.page import compare
+from reward_models.evaluation.evaluate import evaluate
+from reward_models.evaluation.page import make_report_comparison
 from reward_models.evaluation.samples import Evaluation
+from reward_models.evaluation.scores import RefinementScore
+from reward_models.evaluation.settings_digest import settings_digest
+from reward_models.evaluation.store import evaluate_once
+from reward_models.evaluation.text_tables import refinement_table
 from reward_models.format import FORMATS
 from reward_models.prompts.loading import load_prompts
 
@@ -94,7 +97,7 @@ class Refinement:
 
     def summary(self) -> dict:
         """For `summary.json`."""
-        score = asdict(RefinementScore.of(self.initial, self.refined))
+        score = asdict(RefinementScore.from_evaluations(self.initial, self.refined))
         return {"initial": self.initial.summary(), "refined": self.refined.summary(), **score}
 
 
@@ -193,7 +196,7 @@ def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_arg
     os.replace(temporary, output_dir / "summary.json")
     if training_args.report:
         ReportStore(output_dir).save_comparison(
-            compare(before.refined, after.refined, max_image_size=training_args.report_image_size)
+            make_report_comparison(before.refined, after.refined, max_image_size=training_args.report_image_size)
         )
         write_report(output_dir)
     save_picture(after, output_dir / "refined.png")

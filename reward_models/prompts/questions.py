@@ -3,10 +3,12 @@
 """The questions a prompt is decomposed into: the record format, its validation and its loading."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
+
+from alphagrpo_ext.files import read_json_lines
 
 
 SEMANTIC_TAGS = (
@@ -110,34 +112,6 @@ def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
     if not record.valid_semantic_questions and not record.valid_quality_questions:
         raise ValueError(f"{where}: semantic_questions and quality_questions have no valid question between them")
     return record
-
-
-def read_json_lines(path: str | PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """
-    Read a JSON-lines file in UTF-8 line by line; blank lines are skipped.
-
-    Args:
-        path (`str` or `PathLike`): The file.
-
-    Yields:
-        `tuple[str, Any]`: How an error message calls the line, and its value.
-
-    Raises:
-        `ValueError`: At the first line that is not JSON. The message names the file and the line.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                # Some editors start a file with a byte-order mark.
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not valid UTF-8 ({error})") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error})") from error
-            yield where, value
 
 
 def load_records(path: str | PathLike[str]) -> list[PromptRecord]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from alphagrpo_ext.files import FileInUseError
 from reward_models.decomposition.record_file import RecordFile
-from reward_models.files.json_lines_file import FileInUseError
 from reward_models.prompts.questions import PromptRecord, Question, load_records
 
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from alphagrpo_ext.shapes.editing import editing_rows
-from reward_models.evaluation.files import evaluate_once, load_evaluations, save_evaluations, settings_digest
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.settings_digest import settings_digest
+from reward_models.evaluation.store import evaluate_once, load_evaluations, save_evaluations
 
 
 def evaluation(reward: float | None, round: int = 0) -> Evaluation:
@@ -59,18 +60,18 @@ def test_kept_evaluation_is_taken_only_by_a_run_that_goes_on(tmp_path: Path, cap
 
 
 def test_unfinished_folder_is_not_taken(tmp_path: Path) -> None:
-    # As a kill while writing leaves it.
-    (tmp_path / "kept.tmp").mkdir()
-    (tmp_path / "kept.tmp" / "0-0-0.png").write_bytes(b"half")
+    save_evaluations(tmp_path / "kept", "digest", [evaluation(0.5), evaluation(0.5)])
+    # A process that is killed while it writes leaves images and no index.
+    (tmp_path / "kept" / "evaluations.json").unlink()
     assert load_evaluations(tmp_path / "kept", "digest") is None
     save_evaluations(tmp_path / "kept", "digest", [evaluation(0.5)])
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    assert len(list((tmp_path / "kept").glob("*.png"))) == 4
+    assert len(load_evaluations(tmp_path / "kept", "digest")) == 1
+    assert len(list((tmp_path / "kept").iterdir())) == 1 + 4
 
 
 def test_digest_of_images_is_the_same_in_every_process() -> None:
     code = "from alphagrpo_ext.shapes.editing import editing_rows\n"
-    code += "from reward_models.evaluation.files import settings_digest\n"
+    code += "from reward_models.evaluation.settings_digest import settings_digest\n"
     code += "print(settings_digest('model', editing_rows(4, seed=0)))"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
