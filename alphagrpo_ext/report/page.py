@@ -26,31 +26,13 @@ from typing import Any
 
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.report.charts import make_charts
-from alphagrpo_ext.report.records import Comparison, ReportTurn, TrajectoryGroup
+from alphagrpo_ext.report.records import Comparison, TrajectoryGroup
 from alphagrpo_ext.report.store import ReportStore, choose_groups, without_nan
 
 
 PAGE_NAME = "report.html"
 MAX_BYTES = 18_000_000
-
-
-class _Images:
-    """The distinct images of a page. The data refers to an image by its index."""
-
-    def __init__(self) -> None:
-        self.urls: list[str] = []
-        self._places: dict[str, int] = {}
-
-    def place(self, url: str | None) -> int | None:
-        if url is None:
-            return None
-        if url not in self._places:
-            self._places[url] = len(self.urls)
-            self.urls.append(url)
-        return self._places[url]
-
-    def turn(self, turn: ReportTurn) -> dict[str, Any]:
-        return {"text": turn.text, "image": self.place(turn.image)}
+_IMAGE_FIELDS = ("image", "given_image")
 
 
 def write_report(output_dir: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Path:
@@ -102,14 +84,14 @@ def render_page(
     Returns:
         `str`: The page.
     """
-    images = _Images()
+    image_indices: dict[str, int] = {}
     data = {
         "title": title,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": max((entry.get("step", 0) for entry in logs), default=0),
         "charts": [asdict(chart) for chart in make_charts(logs)],
-        "groups": [_group(group, images) for group in groups],
-        "comparison": None if comparison is None else _comparison(comparison, images),
+        "groups": [_with_image_indices(asdict(group), image_indices) for group in groups],
+        "comparison": comparison and _with_image_indices(asdict(comparison), image_indices),
     }
     style, script = _resource("page.css"), _resource("page.js")
     policy = (
@@ -122,7 +104,7 @@ def render_page(
         "data": json_island(data),
         "script": script,
         "images": "\n".join(
-            f'<script type="text/plain" id="image-{place}">{url}</script>' for place, url in enumerate(images.urls)
+            f'<script type="text/plain" id="image-{index}">{url}</script>' for url, index in image_indices.items()
         ),
     }
     # All placeholders are replaced in one pass, so that a placeholder in a prompt stays text.
@@ -140,27 +122,23 @@ def json_island(data: Any) -> str:
     return text
 
 
-def _group(group: TrajectoryGroup, images: _Images) -> dict[str, Any]:
-    return {
-        **vars(group),
-        "trajectories": [
-            {
-                **asdict(trajectory),
-                "turns": [images.turn(turn) for turn in trajectory.turns],
-                "given_image": images.place(trajectory.given_image),
-            }
-            for trajectory in group.trajectories
-        ],
-    }
+def _with_image_indices(value: Any, indices: dict[str, int]) -> Any:
+    """
+    Replace each image in nested data by its index, so that the page holds every distinct image once.
 
-
-def _comparison(comparison: Comparison, images: _Images) -> dict[str, Any]:
+    Args:
+        value (`Any`): Nested lists and dictionaries.
+        indices (`dict[str, int]`): Index of each data URL so far. New images are added.
+    """
+    if isinstance(value, list):
+        return [_with_image_indices(item, indices) for item in value]
+    if not isinstance(value, dict):
+        return value
     return {
-        "table": asdict(comparison.table),
-        "pairs": [
-            {**asdict(pair), "before": images.turn(pair.before), "after": images.turn(pair.after)}
-            for pair in comparison.pairs
-        ],
+        key: indices.setdefault(item, len(indices))
+        if key in _IMAGE_FIELDS and item is not None
+        else _with_image_indices(item, indices)
+        for key, item in value.items()
     }
 
 
