@@ -157,19 +157,15 @@ def sign_flip_p_value(totals: np.ndarray, num_flips: int = NUM_RESAMPLES, seed: 
     return float(result.pvalue)
 
 
-def paired_difference(
-    prompts: Sequence[int], differences: Sequence[float], confidence: float = 0.95, seed: int = 0
-) -> PairedDifference:
+def paired_difference(prompts: Sequence[int], differences: Sequence[float]) -> PairedDifference:
     """
     Compare two policies on the same prompts and noise seeds.
 
     Args:
         prompts (`Sequence[int]`): The prompt of each pair of samples.
         differences (`Sequence[float]`): The second value of each pair minus the first.
-        confidence (`float`, *optional*, defaults to `0.95`): Confidence of the interval; see [`bootstrap_mean`].
-        seed (`int`, *optional*, defaults to `0`): Seed of the resamples and the signs.
     """
-    difference = bootstrap_mean(prompts, differences, confidence, seed=seed)
+    difference = bootstrap_mean(prompts, differences)
     if not len(differences):
         return PairedDifference(difference, None)
-    return PairedDifference(difference, sign_flip_p_value(totals_by_prompt(prompts, differences)[0], seed=seed))
+    return PairedDifference(difference, sign_flip_p_value(totals_by_prompt(prompts, differences)[0]))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIN_T = 2.0
+"""Smallest ratio of a slope to its standard error that counts as a trend."""
 
 
 class HoldoutCallback(TrainerCallback):
@@ -100,23 +101,22 @@ class HoldoutCallback(TrainerCallback):
         return diverges(training, holdout, self.window)
 
 
-def diverges(training: Sequence[float], holdout: Sequence[float], window: int, min_t: float = MIN_T) -> bool:
+def diverges(training: Sequence[float], holdout: Sequence[float], window: int) -> bool:
     """
     Whether the training reward rises while the hold-out reward falls.
 
     A line is fitted to the last `window` values of each reward by least squares. The rewards diverge if the slope of the training
-    reward is at least `min_t` standard errors above zero, and the slope of the hold-out reward at least `min_t` below. With
-    independent noise, 20 values and the default of 2, this happens by chance in 3 of 100 windows for one slope, and in 1 of 1,000
+    reward is at least two standard errors above zero, and the slope of the hold-out reward at least two below. With
+    independent noise and 20 values, this happens by chance in 3 of 100 windows for one slope, and in 1 of 1,000
     for both.
 
     Args:
         training, holdout (`Sequence[float]`): Rewards of the same logs, in order.
         window (`int`): Number of latest values to compare, at least 3. With fewer values the result is `False`.
-        min_t (`float`, *optional*, defaults to `2.0`): Smallest ratio of slope to standard error that counts as a trend.
     """
     if len(training) < window:
         return False
-    return slope_t(training[-window:]) >= min_t and slope_t(holdout[-window:]) <= -min_t
+    return slope_t(training[-window:]) >= MIN_T and slope_t(holdout[-window:]) <= -MIN_T
 
 
 def slope_t(values: Sequence[float]) -> float:
