@@ -4,7 +4,8 @@
 The reference policy: a frozen copy of the policy, or of its adapter, as it was before training, or a moving average of it.
 
 A KL compares the policy with it. With `rollout_policy="reference"` it also samples the rollouts, and is then the old policy of
-the ratios.
+the ratios. DiffusionNFT's experiments sample so, with a copy that keeps the share `min(0.001 i, 0.5)` of itself at update i; the
+default is the current policy (its `eta = 0`), which the paper finds quick at first and prone to collapse (section 3.3).
 
 - The copy needs no folder to load from: TRL would load the reference from the folder that the policy came from, which need not
   exist. A policy with an adapter is its own reference, with the adapter switched off, or with a second adapter `"ref"`.
