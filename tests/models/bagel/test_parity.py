@@ -18,8 +18,16 @@ from alphagrpo_ext.flow import GuidanceConfig, ode_step, solvers
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.cache import BagelCache
 from alphagrpo_ext.models.bagel.checkpoint import load_released
+from alphagrpo_ext.models.bagel.generation import append_sequences, prefill_sequences
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
-from alphagrpo_ext.models.bagel.layout import BagelRow, collate_rows, grid_position_ids, patchify, unpatchify
+from alphagrpo_ext.models.bagel.layout import (
+    BagelSequence,
+    Extent,
+    collate_sequences,
+    grid_position_ids,
+    patchify,
+    unpatchify,
+)
 from alphagrpo_ext.models.bagel.modeling_bagel import sinusoidal_time_embedding
 from alphagrpo_ext.models.contract import SampledText
 from alphagrpo_ext.models.pixels import tensor_to_image
@@ -90,7 +98,7 @@ def decoder_calls(model: BagelModel) -> Iterator[list[tuple[tuple, tuple]]]:
     hook.remove()
 
 
-def add_op(row: BagelRow, op: dict[str, Any], model: BagelModel, golden: Golden, noise_key: str) -> None:
+def add_op(row: BagelSequence, op: dict[str, Any], model: BagelModel, golden: Golden, noise_key: str) -> None:
     """Append a recorded block to a row."""
     if op["op"] == "text":
         row.add_text(op["token_ids"][1:-1])
@@ -101,15 +109,15 @@ def add_op(row: BagelRow, op: dict[str, Any], model: BagelModel, golden: Golden,
         row.add_latents(latents[0], tuple(op["grid_hw"]), op["timestep"])
 
 
-def build_row(model: BagelModel, golden: Golden, folder: str, ops: list[dict[str, Any]]) -> BagelRow:
+def build_row(model: BagelModel, golden: Golden, folder: str, ops: list[dict[str, Any]]) -> BagelSequence:
     """A row of recorded blocks; `folder` holds the noise of their VAE posteriors."""
-    row = BagelRow(model.config)
+    row = BagelSequence(model.config)
     for i, op in enumerate(ops):
         add_op(row, op, model, golden, f"{folder}/op{i}/noise")
     return row
 
 
-def block_places(row: BagelRow, num_und: int | None = None) -> list[torch.Tensor]:
+def block_places(row: BagelSequence, num_und: int | None = None) -> list[torch.Tensor]:
     """For every block, where its tokens are in `[und, gen]`, in the reference's order: start, latents, end."""
     num_und = len(row.input_ids) if num_und is None else num_und
     und = torch.arange(len(row.input_ids)).split(row.und.lengths)
@@ -129,7 +137,7 @@ def join(und: torch.Tensor, gen: torch.Tensor | None) -> torch.Tensor:
 class Context:
     """A context that was run: its rows and cache, and what went into and came out of the decoder for every block."""
 
-    rows: list[BagelRow]
+    rows: list[BagelSequence]
     cache: BagelCache
     embeddings: list[torch.Tensor]
     hidden: list[torch.Tensor]
@@ -143,14 +151,14 @@ def run_context(
     with decoder_calls(model) as calls:
         if in_one_pass:
             rows = [build_row(model, golden, folder, ops)]
-            cache, _ = model.prefill_rows(rows, capacity=capacity)
+            cache = prefill_sequences(model, rows).with_slots(1, capacity)
         else:
             cache, rows = model.prefill([[]], capacity=sum(len(op["position_ids"]) for op in ops) + capacity), []
             calls.clear()
             for i, op in enumerate(ops):
-                rows.append(BagelRow(model.config, position=int(cache.positions)))
+                rows.append(BagelSequence(model.config, Extent(int(cache.positions), 0)))
                 add_op(rows[-1], op, model, golden, f"{folder}/op{i}/noise")
-                model.extend(cache, rows[-1:])
+                append_sequences(model, cache, rows[-1:])
     embeddings, hidden, slots = [], [], []
     start = 0 if in_one_pass else cache.prefix_mask.shape[1]
     for row, (before, after) in zip(rows, calls, strict=True):
@@ -239,10 +247,10 @@ def guidance_from(arguments: dict[str, Any]) -> GuidanceConfig:
 
 def prefill_branches(
     model: BagelModel, golden: Golden, folder: str, contexts: dict[str, Any], capacity: int
-) -> tuple[BagelCache, list[BagelRow]]:
+) -> tuple[BagelCache, list[BagelSequence]]:
     """All guidance branches as rows of one cache. The images that branches share have the noise of the full one."""
     rows = [build_row(model, golden, f"{folder}/ctx_gen", contexts[branch]["ops"]) for branch in CONTEXTS]
-    cache, _ = model.prefill_rows(rows, capacity=capacity)
+    cache = prefill_sequences(model, rows).with_slots(1, capacity)
     return cache, rows
 
 
@@ -409,7 +417,7 @@ def check_image(model: BagelModel, golden: Golden, name: str, states: list[tuple
     thought = case["think"]["greedy_tokens"] if "think" in case else []
     if thought:
         *ops, thought_op = contexts["gen"]["ops"]
-        cache, _ = model.prefill_rows([build_row(model, golden, folder, ops)], capacity=len(thought) + 2)
+        cache = prefill_sequences(model, [build_row(model, golden, folder, ops)]).with_slots(1, len(thought) + 2)
         golden.check(f"{name}/think_step_logits", decode_greedily(model, cache, thought))
         # The reference decodes and encodes the thought, which may change it; what was sampled stays in our cache.
         if thought_op["token_ids"][1:-1] == thought[1:]:
@@ -450,7 +458,7 @@ class TestBatch:
     @pytest.fixture
     def rows(self, golden, model):
         case = golden.case("batched")
-        rows = [BagelRow(model.config) for _ in case["prompts"]]
+        rows = [BagelSequence(model.config) for _ in case["prompts"]]
         for turn in ("prompt_input", "prompt_input2"):
             texts = torch.tensor(case[turn]["packed_text_ids"]).split(case[turn]["text_token_lens"])
             for row, text in zip(rows, texts, strict=True):
@@ -467,7 +475,7 @@ class TestBatch:
     def test_text(self, golden, model, rows):
         tokens = golden.case("batched")["greedy_tokens"]
         steps = len(tokens[0])
-        cache, _ = model.prefill_rows(rows, capacity=steps + 2)
+        cache = prefill_sequences(model, rows).with_slots(1, steps + 2)
         assert cache.positions.tolist() == golden.case("batched")["ropes2"]
         for key in golden.keys("batched/kv/"):
             kind, layer = key[-2:]
@@ -480,7 +488,9 @@ class TestBatch:
     def test_images(self, golden, model, rows, images):
         config = replace(BATCHED_CONFIG, guidance=replace(BATCHED_CONFIG.guidance, renorm_type="channel"))
         for i, (grid, noise) in enumerate(images):
-            cache, _ = model.prefill_rows([rows[i], BagelRow(model.config)], capacity=model.image_slots(grid))
+            cache = prefill_sequences(model, [rows[i], BagelSequence(model.config)]).with_slots(
+                1, model.image_slots(grid)
+            )
             latents, _ = denoise(model, cache, noise[None], grid, config)
             golden.check(f"batched/channel/latent{i}", latents[0])
 
@@ -488,11 +498,11 @@ class TestBatch:
         config = replace(BATCHED_CONFIG, guidance=replace(BATCHED_CONFIG.guidance, renorm_type="global"))
         grid, noise = images[0]
         noise = torch.stack([noise * (i + 1) for i in range(len(rows))])
-        empty = BagelRow(model.config)
-        together, _ = model.prefill_rows([*rows, *[empty] * len(rows)], capacity=model.image_slots(grid))
+        empty = BagelSequence(model.config)
+        together = prefill_sequences(model, [*rows, *[empty] * len(rows)]).with_slots(1, model.image_slots(grid))
         latents, _ = denoise(model, together, noise, grid, config)
         for i, row in enumerate(rows):
-            alone, _ = model.prefill_rows([row, empty], capacity=model.image_slots(grid))
+            alone = prefill_sequences(model, [row, empty]).with_slots(1, model.image_slots(grid))
             expected, _ = denoise(model, alone, noise[i : i + 1], grid, config)
             torch.testing.assert_close(latents[i : i + 1], expected, rtol=0, atol=2e-5)
 
@@ -501,7 +511,7 @@ class TestBatch:
 class TrainingBatch:
     """The reference's packed training samples, with the row and the place in it of everything that has a loss."""
 
-    rows: list[BagelRow]
+    rows: list[BagelSequence]
     tokens: list[tuple[int, int]]
     labels: list[int]
     images: list[tuple[int, int]]
@@ -522,7 +532,7 @@ def training_batch(
     latents = zip(grids, clean, times.split(lengths), noise.split(lengths), strict=True)
     batch = TrainingBatch([], [], [], [], [])
     for index, sample in enumerate(case["samples"]):
-        row, texts, images = BagelRow(model.config), iter(sample["text_ids"]), iter(sample["images"])
+        row, texts, images = BagelSequence(model.config), iter(sample["text_ids"]), iter(sample["images"])
         for kind, has_loss in sample["plan"]:
             if kind == "text":
                 ids = next(texts)
@@ -563,7 +573,7 @@ def test_training_forward(golden, model):
     times = golden["train/packed_timesteps_logit"].sigmoid()
     times = case["timestep_shift"] * times / (1 + (case["timestep_shift"] - 1) * times)
     batch = training_batch(model, golden, clean, times, golden["train/noise"])
-    inputs = collate_rows(batch.rows, model.config)
+    inputs = collate_sequences(batch.rows, model.config)
     num_und, num_gen = inputs["input_ids"].shape[1], inputs["latents"].shape[1]
     places = [
         row * num_gen + start + torch.arange(len(target))
