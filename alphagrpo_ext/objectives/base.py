@@ -3,8 +3,8 @@
 """
 The contract of image objectives, and the scores that they are given.
 
-Scores hold velocities and not log-probabilities, and so do those of the old and the reference policy, so that objectives
-other than Flow-GRPO find what they need.
+Scores hold velocities and not log-probabilities, and so do those of the old and the reference policy, so that
+objectives other than Flow-GRPO find what they need.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class ImageScores:
 
     Args:
         velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`): Guided velocities, fp32, with gradient.
-        latents, next_latents (`torch.Tensor` of shape `(images, K, tokens, channels)`): States before and after a step.
+        latents, next_latents (`torch.Tensor` of shape `(images, K, tokens, channels)`):
+            States before and after a step.
         t, t_next (`torch.Tensor` of shape `(images, K)`): Times of these states, falling from 1 towards 0.
         mask (`torch.Tensor` of shape `(images, 1, tokens)`, bool): False on padding.
         trajectory (`torch.Tensor` of shape `(images,)`): Index of each image's trajectory in the batch.
@@ -184,11 +185,11 @@ class ImageObjective(ABC):
 
     - `"transitions"`: the stochastic steps of a window, with guidance.
     - `"forward_process"`: images are sampled deterministically, and the K steps of the scores are noised copies of the
-      sampled image, at times that all images share. `next_latents` and `t_next` have no meaning. Velocities are without
-      guidance, because flow matching has no guided target; if rollouts use guidance, training distils it.
+      sampled image, at times that all images share. `next_latents` and `t_next` have no meaning. Velocities are
+      without guidance, because flow matching has no guided target; if rollouts use guidance, training distils it.
 
-    The rollout fills the window of each image accordingly. Packing, windows that are trained in parts, old and reference
-    velocities, buffers and checkpoints treat both alike.
+    The rollout fills the window of each image accordingly. Packing, windows that are trained in parts, old and
+    reference velocities, buffers and checkpoints treat both alike.
 
     Args:
         config ([`ObjectiveConfig`]): Shared settings.

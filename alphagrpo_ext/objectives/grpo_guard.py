@@ -23,13 +23,13 @@ class GRPOGuard(ClippedObjective):
     Flow-GRPO's clipped surrogate with `log r = d . eps`, divided by the length of the step, `-dt`.
 
     The log-ratio of two Gaussians of mean `mu` and `mu_old` is `d . eps / std - ||d||^2 / (2 std^2)`, with
-    `d = mu - mu_old` and the noise `eps = (x' - mu_old) / std` of the sampled step. The second term is never positive, so
-    ratios lie below 1 and positive advantages are hardly clipped. Its scale differs between steps. RatioNorm adds the
-    second term back and multiplies by `std`, which leaves `d . eps`. It is computed in this form, without the cancellation
-    of two large numbers.
+    `d = mu - mu_old` and the noise `eps = (x' - mu_old) / std` of the sampled step. The second term is never positive,
+    so ratios lie below 1 and positive advantages are hardly clipped. Its scale differs between steps. RatioNorm adds
+    the second term back and multiplies by `std`, which leaves `d . eps`. It is computed in this form, without the
+    cancellation of two large numbers.
 
-    Under Flow-SDE the derivative of `mu` by the velocity is `(1 + a^2 / 2) dt`, so the division by `-dt` gives all steps
-    gradients of the same size. Under Flow-CPS, which the paper does not treat, it does so only roughly.
+    Under Flow-SDE the derivative of `mu` by the velocity is `(1 + a^2 / 2) dt`, so the division by `-dt` gives all
+    steps gradients of the same size. Under Flow-CPS, which the paper does not treat, it does so only roughly.
     """
 
     def ratio(self, scores: ImageScores, old_velocities: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

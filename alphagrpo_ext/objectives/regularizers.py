@@ -13,10 +13,10 @@ from alphagrpo_ext.objectives.base import REGULARIZERS, ImageScores, ObjectiveCo
 @REGULARIZERS.register("mean")
 def transition_mean(scores: ImageScores, ref_velocities: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
     """
-    `||mean - mean_ref||^2 / (2 std^2)`, averaged over latent elements, `(images, K)`. This is the exact divergence of two
-    transitions (Flow-GRPO, https://huggingface.co/papers/2505.05470), so it needs a window of transitions. Code derived
-    from the authors' uses a `std` without `sqrt(dt)` under Flow-SDE: for the same penalty its coefficients are `1 / dt`
-    times as large.
+    `||mean - mean_ref||^2 / (2 std^2)`, averaged over latent elements, `(images, K)`. This is the exact divergence of
+    two transitions (Flow-GRPO, https://huggingface.co/papers/2505.05470), so it needs a window of transitions. Code
+    derived from the authors' uses a `std` without `sqrt(dt)` under Flow-SDE: for the same penalty its coefficients are
+    `1 / dt` times as large.
     """
     with torch.no_grad():
         reference = score_transitions(scores, ref_velocities, config)

@@ -3,10 +3,10 @@
 """
 Attention of packed sequences: contexts attend to themselves, noised copies to their context and to themselves.
 
-In a packed batch most pairs of tokens do not see each other, because nobody sees a noised copy of another image, step or
-branch. A mask of all pairs would compute all of them: at 100 M parameters, attention took 1.7 s per layer under such a
-mask and 0.5 s without it. Contexts therefore come first in a batch and copies behind them, so that slices tell them
-apart, and each kind of attention runs on dense tensors. There are four kernels for copies:
+In a packed batch most pairs of tokens do not see each other, because nobody sees a noised copy of another image, step
+or branch. A mask of all pairs would compute all of them: at 100 M parameters, attention took 1.7 s per layer under
+such a mask and 0.5 s without it. Contexts therefore come first in a batch and copies behind them, so that slices tell
+them apart, and each kind of attention runs on dense tensors. There are four kernels for copies:
 
 - `eager` is written out,
 - `sdpa` on a CPU is two calls of flash attention that share one softmax,
@@ -107,9 +107,9 @@ class BucketMasks:
 @dataclass(frozen=True)
 class PackedLayout:
     """
-    How contexts and copies follow each other in a packed batch, as [`pack_trajectories`] lays them out: for each expert
-    the contexts of every bucket, and then the copies of every bucket. A layout can also hold only contexts or only
-    copies.
+    How contexts and copies follow each other in a packed batch, as [`pack_trajectories`] lays them out: for each
+    expert the contexts of every bucket, and then the copies of every bucket. A layout can also hold only contexts or
+    only copies.
 
     Args:
         buckets (`tuple[BucketMasks, ...]`): Sizes and masks of every bucket.
@@ -208,7 +208,8 @@ def split_tokens(
     has_copies: bool = True,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
-    Split a packed batch into buckets, with the understanding tokens of every context and every copy before the latents.
+    Split a packed batch into buckets, with the understanding tokens of every context and every copy before the
+    latents.
 
     Args:
         buckets (`Sequence[Bucket]`): Sizes.
@@ -290,9 +291,9 @@ def eager_copy_attention(states: CopyStates, masks: BucketMasks, scaling: float)
 
 class _FlashCopyAttention(torch.autograd.Function):
     """
-    Two calls of the CPU's flash attention, over the context and over the copy itself. Their outputs are weighted by the
-    sums of their softmaxes. The backward is exact: for the gradient of a part, flash attention needs only the output and
-    the softmax sum of the whole (FlashAttention, https://huggingface.co/papers/2205.14135, section B.4).
+    Two calls of the CPU's flash attention, over the context and over the copy itself. Their outputs are weighted by
+    the sums of their softmaxes. The backward is exact: for the gradient of a part, flash attention needs only the
+    output and the softmax sum of the whole (FlashAttention, https://huggingface.co/papers/2205.14135, section B.4).
     """
 
     @staticmethod

@@ -5,11 +5,11 @@ Keys and values of contexts that BAGEL has read, for the samples that continue t
 
 - A *sample* is one entry of the batch that is sampled. The contract calls their number `num_rows`.
 - A *prefix* is what the samples of a group share. It is computed once and read in place, by a reshape of the queries.
-- *Slots* hold what follows the prefix, sample by sample. They are allocated once, and every block is written into them,
-  so that a turn copies no cache. A denoising step writes behind the slots in use and does not claim them.
+- *Slots* hold what follows the prefix, sample by sample. They are allocated once, and every block is written into
+  them, so that a turn copies no cache. A denoising step writes behind the slots in use and does not claim them.
 
-Each prefix slot and each slot stores its block number, so selecting the beginning of a context is a mask over slots. Keys
-and values are copied only where a turn ends, layer by layer, so that no two caches are in memory at once.
+Each prefix slot and each slot stores its block number, so selecting the beginning of a context is a mask over slots.
+Keys and values are copied only where a turn ends, layer by layer, so that no two caches are in memory at once.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class BagelCache:
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """
-        Keep the prefix's keys and values `(prefixes, kv_heads, prefix_slots, head_dim)` of a layer. Layers come in order.
+        Keep the prefix's keys and values `(prefixes, kv_heads, prefix_slots, head_dim)` of a layer. Layers come in
+        order.
         """
         self.prefix_keys.append(keys)
         self.prefix_values.append(values)
@@ -217,14 +218,15 @@ class BagelCache:
         scaling: float,
     ) -> torch.Tensor:
         """
-        Attention of new tokens over prefix, slots in use and themselves. Their keys and values are written into the slots
-        behind those in use, where they stay only if [`commit`] follows.
+        Attention of new tokens over prefix, slots in use and themselves. Their keys and values are written into the
+        slots behind those in use, where they stay only if [`commit`] follows.
 
         Args:
             layer (`int`): Decoder layer.
             query (`torch.Tensor` of shape `(samples, heads, n, head_dim)`): Rotated queries.
             key, value (`torch.Tensor` of shape `(samples, kv_heads, n, head_dim)`): Rotated keys, and values.
-            bias (`torch.Tensor` of shape `(samples, 1, n, prefix_slots + length + n)`): 0 where visible, else very low.
+            bias (`torch.Tensor` of shape `(samples, 1, n, prefix_slots + length + n)`):
+                0 where visible, else very low.
             scaling (`float`): Factor of the scores.
 
         Returns:
@@ -248,7 +250,8 @@ class BagelCache:
         Keep the slots that the last forward wrote.
 
         Args:
-            blocks (`torch.Tensor` of shape `(samples, num_tokens)`): Block of each slot; `PADDING_BLOCK` where nothing can be seen.
+            blocks (`torch.Tensor` of shape `(samples, num_tokens)`):
+                Block of each slot; `PADDING_BLOCK` where nothing can be seen.
             positions (`torch.Tensor` of shape `(samples,)`): Rotary position of the next token.
             num_blocks (`torch.Tensor` of shape `(samples,)`): Number of the next block.
         """
@@ -307,8 +310,8 @@ def attend_in_parts(
     query: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], bias: torch.Tensor
 ) -> torch.Tensor:
     """
-    Attention over keys and values in several tensors. Consecutive samples may share a part of them, which is read in place
-    by a reshape of the queries.
+    Attention over keys and values in several tensors. Consecutive samples may share a part of them, which is read in
+    place by a reshape of the queries.
 
     Args:
         query (`torch.Tensor` of shape `(samples, heads, n, head_dim)`): Rotated and scaled queries.

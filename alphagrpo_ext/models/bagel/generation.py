@@ -5,10 +5,10 @@ Sampling with BAGEL: read contexts into a cache, sample texts, and predict veloc
 
 Every function takes the model, and [`BagelModel`] has a method of the same name for what the contract asks for.
 
-A turn reads only what is new. Where a context begins another one, keys and values are copied instead of computed, and a
-later turn continues what an earlier one has read. A thought is read once: each sampled token is fed to the network to
-predict the next one, and so is the end token, so that the cache holds the exact ids with their delimiters when the image
-begins.
+A turn reads only what is new. Where a context begins another one, keys and values are copied instead of computed, and
+a later turn continues what an earlier one has read. A thought is read once: each sampled token is fed to the network
+to predict the next one, and so is the end token, so that the cache holds the exact ids with their delimiters when the
+image begins.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 How BAGEL lays out texts and images as tokens, and which tokens see which.
 
 - A *sequence* is what the model reads as one context: a list of blocks.
-- A *block* is a text, the latents of an image, or the patches of an image for the vision tower, with a start and an end
-  delimiter.
+- A *block* is a text, the latents of an image, or the patches of an image for the vision tower, with a start and an
+  end delimiter.
 - The *understanding expert* (`und`) runs on texts, delimiters and patches, the *generation expert* (`gen`) on latents.
 - The *horizon* of a token is the number of the first block that it does not see, apart from its own.
 - The *extent* of a sequence is where it ends: the rotary position and the block number of what would follow.
@@ -13,9 +13,9 @@ How BAGEL lays out texts and images as tokens, and which tokens see which.
 Text is causal, tokens of an image see each other, and every block sees the blocks before it. Nobody but itself sees a
 noised image. All of that follows from three numbers per token: rotary position, block and horizon.
 
-Tokens of the two experts are kept in two tensors from embedding to output, and meet only in attention. Each expert thus
-runs on a dense tensor, without the gather and scatter of the reference implementation. Attention does not depend on the
-order of tokens, because visibility does not.
+Tokens of the two experts are kept in two tensors from embedding to output, and meet only in attention. Each expert
+thus runs on a dense tensor, without the gather and scatter of the reference implementation. Attention does not depend
+on the order of tokens, because visibility does not.
 """
 
 from __future__ import annotations

@@ -6,12 +6,13 @@ How whole trajectories become one forward: contexts once, and behind them the no
 - A *noised copy* is the state of a sampled image before one step of its window, in one guidance branch. It sees its
   context up to an extent, and itself.
 - A *packed sequence* is a context and the noised copies that see a beginning of it.
-- A *bucket* holds packed sequences that differ in nothing but the length of their texts. They are padded to each other.
+- A *bucket* holds packed sequences that differ in nothing but the length of their texts. They are padded to each
+  other.
 
-A trajectory is one packed sequence. A guidance branch whose context is a beginning of the trajectory needs no tokens of
-its own: its copies are attached to the trajectory with an earlier horizon. All other branches share packed sequences of
-their own, one for each context that begins no other one. The buckets follow each other in one batch of size 1, so that
-no bucket is padded to the length of another, and layers see one dense tensor per expert.
+A trajectory is one packed sequence. A guidance branch whose context is a beginning of the trajectory needs no tokens
+of its own: its copies are attached to the trajectory with an earlier horizon. All other branches share packed
+sequences of their own, one for each context that begins no other one. The buckets follow each other in one batch of
+size 1, so that no bucket is padded to the length of another, and layers see one dense tensor per expert.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ class _PackedSequence(BagelSequence):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Equal for the sequences of one bucket. Starts with the number of copies and the latents of the longest one."""
+        """
+        Equal for the sequences of one bucket. Starts with the number of copies and the latents of the longest one.
+        """
         return (
             len(self.copies),
             max((len(copy.latents) for copy in self.copies), default=0),
@@ -282,9 +285,9 @@ def _latent_inputs(buckets: Sequence[_PackedBucket]) -> dict[str, torch.Tensor]:
     Latents of contexts and then of copies, with their places in the position table and their times.
 
     Returns:
-        `dict[str, torch.Tensor]`: Empty without latents, else `latents` `(1, gen, channels)`, `latent_position_ids` and
-        `timestep_index` `(1, gen)`, and `timesteps` `(1, 1 + copies)`. Images of contexts are clean and share time 0,
-        the first one.
+        `dict[str, torch.Tensor]`: Empty without latents, else `latents` `(1, gen, channels)`, `latent_position_ids`
+        and `timestep_index` `(1, gen)`, and `timesteps` `(1, 1 + copies)`. Images of contexts are clean and share time
+        0, the first one.
     """
     contexts = [bucket.contexts for bucket in buckets if "latents" in bucket.contexts]
     copies = [bucket.copies for bucket in buckets if bucket.sizes.copies]
