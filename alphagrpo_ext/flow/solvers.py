@@ -30,7 +30,7 @@ ODE_SOLVERS: Registry = Registry("ODE solver", "alphagrpo_ext.ode_solvers")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class VelocityEvaluation:
     """
     One evaluation of the network.
 
@@ -58,10 +58,10 @@ class ODESolver(ABC):
 
     @staticmethod
     @abstractmethod
-    def step(evaluations: Sequence[Evaluation], t_next: torch.Tensor) -> torch.Tensor:
+    def step(evaluations: Sequence[VelocityEvaluation], t_next: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            evaluations (`Sequence[Evaluation]`): The last 1 to `order` evaluations, the newest at the end.
+            evaluations (`Sequence[VelocityEvaluation]`): The last 1 to `order` evaluations, the newest at the end.
             t_next (`torch.Tensor` of shape `()`): Time after the step, in [0, t) for the newest `t`.
 
         Returns:
@@ -76,7 +76,7 @@ class Euler(ODESolver):
     order = 1
 
     @staticmethod
-    def step(evaluations: Sequence[Evaluation], t_next: torch.Tensor) -> torch.Tensor:
+    def step(evaluations: Sequence[VelocityEvaluation], t_next: torch.Tensor) -> torch.Tensor:
         now = evaluations[-1]
         return ode_step(now.latents, now.velocity, now.t, t_next)
 
@@ -94,7 +94,7 @@ class AdamsBashforth2(ODESolver):
     order = 2
 
     @staticmethod
-    def step(evaluations: Sequence[Evaluation], t_next: torch.Tensor) -> torch.Tensor:
+    def step(evaluations: Sequence[VelocityEvaluation], t_next: torch.Tensor) -> torch.Tensor:
         if len(evaluations) == 1:
             return Euler.step(evaluations, t_next)
         before, now = evaluations
@@ -116,7 +116,7 @@ class DPMSolverPP2M(ODESolver):
     order = 2
 
     @staticmethod
-    def step(evaluations: Sequence[Evaluation], t_next: torch.Tensor) -> torch.Tensor:
+    def step(evaluations: Sequence[VelocityEvaluation], t_next: torch.Tensor) -> torch.Tensor:
         if len(evaluations) == 1 or evaluations[0].t >= 1 or t_next <= 0:
             return Euler.step(evaluations[-1:], t_next)
         before, now = evaluations

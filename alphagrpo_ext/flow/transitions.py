@@ -183,15 +183,7 @@ def transition(
         `ValueError`: If an argument is out of range or has a wrong shape, or if a step has no noise and thus no
             density, as the last one of `"flow_cps"`.
     """
-    if kind not in TRANSITIONS:
-        raise ValueError(f"unknown kind of transition '{kind}', available: {', '.join(TRANSITIONS)}")
-    if (noise is None) == (next_latents is None):
-        raise ValueError("give either noise, to sample, or next_latents, to score")
-    for name, tensor in (("velocity", velocity), ("noise", noise), ("next_latents", next_latents)):
-        if tensor is not None and tensor.shape != latents.shape:
-            raise ValueError(
-                f"{name} must have the shape of latents, {tuple(latents.shape)}, but has {tuple(tensor.shape)}"
-            )
+    _check_transition(kind, latents, velocity, noise, next_latents)
     t, t_next = _time(t, latents), _time(t_next, latents)
     mean, std = TRANSITIONS[kind](latents.float(), velocity.float(), t, t_next, noise_level)
     if not torch.all((std > 0) & (t_next < t)):
@@ -206,6 +198,24 @@ def transition(
     # All elements have the same deviation, so only the square is averaged.
     log_prob = LOG_PROBS[kind](_mean_square(next_latents - mean, mask), std[..., 0, 0])
     return TransitionOutput(next_latents, log_prob, mean, std)
+
+
+def _check_transition(
+    kind: str,
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    noise: torch.Tensor | None,
+    next_latents: torch.Tensor | None,
+) -> None:
+    if kind not in TRANSITIONS:
+        raise ValueError(f"unknown kind of transition '{kind}', available: {', '.join(TRANSITIONS)}")
+    if (noise is None) == (next_latents is None):
+        raise ValueError("give either noise, to sample, or next_latents, to score")
+    for name, tensor in (("velocity", velocity), ("noise", noise), ("next_latents", next_latents)):
+        if tensor is not None and tensor.shape != latents.shape:
+            raise ValueError(
+                f"{name} must have the shape of latents, {tuple(latents.shape)}, but has {tuple(tensor.shape)}"
+            )
 
 
 def gaussian_kl(

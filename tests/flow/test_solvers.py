@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from alphagrpo_ext.flow import ODE_SOLVERS, Evaluation, flow_timesteps
+from alphagrpo_ext.flow.solvers import ODE_SOLVERS, VelocityEvaluation
+from alphagrpo_ext.flow.timesteps import flow_timesteps
 
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,9 +29,9 @@ def gaussian_state(noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def solve(name: str, timesteps: torch.Tensor, x: torch.Tensor, velocity: Velocity) -> torch.Tensor:
     solver = ODE_SOLVERS.get(name)
-    evaluations: list[Evaluation] = []
+    evaluations: list[VelocityEvaluation] = []
     for t, t_next in zip(timesteps[:-1], timesteps[1:], strict=True):
-        evaluations = [*evaluations, Evaluation(t, x, velocity(x, t))][-solver.order :]
+        evaluations = [*evaluations, VelocityEvaluation(t, x, velocity(x, t))][-solver.order :]
         x = solver.step(evaluations, t_next)
     return x
 
@@ -94,7 +95,7 @@ def test_ab2_equals_its_textbook_form(noise: torch.Tensor) -> None:
     """For steps of one length, `x + h (3/2 f_n - 1/2 f_(n-1))`."""
     times = torch.tensor([0.8, 0.6, 0.4])
     velocities = [gaussian_velocity(noise, t) for t in times[:2]]
-    evaluations = [Evaluation(t, noise, v) for t, v in zip(times[:2], velocities, strict=True)]
+    evaluations = [VelocityEvaluation(t, noise, v) for t, v in zip(times[:2], velocities, strict=True)]
     expected = noise - 0.2 * (1.5 * velocities[1] - 0.5 * velocities[0])
     torch.testing.assert_close(ODE_SOLVERS.get("ab2").step(evaluations, times[2]), expected)
 

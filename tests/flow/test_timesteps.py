@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from alphagrpo_ext.flow import denoising_path, draw_window, flow_timesteps
+from alphagrpo_ext.flow.timesteps import denoising_path, draw_window, flow_timesteps
 
 
 class TestFlowTimesteps:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import flow_timesteps
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, VelocityLayout

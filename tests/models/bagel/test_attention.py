@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel import attention as attention_module
 from alphagrpo_ext.models.bagel.attention import (

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelConfig, BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.checkpoint import RELEASED_FILES, is_released_layout, load_released
 from alphagrpo_ext.models.contract import PackedOutput

@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from alphagrpo_ext.flow import GuidanceConfig, transition
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.flow.transitions import transition
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.guidance import BRANCHES
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput

@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from alphagrpo_ext.flow import GuidanceConfig, ode_step, solvers
+from alphagrpo_ext.flow import solvers
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.flow.transitions import ode_step
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.cache import BagelCache
 from alphagrpo_ext.models.bagel.checkpoint import load_released
