@@ -42,7 +42,7 @@ def noise() -> torch.Tensor:
 
 
 def measured_order(name: str, noise: torch.Tensor, first: float, last: float, shift: float) -> float:
-    """Over four halvings of the steps, the mean power of two that each divides the error by."""
+    """Mean power of two that a halving of the steps divides the error by, over four halvings."""
 
     def error(num_steps: int) -> float:
         timesteps = last + (first - last) * flow_timesteps(num_steps + 1, shift)
@@ -62,7 +62,7 @@ def test_order_of_convergence(noise: torch.Tensor, name: str, first: float, last
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_order_of_convergence_of_dpmpp_2m(noise: torch.Tensor, shift: float) -> None:
-    """At least two where lambda is finite, and more than Euler's with the steps at both ends, which are Euler's."""
+    """The order is at least two where lambda is finite. With the ends, where steps are Euler's, it is above Euler's."""
     assert measured_order("dpmpp_2m", noise, 0.9, 0.15, shift) > 2
     assert measured_order("dpmpp_2m", noise, 1.0, 0.0, shift) > 1.3
 

@@ -125,7 +125,7 @@ GRIDS = ((2, 2), (1, 3))
 
 
 def make_packed(guidance: GuidanceConfig, seed: int = 0) -> tuple[list[Trajectory], PackedBatch, PackedOutput]:
-    """Two images of different sizes, one a trajectory, with a trajectory without an image between them."""
+    """Two trajectories with an image each, of different sizes, and one without an image between them."""
     generator = torch.Generator().manual_seed(seed)
     times = flow_timesteps(6)[:4]
     trajectories, copies = [], []

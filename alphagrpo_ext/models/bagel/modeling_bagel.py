@@ -605,7 +605,8 @@ class BagelModel(BagelPreTrainedModel, UnifiedModel):
             sequence_ids (`torch.Tensor` of shape `(1, und + gen)`, *optional*):
                 The sequence of every token, if sequences are concatenated.
             buckets (`torch.Tensor` of shape `(buckets, 5)`, *optional*):
-                How sequences are concatenated: one [`Bucket`] per line. Without it, attention uses a mask of all pairs.
+                How sequences are concatenated, one [`Bucket`] per line. Without it, attention uses a mask of all
+                pairs.
             velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*):
                 Places of noised latents in the flattened latents.
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.

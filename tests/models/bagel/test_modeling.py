@@ -28,13 +28,13 @@ def inputs(tiny_bagel, rollout) -> dict[str, torch.Tensor]:
     return tiny_bagel.pack(trajectories, GUIDANCE).inputs
 
 
-def loss_of(output: PackedOutput) -> torch.Tensor:
+def total_loss(output: PackedOutput) -> torch.Tensor:
     return output.velocities.square().mean() - output.log_probs.mean() + output.entropies.mean()
 
 
 def gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    loss_of(model(**inputs)).backward()
+    total_loss(model(**inputs)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
