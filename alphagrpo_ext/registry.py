@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Names for interchangeable parts: judges, tasks, image objectives, model families."""
+"""Registries that find interchangeable parts by name: judges, tasks, image objectives, model families."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -17,12 +17,11 @@ class UnknownNameError(ValueError):
 
 class Registry:
     """
-    Maps names to objects of one kind. An object gets in by the [`~Registry.register`] decorator, as a built-in that
-    is imported on first use, or from a third party's package that declares an entry point.
+    Maps names to objects of one kind. An object is registered by the [`~Registry.register`] decorator, is a built-in
+    that is imported on first use, or comes from another package that declares an entry point.
 
     Args:
-        kind (`str`):
-            What the objects are, in the singular. Used in error messages, e.g. `"judge"`.
+        kind (`str`): What the objects are, in the singular. Used in error messages, e.g. `"judge"`.
         group (`str`):
             Entry-point group in which other packages declare objects of this kind, e.g. `"alphagrpo_ext.judges"`.
         builtins (`Mapping[str, str]`, *optional*):
@@ -58,11 +57,10 @@ class Registry:
 
     def register(self, name: str) -> Callable[[T], T]:
         """
-        Decorator that enters a class or function under `name` and returns it unchanged.
+        Decorator that registers a class or function under `name` and returns it unchanged.
 
         Args:
-            name (`str`):
-                The name. It takes precedence over an entry point of the same name.
+            name (`str`): The name. It takes precedence over an entry point of the same name.
 
         Raises:
             `ValueError`: If the name is taken.
@@ -70,7 +68,7 @@ class Registry:
 
         def decorator(obj: T) -> T:
             path = f"{obj.__module__}:{obj.__qualname__}"
-            # A built-in's own module may also decorate it: that is the same object, not a duplicate.
+            # The module of a built-in may register it as well. That is the same object and not a duplicate.
             builtin = self._builtins.get(name)
             if name in self._objects or (builtin is not None and builtin.value != path):
                 raise ValueError(f"{self.kind} '{name}' is already registered; {path} needs another name")

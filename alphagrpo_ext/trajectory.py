@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The one data structure that is passed along: what a policy was given, and what it did.
+"""
+Trajectories, the data structure that is passed from rollout to rewards and training: what a policy was given, and what
+it did.
 
-A trajectory is a list of segments in the order in which the model sees them. A segment is text or an image, and is
+A trajectory is a list of segments in the order in which the model sees them. A segment is a text or an image, and is
 either *given* (context) or *sampled* (an action that gets a policy gradient).
+
+A sampled image stays as it was sampled: later segments see its latents, not those of the decoded image encoded once
+more.
 """
 
 from __future__ import annotations
@@ -21,21 +26,19 @@ if TYPE_CHECKING:
 @dataclass
 class TextSegment:
     """
-    Text, as the exact token ids that the model reads or has sampled. It is never decoded and encoded again.
+    A text, as the exact token ids that the model reads or has sampled. It is never decoded and encoded again.
 
     Args:
         token_ids (`list[int]`):
             Ids without the delimiters that a model family puts around a text. A sampled text that ended by itself
             carries its end token as the last id; one that was cut off at the length limit does not.
-        sampled (`bool`, *optional*, defaults to `False`):
-            Whether the policy sampled these ids.
-        ended (`bool`, *optional*, defaults to `True`):
-            For a sampled text, whether the last id is the end token.
+        sampled (`bool`, *optional*, defaults to `False`): Whether the policy sampled these ids.
+        ended (`bool`, *optional*, defaults to `True`): For a sampled text, whether the last id is the end token.
         log_probs (`list[float]`, *optional*):
             Log-probability of every sampled id at rollout time, under the sampling temperature.
         role (`str`, *optional*, defaults to `"user"`):
-            Who wrote the text: `"system"`, `"user"` or `"assistant"`, which is the policy. A sampled text always has the role
-            `"assistant"`.
+            Who wrote the text: `"system"`, `"user"` or `"assistant"`, which is the policy. A sampled text always has
+            the role `"assistant"`.
     """
 
     token_ids: list[int]
@@ -50,25 +53,22 @@ class TextSegment:
 
     @property
     def content_ids(self) -> list[int]:
-        """The ids without the end token: what stands between the delimiters when later segments look back."""
+        """The ids without the end token, which are between the delimiters in the context of later segments."""
         return self.token_ids[:-1] if self.sampled and self.ended else self.token_ids
 
 
 @dataclass
 class DenoisingWindow:
     """
-    The part of a denoising path that was sampled by a stochastic transition, and so is an action. Or, for an objective that
-    trains on the forward process, K noised copies of the image, followed by the image at time 0.
+    The K steps of a denoising path that were sampled by stochastic transitions, and so are actions. For an objective
+    that trains on the forward process, it holds K noised copies of the image instead, followed by the image at time 0.
 
     Args:
         latents (`torch.Tensor` of shape `(K + 1, tokens, channels)`):
-            The states, in fp32: a lower precision moves the ratio outside the clip range.
-        timesteps (`torch.Tensor` of shape `(K + 1,)`):
-            Times of the states, falling from 1 (noise) towards 0 (image).
-        start (`int`):
-            Index of the first state in the schedule.
-        log_probs (`torch.Tensor` of shape `(K,)`):
-            Mean log-probability of each transition at rollout time.
+            States, fp32. A lower precision would move ratios outside the clip range.
+        timesteps (`torch.Tensor` of shape `(K + 1,)`): Times of the states, falling from 1 (noise) towards 0 (image).
+        start (`int`): Index of the first state in the schedule.
+        log_probs (`torch.Tensor` of shape `(K,)`): Mean log-probability of each transition at rollout time.
     """
 
     latents: torch.Tensor
@@ -78,29 +78,25 @@ class DenoisingWindow:
 
     @property
     def num_steps(self) -> int:
+        """Number K of steps."""
         return len(self.timesteps) - 1
 
 
 @dataclass
 class ImageSegment:
     """
-    An image, as clean latents and, where the model looks at it, as pixels.
+    An image, as clean latents and, if later segments look at it, as pixels.
 
     Args:
-        latents (`torch.Tensor` of shape `(tokens, channels)`):
-            Clean latents in the model's token layout, fp32.
-        grid (`tuple[int, int]`):
-            Rows and columns of latent tokens; their product is `tokens`.
+        latents (`torch.Tensor` of shape `(tokens, channels)`): Clean latents in the model's token layout, fp32.
+        grid (`tuple[int, int]`): Rows and columns of latent tokens; their product is `tokens`.
         pixel_values (`torch.Tensor` of shape `(3, height, width)`, *optional*):
             The same image as input of the vision tower, in [-1, 1]. `None` if no later segment looks at it.
-        image (`PIL.Image.Image`, *optional*):
-            The image for judges and people.
-        sampled (`bool`, *optional*, defaults to `False`):
-            Whether the policy painted this image.
-        window (`DenoisingWindow`, *optional*):
-            For a sampled image, the stochastic part of its path. `None` if all of the path was deterministic.
+        image (`PIL.Image.Image`, *optional*): The image for judges and people.
+        sampled (`bool`, *optional*, defaults to `False`): Whether the policy sampled this image.
+        window (`DenoisingWindow`, *optional*): For a sampled image, the trained steps. `None` if there are none.
         guidance_contexts (`dict[str, list[Segment]]`, *optional*):
-            For a sampled image, the segments that each guidance branch but the full one sees before it.
+            For a sampled image, the context of each guidance branch except `"full"`.
     """
 
     latents: torch.Tensor
@@ -118,24 +114,25 @@ Segment: TypeAlias = TextSegment | ImageSegment
 @dataclass
 class Trajectory:
     """
-    One rollout.
+    One rollout: what the policy was given and what it sampled.
 
     Args:
-        segments (`list[Segment]`):
-            Given and sampled segments in the order in which the model sees them.
+        segments (`list[Segment]`): Given and sampled segments in the order in which the model sees them.
     """
 
     segments: list[Segment]
 
     @property
     def sampled_texts(self) -> list[TextSegment]:
+        """Sampled texts in their order."""
         return [segment for segment in self.segments if isinstance(segment, TextSegment) and segment.sampled]
 
     @property
     def sampled_images(self) -> list[ImageSegment]:
+        """Sampled images in their order."""
         return [segment for segment in self.segments if isinstance(segment, ImageSegment) and segment.sampled]
 
     @property
     def final_image(self) -> Image.Image | None:
-        """The last image that the policy painted."""
+        """The last image that the policy sampled, for judges and people."""
         return self.sampled_images[-1].image if self.sampled_images else None

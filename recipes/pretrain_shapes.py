@@ -168,7 +168,7 @@ class PretrainingLoss(nn.Module):
         text_loss, image_loss = 0.0, 0.0
         for batch in batches:
             positions = batch.inputs["positions"]
-            und, gen = self.model.embed_rows(batch.inputs)
+            und, gen = self.model.embed_sequences(batch.inputs)
             mask = visibility_mask(positions, batch.inputs["blocks"], batch.inputs["horizons"])
             und, gen = self.model.language_model.model(und, gen, positions, mask)
             logits = self.model.language_model.lm_head(und.flatten(0, 1)[batch.text_index])

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The forward process: a clean image with noise, at times that no sampler needs to visit."""
+"""
+The forward process: clean images with noise added, for objectives that train on it instead of the sampled path.
+
+Times are drawn from the seed and the step of the run and shared by all images of a rollout batch. Advantages compare
+the members of a group, and losses at different times would differ for reasons that have nothing to do with the reward.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +19,12 @@ from alphagrpo_ext.trajectory import DenoisingWindow
 
 def noised_latents(clean_latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """
-    States `x_t = (1 - t) x_0 + t eps`.
+    Noised images `x_t = (1 - t) x_0 + t eps`.
 
     Args:
-        clean_latents (`torch.Tensor` of shape `(..., tokens, channels)`):
-            Clean latents x_0, broadcastable.
-        noise (`torch.Tensor` of shape `(..., tokens, channels)`):
-            Standard normal noise eps.
-        t (`torch.Tensor` of shape `(...)`):
-            Times in [0, 1].
+        clean_latents (`torch.Tensor` of shape `(..., tokens, channels)`): Clean latents x_0, broadcastable.
+        noise (`torch.Tensor` of shape `(..., tokens, channels)`): Standard normal noise eps.
+        t (`torch.Tensor` of shape `(...)`): Times in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `(..., tokens, channels)`: fp32.
@@ -33,23 +35,17 @@ def noised_latents(clean_latents: torch.Tensor, noise: torch.Tensor, t: torch.Te
 
 def draw_times(num_times: int, interval: tuple[float, float], shift: float, seed: int, step: int) -> torch.Tensor:
     """
-    Draw times, one in each of `num_times` equal parts of an interval, and shift them as a schedule is:
-    `t <- s t / (1 + (s - 1) t)`.
+    Draw one time in each of `num_times` equal parts of an interval, shifted by `t <- s t / (1 + (s - 1) t)`.
 
-    The draw depends on `(seed, step)` alone: members of a group are compared at the same times, on every rank, and each
-    training step has other times. Strata keep the average over times from depending on luck.
+    The draw depends on `(seed, step)` alone, so it is equal on every rank and differs between training steps. Drawing
+    from equal parts lowers the variance of the average over times.
 
     Args:
-        num_times (`int`):
-            Number of times, at least 1.
-        interval (`tuple[float, float]`):
-            Bounds before the shift, `0 <= low < high <= 1`.
-        shift (`float`):
-            Positive shift s.
-        seed (`int`):
-            Seed of the run.
-        step (`int`):
-            Index of the rollout batch.
+        num_times (`int`): Number of times, at least 1.
+        interval (`tuple[float, float]`): Bounds before the shift, `0 <= low < high <= 1`.
+        shift (`float`): Positive shift s.
+        seed (`int`): Seed of the run.
+        step (`int`): Index of the rollout batch.
 
     Returns:
         `torch.Tensor` of shape `(num_times,)`: fp32 in (0, 1], falling.
@@ -66,7 +62,7 @@ def draw_times(num_times: int, interval: tuple[float, float], shift: float, seed
         raise ValueError(f"shift must be positive, but is {shift}")
     # A string seed is hashed with SHA-512: the same in every process, and unrelated for neighbouring steps.
     rng = random.Random(f"times-{seed}-{step}")
-    # One less a number in [0, 1), so that no time is 0, where no noise is left to tell apart from the image.
+    # `1 - random()` is in (0, 1], so that no time is 0, where there is no noise to predict.
     drawn = [low + (high - low) * (part + 1 - rng.random()) / num_times for part in range(num_times)]
     times = torch.tensor(sorted(drawn, reverse=True), dtype=torch.float32)
     return shift * times / (1 + (shift - 1) * times)
@@ -74,16 +70,16 @@ def draw_times(num_times: int, interval: tuple[float, float], shift: float, seed
 
 def forward_windows(clean_latents: torch.Tensor, noise: torch.Tensor, times: Sequence[float]) -> list[DenoisingWindow]:
     """
-    Noised copies of painted images, for objectives that train on the forward process instead of the sampled path.
+    Noised copies of sampled images, as windows.
 
     Args:
-        clean_latents (`torch.Tensor` of shape `(samples, tokens, channels)`): Clean latents of the painted images.
+        clean_latents (`torch.Tensor` of shape `(samples, tokens, channels)`): Clean latents of the images.
         noise (`torch.Tensor` of shape `(samples, K, tokens, channels)`): Standard normal noise of every copy.
-        times (`Sequence[float]`): K falling times.
+        times (`Sequence[float]`): K falling times in (0, 1].
 
     Returns:
-        `list[DenoisingWindow]`: For every sample the K copies, followed by the image at time 0. Their log-probabilities
-        are 0, because no copy is an action.
+        `list[DenoisingWindow]`: For every sample the K copies, followed by the image at time 0. Log-probabilities are
+        0, because no copy is an action.
     """
     t = torch.tensor([*times, 0.0])
     states = noised_latents(clean_latents[:, None], noise, t[:-1].to(noise.device))

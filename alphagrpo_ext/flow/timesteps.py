@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Schedules of the denoising path, and the window of it that is trained."""
+"""
+Schedules of the denoising path, and the window of steps that is stochastic and trained.
+
+The number of solver steps outside the window can differ from the schedule's. It is shared out to the stretches before
+and after the window in proportion to their lengths, so the number of network evaluations does not depend on where the
+window lies. The window's own times are always those of the schedule.
+"""
 
 import random
 from collections.abc import Sequence
@@ -13,15 +19,12 @@ def flow_timesteps(num_timesteps: int, shift: float = 1.0, device: torch.device 
     """
     Times of the states of a denoising path: `linspace(1, 0, N)`, shifted by `t <- s t / (1 + (s - 1) t)`.
 
-    As in BAGEL, `num_timesteps` counts points: a path of N points has N - 1 steps, and so N - 1 model evaluations.
+    As in BAGEL, `num_timesteps` counts points: a path of N points has N - 1 steps, with one model evaluation each.
 
     Args:
-        num_timesteps (`int`):
-            Number of points N, at least 2.
-        shift (`float`, *optional*, defaults to `1.0`):
-            Positive shift s. Above 1 it spends more of the steps near the noise.
-        device (`torch.device` or `str`, *optional*):
-            Where to put the result.
+        num_timesteps (`int`): Number of points N, at least 2.
+        shift (`float`, *optional*, defaults to `1.0`): Positive shift s. Above 1, more steps are near the noise.
+        device (`torch.device` or `str`, *optional*): Where to put the result.
 
     Returns:
         `torch.Tensor` of shape `(num_timesteps,)`: fp32, strictly falling from exactly 1 to exactly 0.
@@ -35,28 +38,26 @@ def flow_timesteps(num_timesteps: int, shift: float = 1.0, device: torch.device 
         raise ValueError(f"shift must be positive, but is {shift}")
     timesteps = torch.linspace(1, 0, num_timesteps, dtype=torch.float32)
     timesteps = shift * timesteps / (1 + (shift - 1) * timesteps)
-    # Rounding leaves 1 - 2^-24 for some shifts, where 1 / (1 - t) would explode.
+    # For some shifts, rounding gives 1 - 2^-24, and 1 / (1 - t) would be huge.
     timesteps[0] = 1
     return timesteps.to(device)
 
 
 def share_steps(num_steps: int, lengths: Sequence[int]) -> list[int]:
     """
-    Share out solver steps to the deterministic stretches of a path, in proportion to their lengths, and at least one to
-    each that is not empty.
+    Share out solver steps to the deterministic stretches of a path in proportion to their lengths, with at least one
+    step for each stretch that is not empty.
 
     Args:
-        num_steps (`int`):
-            Steps in total.
+        num_steps (`int`): Steps in total.
         lengths (`Sequence[int]`):
-            Steps of the schedule in the stretch before the stochastic window and in that after it. Without a window, the
-            second is empty.
+            Steps of the schedule before and after the stochastic window. Without a window, the second is 0.
 
     Returns:
-        `list[int]`: Solver steps of the two, with the sum `num_steps`.
+        `list[int]`: Solver steps of the two stretches, which add up to `num_steps`.
 
     Raises:
-        `ValueError`: If there are fewer steps than stretches, or steps and no stretch.
+        `ValueError`: If there are fewer steps than stretches, or no stretch.
     """
     before, after = lengths
     least = (before > 0) + (after > 0)
@@ -66,29 +67,26 @@ def share_steps(num_steps: int, lengths: Sequence[int]) -> list[int]:
         raise ValueError(f"{num_steps} steps outside the window have no place: the window is the whole path")
     if least == 1:
         return [num_steps, 0] if before else [0, num_steps]
-    of_before = min(max(round(num_steps * before / (before + after)), 1), num_steps - 1)
-    return [of_before, num_steps - of_before]
+    steps_before = min(max(round(num_steps * before / (before + after)), 1), num_steps - 1)
+    return [steps_before, num_steps - steps_before]
 
 
 def stretch_timesteps(first: torch.Tensor, last: torch.Tensor, num_steps: int, shift: float = 1.0) -> torch.Tensor:
     """
-    Times of a stretch of a path, spread as [`flow_timesteps`] spreads those of a whole one: evenly before the shift.
+    Times of a stretch of a path, evenly spaced before the shift as in [`flow_timesteps`].
 
     Args:
-        first, last (`torch.Tensor` of shape `()`):
-            Its ends, `1 >= first > last >= 0`.
-        num_steps (`int`):
-            Number of steps, at least 1.
-        shift (`float`, *optional*, defaults to `1.0`):
-            Positive shift s of the whole path.
+        first, last (`torch.Tensor` of shape `()`): First and last time, `1 >= first > last >= 0`.
+        num_steps (`int`): Number of steps, at least 1.
+        shift (`float`, *optional*, defaults to `1.0`): Positive shift s of the whole path.
 
     Returns:
-        `torch.Tensor` of shape `(num_steps + 1,)`: fp32, strictly falling, with exactly the given ends.
+        `torch.Tensor` of shape `(num_steps + 1,)`: fp32, strictly falling, from exactly `first` to exactly `last`.
     """
     unshifted = [t / (shift - (shift - 1) * t) for t in (first.item(), last.item())]
     timesteps = torch.linspace(*unshifted, num_steps + 1, dtype=torch.float32, device=first.device)
     timesteps = shift * timesteps / (1 + (shift - 1) * timesteps)
-    # The window and the image begin where rounding would not quite lead.
+    # Rounding must not move the ends.
     timesteps[0], timesteps[-1] = first, last
     return timesteps
 
@@ -99,8 +97,7 @@ class DenoisingPath:
     The states that a sample passes through.
 
     Args:
-        timesteps (`torch.Tensor` of shape `(states,)`):
-            Their times, fp32, falling from 1 to 0.
+        timesteps (`torch.Tensor` of shape `(states,)`): Their times, fp32, falling from 1 to 0.
         window (`range`):
             Indices of the stochastic steps; step `k` leads from `timesteps[k]` to `timesteps[k + 1]`. Empty for a
             deterministic path.
@@ -114,18 +111,14 @@ def denoising_path(
     schedule: torch.Tensor, window: range = range(0), ode_steps: int | None = None, shift: float = 1.0
 ) -> DenoisingPath:
     """
-    The path along a schedule, with fewer or more steps outside the stochastic window. The window's own times stay those of the
-    schedule.
+    The path along a schedule, with another number of steps outside the stochastic window if asked for.
 
     Args:
-        schedule (`torch.Tensor` of shape `(num_timesteps,)`):
-            From [`flow_timesteps`].
-        window (`range`, *optional*):
-            Steps of the schedule that are stochastic.
+        schedule (`torch.Tensor` of shape `(num_timesteps,)`): From [`flow_timesteps`].
+        window (`range`, *optional*): Steps of the schedule that are stochastic.
         ode_steps (`int`, *optional*):
-            Steps outside the window, shared out by [`share_steps`]. `None` takes those of the schedule.
-        shift (`float`, *optional*, defaults to `1.0`):
-            Shift of the schedule.
+            Steps outside the window, shared out by [`share_steps`]. `None` keeps the schedule.
+        shift (`float`, *optional*, defaults to `1.0`): Shift of the schedule.
 
     Raises:
         `ValueError`: If `ode_steps` are too few.
@@ -144,22 +137,18 @@ def denoising_path(
 
 def draw_window(window_size: int, window_range: tuple[int, int], num_steps: int, seed: int, step: int) -> range:
     """
-    Draw the consecutive denoising steps that are stochastic and trained; the others are deterministic.
+    Draw the consecutive denoising steps that are stochastic and trained. The others are deterministic.
 
-    The draw is uniform over all windows that lie inside the range and the path. It depends on `(seed, step)` alone, so
-    every rank and every member of a group gets the same window, and each training step another one.
+    The draw is uniform over all windows inside the range and the path. It depends on `(seed, step)` alone, so all
+    ranks and all members of a group have the same window, and it changes between training steps.
 
     Args:
-        window_size (`int`):
-            Number K of steps, at least 1.
+        window_size (`int`): Number K of steps, at least 1.
         window_range (`tuple[int, int]`):
             First step that may be in the window, and the step after the last one that may. May reach beyond the path.
-        num_steps (`int`):
-            Number of steps of the path, one less than its points.
-        seed (`int`):
-            Seed of the run.
-        step (`int`):
-            Index of the rollout batch.
+        num_steps (`int`): Number of steps of the path, one less than its points.
+        seed (`int`): Seed of the run.
+        step (`int`): Index of the rollout batch.
 
     Returns:
         `range`: Indices of the K steps; step `k` leads from `timesteps[k]` to `timesteps[k + 1]`.
@@ -174,7 +163,7 @@ def draw_window(window_size: int, window_range: tuple[int, int], num_steps: int,
 
 
 def window_starts(window_size: int, window_range: tuple[int, int], num_steps: int) -> range:
-    """All first steps that [`draw_window`] can draw; it takes and raises the same."""
+    """All first steps that [`draw_window`] can draw. See there for the arguments and errors."""
     low, high = window_range
     if window_size < 1:
         raise ValueError(f"window_size must be at least 1, but is {window_size}")

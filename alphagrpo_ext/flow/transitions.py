@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""One step of the denoising path: deterministic, or stochastic with a log-probability.
+"""
+One step of the denoising path: deterministic, or stochastic with a log-probability.
 
-The same [`transition`] samples a step at rollout and scores it in training, so the two cannot drift apart. States,
-means and log-probabilities are fp32 whatever the model computes in: a bf16 state moves the ratio of new to old
-probability further than its clip range is wide.
+The same [`transition`] samples a step at rollout and scores it in training, so the two cannot differ. States, means
+and log-probabilities are fp32 in every precision of the model: a bf16 state would change the ratio of new to old
+probability by more than its clip range.
+
+A log-probability is averaged over latent elements, so the ratio for a given change of the mean depends on the
+resolution, and so does the clip range that is needed.
 """
 
 import math
@@ -23,12 +27,9 @@ class TransitionOutput:
         next_latents (`torch.Tensor` of shape `(..., tokens, channels)`):
             The state after the step, fp32 and detached: an action is data.
         log_prob (`torch.Tensor` of shape `(...)`):
-            Log-density of `next_latents`, averaged over the latent elements. In nats per element; for `"flow_cps"` as its
-            authors define it, see [`negative_square`].
-        mean (`torch.Tensor` of shape `(..., tokens, channels)`):
-            Mean of the step's Gaussian.
-        std (`torch.Tensor` of shape `(..., 1, 1)`):
-            Its standard deviation, the same for all elements of a state.
+            Log-density of `next_latents` in nats per element. For `"flow_cps"`, see [`negative_square`].
+        mean (`torch.Tensor` of shape `(..., tokens, channels)`): Mean of the step's Gaussian.
+        std (`torch.Tensor` of shape `(..., 1, 1)`): Standard deviation, the same for all elements of a state.
     """
 
     next_latents: torch.Tensor
@@ -44,14 +45,10 @@ def ode_step(
     Deterministic Euler step `x + v dt` with `dt = t_next - t`. It has no log-probability.
 
     Args:
-        latents (`torch.Tensor` of shape `(..., tokens, channels)`):
-            State x at time `t`.
-        velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
-            Predicted `v = eps - x_0`.
-        t (`float` or `torch.Tensor`):
-            Time in (0, 1], broadcastable to the leading dimensions of `latents`.
-        t_next (`float` or `torch.Tensor`):
-            Time after the step, in [0, t).
+        latents (`torch.Tensor` of shape `(..., tokens, channels)`): State x at time `t`.
+        velocity (`torch.Tensor` of shape `(..., tokens, channels)`): Predicted `v = eps - x_0`.
+        t (`float` or `torch.Tensor`): Time in (0, 1], broadcastable to the leading dimensions of `latents`.
+        t_next (`float` or `torch.Tensor`): Time after the step, in [0, t).
 
     Returns:
         `torch.Tensor` of shape `(..., tokens, channels)`: The state at `t_next`, fp32.
@@ -64,23 +61,19 @@ def flow_sde(
     latents: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor, noise_level: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Euler-Maruyama step of the SDE that has the same marginals as the ODE, the update rule of Flow-GRPO
-    (https://huggingface.co/papers/2505.05470), with `sigma = a sqrt(t / (1 - t))`.
+    Flow-SDE step: `mean = x (1 + sigma^2 dt / (2 t)) + v (1 + sigma^2 (1 - t) / (2 t)) dt`, `std = sigma sqrt(-dt)`,
+    with `sigma = a sqrt(t / (1 - t))` and `dt = t_next - t`.
 
-    In the first step of a path, `t = 1`, the singular `1 - t` of sigma uses the schedule's second point, which is
-    `t_next`.
+    This is the Euler-Maruyama step of the SDE with the same marginals as the ODE, the update rule of Flow-GRPO
+    (https://huggingface.co/papers/2505.05470). In the first step of a path, where `t = 1`, sigma is computed with
+    `1 - t_next`.
 
     Args:
-        latents (`torch.Tensor` of shape `(..., tokens, channels)`):
-            State at time `t`, fp32.
-        velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
-            Predicted velocity, fp32.
-        t (`torch.Tensor` of shape `(..., 1, 1)`):
-            Time in (0, 1].
-        t_next (`torch.Tensor` of shape `(..., 1, 1)`):
-            Time after the step, in [0, t).
-        noise_level (`float`):
-            The level a, at least 0. At 0 the mean is the ODE's next state.
+        latents (`torch.Tensor` of shape `(..., tokens, channels)`): State at time `t`, fp32.
+        velocity (`torch.Tensor` of shape `(..., tokens, channels)`): Predicted velocity, fp32.
+        t (`torch.Tensor` of shape `(..., 1, 1)`): Time in (0, 1].
+        t_next (`torch.Tensor` of shape `(..., 1, 1)`): Time after the step, in [0, t).
+        noise_level (`float`): The level a, at least 0. At 0 the mean is the ODE's next state.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Mean of shape `(..., tokens, channels)` and standard deviation of shape
@@ -97,13 +90,15 @@ def flow_cps(
     latents: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor, noise_level: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Coefficients-preserving step (https://huggingface.co/papers/2509.05952): the predicted image and the total noise
-    keep the weights `1 - t_next` and `t_next` that the schedule gives them; part of the predicted noise is replaced by
-    fresh noise. Unlike [`flow_sde`], it adds noise per step rather than per unit of time, so more steps at one level
-    are a noisier path.
+    Flow-CPS step: `std = t' sin(a pi / 2)`, `mean = (1 - t') x_0 + sqrt(t'^2 - std^2) x_1`, with the predicted image
+    `x_0 = x - t v` and the predicted noise `x_1 = x + (1 - t) v`.
 
-    Takes and returns what [`flow_sde`] does, with `noise_level` in [0, 1]: the fresh part has the standard deviation
-    `t_next sin(a pi / 2)`, which is 0 for a step to the image, `t_next = 0`.
+    Image and total noise keep the weights `1 - t'` and `t'` of the schedule, and fresh noise replaces a part of the
+    predicted noise ("coefficients-preserving", https://huggingface.co/papers/2509.05952). Unlike [`flow_sde`], it adds
+    noise per step and not per unit of time. With more steps at one level the path gets noisier, and it does not
+    converge to the marginals of the ODE. A step to `t' = 0` has no noise.
+
+    Arguments and return values are those of [`flow_sde`], with `noise_level` in [0, 1].
 
     Raises:
         `ValueError`: If `noise_level` is out of range.
@@ -125,15 +120,19 @@ TRANSITIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 
 
 def log_density(mean_square: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Gaussian log-density per element, from the mean square of an action's distance to the mean."""
+    """
+    Gaussian log-density per element, from mean squared distances to the mean and standard deviations, all `(...)`.
+    """
     return -mean_square / (2 * std**2) - torch.log(std) - math.log(2 * math.pi) / 2
 
 
 def negative_square(mean_square: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """
-    Log-probability of Flow-CPS in its authors' code (https://github.com/IamCreateAI/FlowCPS): `-||x' - mean||^2`, without
-    the constants of the density. As `1 / (2 std^2)` is left out, which grows towards the image, the gradient of each step
-    is that of the density times `2 std^2`.
+    Log-probability `-||x' - mean||^2` of Flow-CPS as in its authors' code (https://github.com/IamCreateAI/FlowCPS),
+    from mean squared distances and standard deviations, both `(...)`.
+
+    The density has the factor `1 / (2 std^2)`, which grows towards the image. Without it, the gradient of each step is
+    the density's times `2 std^2`. The ratio of GRPO-Guard does not depend on this.
     """
     return -mean_square
 
@@ -159,22 +158,17 @@ def transition(
     """
     Sample one stochastic step from `noise`, or score the step to `next_latents`.
 
-    Any number of steps can be taken at once along the leading dimensions, each at its own time; none influences
-    another.
+    Steps along the leading dimensions are independent of each other, each at its own time.
 
     Args:
-        kind (`str`):
-            A name in `TRANSITIONS`: `"flow_sde"` or `"flow_cps"`.
-        latents (`torch.Tensor` of shape `(..., tokens, channels)`):
-            State at time `t`.
+        kind (`str`): A name in `TRANSITIONS`: `"flow_sde"` or `"flow_cps"`.
+        latents (`torch.Tensor` of shape `(..., tokens, channels)`): State at time `t`.
         velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
-            Predicted velocity; in training, the gradient flows through it.
-        t (`float` or `torch.Tensor`):
-            Time in (0, 1], broadcastable to the leading dimensions.
+            Predicted velocity. The gradient flows through it.
+        t (`float` or `torch.Tensor`): Time in (0, 1], broadcastable to the leading dimensions.
         t_next (`float` or `torch.Tensor`):
             The following point of the schedule, in [0, t), broadcastable to the leading dimensions.
-        noise_level (`float`):
-            How much noise a step adds; positive, for `"flow_cps"` at most 1.
+        noise_level (`float`): How much noise a step adds; positive, for `"flow_cps"` at most 1.
         noise (`torch.Tensor` of shape `(..., tokens, channels)`, *optional*):
             Standard normal noise to sample with. Drawn by the caller, so that a sample need not depend on its batch.
         next_latents (`torch.Tensor` of shape `(..., tokens, channels)`, *optional*):
@@ -189,15 +183,7 @@ def transition(
         `ValueError`: If an argument is out of range or has a wrong shape, or if a step has no noise and thus no
             density, as the last one of `"flow_cps"`.
     """
-    if kind not in TRANSITIONS:
-        raise ValueError(f"unknown kind of transition '{kind}', available: {', '.join(TRANSITIONS)}")
-    if (noise is None) == (next_latents is None):
-        raise ValueError("give either noise, to sample, or next_latents, to score")
-    for name, tensor in (("velocity", velocity), ("noise", noise), ("next_latents", next_latents)):
-        if tensor is not None and tensor.shape != latents.shape:
-            raise ValueError(
-                f"{name} must have the shape of latents, {tuple(latents.shape)}, but has {tuple(tensor.shape)}"
-            )
+    _check_transition(kind, latents, velocity, noise, next_latents)
     t, t_next = _time(t, latents), _time(t_next, latents)
     mean, std = TRANSITIONS[kind](latents.float(), velocity.float(), t, t_next, noise_level)
     if not torch.all((std > 0) & (t_next < t)):
@@ -207,27 +193,42 @@ def transition(
         )
     if next_latents is None:
         next_latents = mean + std * noise
-    # The action is data: without this, the gradient of a freshly sampled step would cancel.
+    # The action is data. Otherwise the gradient of a step that is sampled here would cancel.
     next_latents = next_latents.detach().float()
-    # The deviation is the same for all elements, so the mean over them only concerns the square.
+    # All elements have the same deviation, so only the square is averaged.
     log_prob = LOG_PROBS[kind](_mean_square(next_latents - mean, mask), std[..., 0, 0])
     return TransitionOutput(next_latents, log_prob, mean, std)
+
+
+def _check_transition(
+    kind: str,
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    noise: torch.Tensor | None,
+    next_latents: torch.Tensor | None,
+) -> None:
+    if kind not in TRANSITIONS:
+        raise ValueError(f"unknown kind of transition '{kind}', available: {', '.join(TRANSITIONS)}")
+    if (noise is None) == (next_latents is None):
+        raise ValueError("give either noise, to sample, or next_latents, to score")
+    for name, tensor in (("velocity", velocity), ("noise", noise), ("next_latents", next_latents)):
+        if tensor is not None and tensor.shape != latents.shape:
+            raise ValueError(
+                f"{name} must have the shape of latents, {tuple(latents.shape)}, but has {tuple(tensor.shape)}"
+            )
 
 
 def gaussian_kl(
     mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Divergence between two steps with the same deviation, `(mean - mean_ref)^2 / (2 std^2)`, averaged over the latent
-    elements as the log-probability is.
+    KL divergence `(mean - mean_ref)^2 / (2 std^2)` of two steps with the same deviation, averaged over latent elements
+    as the log-probability is.
 
     Args:
-        mean (`torch.Tensor` of shape `(..., tokens, channels)`):
-            Mean of the policy's step.
-        mean_ref (`torch.Tensor` of shape `(..., tokens, channels)`):
-            Mean of the reference's step from the same state.
-        std (`torch.Tensor` of shape `(..., 1, 1)`):
-            Positive standard deviation of both.
+        mean (`torch.Tensor` of shape `(..., tokens, channels)`): Mean of the policy's step.
+        mean_ref (`torch.Tensor` of shape `(..., tokens, channels)`): Mean of the reference's step from the same state.
+        std (`torch.Tensor` of shape `(..., 1, 1)`): Positive standard deviation of both.
         mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
             Booleans, `True` for tokens that exist, broadcastable.
 
@@ -239,14 +240,12 @@ def gaussian_kl(
 
 def velocity_mse(velocity: torch.Tensor, velocity_ref: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Mean squared difference of two velocities: a divergence that weighs all times alike, as in UniGRPO
+    Mean squared difference of two velocities: a divergence that weighs all times equally, as in UniGRPO
     (https://huggingface.co/papers/2603.23500).
 
     Args:
-        velocity (`torch.Tensor` of shape `(..., tokens, channels)`):
-            The policy's velocity.
-        velocity_ref (`torch.Tensor` of shape `(..., tokens, channels)`):
-            The reference's velocity at the same state.
+        velocity (`torch.Tensor` of shape `(..., tokens, channels)`): The policy's velocity.
+        velocity_ref (`torch.Tensor` of shape `(..., tokens, channels)`): The reference's velocity at the same state.
         mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
             Booleans, `True` for tokens that exist, broadcastable.
 
@@ -266,19 +265,19 @@ def _time(t: float | torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_square(difference: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[`latent_mean`] of the square."""
     if mask is not None:
-        # Before the square, so that what stands in padding has no gradient, however large it is.
+        # Before the square, so that padding has no gradient, however large its values are.
         difference = difference.masked_fill(~mask[..., None], 0)
     return latent_mean(difference.square(), mask)
 
 
 def latent_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Mean over channels and existing tokens.
+    Mean over channels, and over the tokens that exist.
 
     Args:
-        values (`torch.Tensor` of shape `(..., tokens, channels)`):
-            What to average.
+        values (`torch.Tensor` of shape `(..., tokens, channels)`): What to average.
         mask (`torch.Tensor` of shape `(..., tokens)`, *optional*):
             Booleans, `True` for tokens that exist, broadcastable.
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Image objectives: what the velocities of a trajectory are pushed towards."""
+"""Image objectives: losses on the velocities of sampled images, given advantages."""
 
 from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
 

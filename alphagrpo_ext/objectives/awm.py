@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""AWM: a policy gradient with the flow-matching loss of pretraining in place of the log-likelihood.
+"""
+Advantage weighted matching (AWM): a policy gradient in which the flow-matching loss replaces the log-likelihood.
 
-Source: https://huggingface.co/papers/2509.25050 (advantage weighted matching), with the ratio of every noised copy, the
-clipping and the `Uniform` weighting of `train_sd3_awm.py` in https://github.com/scxue/advantage_weighted_matching.
+Source: https://huggingface.co/papers/2509.25050. The ratio of every noised copy, the clipping and the weighting
+`Uniform` are those of `train_sd3_awm.py` in https://github.com/scxue/advantage_weighted_matching. Two settings of its
+published runs are not here: a generalised Huber form of the error, and a second KL towards a moving average of the
+policy. With `sync_ref_model`, the one reference model is such an average.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ from alphagrpo_ext.objectives.clipping import ClippedObjective, likelihood_ratio
 @OBJECTIVES.register("awm")
 class AWM(ClippedObjective):
     """
-    `-min(r A, clip(r, 1 - eps, 1 + eps) A)` with `r = exp(log p - log p_old)` and `log p = -w ||v_theta - (eps - x_0)||^2`
-    for a noised copy of the painted image, one ratio a copy.
+    `-min(r A, clip(r, 1 - eps, 1 + eps) A)` with `r = exp(log p - log p_old)` and
+    `log p = -w ||v_theta - (eps - x_0)||^2`, with one ratio for each noised copy of the sampled image.
 
-    The likelihood is averaged over latent elements, as that of a transition is, and its weight of times is `w = 1`, as the paper
-    recommends. The published configurations have a clip range of 1, noised copies at times above 0.2, and advantages over their
-    clip range: `--image_epsilon 1 --forward_time_interval 0.2 1` come near; at an equal `image_beta` their penalty is stronger.
+    The likelihood is averaged over latent elements, as that of a transition is. All times have the weight `w = 1`, as
+    the paper recommends. The published configurations have a clip range of 1, noised copies at times above 0.2, and
+    advantages divided by their clip range. `--image_epsilon 1 --forward_time_interval 0.2 1` comes near; at an equal
+    `image_beta` their penalty is stronger.
     """
 
     trains_on = "forward_process"

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contract of an image objective, and the velocities that it is given."""
+"""
+The contract of image objectives, and the scores that they are given.
+
+Scores hold velocities and not log-probabilities, and so do those of the old and the reference policy, so that
+objectives other than Flow-GRPO find what they need.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +40,22 @@ REGULARIZERS: Registry = Registry(
         "velocity": "alphagrpo_ext.objectives.regularizers:velocity",
     },
 )
-"""Functions `(scores, ref_velocities, config) -> divergence` by name; divergences `(images, K)` have a gradient."""
+"""Functions `(scores, ref_velocities, config) -> divergence` by name. Divergences are `(images, K)`, with gradient."""
 
 
 @dataclass
 class ImageScores:
     """
-    The trained transitions of a batch of sampled images, with the policy's guided velocities.
+    The trained steps of a batch of sampled images, with the guided velocities of a policy.
 
     Args:
-        velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`): Guided, fp32, with gradient.
-        latents, next_latents (`torch.Tensor` of shape `(images, K, tokens, channels)`): States before and after.
-        t, t_next (`torch.Tensor` of shape `(images, K)`): Their times.
-        mask (`torch.Tensor` of shape `(images, 1, tokens)`): False on padding.
-        trajectory (`torch.Tensor` of shape `(images,)`): Which trajectory of the batch each image belongs to.
-        clean_latents (`torch.Tensor` of shape `(images, 1, tokens, channels)`): What each path ended in.
+        velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`): Guided velocities, fp32, with gradient.
+        latents, next_latents (`torch.Tensor` of shape `(images, K, tokens, channels)`):
+            States before and after a step.
+        t, t_next (`torch.Tensor` of shape `(images, K)`): Times of these states, falling from 1 towards 0.
+        mask (`torch.Tensor` of shape `(images, 1, tokens)`, bool): False on padding.
+        trajectory (`torch.Tensor` of shape `(images,)`): Index of each image's trajectory in the batch.
+        clean_latents (`torch.Tensor` of shape `(images, 1, tokens, channels)`): The sampled images.
     """
 
     velocities: torch.Tensor
@@ -69,36 +75,25 @@ class ImageScores:
         output: PackedOutput,
     ) -> ImageScores | None:
         """
-        Guide the velocities of a packed forward and put them in order. `None` if there is nothing to score.
+        Scores from a packed forward: its velocities guided and in order. `None` if no image has a window.
 
         Args:
             trajectories (`Sequence[Trajectory]`): What was packed.
-            batch ([`PackedBatch`]), output ([`PackedOutput`]): Layout and result of the forward.
+            batch ([`PackedBatch`]): The packed trajectories.
+            output ([`PackedOutput`]): Result of the forward.
+
+        Raises:
+            `ValueError`: If windows have different numbers of steps.
         """
         if batch.velocities is None:
             return None
-        device = output.velocities.device
-        layout = batch.velocities
         images = [image for t in trajectories for image in t.sampled_images if image.window is not None]
         windows = [image.window for image in images]
         num_steps = {window.num_steps for window in windows}
         if len(num_steps) != 1:
             raise ValueError(f"all windows of a batch must have the same number of steps, but they have {num_steps}")
-        # Row of each (branch, image, step) among the copies; -1 where a branch is not needed at that time.
-        rows = torch.full((len(layout.branches), len(windows), num_steps.pop()), -1)
-        rows[layout.branch, layout.image, layout.step] = torch.arange(len(layout.image))
-        velocities = output.velocities[rows[0].to(device)]
-        mask = layout.mask[rows[0]][:, :1].to(device)
-        # Images and steps that need the same branches are guided together.
-        for needed in (rows >= 0).flatten(1).int().unique(dim=1).T.bool():
-            branches = needed.nonzero().flatten().tolist()
-            if len(branches) == 1:
-                continue
-            guided = ((rows >= 0) == needed[:, None, None]).all(dim=0).to(device)
-            by_name = {layout.branches[i]: output.velocities[rows[i].to(device)[guided]] for i in branches}
-            image_mask = mask.expand(*guided.shape, -1)[guided]
-            velocities = velocities.index_put((guided,), batch.guidance.combine(by_name, mask=image_mask))
-        num_tokens = velocities.shape[2]
+        velocities, mask = _guide(batch, output.velocities, len(windows), num_steps.pop())
+        device, num_tokens = velocities.device, velocities.shape[2]
 
         def stack(states: Sequence[torch.Tensor]) -> torch.Tensor:
             padded = [torch.nn.functional.pad(s, (0, 0, 0, num_tokens - s.shape[1])) for s in states]
@@ -117,19 +112,44 @@ class ImageScores:
         )
 
 
+def _guide(
+    batch: PackedBatch, velocities: torch.Tensor, num_images: int, num_steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Guided velocities `(images, steps, tokens, channels)` and mask `(images, 1, tokens)`, from the velocities
+    `(copies, tokens, channels)` of all branches.
+    """
+    layout, device = batch.velocities, velocities.device
+    # Copy of each (branch, image, step); -1 where a branch is not needed at that time.
+    copies = torch.full((len(layout.branches), num_images, num_steps), -1)
+    copies[layout.branch, layout.image, layout.step] = torch.arange(len(layout.image))
+    result = velocities[copies[0].to(device)]
+    mask = layout.mask[copies[0]][:, :1].to(device)
+    # Images and steps that need the same branches are guided together.
+    for needed in (copies >= 0).flatten(1).int().unique(dim=1).T.bool():
+        branches = needed.nonzero().flatten().tolist()
+        if len(branches) == 1:
+            continue
+        guided = ((copies >= 0) == needed[:, None, None]).all(dim=0).to(device)
+        by_name = {layout.branches[i]: velocities[copies[i].to(device)[guided]] for i in branches}
+        image_mask = mask.expand(*guided.shape, -1)[guided]
+        result = result.index_put((guided,), batch.guidance.combine(by_name, mask=image_mask))
+    return result, mask
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """
     Settings that image objectives share.
 
     Args:
-        sde_type (`str`): Transition that the window was sampled with.
-        noise_level (`float`): Its noise level.
+        sde_type (`str`): Kind of the transitions that the window was sampled with.
+        noise_level (`float`): Noise level of these transitions.
         epsilon (`float`): Clip range of the ratio.
-        beta (`float`): Weight of the regulariser towards the reference model.
-        kl_type (`str`): `"mean"` or `"velocity"`, what the regulariser compares.
+        beta (`float`): Weight of the regulariser.
+        kl_type (`str`): What the regulariser compares with the reference model: `"mean"` or `"velocity"`.
         advantage_clip (`float`): Largest absolute advantage.
-        nft_beta (`float`): How much of the implicit policies of DiffusionNFT is the current one.
+        nft_beta (`float`): Share of the current policy in the implicit policies of DiffusionNFT.
     """
 
     sde_type: str = "flow_sde"
@@ -144,11 +164,13 @@ class ObjectiveConfig:
 @dataclass
 class ObjectiveOutput:
     """
+    Result of an image objective.
+
     Args:
         loss (`torch.Tensor` of shape `(images,)`):
-            Loss of every image, averaged over its trained steps. Each step's loss depends on that step alone, so that the
+            Loss of every image, averaged over its trained steps. The loss of a step depends on that step alone, so the
             steps can be trained in several forwards.
-        metrics (`dict[str, torch.Tensor]`): Scalars, without gradient, averaged over steps.
+        metrics (`dict[str, torch.Tensor]`): Scalars without gradient, averaged over images and steps.
     """
 
     loss: torch.Tensor
@@ -157,12 +179,17 @@ class ObjectiveOutput:
 
 class ImageObjective(ABC):
     """
-    What turns advantages into a loss on velocities. Register one with `@OBJECTIVES.register("name")`.
+    A loss on velocities, given advantages. Register one with `@OBJECTIVES.register("name")`.
 
-    What an objective trains on is its class attribute `trains_on`: the `"transitions"` of a window of stochastic steps, with
-    guidance; or the `"forward_process"`, where images are painted deterministically and the K steps of the scores are
-    noised copies of the painted image, at times that all images share. Their velocities are those given all conditions,
-    without guidance, and neither `next_latents` nor `t_next` has a meaning.
+    The class attribute `trains_on` says what an objective trains on:
+
+    - `"transitions"`: the stochastic steps of a window, with guidance.
+    - `"forward_process"`: images are sampled deterministically, and the K steps of the scores are noised copies of the
+      sampled image, at times that all images share. `next_latents` and `t_next` have no meaning. Velocities are
+      without guidance, because flow matching has no guided target; if rollouts use guidance, training distils it.
+
+    The rollout fills the window of each image accordingly. Packing, windows that are trained in parts, old and
+    reference velocities, buffers and checkpoints treat both alike.
 
     Args:
         config ([`ObjectiveConfig`]): Shared settings.
@@ -188,9 +215,9 @@ class ImageObjective(ABC):
         """
         Args:
             scores ([`ImageScores`]): The current policy on the batch.
-            advantages (`torch.Tensor` of shape `(images,)`): Of each image's trajectory.
-            old_velocities (`torch.Tensor`, *optional*):
-                Guided velocities of the policy that sampled, of the shape of `scores.velocities`. `None` means that it
-                is the current one.
-            ref_velocities (`torch.Tensor`, *optional*): Guided velocities of the reference model.
+            advantages (`torch.Tensor` of shape `(images,)`): Advantage of each image.
+            old_velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`, *optional*):
+                Guided velocities of the policy that sampled. `None` means that it is the current one.
+            ref_velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`, *optional*):
+                Guided velocities of the reference model.
         """

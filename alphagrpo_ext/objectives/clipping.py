@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""PPO's clipped surrogate, and what objectives with a ratio share."""
+"""PPO's clipped surrogate, and the base class of objectives with a likelihood ratio."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def clipped_surrogate(
     `-min(r A, clip(r, 1 - eps, 1 + eps) A)` (https://huggingface.co/papers/1707.06347, equation 7).
 
     Args:
-        ratio (`torch.Tensor` of shape `(images, K)`): Ratio r of new to old likelihood.
-        advantages (`torch.Tensor` of shape `(images,)`): Advantage A.
-        epsilon (`float`): Clip range.
+        ratio (`torch.Tensor` of shape `(images, K)`): Ratios r of new to old likelihood.
+        advantages (`torch.Tensor` of shape `(images,)`): Advantages A.
+        epsilon (`float`): Clip range, at least 0.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Loss and whether clipping took the gradient away, both `(images, K)`.
+        `tuple[torch.Tensor, torch.Tensor]`: Loss, and whether clipping set the gradient to 0, both `(images, K)`.
     """
     advantages = advantages[:, None]
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
@@ -38,12 +38,16 @@ def likelihood_ratio(
     log_prob: Callable[[torch.Tensor], torch.Tensor], velocities: torch.Tensor, old_velocities: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `exp(log p - log p_old)`, and `log p`.
+    Likelihood ratio `exp(log p - log p_old)`, which is exactly 1 where the policies are the same.
 
     Args:
-        log_prob (`Callable[[torch.Tensor], torch.Tensor]`): From velocities to log-likelihoods `(images, K)`.
-        velocities (`torch.Tensor`): Of the current policy.
-        old_velocities (`torch.Tensor`, *optional*): Of the policy that sampled. `None` means that it is the current one.
+        log_prob (`Callable[[torch.Tensor], torch.Tensor]`): Maps velocities to log-likelihoods `(images, K)`.
+        velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`): Velocities of the current policy.
+        old_velocities (`torch.Tensor` of the same shape, *optional*):
+            Velocities of the policy that sampled. `None` means that it is the current one.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Ratios without gradient through `p_old`, and `log p`, both `(images, K)`.
     """
     log_probs = log_prob(velocities)
     old_log_probs = log_probs.detach()
@@ -54,14 +58,14 @@ def likelihood_ratio(
 
 
 class ClippedObjective(ImageObjective):
-    """A clipped surrogate with the regulariser. Subclasses say what the ratio is."""
+    """An objective with the clipped surrogate and the regulariser. Subclasses define the ratio."""
 
     @abstractmethod
     def ratio(self, scores: ImageScores, old_velocities: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ratios and log-likelihoods `(images, K)`; arguments as those of the call."""
+        """Ratios and log-likelihoods, both `(images, K)`. See [`ImageObjective.__call__`] for the arguments."""
 
     def step_weights(self, scores: ImageScores) -> torch.Tensor | float:
-        """Factors `(images, K)` of the surrogate."""
+        """Factors `(images, K)` that the surrogate is multiplied by."""
         return 1.0
 
     def __call__(

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""DiffusionNFT: flow matching towards images of high reward and away from those of low reward.
+"""
+DiffusionNFT: flow matching towards images of high reward and away from images of low reward.
 
-Source: https://huggingface.co/papers/2509.16117, theorem 3.2 (equation 5), with the optimality reward and the adaptive loss
-weighting of section 3.3.
+Source: https://huggingface.co/papers/2509.16117, theorem 3.2 (equation 5), with the optimality reward and the adaptive
+loss weighting of section 3.3. There are two differences.
+
+- By default the current policy samples, which is the paper's `eta = 0`. Section 3.3 finds this fast at first and prone
+  to collapse. The paper's experiments sample with a copy that follows the policy, by `min(0.001 i, 0.5)` at update i;
+  see `rollout_policy`.
+- Noised copies are at times that are stratified over `forward_time_interval`; the authors' code takes the times of the
+  sampler's steps.
 """
 
 from __future__ import annotations
@@ -16,19 +23,21 @@ from alphagrpo_ext.objectives.regularizers import regularized
 
 
 MIN_ERROR = 1e-5
+"""Smallest mean absolute error that a loss is divided by."""
 
 
 @OBJECTIVES.register("diffusion_nft")
 class DiffusionNFT(ImageObjective):
     """
-    `r ||v+ - v||^2 + (1 - r) ||v- - v||^2` with `v+ = (1 - beta) v_old + beta v_theta` and
-    `v- = (1 + beta) v_old - beta v_theta`, for the velocity `v = eps - x_0` of a noised copy of the painted image.
+    `r ||v+ - v||^2 + (1 - r) ||v- - v||^2` for a noised copy of the sampled image, with `v = eps - x_0`,
+    `v+ = (1 - beta) v_old + beta v_theta`, `v- = (1 + beta) v_old - beta v_theta`, and the optimality probability
+    `r = (1 + clip(A, -c, c) / c) / 2` of an advantage A.
 
-    `r = (1 + clip(A, -c, c) / c) / 2` is the optimality probability of an advantage A. As in the paper's section 3.3 the
-    squares are those of the predicted images `x_t - t v`, each over its own mean absolute error without gradient, in place of
-    a weight of times: gradients have a like size in the predicted image, so in the velocity they grow with `t`. As in the
-    authors' code, and not in equation 5, the loss is multiplied by `c / beta`, so that the size of its gradient depends on
-    neither where the policy is the one that sampled.
+    As in section 3.3 of the paper, the squares are those of the predicted images `x_t - t v`, each divided by its own
+    mean absolute error without gradient. This replaces a weight of times: gradients have a similar size in the
+    predicted image, and so grow with `t` in the velocity. As in the authors' code, and unlike equation 5, the loss is
+    multiplied by `c / beta`. Where the current policy samples, the size of the gradient then depends neither on c nor
+    on beta, so that the learning rate needs no change with them.
     """
 
     trains_on = "forward_process"
@@ -62,7 +71,9 @@ class DiffusionNFT(ImageObjective):
 
     @staticmethod
     def _image_loss(scores: ImageScores, velocities: torch.Tensor) -> torch.Tensor:
-        """Self-normalised error `(images, K)` of the image that velocities predict."""
+        """
+        Self-normalised error `(images, K)` of the images that velocities `(images, K, tokens, channels)` predict.
+        """
         error = scores.latents - scores.t[..., None, None] * velocities - scores.clean_latents
         size = latent_mean(error.detach().abs(), scores.mask).clamp(min=MIN_ERROR)
         return latent_mean(error.square(), scores.mask) / size

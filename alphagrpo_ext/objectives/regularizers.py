@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What holds the policy near the reference model: divergences that any objective can add to its loss."""
+"""Divergences from the reference model, which any objective can add to its loss."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from alphagrpo_ext.objectives.base import REGULARIZERS, ImageScores, ObjectiveCo
 @REGULARIZERS.register("mean")
 def transition_mean(scores: ImageScores, ref_velocities: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
     """
-    `||mean - mean_ref||^2 / (2 std^2)`, averaged over latent elements: the exact divergence of two transitions
-    (Flow-GRPO, https://huggingface.co/papers/2505.05470). It needs a window of transitions. Code derived from the authors' has
-    a `std` without `sqrt(dt)` here under Flow-SDE, so its coefficients are `1 / dt` times as large for the same penalty.
+    `||mean - mean_ref||^2 / (2 std^2)`, averaged over latent elements, `(images, K)`. This is the exact divergence of
+    two transitions (Flow-GRPO, https://huggingface.co/papers/2505.05470), so it needs a window of transitions. Code
+    derived from the authors' uses a `std` without `sqrt(dt)` under Flow-SDE: for the same penalty its coefficients are
+    `1 / dt` times as large.
     """
     with torch.no_grad():
         reference = score_transitions(scores, ref_velocities, config)
@@ -26,14 +27,14 @@ def transition_mean(scores: ImageScores, ref_velocities: torch.Tensor, config: O
 @REGULARIZERS.register("velocity")
 def velocity(scores: ImageScores, ref_velocities: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
     """
-    `||v - v_ref||^2`, averaged over latent elements: weighs all times alike (UniGRPO,
-    https://huggingface.co/papers/2603.23500; also DiffusionNFT's and AWM's).
+    `||v - v_ref||^2`, averaged over latent elements, `(images, K)`. It weighs all times equally, as in UniGRPO
+    (https://huggingface.co/papers/2603.23500), DiffusionNFT and AWM.
     """
     return velocity_mse(scores.velocities, ref_velocities, scores.mask)
 
 
 def score_transitions(scores: ImageScores, velocities: torch.Tensor, config: ObjectiveConfig) -> TransitionOutput:
-    """The window's steps under given velocities of the shape of `scores.velocities`."""
+    """The steps of all windows as transitions under `velocities` `(images, K, tokens, channels)`."""
     return transition(
         config.sde_type,
         scores.latents,
@@ -54,13 +55,14 @@ def regularized(
     config: ObjectiveConfig,
 ) -> ObjectiveOutput:
     """
-    An objective's output, with the regulariser where there is a reference.
+    Output of an objective, with the regulariser `beta D` added if there is a reference model.
 
     Args:
-        loss (`torch.Tensor` of shape `(images, K)`): Loss of every trained step.
-        metrics (`dict[str, torch.Tensor]`): Scalars; `kl` is added.
+        loss (`torch.Tensor` of shape `(images, K)`): Loss of every trained step, without the regulariser.
+        metrics (`dict[str, torch.Tensor]`): Scalars. `kl` is added.
         scores ([`ImageScores`]): The current policy on the batch.
-        ref_velocities (`torch.Tensor`, *optional*): Velocities of the reference model.
+        ref_velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`, *optional*):
+            Velocities of the reference model.
         config ([`ObjectiveConfig`]): Weight and kind of the regulariser.
     """
     if config.beta and ref_velocities is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.flow.solvers import ODE_SOLVERS, Evaluation
+from alphagrpo_ext.flow.solvers import ODE_SOLVERS, VelocityEvaluation
 from alphagrpo_ext.flow.timesteps import DenoisingPath, denoising_path, flow_timesteps
 from alphagrpo_ext.flow.transitions import TRANSITIONS, transition
 from alphagrpo_ext.models.contract import Cache, Guidance, UnifiedModel
@@ -140,7 +140,7 @@ def denoise(
     solver = ODE_SOLVERS.get(config.ode_solver)
     latents = noise.float()
     states, log_probs = [], []
-    evaluations: list[Evaluation] = []
+    evaluations: list[VelocityEvaluation] = []
     last_branches: tuple[str, ...] = ()
     for step in range(len(timesteps) - 1):
         t, t_next = timesteps[step], timesteps[step + 1]
@@ -150,7 +150,7 @@ def denoise(
         if step not in window:
             if branches != last_branches:
                 evaluations = []
-            evaluations = [*evaluations, Evaluation(t, latents, velocity)][-solver.order :]
+            evaluations = [*evaluations, VelocityEvaluation(t, latents, velocity)][-solver.order :]
             latents, last_branches = solver.step(evaluations, t_next), branches
             continue
         if not states:

@@ -36,7 +36,7 @@ def training_flops(model: BagelModel, inputs: dict[str, torch.Tensor]) -> int:
         inputs (`dict[str, torch.Tensor]`): Of a [`PackedBatch`].
     """
     is_token = inputs["blocks"] != PADDING_BLOCK
-    pairs = visibility_mask(*(inputs[name] for name in ("positions", "blocks", "horizons", "rows")))
+    pairs = visibility_mask(*(inputs[name] for name in ("positions", "blocks", "horizons", "sequence_ids")))
     pairs &= is_token[:, None] & is_token[:, :, None]
     num_latents = (is_token[:, inputs["input_ids"].shape[1] :]).sum().item()
     forward = (

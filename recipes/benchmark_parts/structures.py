@@ -121,9 +121,9 @@ def _step_by_step(update: Update, reuses_contexts: bool) -> float:
     states: tuple[ContextStates, ...] | None = None
     for part in split_window_steps(with_own_pictures(update.trajectories), 1):
         batch = pack_alone(update.model, part)
-        layout = PackedLayout.of(batch.inputs)
+        layout = PackedLayout.from_inputs(batch.inputs)
         with update.autocast():
-            embeddings = model.embed_rows(batch.inputs)
+            embeddings = model.embed_sequences(batch.inputs)
             if states is None or not reuses_contexts:
                 contexts = layout.contexts_alone()
                 with torch.no_grad():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
-from alphagrpo_ext.models.bagel.layout import BagelRow, collate_rows
+from alphagrpo_ext.models.bagel.layout import BagelSequence, collate_sequences
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
@@ -167,7 +167,7 @@ def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
 class PretrainingBatch:
     """
     Args:
-        inputs (`dict[str, torch.Tensor]`): Of [`collate_rows`].
+        inputs (`dict[str, torch.Tensor]`): Result of [`collate_sequences`].
         text_index, text_targets (`torch.Tensor` of shape `(texts,)`):
             Places in the flattened `input_ids` whose next token is learned, and that token.
         velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*): Places of noised latents.
@@ -201,7 +201,7 @@ def build_batch(
     """
     rows, texts, starts, targets = [], [], [], []
     for index, example in enumerate(examples):
-        row = BagelRow(config)
+        row = BagelSequence(config)
         for block in example.context:
             if isinstance(block, str):
                 row.add_text(processor.encode_text(block))
@@ -224,7 +224,7 @@ def build_batch(
                 starts.append((index, row.add_latents(noised, grid, time, noised=True)))
                 targets.append(noise - clean)
         rows.append(row)
-    inputs = collate_rows(rows, config)
+    inputs = collate_sequences(rows, config)
     text = torch.tensor(texts)
     velocity_index = None
     if starts:

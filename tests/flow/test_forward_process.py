@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alphagrpo_ext.flow import draw_times, noised_latents
+from alphagrpo_ext.flow.forward_process import draw_times, noised_latents
 
 
 def test_noised_latents_are_a_line_from_image_to_noise() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphagrpo_ext.flow import GuidanceConfig, PlainGuidance, in_interval
+from alphagrpo_ext.flow.guidance import GuidanceConfig, PlainGuidance, in_interval
 
 
 class TestInInterval:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from alphagrpo_ext.flow import ODE_SOLVERS, Evaluation, flow_timesteps
+from alphagrpo_ext.flow.solvers import ODE_SOLVERS, VelocityEvaluation
+from alphagrpo_ext.flow.timesteps import flow_timesteps
 
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,9 +29,9 @@ def gaussian_state(noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def solve(name: str, timesteps: torch.Tensor, x: torch.Tensor, velocity: Velocity) -> torch.Tensor:
     solver = ODE_SOLVERS.get(name)
-    evaluations: list[Evaluation] = []
+    evaluations: list[VelocityEvaluation] = []
     for t, t_next in zip(timesteps[:-1], timesteps[1:], strict=True):
-        evaluations = [*evaluations, Evaluation(t, x, velocity(x, t))][-solver.order :]
+        evaluations = [*evaluations, VelocityEvaluation(t, x, velocity(x, t))][-solver.order :]
         x = solver.step(evaluations, t_next)
     return x
 
@@ -41,7 +42,7 @@ def noise() -> torch.Tensor:
 
 
 def measured_order(name: str, noise: torch.Tensor, first: float, last: float, shift: float) -> float:
-    """Over four halvings of the steps, the mean power of two that each divides the error by."""
+    """Mean power of two that a halving of the steps divides the error by, over four halvings."""
 
     def error(num_steps: int) -> float:
         timesteps = last + (first - last) * flow_timesteps(num_steps + 1, shift)
@@ -61,7 +62,7 @@ def test_order_of_convergence(noise: torch.Tensor, name: str, first: float, last
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_order_of_convergence_of_dpmpp_2m(noise: torch.Tensor, shift: float) -> None:
-    """At least two where lambda is finite, and more than Euler's with the steps at both ends, which are Euler's."""
+    """The order is at least two where lambda is finite. With the ends, where steps are Euler's, it is above Euler's."""
     assert measured_order("dpmpp_2m", noise, 0.9, 0.15, shift) > 2
     assert measured_order("dpmpp_2m", noise, 1.0, 0.0, shift) > 1.3
 
@@ -94,7 +95,7 @@ def test_ab2_equals_its_textbook_form(noise: torch.Tensor) -> None:
     """For steps of one length, `x + h (3/2 f_n - 1/2 f_(n-1))`."""
     times = torch.tensor([0.8, 0.6, 0.4])
     velocities = [gaussian_velocity(noise, t) for t in times[:2]]
-    evaluations = [Evaluation(t, noise, v) for t, v in zip(times[:2], velocities, strict=True)]
+    evaluations = [VelocityEvaluation(t, noise, v) for t, v in zip(times[:2], velocities, strict=True)]
     expected = noise - 0.2 * (1.5 * velocities[1] - 0.5 * velocities[0])
     torch.testing.assert_close(ODE_SOLVERS.get("ab2").step(evaluations, times[2]), expected)
 

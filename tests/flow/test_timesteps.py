@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from alphagrpo_ext.flow import denoising_path, draw_window, flow_timesteps
+from alphagrpo_ext.flow.timesteps import denoising_path, draw_window, flow_timesteps
 
 
 class TestFlowTimesteps:
@@ -114,7 +114,7 @@ class TestDenoisingPath:
         def before(start, ode_steps):
             return denoising_path(flow_timesteps(41), range(start, start + 4), ode_steps).window.start
 
-        # Of the 36 steps outside a window, so many are before it: none, 1, 9, 18, 35, all.
+        # Number of the 36 steps outside a window that are before it: none, 1, 9, 18, 35, all.
         starts = [0, 1, 9, 18, 35, 36]
         assert [before(start, 12) for start in starts] == [0, 1, 3, 6, 11, 12]
         assert [before(start, 2) for start in starts] == [0, 1, 1, 1, 1, 2]

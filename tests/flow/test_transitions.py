@@ -6,14 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from alphagrpo_ext.flow import (
-    TRANSITIONS,
-    flow_timesteps,
-    gaussian_kl,
-    ode_step,
-    transition,
-    velocity_mse,
-)
+from alphagrpo_ext.flow.timesteps import flow_timesteps
+from alphagrpo_ext.flow.transitions import TRANSITIONS, gaussian_kl, ode_step, transition, velocity_mse
 
 
 KINDS = tuple(TRANSITIONS)

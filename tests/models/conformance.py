@@ -24,7 +24,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from alphagrpo_ext.flow import GuidanceConfig, transition
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.flow.transitions import transition
 from alphagrpo_ext.models.contract import PackedOutput, UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.saving import save_model

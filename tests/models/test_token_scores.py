@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models import token_scores
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelHead

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import flow_timesteps
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, VelocityLayout
@@ -125,7 +125,7 @@ GRIDS = ((2, 2), (1, 3))
 
 
 def make_packed(guidance: GuidanceConfig, seed: int = 0) -> tuple[list[Trajectory], PackedBatch, PackedOutput]:
-    """Two images of different sizes, one a trajectory, with a trajectory without an image between them."""
+    """Two trajectories with an image each, of different sizes, and one without an image between them."""
     generator = torch.Generator().manual_seed(seed)
     times = flow_timesteps(6)[:4]
     trajectories, copies = [], []

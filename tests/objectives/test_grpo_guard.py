@@ -22,7 +22,7 @@ from support.scalar_scores import (
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kl_type", ["mean", "velocity"])
 def test_loss_and_metrics_equal_scalar_arithmetic(kl_type: str, masked: bool) -> None:
-    """From the paper's form: the log-ratio, plus the squared distance of means, times the deviation."""
+    """The ratio in the paper's form: the log-ratio plus the squared distance of means, times the deviation."""
     config = ObjectiveConfig(noise_level=0.6, epsilon=0.005, beta=0.3, kl_type=kl_type, advantage_clip=1.5)
     scores = make_scores(masked=masked)
     old, ref = near(scores.velocities, 0.1), near(scores.velocities, 0.5, seed=2)
@@ -79,7 +79,7 @@ def test_a_gradient_step_follows_the_advantage(sde_type: str, sign: float) -> No
 
 
 def test_ratios_of_a_policy_that_moved_are_centred() -> None:
-    """Where Flow-GRPO's log-ratios have a mean below 0, and the more so the less noise a step has."""
+    """The log-ratios of Flow-GRPO have a mean below 0, which is lower the less noise a step has."""
     generator = torch.Generator().manual_seed(0)
     scores = make_scores()
     config = ObjectiveConfig(noise_level=0.5)

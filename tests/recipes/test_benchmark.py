@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphagrpo_ext.models.bagel.layout import BagelRow
+from alphagrpo_ext.models.bagel.layout import BagelSequence
 from alphagrpo_ext.models.work import WorkCounter
 from benchmark_parts.flops import denoising_flops, token_flops, training_flops
 from benchmark_parts.structures import (
@@ -66,10 +66,7 @@ def test_baselines_share_no_context(update: Update) -> None:
     ]
     expected = 0
     for context in contexts:
-        row = BagelRow(update.model.config)
-        for segment in context:
-            row.add_segment(segment)
-        expected += row.num_tokens
+        expected += BagelSequence.from_segments(context, update.model.config).num_tokens
     assert num_tokens(pack_alone(update.model, update.trajectories))[0] == expected
     assert num_tokens(update.model.pack(update.trajectories, GUIDANCE))[0] < expected
 

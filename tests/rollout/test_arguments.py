@@ -4,7 +4,7 @@
 
 import pytest
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.rollout import RolloutConfig
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.rollout.denoising import DenoisingConfig

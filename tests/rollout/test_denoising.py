@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphagrpo_ext.flow import GuidanceConfig, flow_timesteps
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.solvers import AdamsBashforth2
+from alphagrpo_ext.flow.timesteps import flow_timesteps
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.trajectory import DenoisingWindow, TextSegment

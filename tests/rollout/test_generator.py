@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.rollout import Refinement, RolloutConfig, refine
 from alphagrpo_ext.rollout.denoising import DenoisingConfig

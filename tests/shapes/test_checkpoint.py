@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelConfig, BagelModel
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, branch_context
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from trl import GRPOConfig, TrlParser
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.trainer import AlphaGRPOConfig
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from alphagrpo_ext.trainer.scoring import PackedScores, join_window_steps, split_window_steps

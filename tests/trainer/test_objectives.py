@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alphagrpo_ext.flow import velocity_mse
+from alphagrpo_ext.flow.transitions import velocity_mse
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.objectives.regularizers import score_transitions
 from alphagrpo_ext.trainer import AlphaGRPOTrainer

@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Keys and values of contexts: a prefix that a whole group shares, and slots that one thought's images may share."""
+"""
+Keys and values of contexts that BAGEL has read, for the samples that continue them.
+
+- A *sample* is one entry of the batch that is sampled. The contract calls their number `num_rows`.
+- A *prefix* is what the samples of a group share. It is computed once and read in place, by a reshape of the queries.
+- *Slots* hold what follows the prefix, sample by sample. They are allocated once, and every block is written into
+  them, so that a turn copies no cache. A denoising step writes behind the slots in use and does not claim them.
+
+Each prefix slot and each slot stores its block number, so selecting the beginning of a context is a mask over slots.
+Keys and values are copied only where a turn ends, layer by layer, so that no two caches are in memory at once.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +18,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 
-from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK
+from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, Extent
 from alphagrpo_ext.trajectory import Segment
 
 
 @dataclass
 class BagelCache:
     """
-    Cache of `rows` samples that share `prefixes` contexts, sample `i` the prefix `i // (rows // prefixes)`.
-
-    Prefixes are computed once and read in place by every sample of their group. The slots after a prefix are
-    allocated once; a block is written into them and attention reads a view, so that a turn copies nothing.
+    Cache of `samples` samples that share `prefixes` prefixes: sample `i` has the prefix `i // (samples // prefixes)`.
 
     Args:
         prefix_blocks (`torch.Tensor` of shape `(prefixes, prefix_slots)`):
             Number of the block that each slot belongs to; `PADDING_BLOCK` where nothing can be seen.
-        blocks (`torch.Tensor` of shape `(rows, capacity)`): The same of the slots after the prefix.
-        positions (`torch.Tensor` of shape `(rows,)`): Rotary position of the next token.
-        num_blocks (`torch.Tensor` of shape `(rows,)`): Number of the next block.
+        blocks (`torch.Tensor` of shape `(samples, capacity)`): The same of the slots after the prefix.
+        positions (`torch.Tensor` of shape `(samples,)`): Rotary position of the next token.
+        num_blocks (`torch.Tensor` of shape `(samples,)`): Number of the next block.
         length (`int`): Slots in use.
-        prefix_keys, prefix_values (`list[torch.Tensor]`): A layer each, `(prefixes, kv_heads, prefix_slots, head_dim)`.
-        keys, values (`list[torch.Tensor]`): A layer each, `(rows, kv_heads, capacity, head_dim)`.
-        segments (`list[list[Segment]]`, *optional*): What every row holds. `None` if that is not known.
+        prefix_keys, prefix_values (`list[torch.Tensor]`):
+            `(prefixes, kv_heads, prefix_slots, head_dim)` for every layer.
+        keys, values (`list[torch.Tensor]`): `(samples, kv_heads, capacity, head_dim)` for every layer.
+        segments (`list[list[Segment]]`, *optional*): What every sample has read. `None` if that is not known.
     """
 
     prefix_blocks: torch.Tensor
@@ -48,15 +57,17 @@ class BagelCache:
     def without_slots(
         cls, prefix_blocks: torch.Tensor, positions: torch.Tensor, num_blocks: torch.Tensor
     ) -> BagelCache:
-        """A cache with one row a prefix and no slots yet."""
+        """A cache with one sample per prefix and no slots yet."""
         return cls(prefix_blocks, prefix_blocks[:, :0], positions, num_blocks)
 
     @property
     def num_rows(self) -> int:
+        """Number of samples."""
         return len(self.positions)
 
     @property
     def group_size(self) -> int:
+        """Samples per prefix."""
         return self.num_rows // len(self.prefix_blocks)
 
     @property
@@ -66,16 +77,19 @@ class BagelCache:
 
     @property
     def mask(self) -> torch.Tensor:
-        """The same of the slots in use after them, `(rows, length)`."""
+        """Slots in use that can be seen, `(samples, length)`."""
         return self.blocks[:, : self.length] != PADDING_BLOCK
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep the keys and values of the prefix that the layer after the last one computed."""
+        """
+        Keep the prefix's keys and values `(prefixes, kv_heads, prefix_slots, head_dim)` of a layer. Layers come in
+        order.
+        """
         self.prefix_keys.append(keys)
         self.prefix_values.append(values)
 
     def head(self, num_rows: int) -> BagelCache:
-        """The first `num_rows` samples, as views; they must be whole groups."""
+        """The first `num_rows` samples as views. They must be whole groups."""
         num_prefixes, rest = divmod(num_rows, self.group_size)
         if rest:
             raise ValueError(f"{num_rows} rows are no whole number of groups of {self.group_size}")
@@ -93,7 +107,7 @@ class BagelCache:
         )
 
     def with_slots(self, group_size: int, capacity: int) -> BagelCache:
-        """`group_size` samples for every row of a cache without slots, each with `capacity` slots of its own."""
+        """From a cache without slots, one with `group_size` samples per prefix that have `capacity` slots each."""
         num_rows = self.num_rows * group_size
         keys, values = (
             [t.new_zeros(num_rows, t.shape[1], capacity, t.shape[3]) for t in states]
@@ -108,60 +122,60 @@ class BagelCache:
             values=values,
         )
 
-    def select(self, index: Sequence[int], ends: Sequence[tuple[int, int]]) -> BagelCache:
+    def select_prefixes(self, indices: Sequence[int], extents: Sequence[Extent]) -> BagelCache:
         """
-        A row for every beginning of a row, of a cache without slots, which is used up.
+        Beginnings of the prefixes of a cache without slots, which is used up.
 
         Args:
-            index (`Sequence[int]`): Rows, once, several times or never.
-            ends (`Sequence[tuple[int, int]]`): Rotary position and number of blocks where each beginning ends.
+            indices (`Sequence[int]`): The prefix that each beginning is taken from, in any order.
+            extents (`Sequence[Extent]`): Where each beginning ends.
         """
-        positions, num_blocks = torch.tensor(list(ends), device=self.positions.device).reshape(-1, 2).T
-        # Rows that stay where they are, are not copied; the others layer by layer, so that no two caches are held.
-        if list(index) != list(range(self.num_rows)):
-            of_rows = torch.tensor(index, device=self.positions.device)
-            self.prefix_blocks = self.prefix_blocks[of_rows]
+        device = self.positions.device
+        positions, num_blocks = torch.tensor(list(extents), device=device).reshape(-1, 2).T
+        # Prefixes that stay where they are need no copy. Others are copied layer by layer.
+        if list(indices) != list(range(self.num_rows)):
+            index = torch.tensor(indices, device=device)
+            self.prefix_blocks = self.prefix_blocks[index]
             for states in (self.prefix_keys, self.prefix_values):
                 for layer, tensor in enumerate(states):
-                    states[layer] = tensor[of_rows]
+                    states[layer] = tensor[index]
         blocks = self.prefix_blocks.masked_fill(self.prefix_blocks >= num_blocks[:, None], PADDING_BLOCK)
         return replace(self, prefix_blocks=blocks, blocks=blocks[:, :0], positions=positions, num_blocks=num_blocks)
 
-    def continued(self, rows: Sequence[int], num_blocks: Sequence[int], capacity: int) -> BagelCache:
+    def continue_samples(self, indices: Sequence[int], num_blocks: Sequence[int], capacity: int) -> BagelCache:
         """
-        Beginnings of rows, to go on from. The cache is used up, layer by layer, so that no two are held.
+        Beginnings of what samples have read, as slots that can be continued. The cache is used up layer by layer.
 
         Args:
-            rows (`Sequence[int]`): Rows, once, several times or never.
-            num_blocks (`Sequence[int]`): Blocks that are kept of each.
+            indices (`Sequence[int]`): The sample that each beginning is taken from, in any order.
+            num_blocks (`Sequence[int]`): Number of blocks of each beginning.
             capacity (`int`): Slots for what follows.
 
         Returns:
-            [`BagelCache`] with an empty prefix, the slots of which hold prefix and slots of this one.
+            [`BagelCache`]: Its prefix is empty, and its slots hold prefix and slots of this cache.
         """
         device = self.positions.device
-        of_rows, ends = (torch.tensor(list(values), device=device) for values in (rows, num_blocks))
-        of_prefixes = of_rows // self.group_size
-        blocks = torch.cat([self.prefix_blocks[of_prefixes], self.blocks[of_rows, : self.length]], dim=1)
+        samples, ends = (torch.tensor(list(values), device=device) for values in (indices, num_blocks))
+        groups = samples // self.group_size
+        blocks = torch.cat([self.prefix_blocks[groups], self.blocks[samples, : self.length]], dim=1)
         blocks = blocks.masked_fill(blocks >= ends[:, None], PADDING_BLOCK)
         num_slots = blocks.shape[1]
 
-        def joined(prefixes: list[torch.Tensor], own: list[torch.Tensor]) -> list[torch.Tensor]:
+        def join(prefixes: list[torch.Tensor], slots: list[torch.Tensor]) -> list[torch.Tensor]:
             layers = []
             while prefixes:
-                prefix, slots = prefixes.pop(0), own.pop(0)
-                layer = prefix.new_zeros(len(of_rows), prefix.shape[1], num_slots + capacity, prefix.shape[3])
-                layer[:, :, : prefix.shape[2]] = prefix[of_prefixes]
-                layer[:, :, prefix.shape[2] : num_slots] = slots[of_rows, :, : self.length]
+                prefix, own = prefixes.pop(0), slots.pop(0)
+                layer = prefix.new_zeros(len(samples), prefix.shape[1], num_slots + capacity, prefix.shape[3])
+                layer[:, :, : prefix.shape[2]] = prefix[groups]
+                layer[:, :, prefix.shape[2] : num_slots] = own[samples, :, : self.length]
                 layers.append(layer)
             return layers
 
-        keys, values = joined(self.prefix_keys, self.keys), joined(self.prefix_values, self.values)
-        spare = blocks.new_full((len(blocks), capacity), PADDING_BLOCK)
+        keys, values = join(self.prefix_keys, self.keys), join(self.prefix_values, self.values)
         return BagelCache(
             prefix_blocks=blocks[:, :0],
-            blocks=torch.cat([blocks, spare], dim=1),
-            positions=self.positions[of_rows],
+            blocks=F.pad(blocks, (0, capacity), value=PADDING_BLOCK),
+            positions=self.positions[samples],
             num_blocks=ends,
             length=num_slots,
             prefix_keys=[layer[:, :, :0] for layer in keys],
@@ -171,7 +185,7 @@ class BagelCache:
         )
 
     def as_prefix(self) -> BagelCache:
-        """A cache without slots, the prefix of which are the slots in use of this one, which has an empty prefix."""
+        """From a cache with an empty prefix, one without slots whose prefix is the slots in use, as views."""
         cache = BagelCache.without_slots(self.blocks[:, : self.length], self.positions, self.num_blocks)
         cache.prefix_keys, cache.prefix_values = (
             [t[:, :, : self.length] for t in states] for states in (self.keys, self.values)
@@ -180,18 +194,18 @@ class BagelCache:
 
     def visibility(self, block_mask: torch.Tensor) -> torch.Tensor:
         """
-        What `n` new tokens see: the prefix, the slots in use, and of each other what `block_mask` says.
+        Mask of `n` new tokens of every sample. They see all visible prefix slots and slots in use.
 
         Args:
-            block_mask (`torch.Tensor` of shape `(rows or 1, n, n)`): Visibility among the new tokens.
+            block_mask (`torch.Tensor` of shape `(samples or 1, n, n)`, bool): Which new tokens see which.
 
         Returns:
-            `torch.Tensor` of shape `(rows, n, prefix_slots + length + n)`.
+            `torch.Tensor` of shape `(samples, n, prefix_slots + length + n)`, bool.
         """
-        rows, num_tokens = self.num_rows, block_mask.shape[1]
+        num_samples, num_tokens = self.num_rows, block_mask.shape[1]
         past = torch.cat([self.prefix_mask.repeat_interleave(self.group_size, dim=0), self.mask], dim=1)
         return torch.cat(
-            [past[:, None].expand(rows, num_tokens, -1), block_mask.expand(rows, num_tokens, num_tokens)], dim=2
+            [past[:, None].expand(num_samples, num_tokens, -1), block_mask.expand(num_samples, -1, -1)], dim=2
         )
 
     def attend(
@@ -204,18 +218,19 @@ class BagelCache:
         scaling: float,
     ) -> torch.Tensor:
         """
-        Attention of new tokens over prefix, slots in use and themselves. Writes their keys and values into the slots
-        after those in use; they stay only if [`commit`] follows.
+        Attention of new tokens over prefix, slots in use and themselves. Their keys and values are written into the
+        slots behind those in use, where they stay only if [`commit`] follows.
 
         Args:
             layer (`int`): Decoder layer.
-            query (`torch.Tensor` of shape `(rows, heads, n, head_dim)`): Rotated queries.
-            key, value (`torch.Tensor` of shape `(rows, kv_heads, n, head_dim)`): Rotated keys, and values.
-            bias (`torch.Tensor` of shape `(rows, 1, n, prefix_slots + length + n)`): 0 where visible, else -inf.
+            query (`torch.Tensor` of shape `(samples, heads, n, head_dim)`): Rotated queries.
+            key, value (`torch.Tensor` of shape `(samples, kv_heads, n, head_dim)`): Rotated keys, and values.
+            bias (`torch.Tensor` of shape `(samples, 1, n, prefix_slots + length + n)`):
+                0 where visible, else very low.
             scaling (`float`): Factor of the scores.
 
         Returns:
-            `torch.Tensor` of shape `(rows, heads, n, head_dim)`.
+            `torch.Tensor` of shape `(samples, heads, n, head_dim)`.
         """
         end = self.length + key.shape[2]
         own_keys, own_values = self.keys[layer], self.values[layer]
@@ -235,9 +250,10 @@ class BagelCache:
         Keep the slots that the last forward wrote.
 
         Args:
-            blocks (`torch.Tensor` of shape `(rows, num_tokens)`): Block of each; `PADDING_BLOCK` where nobody may look.
-            positions (`torch.Tensor` of shape `(rows,)`): Rotary position of the next token.
-            num_blocks (`torch.Tensor` of shape `(rows,)`): Number of the next block.
+            blocks (`torch.Tensor` of shape `(samples, num_tokens)`):
+                Block of each slot; `PADDING_BLOCK` where nothing can be seen.
+            positions (`torch.Tensor` of shape `(samples,)`): Rotary position of the next token.
+            num_blocks (`torch.Tensor` of shape `(samples,)`): Number of the next block.
         """
         end = self.length + blocks.shape[1]
         self.blocks[:, self.length : end] = blocks
@@ -248,12 +264,12 @@ class BagelCache:
 @dataclass(frozen=True)
 class ForkedCache:
     """
-    A cache each row of which is read, in place, by several samples: their images fork after one thought. Denoising them
-    leaves nothing behind.
+    A view of a cache for several images per sample, which are painted after one thought. Each image reads the sample's
+    keys and values in place, by a reshape of the queries, and writes none.
 
     Args:
-        cache ([`BagelCache`]): What they share.
-        forks (`int`): Samples a row, one after the other.
+        cache ([`BagelCache`]): The cache.
+        forks (`int`): Consecutive images per sample.
     """
 
     cache: BagelCache
@@ -261,11 +277,11 @@ class ForkedCache:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Rotary position of the next token, `(samples,)`."""
+        """Rotary position of the next token, `(images,)`."""
         return self.cache.positions.repeat_interleave(self.forks)
 
     def visibility(self, block_mask: torch.Tensor) -> torch.Tensor:
-        """As [`BagelCache.visibility`], for every sample; `block_mask` is the same for all, `(1, n, n)`."""
+        """As [`BagelCache.visibility`], for every image. `block_mask` `(1, n, n)` is the same for all."""
         return self.cache.visibility(block_mask).repeat_interleave(self.forks, dim=0)
 
     def attend(
@@ -277,7 +293,7 @@ class ForkedCache:
         bias: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """As [`BagelCache.attend`]; a sample's keys and values are used, and not written."""
+        """As [`BagelCache.attend`], for every image. The images' keys and values are not written."""
         cache = self.cache
         return attend_in_parts(
             query * scaling,
@@ -294,30 +310,30 @@ def attend_in_parts(
     query: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], bias: torch.Tensor
 ) -> torch.Tensor:
     """
-    Attention over keys and values in several tensors, some of which several consecutive rows share: these are read in
-    place, by a reshape of the queries.
+    Attention over keys and values in several tensors. Consecutive samples may share a part of them, which is read in
+    place by a reshape of the queries.
 
     Args:
-        query (`torch.Tensor` of shape `(rows, heads, n, head_dim)`): Rotated and scaled queries.
+        query (`torch.Tensor` of shape `(samples, heads, n, head_dim)`): Rotated and scaled queries.
         parts (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
-            Keys and values, each `(sharers, kv_heads, slots, head_dim)`, with `sharers` a divisor of `rows`.
-        bias (`torch.Tensor` of shape `(rows, 1, n, slots of all parts)`): 0 where visible, else -inf.
+            Keys and values, each `(sharers, kv_heads, slots, head_dim)`, where `sharers` divides `samples`.
+        bias (`torch.Tensor` of shape `(samples, 1, n, slots of all parts)`): 0 where visible, else very low.
 
     Returns:
-        `torch.Tensor` of shape `(rows, heads, n, head_dim)`.
+        `torch.Tensor` of shape `(samples, heads, n, head_dim)`.
     """
-    rows, heads, num_tokens, head_dim = query.shape
+    num_samples, heads, num_tokens, head_dim = query.shape
     kv_heads = parts[0][0].shape[1]
     repeats = heads // kv_heads
-    query = query.reshape(rows, kv_heads, repeats * num_tokens, head_dim)
+    query = query.reshape(num_samples, kv_heads, repeats * num_tokens, head_dim)
 
     def to_shared(x: torch.Tensor, shared: int) -> torch.Tensor:
-        x = x.reshape(shared, rows // shared, kv_heads, repeats * num_tokens, x.shape[-1]).transpose(1, 2)
-        return x.reshape(shared, kv_heads, (rows // shared) * repeats * num_tokens, x.shape[-1])
+        x = x.reshape(shared, num_samples // shared, kv_heads, repeats * num_tokens, x.shape[-1]).transpose(1, 2)
+        return x.reshape(shared, kv_heads, (num_samples // shared) * repeats * num_tokens, x.shape[-1])
 
     def from_shared(x: torch.Tensor, shared: int) -> torch.Tensor:
-        x = x.reshape(shared, kv_heads, rows // shared, repeats * num_tokens, x.shape[-1]).transpose(1, 2)
-        return x.reshape(rows, heads, num_tokens, x.shape[-1])
+        x = x.reshape(shared, kv_heads, num_samples // shared, repeats * num_tokens, x.shape[-1]).transpose(1, 2)
+        return x.reshape(num_samples, heads, num_tokens, x.shape[-1])
 
     parts = [(keys, values) for keys, values in parts if keys.shape[2]]
     scores = torch.cat(
@@ -326,7 +342,7 @@ def attend_in_parts(
     weights = torch.softmax(scores.float() + bias, dim=-1).to(parts[0][1].dtype)
     weights = weights.split([keys.shape[2] for keys, _ in parts], dim=-1)
     first, *others = (
-        from_shared(to_shared(of_part, len(values)) @ values, len(values))
-        for of_part, (_, values) in zip(weights, parts, strict=True)
+        from_shared(to_shared(part_weights, len(values)) @ values, len(values))
+        for part_weights, (_, values) in zip(weights, parts, strict=True)
     )
     return sum(others, first)

@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How BAGEL lays out texts and images as tokens: blocks, rotary positions, and who sees whom.
+"""
+How BAGEL lays out texts and images as tokens, and which tokens see which.
 
-A row is a sequence of blocks. Text is causal; an image block is seen fully by itself; every block sees the blocks
-before it, except noised images, which nobody but themselves sees. All of that follows from three numbers a token: its
-rotary position, its block, and its horizon, the first block that it does not see any more. Tokens of the understanding
-expert and tokens of the generation expert are kept in two tensors, so that each expert runs on its own tokens without
-gather or scatter; attention does not mind the order.
+- A *sequence* is what the model reads as one context: a list of blocks.
+- A *block* is a text, the latents of an image, or the patches of an image for the vision tower, with a start and an
+  end delimiter.
+- The *understanding expert* (`und`) runs on texts, delimiters and patches, the *generation expert* (`gen`) on latents.
+- The *horizon* of a token is the number of the first block that it does not see, apart from its own.
+- The *extent* of a sequence is where it ends: the rotary position and the block number of what would follow.
+
+Text is causal, tokens of an image see each other, and every block sees the blocks before it. Nobody but itself sees a
+noised image. All of that follows from three numbers per token: rotary position, block and horizon.
+
+Tokens of the two experts are kept in two tensors from embedding to output, and meet only in attention. Each expert
+thus runs on a dense tensor, without the gather and scatter of the reference implementation. Attention does not depend
+on the order of tokens, because visibility does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -22,20 +32,30 @@ from alphagrpo_ext.trajectory import Segment, TextSegment
 
 
 NOISED_BLOCK = 1 << 20
-"""Number of a row's first noised block, beyond every horizon."""
+"""Number of a sequence's first noised block, beyond every horizon."""
 PADDING_BLOCK = 1 << 30
-"""Number of what pads a row, beyond every horizon as well."""
+"""Number of the block that all padding of a sequence belongs to, beyond every horizon."""
+PADDING = {"positions": 0, "blocks": PADDING_BLOCK, "horizons": 0}
+"""Attributes of padding."""
 
 
 def grid_position_ids(rows: int, columns: int, max_side: int) -> torch.Tensor:
-    """Flattened two-dimensional positions `(rows * columns,)`; `max_side` is the side of the table, not the image's."""
+    """
+    Places of an image's tokens in a position table of `max_side` rows and columns.
+
+    Returns:
+        `torch.Tensor` of shape `(rows * columns,)`: Integers in [0, max_side**2).
+
+    Raises:
+        `ValueError`: If the image is larger than the table.
+    """
     if rows > max_side or columns > max_side:
         raise ValueError(f"an image of {rows} x {columns} tokens does not fit the position table of side {max_side}")
     return (torch.arange(rows)[:, None] * max_side + torch.arange(columns)).flatten()
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """`(..., channels, height, width)` to `(..., tokens, patch_size**2 * channels)`, channel fastest."""
+    """`(..., channels, height, width)` to `(..., tokens, patch_size**2 * channels)`, channels varying fastest."""
     *batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     patches = images.reshape(*batch, channels, rows, patch_size, columns, patch_size)
@@ -44,7 +64,7 @@ def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Inverse of [`patchify`]."""
+    """Inverse of [`patchify`], for images of `grid` rows and columns of tokens."""
     *batch, _, size = tokens.shape
     channels = size // patch_size**2
     patches = tokens.reshape(*batch, grid[0], grid[1], patch_size, patch_size, channels)
@@ -60,69 +80,96 @@ def sees(
     key_block: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Whether a query sees a key of its row, from attributes that broadcast.
+    Whether a query sees a key of its sequence, from integer attributes of shapes that broadcast.
 
-    Inside a block a token sees those at its own position or before, which is causal for text, whose positions rise, and
-    full for an image, whose positions are equal. Of other blocks it sees those before its horizon, where no noised block
-    is. Padding sees padding, so that no row of the mask is empty.
+    Inside its block a token sees the tokens at its own position or before. That is causal for a text, whose positions
+    rise, and bidirectional for an image, whose positions are equal. Of the other blocks it sees those before its
+    horizon. Padding sees padding, so that every query sees at least one key.
     """
     return ((query_block == key_block) & (key_position <= query_position)) | (key_block < query_horizon)
 
 
 def visibility_mask(
-    positions: torch.Tensor, blocks: torch.Tensor, horizons: torch.Tensor, rows: torch.Tensor | None = None
+    positions: torch.Tensor, blocks: torch.Tensor, horizons: torch.Tensor, sequence_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Who [`sees`] whom, from the attributes that [`collate_rows`] gives every token, each `(batch, tokens)`; `rows` tells
-    rows apart that follow each other in one sequence.
+    Mask of all pairs of tokens; see [`sees`].
+
+    Args:
+        positions, blocks, horizons (`torch.Tensor` of shape `(batch, tokens)`): Attributes of every token.
+        sequence_ids (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
+            The sequence of every token, where several sequences are concatenated.
 
     Returns:
         `torch.Tensor` of shape `(batch, tokens, tokens)`, bool, queries before keys.
     """
     query = (x[:, :, None] for x in (positions, blocks, horizons))
     mask = sees(*query, positions[:, None, :], blocks[:, None, :])
-    return mask if rows is None else mask & (rows[:, :, None] == rows[:, None, :])
+    return mask if sequence_ids is None else mask & (sequence_ids[:, :, None] == sequence_ids[:, None, :])
+
+
+class Extent(NamedTuple):
+    """
+    Where a sequence, or the beginning of one, ends.
+
+    Args:
+        position (`int`): Rotary position of the next token.
+        num_blocks (`int`): Number of the next block, which is the horizon of what sees all blocks so far.
+    """
+
+    position: int
+    num_blocks: int
+
+
+BEGINNING = Extent(0, 0)
+"""Extent of nothing."""
 
 
 @dataclass
-class _Expert:
-    """Attributes of one expert's tokens in a row, as runs."""
+class ExpertTokens:
+    """Attributes of one expert's tokens in a sequence, one entry for each run of tokens in the same block."""
 
     positions: list[torch.Tensor] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     horizons: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every run."""
+        return [len(positions) for positions in self.positions]
 
     def append(self, positions: torch.Tensor, block: int, horizon: int) -> None:
+        """Add a run of tokens at `positions` `(tokens,)`."""
         self.positions.append(positions)
         self.blocks.append(block)
         self.horizons.append(horizon)
-        self.lengths.append(len(positions))
 
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def attributes(self) -> dict[str, torch.Tensor]:
+        """Positions, blocks and horizons of all tokens, each `(tokens,)`."""
         lengths = torch.tensor(self.lengths, dtype=torch.long)
-        positions = torch.cat(self.positions) if self.positions else torch.zeros(0, dtype=torch.long)
-        blocks = torch.tensor(self.blocks, dtype=torch.long).repeat_interleave(lengths)
-        horizons = torch.tensor(self.horizons, dtype=torch.long).repeat_interleave(lengths)
-        return positions, blocks, horizons
+        return {
+            "positions": torch.cat([torch.zeros(0, dtype=torch.long), *self.positions]),
+            "blocks": torch.tensor(self.blocks, dtype=torch.long).repeat_interleave(lengths),
+            "horizons": torch.tensor(self.horizons, dtype=torch.long).repeat_interleave(lengths),
+        }
 
 
-class BagelRow:
+class BagelSequence:
     """
-    One packed sequence under construction: append blocks in the order in which the model sees them.
+    A sequence under construction: blocks are appended in the order in which the model reads them.
 
     Args:
         config ([`BagelConfig`]): Sizes and delimiters.
-        position, num_blocks (`int`, *optional*, defaults to `0`): Where the sequence goes on, if something is before it.
+        start ([`Extent`], *optional*): Extent of what the sequence continues.
     """
 
-    def __init__(self, config: BagelConfig, position: int = 0, num_blocks: int = 0) -> None:
+    def __init__(self, config: BagelConfig, start: Extent = BEGINNING) -> None:
         self.config = config
-        self.position = position
-        self.num_blocks, self.num_noised = num_blocks, 0
-        # Position and number of blocks before the first segment and after each.
-        self.ends = [(position, num_blocks)]
-        self.und, self.gen = _Expert(), _Expert()
+        self.position, self.num_blocks = start
+        self.num_noised = 0
+        self.extents = [start]
+        """Where the first `n` segments end, for every `n`."""
+        self.und, self.gen = ExpertTokens(), ExpertTokens()
         self.input_ids: list[int] = []
         self.latents: list[torch.Tensor] = []
         self.latent_position_ids: list[torch.Tensor] = []
@@ -130,18 +177,33 @@ class BagelRow:
         self.vit_pixels: list[torch.Tensor] = []
         self.vit_starts: list[int] = []
 
+    @classmethod
+    def from_segments(
+        cls, segments: Iterable[Segment], config: BagelConfig, start: Extent = BEGINNING
+    ) -> BagelSequence:
+        """A sequence of segments."""
+        sequence = cls(config, start)
+        for segment in segments:
+            sequence.add_segment(segment)
+        return sequence
+
+    @property
+    def extent(self) -> Extent:
+        """Where the sequence ends."""
+        return Extent(self.position, self.num_blocks)
+
     @property
     def num_tokens(self) -> int:
         """Tokens of both experts."""
         return sum(self.und.lengths) + sum(self.gen.lengths)
 
-    def _image_delimiters(self, num_inner: int, block: int) -> None:
-        """Start, `num_inner` places of the understanding expert, and end of an image block."""
-        self.input_ids += [self.config.image_start_token_id, *[0] * num_inner, self.config.image_end_token_id]
-        self.und.append(torch.full((num_inner + 2,), self.position), block, self.num_blocks)
+    def _add_image_delimiters(self, num_patches: int, block: int) -> None:
+        """Add the start delimiter, placeholders of patches, and the end delimiter of an image block."""
+        self.input_ids += [self.config.image_start_token_id, *[0] * num_patches, self.config.image_end_token_id]
+        self.und.append(torch.full((num_patches + 2,), self.position), block, self.num_blocks)
 
     def add_text(self, token_ids: Sequence[int]) -> int:
-        """Append a text block; returns the place of its first delimiter among the understanding expert's tokens."""
+        """Append a text block. Returns the index of its first delimiter among the understanding expert's tokens."""
         start = len(self.input_ids)
         ids = [self.config.bos_token_id, *token_ids, self.config.eos_token_id]
         self.input_ids += ids
@@ -153,10 +215,22 @@ class BagelRow:
     def add_latents(
         self, latents: torch.Tensor, grid: tuple[int, int], timestep: float = 0.0, noised: bool = False
     ) -> int:
-        """Append a VAE block; a noised one leaves the rotary position where it was. Returns its place in `gen`."""
+        """
+        Append a block of latents.
+
+        Args:
+            latents (`torch.Tensor` of shape `(tokens, channels)`): Latents at time `timestep`.
+            grid (`tuple[int, int]`): Their rows and columns.
+            timestep (`float`, *optional*, defaults to `0.0`): Time in [0, 1].
+            noised (`bool`, *optional*, defaults to `False`):
+                Whether nothing else sees the block. It then takes no rotary position.
+
+        Returns:
+            `int`: Index of the first latent among the generation expert's tokens.
+        """
         start = sum(self.gen.lengths)
         block = NOISED_BLOCK + self.num_noised if noised else self.num_blocks
-        self._image_delimiters(0, block)
+        self._add_image_delimiters(0, block)
         self.gen.append(torch.full((len(latents),), self.position), block, self.num_blocks)
         self.latents.append(latents)
         self.latent_position_ids.append(grid_position_ids(*grid, self.config.max_latent_size))
@@ -169,19 +243,19 @@ class BagelRow:
         return start
 
     def add_pixels(self, pixel_values: torch.Tensor) -> None:
-        """Append a vision-tower block of an image `(3, height, width)`."""
+        """Append a vision-tower block of an image `(3, height, width)` in [-1, 1]."""
         patch_size = self.config.vision_config.patch_size
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         self.vit_starts.append(len(self.input_ids) + 1)
         self.vit_pixels.append(pixel_values)
-        self._image_delimiters(num_patches, self.num_blocks)
+        self._add_image_delimiters(num_patches, self.num_blocks)
         self.position += 1
         self.num_blocks += 1
 
     def add_segment(self, segment: Segment) -> int | None:
         """
-        Append a segment as context: a text, or an image as VAE block and, if it has pixels, vision block. Returns what
-        [`~BagelRow.add_text`] does of a text.
+        Append a segment as context: a text, or an image as latents and, if it has pixels, patches. Returns the result
+        of [`~BagelSequence.add_text`] for a text.
         """
         start = None
         if isinstance(segment, TextSegment):
@@ -190,7 +264,7 @@ class BagelRow:
             self.add_latents(segment.latents, segment.grid)
             if segment.pixel_values is not None:
                 self.add_pixels(segment.pixel_values)
-        self.ends.append((self.position, self.num_blocks))
+        self.extents.append(self.extent)
         return start
 
 
@@ -199,84 +273,76 @@ def _pad(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
 
 
 def _pad_und(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
-    """Pads to at least one place, because attention refuses a batch of nothing but empty contexts."""
+    """Pad to at least one token, because attention refuses a batch in which all contexts are empty."""
     padded = _pad(tensors, value)
     return padded if padded.shape[1] else padded.new_full((len(tensors), 1), value)
 
 
-def collate_tokens(rows: Sequence[BagelRow], config: BagelConfig) -> dict[str, torch.Tensor]:
+def collate_tokens(sequences: Sequence[BagelSequence], config: BagelConfig) -> dict[str, torch.Tensor]:
     """
-    Pad rows to tensors, pictures for the vision tower aside.
+    Pad sequences to a batch, without the pixels for the vision tower.
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids` `(batch, und)`; `positions`, `blocks`, `horizons` `(batch, und + gen)`,
         understanding tokens first; where there are latents, `latents` `(batch, gen, channels)`, `latent_position_ids`
         `(batch, gen)`, `timesteps` `(batch, images)` and `timestep_index` `(batch, gen)`.
     """
-    input_ids = _pad_und([torch.tensor(row.input_ids, dtype=torch.long) for row in rows])
-    und = [row.und.tensors() for row in rows]
-    gen = [row.gen.tensors() for row in rows]
-    fills = (0, PADDING_BLOCK, 0)
-    attributes = [
-        torch.cat([_pad_und([t[i] for t in und], fill), _pad([t[i] for t in gen], fill)], dim=1)
-        for i, fill in enumerate(fills)
-    ]
-    inputs = dict(zip(("positions", "blocks", "horizons"), attributes, strict=True), input_ids=input_ids)
-    if any(row.latents for row in rows):
-        empty = torch.zeros(0, config.latent_channels)
-        inputs["latents"] = _pad([torch.cat(row.latents).float() if row.latents else empty for row in rows])
-        no_ids = torch.zeros(0, dtype=torch.long)
-        inputs["latent_position_ids"] = _pad(
-            [torch.cat(row.latent_position_ids) if row.latents else no_ids for row in rows]
-        )
-        inputs["timesteps"] = _pad([torch.tensor(row.timesteps, dtype=torch.float32) for row in rows])
-        inputs["timestep_index"] = _pad(
-            [
-                torch.arange(len(row.latents)).repeat_interleave(torch.tensor(row.gen.lengths, dtype=torch.long))
-                for row in rows
-            ]
-        )
+    inputs = {"input_ids": _pad_und([torch.tensor(s.input_ids, dtype=torch.long) for s in sequences])}
+    und, gen = [s.und.attributes() for s in sequences], [s.gen.attributes() for s in sequences]
+    for name, fill in PADDING.items():
+        parts = _pad_und([tokens[name] for tokens in und], fill), _pad([tokens[name] for tokens in gen], fill)
+        inputs[name] = torch.cat(parts, dim=1)
+    if any(s.latents for s in sequences):
+        no_latents, no_ids = torch.zeros(0, config.latent_channels), torch.zeros(0, dtype=torch.long)
+        lengths = [torch.tensor(s.gen.lengths, dtype=torch.long) for s in sequences]
+        inputs |= {
+            "latents": _pad([torch.cat([no_latents, *s.latents]).float() for s in sequences]),
+            "latent_position_ids": _pad([torch.cat([no_ids, *s.latent_position_ids]) for s in sequences]),
+            "timesteps": _pad([torch.tensor(s.timesteps, dtype=torch.float32) for s in sequences]),
+            "timestep_index": _pad([torch.arange(len(n)).repeat_interleave(n) for n in lengths]),
+        }
     return inputs
 
 
-def collate_pixels(rows: Sequence[BagelRow], starts: Sequence[int], config: BagelConfig) -> dict[str, torch.Tensor]:
+def collate_pixels(
+    sequences: Sequence[BagelSequence], starts: Sequence[int], config: BagelConfig
+) -> dict[str, torch.Tensor]:
     """
-    The pictures of rows, each once however often it is looked at.
+    Patches of the images that sequences look at, each image once however many blocks show it.
 
     Args:
-        rows (`Sequence[BagelRow]`): Of which each begins at one of `starts` in the flattened `input_ids`.
+        sequences (`Sequence[BagelSequence]`): Sequences.
+        starts (`Sequence[int]`): Index of the first token of every sequence in the flattened `input_ids`.
+        config ([`BagelConfig`]): Sizes.
 
     Returns:
         `dict[str, torch.Tensor]`: Empty without vision blocks, else `vit_patches` `(images, patches, values)`,
-        `vit_position_ids` and `vit_mask` `(images, patches)`; and `vit_image` `(blocks,)`, the image of every block, and
-        `vit_index` `(blocks, patches)`, the place of its patches in the flattened `input_ids`.
+        `vit_position_ids` and `vit_mask` `(images, patches)`; and `vit_image` `(blocks,)`, the image of every block,
+        and `vit_index` `(blocks, patches)`, the index of its patches in the flattened `input_ids`.
     """
     patch_size, side = config.vision_config.patch_size, config.vision_patches_per_side
-    images: dict[int, int] = {}
-    patches, position_ids, of_block, index = [], [], [], []
-    for row, row_start in zip(rows, starts, strict=True):
-        for pixels, start in zip(row.vit_pixels, row.vit_starts, strict=True):
-            if id(pixels) not in images:
-                images[id(pixels)] = len(images)
-                patches.append(patchify(pixels, patch_size))
-                grid = (pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size)
-                position_ids.append(grid_position_ids(*grid, side))
-            image = images[id(pixels)]
-            of_block.append(image)
-            index.append(torch.arange(len(patches[image])) + row_start + start)
-    if not of_block:
+    images: dict[torch.Tensor, int] = {}
+    block_images, block_starts = [], []
+    for sequence, sequence_start in zip(sequences, starts, strict=True):
+        for pixels, start in zip(sequence.vit_pixels, sequence.vit_starts, strict=True):
+            block_images.append(images.setdefault(pixels, len(images)))
+            block_starts.append(sequence_start + start)
+    if not images:
         return {}
+    grids = [(pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size) for pixels in images]
+    lengths = [rows * columns for rows, columns in grids]
+    index = [torch.arange(lengths[i]) + start for i, start in zip(block_images, block_starts, strict=True)]
     return {
-        "vit_patches": _pad(patches),
-        "vit_position_ids": _pad(position_ids),
-        "vit_mask": _pad([torch.ones(len(ids), dtype=torch.bool) for ids in position_ids], False),
-        "vit_image": torch.tensor(of_block),
+        "vit_patches": _pad([patchify(pixels, patch_size) for pixels in images]),
+        "vit_position_ids": _pad([grid_position_ids(*grid, side) for grid in grids]),
+        "vit_mask": _pad([torch.ones(length, dtype=torch.bool) for length in lengths], False),
+        "vit_image": torch.tensor(block_images),
         "vit_index": _pad(index),
     }
 
 
-def collate_rows(rows: Sequence[BagelRow], config: BagelConfig) -> dict[str, torch.Tensor]:
-    """Pad rows to a batch: what [`collate_tokens`] and [`collate_pixels`] return."""
-    inputs = collate_tokens(rows, config)
+def collate_sequences(sequences: Sequence[BagelSequence], config: BagelConfig) -> dict[str, torch.Tensor]:
+    """Pad sequences to a batch. Returns what [`collate_tokens`] and [`collate_pixels`] return."""
+    inputs = collate_tokens(sequences, config)
     width = inputs["input_ids"].shape[1]
-    return inputs | collate_pixels(rows, range(0, len(rows) * width, width), config)
+    return inputs | collate_pixels(sequences, range(0, len(sequences) * width, width), config)

@@ -31,20 +31,21 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.bagel import generation
 from alphagrpo_ext.models.bagel.attention import (
     CopyStates,
     PackedLayout,
     additive_mask,
+    block_mask_attention,
     copy_attention,
+    visibility_block_mask,
 )
 from alphagrpo_ext.models.bagel.cache import BagelCache
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
-from alphagrpo_ext.models.bagel.flex_attention import block_mask_attention, visibility_block_mask
-from alphagrpo_ext.models.bagel.generation import BagelGenerationMixin
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, patchify, unpatchify, visibility_mask
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedModel
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, SampledText, UnifiedModel
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
@@ -146,12 +147,12 @@ class BagelAttention(nn.Module):
         ]
         query, key, value = (layout.split(*expert_states) for expert_states in zip(*states, strict=True))
         contexts, copies = [], []
-        for i, bucket_layout in enumerate(layout.buckets):
+        for i, masks in enumerate(layout.buckets):
             if layout.has_contexts:
                 context_query, context_key, context_value = (
                     part[0][i].transpose(1, 2) for part in (query, key, value)
                 )
-                mask = bucket_layout.context_mask
+                mask = masks.context_mask
                 output, _ = self._attention_function(mask)(
                     *(self, context_query, context_key, context_value, mask[:, None]),
                     dropout=0.0,
@@ -161,14 +162,15 @@ class BagelAttention(nn.Module):
                 if layout.states is not None:
                     layout.states[i].store(self.layer_idx, context_key, context_value)
             else:
-                context_key, context_value = layout.states[i].of_layer(self.layer_idx)
-            if layout.has_copies and bucket_layout.bucket.copies:
+                states = layout.states[i]
+                context_key, context_value = states.keys[self.layer_idx], states.values[self.layer_idx]
+            if layout.has_copies and masks.bucket.copies:
                 own_query, own_key, own_value = (
                     part[1][i].flatten(1, 2).transpose(1, 2) for part in (query, key, value)
                 )
                 copy_states = CopyStates(own_query, context_key, context_value, own_key, own_value)
-                output = copy_attention(self.config._attn_implementation)(copy_states, bucket_layout, self.scaling)
-                copies.append(output.transpose(1, 2).flatten(2).unflatten(1, (bucket_layout.bucket.copies, -1)))
+                output = copy_attention(self.config._attn_implementation)(copy_states, masks, self.scaling)
+                copies.append(output.transpose(1, 2).flatten(2).unflatten(1, (masks.bucket.copies, -1)))
         und, gen = layout.merge(contexts, copies)
         return self.o_proj(und), self.o_proj_moe_gen(gen) if gen.shape[1] else None
 
@@ -392,7 +394,7 @@ class BagelPreTrainedModel(PreTrainedModel):
             init.zeros_(module.llm2vae.weight)
 
 
-class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
+class BagelModel(BagelPreTrainedModel, UnifiedModel):
     """
     BAGEL with all its parts; module names are those of the released checkpoint.
 
@@ -523,8 +525,8 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         hidden_states = self.connector(hidden_states)
         return hidden_states + self.vit_pos_embed(vit_position_ids).to(hidden_states.dtype)
 
-    def embed_rows(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings of both experts' tokens, from what [`collate_rows`] gives."""
+    def embed_sequences(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings `(batch, tokens, hidden)` of both experts' tokens, from what [`collate_sequences`] returns."""
         und = self.language_model.model.embed_tokens(inputs["input_ids"])
         if "vit_patches" in inputs:
             patches = self.embed_patches(inputs["vit_patches"], inputs["vit_position_ids"], inputs["vit_mask"])
@@ -537,6 +539,28 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         index = inputs["timestep_index"][..., None].expand(-1, -1, times.shape[-1])
         gen = self.embed_latents(inputs["latents"], inputs["latent_position_ids"], times.gather(1, index))
         return und, gen
+
+    def prefill(
+        self,
+        contexts: Sequence[Sequence[Segment]],
+        group_size: int = 1,
+        capacity: int = 0,
+        past: BagelCache | None = None,
+    ) -> BagelCache:
+        return generation.prefill(self, contexts, group_size, capacity, past)
+
+    def sample_text(
+        self, cache: BagelCache, uniforms: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    ) -> SampledText:
+        return generation.sample_text(self, cache, uniforms, temperature, top_k, top_p)
+
+    def predict_velocity(
+        self, cache: BagelCache, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
+    ) -> torch.Tensor:
+        return generation.predict_velocity(self, cache, latents, grid, timestep)
+
+    def answer_logits(self, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
+        return generation.answer_logits(self, pixel_values, questions)
 
     def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
         return pack_trajectories(trajectories, self.guidance(guidance), self.config)
@@ -564,7 +588,7 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         horizons: torch.Tensor,
         score_index: torch.Tensor,
         score_targets: torch.Tensor,
-        rows: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
         buckets: torch.Tensor | None = None,
         velocity_index: torch.Tensor | None = None,
         temperature: float = 1.0,
@@ -572,16 +596,17 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         **images: torch.Tensor,
     ) -> PackedOutput:
         """
-        Score whole trajectories; see [`collate_rows`] and [`pack_trajectories`] for the inputs.
+        Score whole trajectories; see [`collate_sequences`] and [`pack_trajectories`] for the inputs.
 
         Args:
             score_index (`torch.Tensor` of shape `(scores,)`):
                 Places in the flattened `input_ids` whose next token was sampled.
             score_targets (`torch.Tensor` of shape `(scores,)`): The sampled tokens.
-            rows (`torch.Tensor` of shape `(1, und + gen)`, *optional*):
-                The row of every token, if rows are concatenated.
+            sequence_ids (`torch.Tensor` of shape `(1, und + gen)`, *optional*):
+                The sequence of every token, if sequences are concatenated.
             buckets (`torch.Tensor` of shape `(buckets, 5)`, *optional*):
-                How rows are concatenated: one [`Bucket`] per line. Without it, attention uses a mask of all pairs.
+                How sequences are concatenated, one [`Bucket`] per line. Without it, attention uses a mask of all
+                pairs.
             velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*):
                 Places of noised latents in the flattened latents.
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
@@ -591,17 +616,17 @@ class BagelModel(BagelPreTrainedModel, BagelGenerationMixin, UnifiedModel):
         if self.work is not None:
             kind = "training" if torch.is_grad_enabled() else "scoring"
             self.work.count(kind, int((blocks != PADDING_BLOCK).sum()), blocks.numel())
-        und, gen = self.embed_rows({"input_ids": input_ids, **images})
+        und, gen = self.embed_sequences({"input_ids": input_ids, **images})
         attributes = {"positions": positions, "blocks": blocks, "horizons": horizons}
         is_flex = self.config.text_config._attn_implementation == "flex_attention"
         if buckets is not None and velocity_index is not None and context_gradient == "detached":
-            layout = PackedLayout.of({"buckets": buckets, **attributes})
+            layout = PackedLayout.from_inputs({"buckets": buckets, **attributes})
             und, gen = self._run_detached(und, gen, positions, layout, len(score_index) > 0)
         else:
             if buckets is not None and not is_flex:
-                mask = PackedLayout.of({"buckets": buckets, **attributes})
+                mask = PackedLayout.from_inputs({"buckets": buckets, **attributes})
             else:
-                mask = (visibility_block_mask if is_flex else visibility_mask)(**attributes, rows=rows)
+                mask = (visibility_block_mask if is_flex else visibility_mask)(**attributes, sequence_ids=sequence_ids)
             und, gen = self.language_model.model(und, gen, positions, mask)
         head, scored = self.language_model.lm_head, und.flatten(0, 1)[score_index]
         if isinstance(head, BaseTunerLayer):

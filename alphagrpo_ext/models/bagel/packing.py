@@ -1,52 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How BAGEL's whole trajectories become one forward: contexts once, and behind them the noised copies that are trained.
+"""
+How whole trajectories become one forward: contexts once, and behind them the noised copies that are trained.
 
-A guidance branch that sees a part of what another row begins with needs no context of its own, and neither do the
-members of a group that share one: their copies hang on the same row, each with its own horizon. Rows that differ in
-nothing but the length of their texts are padded to the same length, a *bucket*; the tokens of all buckets follow each other
-in one sequence, so that no bucket is padded to the length of another.
+- A *noised copy* is the state of a sampled image before one step of its window, in one guidance branch. It sees its
+  context up to an extent, and itself.
+- A *packed sequence* is a context and the noised copies that see a beginning of it.
+- A *bucket* holds packed sequences that differ in nothing but the length of their texts. They are padded to each
+  other.
+
+A trajectory is one packed sequence. A guidance branch whose context is a beginning of the trajectory needs no tokens
+of its own: its copies are attached to the trajectory with an earlier horizon. All other branches share packed
+sequences of their own, one for each context that begins no other one. The buckets follow each other in one batch of
+size 1, so that no bucket is padded to the length of another, and layers see one dense tensor per expert.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.bagel.context_tree import ContextTree, longest_paths
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.bagel.layout import (
+    BEGINNING,
     NOISED_BLOCK,
-    PADDING_BLOCK,
-    BagelRow,
+    PADDING,
+    BagelSequence,
+    Extent,
     collate_pixels,
     collate_tokens,
     grid_position_ids,
 )
-from alphagrpo_ext.models.bagel.shared_contexts import ContextName, context_name, holders
 from alphagrpo_ext.models.contract import PackedBatch, VelocityLayout
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 
 
 NUM_DELIMITERS = 2
-"""Tokens of a copy that belong to the understanding expert."""
+"""Tokens of a noised copy that belong to the understanding expert."""
 
 
 class Bucket(NamedTuple):
     """
-    Rows of one shape, as a line of the table `buckets` of a packed forward.
+    Sizes of a bucket, which is one line of the table `buckets` of a packed forward.
 
     Args:
-        rows (`int`): How many.
-        context_und, context_gen (`int`): Tokens of a row's context for either expert.
-        copies, copy_latents (`int`): Noised copies of a row, and latents of a copy.
+        sequences (`int`): Number of packed sequences.
+        context_und, context_gen (`int`): Tokens of each context for either expert.
+        copies, copy_latents (`int`): Noised copies of each sequence, and latents of each copy.
     """
 
-    rows: int
+    sequences: int
     context_und: int
     context_gen: int
     copies: int
@@ -59,276 +68,294 @@ class Bucket(NamedTuple):
 
     @property
     def und_sizes(self) -> tuple[int, int]:
-        """Tokens of all contexts and all copies for the understanding expert."""
-        return self.rows * self.context_und, self.rows * self.copies * NUM_DELIMITERS
+        """Tokens of all contexts, and of all copies, for the understanding expert."""
+        return self.sequences * self.context_und, self.sequences * self.copies * NUM_DELIMITERS
 
     @property
     def gen_sizes(self) -> tuple[int, int]:
-        """The same for the generation expert."""
-        return self.rows * self.context_gen, self.rows * self.copies * self.copy_latents
+        """Tokens of all contexts, and of all copies, for the generation expert."""
+        return self.sequences * self.context_gen, self.sequences * self.copies * self.copy_latents
 
 
 @dataclass(frozen=True)
 class NoisedCopy:
     """
-    An image on its way, behind the context of a row, which it sees up to its horizon.
+    A noised image behind the context of a packed sequence.
 
     Args:
         latents (`torch.Tensor` of shape `(tokens, channels)`): The noised image.
         grid (`tuple[int, int]`): Its rows and columns.
-        timestep (`float`): Its time.
-        position, horizon (`int`): Rotary position, and the first of the row's blocks that it does not see.
-        image, step, branch (`int`): Which velocity this is, as in [`VelocityLayout`].
+        timestep (`float`): Its time in (0, 1].
+        extent ([`Extent`]): Its rotary position and its horizon.
+        image, branch, step (`int`): Which velocity is predicted from it, as in [`VelocityLayout`].
     """
 
     latents: torch.Tensor
     grid: tuple[int, int]
     timestep: float
-    position: int
-    horizon: int
+    extent: Extent
     image: int
-    step: int
     branch: int
+    step: int
 
 
-@dataclass(eq=False)
-class _PackedRow:
-    """
-    A context under construction, and its copies.
+class _PackedSequence(BagelSequence):
+    """A context, the tokens of it whose log-probabilities are scored, and the noised copies that see it."""
 
-    Args:
-        context ([`BagelRow`]): Its tokens.
-        copies (`list[NoisedCopy]`): In any order.
-    """
-
-    context: BagelRow
-    copies: list[NoisedCopy] = field(default_factory=list)
-
-    def attach(self, image: ImageSegment, index: int, branch: int, steps: Sequence[int], end: tuple[int, int]) -> None:
-        """Add copies of an image that see the row up to `end`, a rotary position and a horizon."""
-        window = image.window
-        self.copies += [
-            NoisedCopy(window.latents[step], image.grid, float(window.timesteps[step]), *end, index, step, branch)
-            for step in steps
-        ]
+    def __init__(self, config: BagelConfig, start: Extent = BEGINNING) -> None:
+        super().__init__(config, start)
+        self.copies: list[NoisedCopy] = []
+        self.sampled_tokens: list[tuple[int, int]] = []
+        """For every sampled token, the index of the understanding token before it, and its id."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Equal for rows of one bucket: they differ in nothing but the length of texts."""
+        """
+        Equal for the sequences of one bucket. Starts with the number of copies and the latents of the longest one.
+        """
         return (
             len(self.copies),
             max((len(copy.latents) for copy in self.copies), default=0),
-            sum(self.context.gen.lengths),
-            sum(pixels.shape[-2] * pixels.shape[-1] for pixels in self.context.vit_pixels),
+            sum(self.gen.lengths),
+            sum(pixels.shape[-2] * pixels.shape[-1] for pixels in self.vit_pixels),
         )
 
 
-def _collate_copies(rows: Sequence[_PackedRow], bucket: Bucket, config: BagelConfig) -> dict[str, torch.Tensor]:
-    """Attributes of copies, `(rows, copies)`, and of their latents, `(rows, copies, latents)`."""
-    shape = (bucket.rows, bucket.copies, bucket.copy_latents)
+class _Packer:
+    """Lays out trajectories one after the other, and attaches noised copies to the contexts that they see."""
+
+    def __init__(self, guidance: BagelGuidance, config: BagelConfig, shares_contexts: bool) -> None:
+        self.guidance, self.config, self.shares_contexts = guidance, config, shares_contexts
+        self.tree = ContextTree()
+        self.trajectory_sequences: list[_PackedSequence] = []
+        self.image_trajectory: list[int] = []
+        self.branch_sequences: dict[int, _PackedSequence] = {}
+        """Contexts of branches that begin no trajectory that sees them, by their nodes in the tree."""
+        self.branch_paths: list[list[int]] = []
+        """Their paths in the tree."""
+
+    def add(self, trajectory: Trajectory) -> None:
+        """Lay out a trajectory. A sampled image that nothing follows is in no context and is left out."""
+        sequence = _PackedSequence(self.config)
+        path = self.tree.add(trajectory.segments)
+        for i, segment in enumerate(trajectory.segments):
+            if isinstance(segment, ImageSegment) and segment.sampled:
+                if segment.window is not None:
+                    self._add_copies(sequence, path[: i + 1], segment)
+                    self.image_trajectory.append(len(self.trajectory_sequences))
+                if i + 1 == len(trajectory.segments):
+                    break
+            start = sequence.add_segment(segment)
+            if isinstance(segment, TextSegment) and segment.sampled:
+                sequence.sampled_tokens += zip(itertools.count(start), segment.token_ids, strict=False)
+        self.trajectory_sequences.append(sequence)
+
+    def _add_copies(self, sequence: _PackedSequence, path: list[int], image: ImageSegment) -> None:
+        """Attach an image's noised copies to its trajectory, whose context has a `path`, or to other contexts."""
+        window, index = image.window, len(self.image_trajectory)
+        times = window.timesteps[:-1].tolist()
+        for branch, name in enumerate(BRANCHES):
+            steps = [step for step, time in enumerate(times) if name in self.guidance.branches_at(time)]
+            if not steps:
+                continue
+            if name == "full":
+                seen, extent = sequence, sequence.extent
+            else:
+                seen, extent = self._find_context(sequence, path, image.guidance_contexts.get(name, []))
+            seen.copies += [
+                NoisedCopy(window.latents[step], image.grid, times[step], extent, index, branch, step)
+                for step in steps
+            ]
+
+    def _find_context(
+        self, sequence: _PackedSequence, path: list[int], context: Sequence[Segment]
+    ) -> tuple[_PackedSequence, Extent]:
+        """The sequence that begins with a branch's context, and where the context ends in it."""
+        # Without sharing, a node that no other context has.
+        own_path = self.tree.add(context) if self.shares_contexts else [-1 - len(self.branch_sequences)]
+        node = own_path[-1]
+        if node in path:
+            return sequence, sequence.extents[len(context)]
+        if node not in self.branch_sequences:
+            self.branch_sequences[node] = _PackedSequence.from_segments(context, self.config)
+            self.branch_paths.append(own_path)
+        return self.branch_sequences[node], self.branch_sequences[node].extent
+
+    def sequences(self) -> list[_PackedSequence]:
+        """Sequences of trajectories, and the fewest that hold the contexts of the other branches."""
+        longest, sequences = longest_paths(self.branch_paths), list(self.branch_sequences.values())
+        copies: dict[int, list[NoisedCopy]] = {}
+        for node, sequence in self.branch_sequences.items():
+            copies.setdefault(longest[node], []).extend(sequence.copies)
+        for index, shared in copies.items():
+            sequences[index].copies = shared
+        return [*self.trajectory_sequences, *(sequences[index] for index in copies)]
+
+
+@dataclass(frozen=True)
+class _PackedBucket:
+    """
+    The sequences of a bucket as tensors.
+
+    Args:
+        sizes ([`Bucket`]): Sizes.
+        sequences (`list[_PackedSequence]`): The sequences.
+        contexts (`dict[str, torch.Tensor]`): What [`collate_tokens`] returns for their contexts.
+        copies (`dict[str, torch.Tensor]`):
+            `positions`, `blocks`, `horizons` and `timesteps` `(sequences, copies)`; `position_ids` and `mask`
+            `(sequences, copies, latents)`; and `latents` `(sequences, copies, latents, channels)`.
+    """
+
+    sizes: Bucket
+    sequences: list[_PackedSequence]
+    contexts: dict[str, torch.Tensor]
+    copies: dict[str, torch.Tensor]
+
+
+def _collate_buckets(sequences: Sequence[_PackedSequence], config: BagelConfig) -> list[_PackedBucket]:
+    """Sequences by shape, in the order in which the shapes first come."""
+    by_shape: dict[tuple[int, ...], list[_PackedSequence]] = {}
+    for sequence in sequences:
+        by_shape.setdefault(sequence.shape, []).append(sequence)
+    buckets = []
+    for (num_copies, num_latents, *_), same_shape in by_shape.items():
+        contexts = collate_tokens(same_shape, config)
+        num_und = contexts["input_ids"].shape[1]
+        num_gen = contexts["positions"].shape[1] - num_und
+        sizes = Bucket(len(same_shape), num_und, num_gen, num_copies, num_latents)
+        buckets.append(_PackedBucket(sizes, same_shape, contexts, _collate_copies(same_shape, sizes, config)))
+    return buckets
+
+
+def _collate_copies(
+    sequences: Sequence[_PackedSequence], sizes: Bucket, config: BagelConfig
+) -> dict[str, torch.Tensor]:
+    shape = (sizes.sequences, sizes.copies, sizes.copy_latents)
     tensors = {
         "latents": torch.zeros(*shape, config.latent_channels),
         "position_ids": torch.zeros(shape, dtype=torch.long),
         "mask": torch.zeros(shape, dtype=torch.bool),
         "timesteps": torch.zeros(shape[:2]),
         "positions": torch.zeros(shape[:2], dtype=torch.long),
+        "blocks": (NOISED_BLOCK + torch.arange(sizes.copies)).expand(shape[:2]),
         "horizons": torch.zeros(shape[:2], dtype=torch.long),
     }
-    for i, row in enumerate(rows):
-        for j, copy in enumerate(row.copies):
+    for i, sequence in enumerate(sequences):
+        for j, copy in enumerate(sequence.copies):
             length = len(copy.latents)
             tensors["latents"][i, j, :length] = copy.latents
             tensors["position_ids"][i, j, :length] = grid_position_ids(*copy.grid, config.max_latent_size)
             tensors["mask"][i, j, :length] = True
             tensors["timesteps"][i, j] = copy.timestep
-            tensors["positions"][i, j], tensors["horizons"][i, j] = copy.position, copy.horizon
+            tensors["positions"][i, j], tensors["horizons"][i, j] = copy.extent
     return tensors
 
 
-def _concatenated(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """A batch of one sequence."""
-    return torch.cat([tensor.flatten(0, -1) for tensor in tensors])[None]
+def _concatenate(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """All values of all tensors as a batch of size 1, `(1, values)`."""
+    return torch.cat([tensor.flatten() for tensor in tensors])[None]
 
 
-class _PackedSequence:
-    """Rows as one sequence: the contexts of every bucket, and then the copies of every bucket, for each expert."""
-
-    def __init__(self, rows: Sequence[_PackedRow], config: BagelConfig) -> None:
-        shapes: dict[tuple[int, ...], list[_PackedRow]] = {}
-        for row in rows:
-            shapes.setdefault(row.shape, []).append(row)
-        self.rows = list(shapes.values())
-        self.contexts = [collate_tokens([row.context for row in of_shape], config) for of_shape in self.rows]
-        self.buckets = [
-            Bucket(
-                rows=len(of_shape),
-                context_und=context["input_ids"].shape[1],
-                context_gen=context["positions"].shape[1] - context["input_ids"].shape[1],
-                copies=shape[0],
-                copy_latents=shape[1],
-            )
-            for (shape, of_shape), context in zip(shapes.items(), self.contexts, strict=True)
+def _token_attribute(buckets: Sequence[_PackedBucket], name: str) -> torch.Tensor:
+    """An attribute in `PADDING` of all tokens, `(1, und + gen)`; the tokens of a copy share one value."""
+    contexts = [bucket.contexts[name].tensor_split([bucket.sizes.context_und], dim=1) for bucket in buckets]
+    copies = [bucket.copies[name] for bucket in buckets]
+    masks = [bucket.copies["mask"] for bucket in buckets]
+    return _concatenate(
+        [
+            *(und for und, _ in contexts),
+            *(values.repeat_interleave(NUM_DELIMITERS) for values in copies),
+            *(gen for _, gen in contexts),
+            *(torch.where(mask, values[..., None], PADDING[name]) for mask, values in zip(masks, copies, strict=True)),
         ]
-        self.copies = [
-            _collate_copies(of_shape, bucket, config) for of_shape, bucket in zip(self.rows, self.buckets, strict=True)
-        ]
-        self.config = config
-
-    def starts(self) -> tuple[dict[_PackedRow, int], dict[_PackedRow, int]]:
-        """Where the context of each row begins among the understanding tokens, and where its copies among the latents."""
-        first_und = accumulate((bucket.und_sizes[0] for bucket in self.buckets), initial=0)
-        first_copy = accumulate(
-            (bucket.gen_sizes[1] for bucket in self.buckets), initial=sum(b.gen_sizes[0] for b in self.buckets)
-        )
-        of_contexts, of_copies = {}, {}
-        for rows, bucket, und, gen in zip(self.rows, self.buckets, first_und, first_copy, strict=False):
-            for i, row in enumerate(rows):
-                of_contexts[row] = und + i * bucket.context_und
-                of_copies[row] = gen + i * bucket.copies * bucket.copy_latents
-        return of_contexts, of_copies
-
-    def _attribute(
-        self, name: str, of_copies: Sequence[torch.Tensor], of_latents: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """Of every token: a copy's delimiters share one value, its latents have one each."""
-        contexts = [(c[name], bucket.context_und) for c, bucket in zip(self.contexts, self.buckets, strict=True)]
-        return _concatenated(
-            [
-                *(context[:, :num_und] for context, num_und in contexts),
-                *(x.repeat_interleave(NUM_DELIMITERS, dim=-1) for x in of_copies),
-                *(context[:, num_und:] for context, num_und in contexts),
-                *of_latents,
-            ]
-        )
-
-    def attributes(self) -> dict[str, torch.Tensor]:
-        """Who sees whom; see [`visibility_mask`]."""
-        blocks, latent_blocks, horizons, latent_horizons, positions, latent_positions = ([] for _ in range(6))
-        for bucket, copies in zip(self.buckets, self.copies, strict=True):
-            mask = copies["mask"]
-            of_copies = (NOISED_BLOCK + torch.arange(bucket.copies)).expand(bucket.rows, -1)
-            blocks.append(of_copies)
-            latent_blocks.append(torch.where(mask, of_copies[:, :, None], PADDING_BLOCK))
-            horizons.append(copies["horizons"])
-            latent_horizons.append(torch.where(mask, copies["horizons"][:, :, None], 0))
-            positions.append(copies["positions"])
-            latent_positions.append(copies["positions"][:, :, None].expand(mask.shape))
-        return {
-            "positions": self._attribute("positions", positions, latent_positions),
-            "blocks": self._attribute("blocks", blocks, latent_blocks),
-            "horizons": self._attribute("horizons", horizons, latent_horizons),
-            "rows": self._rows(),
-        }
-
-    def _rows(self) -> torch.Tensor:
-        """The row of every token."""
-        parts, first = ([], [], [], []), 0
-        for bucket in self.buckets:
-            index = torch.arange(first, first + bucket.rows)
-            for part, size in zip(parts, (*bucket.und_sizes, *bucket.gen_sizes), strict=True):
-                part.append(index.repeat_interleave(size // bucket.rows))
-            first += bucket.rows
-        return _concatenated(tensor for part in parts for tensor in part)
-
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """All that the network's forward reads, targets aside."""
-        delimiters = torch.tensor([self.config.image_start_token_id, self.config.image_end_token_id])
-        inputs = {
-            "buckets": torch.tensor(self.buckets),
-            "input_ids": _concatenated(
-                [
-                    *(context["input_ids"] for context in self.contexts),
-                    *(delimiters.repeat(bucket.rows * bucket.copies) for bucket in self.buckets),
-                ]
-            ),
-            **self.attributes(),
-        }
-        starts, _ = self.starts()
-        rows = [row.context for row in starts]
-        return inputs | self._latents() | collate_pixels(rows, list(starts.values()), self.config)
-
-    def _latents(self) -> dict[str, torch.Tensor]:
-        contexts = [context for context in self.contexts if "latents" in context]
-        copies = [of_bucket for bucket, of_bucket in zip(self.buckets, self.copies, strict=True) if bucket.copies]
-        if not contexts and not copies:
-            return {}
-        # Images of a context are clean, at one time that they share.
-        index = [torch.zeros_like(context["latent_position_ids"]) for context in contexts]
-        first = 1
-        for of_bucket in copies:
-            numbers = first + torch.arange(of_bucket["timesteps"].numel()).view_as(of_bucket["timesteps"])
-            index.append(numbers[:, :, None].expand(of_bucket["mask"].shape))
-            first += numbers.numel()
-        latents = [tensors["latents"].flatten(0, -2) for tensors in (*contexts, *copies)]
-        position_ids = [*(c["latent_position_ids"] for c in contexts), *(c["position_ids"] for c in copies)]
-        return {
-            "latents": torch.cat(latents)[None],
-            "latent_position_ids": _concatenated(position_ids),
-            "timesteps": _concatenated([torch.zeros(1), *(of_bucket["timesteps"] for of_bucket in copies)]),
-            "timestep_index": _concatenated(index),
-        }
+    )
 
 
-class _Packer:
-    """Lays out trajectories one after the other."""
+def _sequence_ids(buckets: Sequence[_PackedBucket]) -> torch.Tensor:
+    """The sequence of every token, `(1, und + gen)`."""
+    sizes = [bucket.sizes for bucket in buckets]
+    ids = torch.arange(sum(s.sequences for s in sizes)).split([s.sequences for s in sizes])
+    lengths = [(s.context_und, s.copies * NUM_DELIMITERS, s.context_gen, s.copies * s.copy_latents) for s in sizes]
+    parts = zip(*lengths, strict=True)
+    return _concatenate(i.repeat_interleave(n) for part in parts for i, n in zip(ids, part, strict=True))
 
-    def __init__(self, guidance: BagelGuidance, config: BagelConfig, shares_contexts: bool) -> None:
-        self.guidance, self.config, self.shares_contexts = guidance, config, shares_contexts
-        self.rows: list[_PackedRow] = []
-        # Contexts with which the trajectory does not begin, and who sees them: image, its index, branch, and steps.
-        self.others: dict[ContextName, tuple[Sequence[Segment], list[tuple[ImageSegment, int, int, list[int]]]]] = {}
-        self.scores: list[tuple[_PackedRow, int, int, int, int]] = []  # row, place, target id, trajectory, column
-        self.image_trajectory: list[int] = []
 
-    def add(self, trajectory: Trajectory) -> None:
-        index, column = len(self.rows), 0
-        row = _PackedRow(BagelRow(self.config))
-        self.rows.append(row)
-        name = context_name(trajectory.segments)
-        for i, segment in enumerate(trajectory.segments):
-            if isinstance(segment, ImageSegment) and segment.sampled:
-                if segment.window is not None:
-                    self._add_copies(row, name[:i], segment)
-                    self.image_trajectory.append(index)
-                if i + 1 < len(trajectory.segments):
-                    row.context.add_segment(segment)
-                continue
-            start = row.context.add_segment(segment)
-            if isinstance(segment, TextSegment) and segment.sampled:
-                for offset, token_id in enumerate(segment.token_ids):
-                    self.scores.append((row, start + offset, token_id, index, column + offset))
-                column += len(segment.token_ids)
+def _latent_inputs(buckets: Sequence[_PackedBucket]) -> dict[str, torch.Tensor]:
+    """
+    Latents of contexts and then of copies, with their places in the position table and their times.
 
-    def _add_copies(self, row: _PackedRow, name: ContextName, image: ImageSegment) -> None:
-        """Copies of an image behind the trajectory's context of this name, and elsewhere those that see another."""
-        times, index = image.window.timesteps[:-1].tolist(), len(self.image_trajectory)
-        for branch, branch_name in enumerate(BRANCHES):
-            steps = [step for step, time in enumerate(times) if branch_name in self.guidance.branches_at(time)]
-            if not steps:
-                continue
-            context = image.guidance_contexts.get(branch_name, [])
-            seen = context_name(context) if branch else name
-            if branch and not self.shares_contexts:
-                # No other context has this name, and none begins with it.
-                seen = (*seen, (index, branch))
-            if seen == name[: len(seen)]:
-                row.attach(image, index, branch, steps, row.context.ends[len(seen)])
-            else:
-                self.others.setdefault(seen, (context, []))[1].append((image, index, branch, steps))
+    Returns:
+        `dict[str, torch.Tensor]`: Empty without latents, else `latents` `(1, gen, channels)`, `latent_position_ids`
+        and `timestep_index` `(1, gen)`, and `timesteps` `(1, 1 + copies)`. Images of contexts are clean and share time
+        0, the first one.
+    """
+    contexts = [bucket.contexts for bucket in buckets if "latents" in bucket.contexts]
+    copies = [bucket.copies for bucket in buckets if bucket.sizes.copies]
+    if not contexts and not copies:
+        return {}
+    index = [torch.zeros_like(context["latent_position_ids"]) for context in contexts]
+    first = 1
+    for bucket_copies in copies:
+        times, mask = bucket_copies["timesteps"], bucket_copies["mask"]
+        numbers = first + torch.arange(times.numel()).view_as(times)
+        index.append(numbers[:, :, None].expand_as(mask))
+        first += times.numel()
+    position_ids = [*(c["latent_position_ids"] for c in contexts), *(c["position_ids"] for c in copies)]
+    return {
+        "latents": torch.cat([tensors["latents"].flatten(0, -2) for tensors in (*contexts, *copies)])[None],
+        "latent_position_ids": _concatenate(position_ids),
+        "timesteps": _concatenate([torch.zeros(1), *(c["timesteps"] for c in copies)]),
+        "timestep_index": _concatenate(index),
+    }
 
-    def all_rows(self) -> list[_PackedRow]:
-        """Rows of trajectories, and the fewest that hold the other contexts."""
-        rows: dict[ContextName, _PackedRow] = {}
-        for name, holder in holders(self.others).items():
-            context, copies = self.others[name]
-            if holder not in rows:
-                rows[holder] = _PackedRow(BagelRow(self.config))
-                for segment in self.others[holder][0]:
-                    rows[holder].context.add_segment(segment)
-            row = rows[holder]
-            for of_image in copies:
-                row.attach(*of_image, row.context.ends[len(context)])
-        return [*self.rows, *rows.values()]
+
+def _starts(buckets: Sequence[_PackedBucket]) -> tuple[dict[_PackedSequence, int], dict[_PackedSequence, int]]:
+    """For every sequence, the index of its context among the understanding tokens, and of its copies among latents."""
+    und, gen = 0, sum(bucket.sizes.gen_sizes[0] for bucket in buckets)
+    context_starts, copy_starts = {}, {}
+    for bucket in buckets:
+        for sequence in bucket.sequences:
+            context_starts[sequence], copy_starts[sequence] = und, gen
+            und += bucket.sizes.context_und
+            gen += bucket.sizes.copies * bucket.sizes.copy_latents
+    return context_starts, copy_starts
+
+
+def _locate_velocities(
+    buckets: Sequence[_PackedBucket], copy_starts: dict[_PackedSequence, int]
+) -> tuple[torch.Tensor, VelocityLayout] | None:
+    """
+    Index of every copy's latents, `(copies, latents)`, and what they are. Copies are sorted, so that the velocities of
+    an image follow each other step by step. `None` without copies.
+    """
+    located = [
+        (copy, copy_starts[sequence] + i * bucket.sizes.copy_latents)
+        for bucket in buckets
+        for sequence in bucket.sequences
+        for i, copy in enumerate(sequence.copies)
+    ]
+    if not located:
+        return None
+    located.sort(key=lambda item: (item[0].image, item[0].branch, item[0].step))
+    lengths = torch.tensor([len(copy.latents) for copy, _ in located])
+    offsets = torch.arange(int(lengths.max()))
+    mask = offsets < lengths[:, None]
+    index = torch.where(mask, torch.tensor([start for _, start in located])[:, None] + offsets, 0)
+    image, branch, step = torch.tensor([(copy.image, copy.branch, copy.step) for copy, _ in located]).T
+    return index, VelocityLayout(image=image, step=step, branch=branch, mask=mask, branches=BRANCHES)
+
+
+def _packed_inputs(buckets: Sequence[_PackedBucket], config: BagelConfig) -> dict[str, torch.Tensor]:
+    """Everything that the decoder reads: arguments of [`BagelModel.forward`] without targets."""
+    delimiters = torch.tensor([config.image_start_token_id, config.image_end_token_id])
+    copy_ids = [delimiters.repeat(bucket.sizes.sequences * bucket.sizes.copies) for bucket in buckets]
+    return {
+        "buckets": torch.tensor([bucket.sizes for bucket in buckets]),
+        "input_ids": _concatenate([*(bucket.contexts["input_ids"] for bucket in buckets), *copy_ids]),
+        **{name: _token_attribute(buckets, name) for name in PADDING},
+        "sequence_ids": _sequence_ids(buckets),
+        **_latent_inputs(buckets),
+    }
 
 
 def pack_trajectories(
@@ -338,56 +365,40 @@ def pack_trajectories(
     shares_contexts: bool = True,
 ) -> PackedBatch:
     """
-    Lay out whole trajectories for one forward (DESIGN: one packed forward).
-
-    A row a trajectory: context, sampled texts, sampled images where a later segment looks back at them, and, seen by
-    nobody, the noised copies of every sampled image, one a transition of its window. The copies of a guidance branch, at
-    times where it counts, are on the trajectory's own row if that begins with their context, and else on a row that all
-    copies with this context share. See [`context_name`] for which contexts are the same.
+    Lay out whole trajectories for one forward.
 
     Args:
         trajectories (`Sequence[Trajectory]`): What to score.
         guidance ([`BagelGuidance`]): Decides which branches are needed at which times.
         config ([`BagelConfig`]): Sizes and delimiters.
         shares_contexts (`bool`, *optional*, defaults to `True`):
-            Whether they do; without, every guidance branch of every image has a row of its own, to compare with.
+            With `False`, every guidance branch of every image has a packed sequence of its own, for comparisons.
 
     Returns:
-        [`PackedBatch`], the inputs of which are a batch of one sequence; `buckets` `(buckets, 5)` holds a [`Bucket`] a line.
+        [`PackedBatch`]: Its inputs are a batch of size 1, and `buckets` `(buckets, 5)` holds one [`Bucket`] per line.
     """
     packer = _Packer(guidance, config, shares_contexts)
     for trajectory in trajectories:
         packer.add(trajectory)
-    sequence = _PackedSequence(packer.all_rows(), config)
-    inputs = sequence.inputs()
-    first_und, first_copy = sequence.starts()
-    scores = packer.scores
-    inputs["score_index"] = torch.tensor([first_und[row] + place for row, place, *_ in scores], dtype=torch.long)
-    inputs["score_targets"] = torch.tensor([score[2] for score in scores], dtype=torch.long)
-    # Sorted, so that the velocities of an image stand together, step by step.
-    copies = sorted(
-        (
-            ((copy.image, copy.branch, copy.step), first_copy[row] + place * bucket.copy_latents, len(copy.latents))
-            for rows, bucket in zip(sequence.rows, sequence.buckets, strict=True)
-            for row in rows
-            for place, copy in enumerate(row.copies)
-        ),
-    )
-    layout = None
-    if copies:
-        lengths = torch.tensor([length for *_, length in copies])
-        offsets = torch.arange(int(lengths.max()))
-        mask = offsets < lengths[:, None]
-        inputs["velocity_index"] = torch.where(
-            mask, torch.tensor([start for _, start, _ in copies])[:, None] + offsets, 0
-        )
-        image, branch, step = torch.tensor([key for key, *_ in copies]).T
-        layout = VelocityLayout(image=image, step=step, branch=branch, mask=mask, branches=BRANCHES)
+    buckets = _collate_buckets(packer.sequences(), config)
+    inputs = _packed_inputs(buckets, config)
+    context_starts, copy_starts = _starts(buckets)
+    inputs |= collate_pixels(list(context_starts), list(context_starts.values()), config)
+    tokens = [
+        (context_starts[sequence] + place, token_id, trajectory, column)
+        for trajectory, sequence in enumerate(packer.trajectory_sequences)
+        for column, (place, token_id) in enumerate(sequence.sampled_tokens)
+    ]
+    places, targets, trajectory, column = torch.tensor(tokens, dtype=torch.long).reshape(-1, 4).T.contiguous()
+    inputs |= {"score_index": places, "score_targets": targets}
+    velocities = None
+    if (located := _locate_velocities(buckets, copy_starts)) is not None:
+        inputs["velocity_index"], velocities = located
     return PackedBatch(
         inputs=inputs,
-        score_trajectory=torch.tensor([score[3] for score in scores], dtype=torch.long),
-        score_column=torch.tensor([score[4] for score in scores], dtype=torch.long),
-        velocities=layout,
+        score_trajectory=trajectory,
+        score_column=column,
+        velocities=velocities,
         image_trajectory=torch.tensor(packer.image_trajectory, dtype=torch.long),
         guidance=guidance,
     )

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphagrpo_ext.flow import RENORM_TYPES, GuidanceConfig, flow_timesteps
+from alphagrpo_ext.flow.guidance import RENORM_TYPES, GuidanceConfig
+from alphagrpo_ext.flow.timesteps import flow_timesteps
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance, branch_context
 from alphagrpo_ext.trajectory import ImageSegment, TextSegment
 

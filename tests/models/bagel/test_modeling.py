@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelConfig, BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.checkpoint import RELEASED_FILES, is_released_layout, load_released
 from alphagrpo_ext.models.contract import PackedOutput
@@ -28,13 +28,13 @@ def inputs(tiny_bagel, rollout) -> dict[str, torch.Tensor]:
     return tiny_bagel.pack(trajectories, GUIDANCE).inputs
 
 
-def loss_of(output: PackedOutput) -> torch.Tensor:
+def total_loss(output: PackedOutput) -> torch.Tensor:
     return output.velocities.square().mean() - output.log_probs.mean() + output.entropies.mean()
 
 
 def gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    loss_of(model(**inputs)).backward()
+    total_loss(model(**inputs)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

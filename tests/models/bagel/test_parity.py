@@ -14,12 +14,22 @@ import pytest
 import torch
 from PIL import Image
 
-from alphagrpo_ext.flow import GuidanceConfig, ode_step, solvers
+from alphagrpo_ext.flow import solvers
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.flow.transitions import ode_step
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.cache import BagelCache
 from alphagrpo_ext.models.bagel.checkpoint import load_released
+from alphagrpo_ext.models.bagel.generation import append_sequences, prefill_sequences
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
-from alphagrpo_ext.models.bagel.layout import BagelRow, collate_rows, grid_position_ids, patchify, unpatchify
+from alphagrpo_ext.models.bagel.layout import (
+    BagelSequence,
+    Extent,
+    collate_sequences,
+    grid_position_ids,
+    patchify,
+    unpatchify,
+)
 from alphagrpo_ext.models.bagel.modeling_bagel import sinusoidal_time_embedding
 from alphagrpo_ext.models.contract import SampledText
 from alphagrpo_ext.models.pixels import tensor_to_image
@@ -90,34 +100,34 @@ def decoder_calls(model: BagelModel) -> Iterator[list[tuple[tuple, tuple]]]:
     hook.remove()
 
 
-def add_op(row: BagelRow, op: dict[str, Any], model: BagelModel, golden: Golden, noise_key: str) -> None:
-    """Append a recorded block to a row."""
+def add_op(sequence: BagelSequence, op: dict[str, Any], model: BagelModel, golden: Golden, noise_key: str) -> None:
+    """Append a recorded block to a sequence."""
     if op["op"] == "text":
-        row.add_text(op["token_ids"][1:-1])
+        sequence.add_text(op["token_ids"][1:-1])
     elif op["op"] == "vit_image":
-        row.add_pixels(golden.vit_pixels(op["image"]))
+        sequence.add_pixels(golden.vit_pixels(op["image"]))
     else:
         latents = sampled_latents(model, golden.vae_pixels(op["image"])[None], golden[noise_key])
-        row.add_latents(latents[0], tuple(op["grid_hw"]), op["timestep"])
+        sequence.add_latents(latents[0], tuple(op["grid_hw"]), op["timestep"])
 
 
-def build_row(model: BagelModel, golden: Golden, folder: str, ops: list[dict[str, Any]]) -> BagelRow:
-    """A row of recorded blocks; `folder` holds the noise of their VAE posteriors."""
-    row = BagelRow(model.config)
+def build_sequence(model: BagelModel, golden: Golden, folder: str, ops: list[dict[str, Any]]) -> BagelSequence:
+    """A sequence of recorded blocks; `folder` holds the noise of their VAE posteriors."""
+    sequence = BagelSequence(model.config)
     for i, op in enumerate(ops):
-        add_op(row, op, model, golden, f"{folder}/op{i}/noise")
-    return row
+        add_op(sequence, op, model, golden, f"{folder}/op{i}/noise")
+    return sequence
 
 
-def block_places(row: BagelRow, num_und: int | None = None) -> list[torch.Tensor]:
+def block_places(sequence: BagelSequence, num_und: int | None = None) -> list[torch.Tensor]:
     """For every block, where its tokens are in `[und, gen]`, in the reference's order: start, latents, end."""
-    num_und = len(row.input_ids) if num_und is None else num_und
-    und = torch.arange(len(row.input_ids)).split(row.und.lengths)
-    gen = (num_und + torch.arange(sum(row.gen.lengths))).split(row.gen.lengths)
-    inner = dict(zip(row.gen.blocks, gen, strict=True))
+    num_und = len(sequence.input_ids) if num_und is None else num_und
+    und = torch.arange(len(sequence.input_ids)).split(sequence.und.lengths)
+    gen = (num_und + torch.arange(sum(sequence.gen.lengths))).split(sequence.gen.lengths)
+    inner = dict(zip(sequence.gen.blocks, gen, strict=True))
     return [
         torch.cat([places[:1], inner[block], places[1:]]) if block in inner else places
-        for block, places in zip(row.und.blocks, und, strict=True)
+        for block, places in zip(sequence.und.blocks, und, strict=True)
     ]
 
 
@@ -127,9 +137,9 @@ def join(und: torch.Tensor, gen: torch.Tensor | None) -> torch.Tensor:
 
 @dataclass
 class Context:
-    """A context that was run: its rows and cache, and what went into and came out of the decoder for every block."""
+    """A context that was run: its sequences and cache, and what went into and came out of the decoder for every block."""
 
-    rows: list[BagelRow]
+    sequences: list[BagelSequence]
     cache: BagelCache
     embeddings: list[torch.Tensor]
     hidden: list[torch.Tensor]
@@ -142,41 +152,41 @@ def run_context(
     """Prefill all blocks at once, or start from nothing and append block by block."""
     with decoder_calls(model) as calls:
         if in_one_pass:
-            rows = [build_row(model, golden, folder, ops)]
-            cache, _ = model.prefill_rows(rows, capacity=capacity)
+            sequences = [build_sequence(model, golden, folder, ops)]
+            cache = prefill_sequences(model, sequences).with_slots(1, capacity)
         else:
-            cache, rows = model.prefill([[]], capacity=sum(len(op["position_ids"]) for op in ops) + capacity), []
+            cache, sequences = model.prefill([[]], capacity=sum(len(op["position_ids"]) for op in ops) + capacity), []
             calls.clear()
             for i, op in enumerate(ops):
-                rows.append(BagelRow(model.config, position=int(cache.positions)))
-                add_op(rows[-1], op, model, golden, f"{folder}/op{i}/noise")
-                model.extend(cache, rows[-1:])
+                sequences.append(BagelSequence(model.config, Extent(int(cache.positions), 0)))
+                add_op(sequences[-1], op, model, golden, f"{folder}/op{i}/noise")
+                append_sequences(model, cache, sequences[-1:])
     embeddings, hidden, slots = [], [], []
     start = 0 if in_one_pass else cache.prefix_mask.shape[1]
-    for row, (before, after) in zip(rows, calls, strict=True):
+    for sequence, (before, after) in zip(sequences, calls, strict=True):
         before, after = join(*before)[0], join(*after)[0]
-        for places in block_places(row):
+        for places in block_places(sequence):
             embeddings.append(before[places])
             hidden.append(after[places])
             slots.append(start + places)
         start += len(before)
-    return Context(rows, cache, embeddings, hidden, torch.cat(slots))
+    return Context(sequences, cache, embeddings, hidden, torch.cat(slots))
 
 
-def check_cache(golden: Golden, folder: str, cache: BagelCache, row: int, slots: torch.Tensor) -> None:
-    """Compare keys and values of one row; `slots` are its slots, prefix first, in the reference's order."""
+def check_cache(golden: Golden, folder: str, cache: BagelCache, sample: int, slots: torch.Tensor) -> None:
+    """Compare keys and values of one sample; `slots` are its slots, prefix first, in the reference's order."""
     for key in golden.keys(f"{folder}/kv/"):
         kind, layer = re.fullmatch(r"([kv])(\d+)", key.rsplit("/", 1)[1]).groups()
         name = {"k": "keys", "v": "values"}[kind]
-        states = getattr(cache, f"prefix_{name}")[int(layer)][row // cache.group_size]
-        own = getattr(cache, name)[int(layer)][row, :, : cache.length]
+        states = getattr(cache, f"prefix_{name}")[int(layer)][sample // cache.group_size]
+        own = getattr(cache, name)[int(layer)][sample, :, : cache.length]
         golden.check(key, torch.cat([states, own], dim=1).transpose(0, 1)[slots])
 
 
 def check_blocks(model: BagelModel, golden: Golden, folder: str, ops: list[dict[str, Any]], context: Context) -> None:
     """Compare everything recorded of a context's blocks."""
-    latents = iter([latents for row in context.rows for latents in row.latents])
-    pixels = iter([pixels for row in context.rows for pixels in row.vit_pixels])
+    latents = iter([latents for sequence in context.sequences for latents in sequence.latents])
+    pixels = iter([pixels for sequence in context.sequences for pixels in sequence.vit_pixels])
     for i, op in enumerate(ops):
         actual = {"input_embeds": context.embeddings[i], "hidden": context.hidden[i]}
         actual["logits"] = model.language_model.lm_head(context.hidden[i])
@@ -239,11 +249,11 @@ def guidance_from(arguments: dict[str, Any]) -> GuidanceConfig:
 
 def prefill_branches(
     model: BagelModel, golden: Golden, folder: str, contexts: dict[str, Any], capacity: int
-) -> tuple[BagelCache, list[BagelRow]]:
-    """All guidance branches as rows of one cache. The images that branches share have the noise of the full one."""
-    rows = [build_row(model, golden, f"{folder}/ctx_gen", contexts[branch]["ops"]) for branch in CONTEXTS]
-    cache, _ = model.prefill_rows(rows, capacity=capacity)
-    return cache, rows
+) -> tuple[BagelCache, list[BagelSequence]]:
+    """All guidance branches as samples of one cache. The images that branches share have the noise of the full one."""
+    sequences = [build_sequence(model, golden, f"{folder}/ctx_gen", contexts[branch]["ops"]) for branch in CONTEXTS]
+    cache = prefill_sequences(model, sequences).with_slots(1, capacity)
+    return cache, sequences
 
 
 class TestUnits:
@@ -261,8 +271,8 @@ class TestUnits:
     def test_position_tables(self, golden, model, table):
         actual = getattr(model, table).pos_embed
         for key in golden.keys(f"unit/{table}/"):
-            rows = re.search(r"rows_(\d+)_(\d+)$", key)
-            golden.check(key, actual[int(rows[1]) : int(rows[2])] if rows else actual)
+            sequences = re.search(r"rows_(\d+)_(\d+)$", key)
+            golden.check(key, actual[int(sequences[1]) : int(sequences[2])] if sequences else actual)
 
     def test_position_ids(self, golden, model):
         case = golden.case("unit")
@@ -409,15 +419,15 @@ def check_image(model: BagelModel, golden: Golden, name: str, states: list[tuple
     thought = case["think"]["greedy_tokens"] if "think" in case else []
     if thought:
         *ops, thought_op = contexts["gen"]["ops"]
-        cache, _ = model.prefill_rows([build_row(model, golden, folder, ops)], capacity=len(thought) + 2)
+        cache = prefill_sequences(model, [build_sequence(model, golden, folder, ops)]).with_slots(1, len(thought) + 2)
         golden.check(f"{name}/think_step_logits", decode_greedily(model, cache, thought))
         # The reference decodes and encodes the thought, which may change it; what was sampled stays in our cache.
         if thought_op["token_ids"][1:-1] == thought[1:]:
             contexts["gen"]["ops"] = ops
     capacity = len(thought) + 2 + model.image_slots(grid)
-    cache, rows = prefill_branches(model, golden, name, contexts, capacity)
-    width = cache.prefix_mask.shape[1] - max(sum(row.gen.lengths) for row in rows)
-    slots = [torch.cat(block_places(row, width) or [torch.arange(0)]) for row in rows]
+    cache, sequences = prefill_branches(model, golden, name, contexts, capacity)
+    width = cache.prefix_mask.shape[1] - max(sum(sequence.gen.lengths) for sequence in sequences)
+    slots = [torch.cat(block_places(sequence, width) or [torch.arange(0)]) for sequence in sequences]
     if contexts["gen"]["ops"] is not case["contexts"]["gen"]["ops"]:
         model.sample_text(cache, torch.zeros(1, len(thought) - 1), temperature=0)
         slots[0] = torch.cat([slots[0], cache.prefix_mask.shape[1] + torch.arange(cache.length)])
@@ -448,14 +458,14 @@ class TestBatch:
     """Two samples in one cache, with contexts of two texts each."""
 
     @pytest.fixture
-    def rows(self, golden, model):
+    def sequences(self, golden, model):
         case = golden.case("batched")
-        rows = [BagelRow(model.config) for _ in case["prompts"]]
+        sequences = [BagelSequence(model.config) for _ in case["prompts"]]
         for turn in ("prompt_input", "prompt_input2"):
             texts = torch.tensor(case[turn]["packed_text_ids"]).split(case[turn]["text_token_lens"])
-            for row, text in zip(rows, texts, strict=True):
-                row.add_text(text[1:-1].tolist())
-        return rows
+            for sequence, text in zip(sequences, texts, strict=True):
+                sequence.add_text(text[1:-1].tolist())
+        return sequences
 
     @pytest.fixture
     def images(self, golden, model):
@@ -464,44 +474,48 @@ class TestBatch:
         grids = [(height // stride, width // stride) for height, width in golden.case("batched")["image_shapes"]]
         return list(zip(grids, golden["batched/init_noise"].split([h * w for h, w in grids]), strict=True))
 
-    def test_text(self, golden, model, rows):
+    def test_text(self, golden, model, sequences):
         tokens = golden.case("batched")["greedy_tokens"]
         steps = len(tokens[0])
-        cache, _ = model.prefill_rows(rows, capacity=steps + 2)
+        cache = prefill_sequences(model, sequences).with_slots(1, steps + 2)
         assert cache.positions.tolist() == golden.case("batched")["ropes2"]
         for key in golden.keys("batched/kv/"):
             kind, layer = key[-2:]
             states = {"k": cache.prefix_keys, "v": cache.prefix_values}[kind][int(layer)]
             golden.check(key, states.transpose(1, 2)[cache.prefix_mask])
-        text, logits = sample_with_logits(model, cache, torch.zeros(len(rows), steps))
+        text, logits = sample_with_logits(model, cache, torch.zeros(len(sequences), steps))
         golden.check("batched/text_step_logits", logits.transpose(0, 1))
         assert [ids[: steps - 1] for ids in text.token_ids] == [ids[1:] for ids in tokens]
 
-    def test_images(self, golden, model, rows, images):
+    def test_images(self, golden, model, sequences, images):
         config = replace(BATCHED_CONFIG, guidance=replace(BATCHED_CONFIG.guidance, renorm_type="channel"))
         for i, (grid, noise) in enumerate(images):
-            cache, _ = model.prefill_rows([rows[i], BagelRow(model.config)], capacity=model.image_slots(grid))
+            cache = prefill_sequences(model, [sequences[i], BagelSequence(model.config)]).with_slots(
+                1, model.image_slots(grid)
+            )
             latents, _ = denoise(model, cache, noise[None], grid, config)
             golden.check(f"batched/channel/latent{i}", latents[0])
 
-    def test_global_norm_does_not_couple_samples(self, model, rows, images):
+    def test_global_norm_does_not_couple_samples(self, model, sequences, images):
         config = replace(BATCHED_CONFIG, guidance=replace(BATCHED_CONFIG.guidance, renorm_type="global"))
         grid, noise = images[0]
-        noise = torch.stack([noise * (i + 1) for i in range(len(rows))])
-        empty = BagelRow(model.config)
-        together, _ = model.prefill_rows([*rows, *[empty] * len(rows)], capacity=model.image_slots(grid))
+        noise = torch.stack([noise * (i + 1) for i in range(len(sequences))])
+        empty = BagelSequence(model.config)
+        together = prefill_sequences(model, [*sequences, *[empty] * len(sequences)]).with_slots(
+            1, model.image_slots(grid)
+        )
         latents, _ = denoise(model, together, noise, grid, config)
-        for i, row in enumerate(rows):
-            alone, _ = model.prefill_rows([row, empty], capacity=model.image_slots(grid))
+        for i, sequence in enumerate(sequences):
+            alone = prefill_sequences(model, [sequence, empty]).with_slots(1, model.image_slots(grid))
             expected, _ = denoise(model, alone, noise[i : i + 1], grid, config)
             torch.testing.assert_close(latents[i : i + 1], expected, rtol=0, atol=2e-5)
 
 
 @dataclass
 class TrainingBatch:
-    """The reference's packed training samples, with the row and the place in it of everything that has a loss."""
+    """The reference's packed training samples, with the sequence, and the place in it, of everything that has a loss."""
 
-    rows: list[BagelRow]
+    sequences: list[BagelSequence]
     tokens: list[tuple[int, int]]
     labels: list[int]
     images: list[tuple[int, int]]
@@ -514,35 +528,36 @@ def training_batch(
     """
     Args:
         clean (`torch.Tensor` of shape `(images, channels, height, width)`): Latents of padded images.
-        times, noise (`torch.Tensor` of shape `(tokens,)` and `(tokens, channels)`): Of all images, one after the other.
+        times, noise (`torch.Tensor` of shape `(tokens,)` and `(tokens, channels)`):
+            Times and noise of all images, one after the other.
     """
     case, size = golden.case("train"), model.config.latent_patch_size
     grids = [tuple(shape) for shape in case["input"]["patchified_vae_latent_shapes"]]
-    lengths = [rows * columns for rows, columns in grids]
+    lengths = [height * width for height, width in grids]
     latents = zip(grids, clean, times.split(lengths), noise.split(lengths), strict=True)
     batch = TrainingBatch([], [], [], [], [])
     for index, sample in enumerate(case["samples"]):
-        row, texts, images = BagelRow(model.config), iter(sample["text_ids"]), iter(sample["images"])
+        sequence, texts, images = BagelSequence(model.config), iter(sample["text_ids"]), iter(sample["images"])
         for kind, has_loss in sample["plan"]:
             if kind == "text":
                 ids = next(texts)
-                start = row.add_text(ids)
+                start = sequence.add_text(ids)
                 if has_loss:
                     batch.labels += [*ids, model.config.eos_token_id]
                     batch.tokens += [(index, start + i) for i in range(len(ids) + 1)]
                 continue
             _, name = next(images)
             if kind == "vit_image":
-                row.add_pixels(golden.vit_pixels(name))
+                sequence.add_pixels(golden.vit_pixels(name))
                 continue
             grid, image, time, epsilon = next(latents)
             image = patchify(image[:, : grid[0] * size, : grid[1] * size], size)
             state = (1 - time[:, None]) * image + time[:, None] * epsilon
-            start = row.add_latents(state, grid, float(time[0]), noised=bool(has_loss))
+            start = sequence.add_latents(state, grid, float(time[0]), noised=bool(has_loss))
             if has_loss:
                 batch.images.append((index, start))
                 batch.velocities.append(epsilon - image)
-        batch.rows.append(row)
+        batch.sequences.append(sequence)
     return batch
 
 
@@ -563,21 +578,21 @@ def test_training_forward(golden, model):
     times = golden["train/packed_timesteps_logit"].sigmoid()
     times = case["timestep_shift"] * times / (1 + (case["timestep_shift"] - 1) * times)
     batch = training_batch(model, golden, clean, times, golden["train/noise"])
-    inputs = collate_rows(batch.rows, model.config)
+    inputs = collate_sequences(batch.sequences, model.config)
     num_und, num_gen = inputs["input_ids"].shape[1], inputs["latents"].shape[1]
     places = [
-        row * num_gen + start + torch.arange(len(target))
-        for (row, start), target in zip(batch.images, batch.velocities, strict=True)
+        sequence * num_gen + start + torch.arange(len(target))
+        for (sequence, start), target in zip(batch.images, batch.velocities, strict=True)
     ]
     with decoder_calls(model) as calls:
         output = model(
             **inputs,
-            score_index=torch.tensor([row * num_und + place for row, place in batch.tokens]),
+            score_index=torch.tensor([sequence * num_und + place for sequence, place in batch.tokens]),
             score_targets=torch.tensor(batch.labels),
             velocity_index=torch.cat(places)[None],
         )
     hidden = join(*calls[0][1])
-    orders = [torch.cat(block_places(row, num_und)) for row in batch.rows]
+    orders = [torch.cat(block_places(sequence, num_und)) for sequence in batch.sequences]
     golden.check("train/last_hidden_state", torch.cat([states[o] for states, o in zip(hidden, orders, strict=True)]))
 
     squares = (output.velocities[0] - torch.cat(batch.velocities)).square()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
-from alphagrpo_ext.models.bagel.layout import BagelRow
+from alphagrpo_ext.models.bagel.generation import feed_tokens, prefill_sequences
+from alphagrpo_ext.models.bagel.layout import BagelSequence
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
@@ -73,11 +74,11 @@ def test_equals_a_forward_without_cache(packaged: tuple[BagelModel, BagelProcess
     yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
     expected = []
     for question in questions:
-        row = BagelRow(model.config)
-        row.add_pixels(processor.vit_pixels(image))
-        row.add_text(processor.encode_text(question))
-        cache, _ = model.prefill_rows([row], capacity=1)
-        logits = model._feed(cache, torch.tensor([model.config.bos_token_id]), torch.tensor([True]))[0]
+        sequence = BagelSequence(model.config)
+        sequence.add_pixels(processor.vit_pixels(image))
+        sequence.add_text(processor.encode_text(question))
+        cache = prefill_sequences(model, [sequence]).with_slots(1, 1)
+        logits = feed_tokens(model, cache, torch.tensor([model.config.bos_token_id]), torch.tensor([True]))[0]
         expected.append(torch.stack([logits[yes], logits[no]]).softmax(0)[0].item())
     for batch_size in (2, 32):
         assert PolicyJudge(*packaged, batch_size=batch_size).probabilities(image, questions) == pytest.approx(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.pixels import tensor_to_image
 from alphagrpo_ext.registry import UnknownNameError

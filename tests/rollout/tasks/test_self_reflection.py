@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alphagrpo_ext.flow import GuidanceConfig
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.transitions import transition
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.work import WorkCounter

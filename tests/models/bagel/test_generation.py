@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a context costs where something is known of it already, and that it is the same context."""
+"""Prefill computes only what is new, and the result does not depend on what was reused."""
 
 import pytest
 import torch
 
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.cache import BagelCache
-from alphagrpo_ext.models.bagel.prefill import plan_prefill
+from alphagrpo_ext.models.bagel.generation import append_sequences, plan_prefill
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
@@ -30,7 +30,7 @@ def image(model: BagelModel) -> ImageSegment:
 
 
 def velocities(model: BagelModel, cache: BagelCache) -> torch.Tensor:
-    """What the rows of a cache say about one noised image, between a text and its delimiters."""
+    """Velocities of one noised image after a text, for every sample of a cache."""
     model.sample_text(cache, torch.full((cache.num_rows, 3), 0.4))
     noise = torch.randn(1, 6, model.latent_channels, generator=torch.Generator().manual_seed(1))
     return model.predict_velocity(cache, noise.expand(cache.num_rows, -1, -1), GRID, torch.tensor(0.6))
@@ -51,28 +51,28 @@ def one_by_one(model: BagelModel, contexts: list[list[Segment]]) -> torch.Tensor
 def test_plan_runs_what_begins_no_other_context(model: BagelModel) -> None:
     again = TextSegment(list(A.token_ids))
     plan = plan_prefill([[A, B], [A], [], [C], [again, B]], [], model.config)
-    assert [row.num_tokens for row in plan.rows] == [5 + 3, 6]
-    assert plan.index == [0, 0, plan.index[2], 1, 0]
-    assert plan.ends == [(8, 2), (5, 1), (0, 0), (6, 1), (8, 2)]
+    assert [sequence.num_tokens for sequence in plan.sequences] == [5 + 3, 6]
+    assert plan.indices == [0, 0, plan.indices[2], 1, 0]
+    assert plan.extents == [(8, 2), (5, 1), (0, 0), (6, 1), (8, 2)]
     assert plan.past_blocks == [0, 0]
 
 
 def test_plan_goes_on_from_the_longest_beginning(model: BagelModel, image: ImageSegment) -> None:
     past = [[A], [A, image, B], [C]]
     plan = plan_prefill([[A, image, B, C], [A, image, C], [B]], past, model.config)
-    assert plan.past_rows[:2] == [1, 1]
+    assert plan.past_samples[:2] == [1, 1]
     # An image is two blocks: one for each of its encoders.
     assert plan.past_blocks == [4, 3, 0]
-    assert [row.num_tokens for row in plan.rows] == [6, 6, 3]
-    assert [row.und.blocks for row in plan.rows] == [[4], [3], [0]]
-    assert plan.ends[0] == (5 + 2 + 3 + 6, 5)
+    assert [sequence.num_tokens for sequence in plan.sequences] == [6, 6, 3]
+    assert [sequence.und.blocks for sequence in plan.sequences] == [[4], [3], [0]]
+    assert plan.extents[0] == (5 + 2 + 3 + 6, 5)
 
 
 def test_equal_images_are_not_the_same_one(model: BagelModel, image: ImageSegment) -> None:
     other = ImageSegment(image.latents.clone(), GRID, pixel_values=image.pixel_values)
-    assert len(plan_prefill([[image], [other]], [], model.config).rows) == 2
+    assert len(plan_prefill([[image], [other]], [], model.config).sequences) == 2
     unseen = ImageSegment(image.latents, GRID)
-    assert len(plan_prefill([[image], [unseen]], [], model.config).rows) == 2
+    assert len(plan_prefill([[image], [unseen]], [], model.config).sequences) == 2
 
 
 @pytest.mark.invariant
@@ -88,7 +88,7 @@ def test_beginnings_of_a_context_are_the_contexts_themselves(model: BagelModel, 
 @pytest.mark.invariant
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_turn_after_another_reads_what_is_new(model: BagelModel, image: ImageSegment, group: int) -> None:
-    """Samples of a group part ways; some are continued twice, one not at all, and one context was never seen before."""
+    """Some samples are continued twice, one not at all, and one context is new."""
     first, _ = prefill(model, [[A, image, B], [C, image], [A, B]], group=group)
     uniforms = torch.rand(2 * group, 3, generator=torch.Generator().manual_seed(0))
     text = model.sample_text(first, uniforms)
@@ -113,7 +113,7 @@ def test_a_turn_after_another_reads_what_is_new(model: BagelModel, image: ImageS
 
 
 def test_what_was_used_up_holds_nothing(model: BagelModel) -> None:
-    """Two caches of a rollout never stand side by side."""
+    """Two caches of a rollout are never in memory at once."""
     first, _ = prefill(model, [[A], [B]])
     prefill(model, [[A, C]], past=first)
     assert not (first.prefix_keys or first.prefix_values or first.keys or first.values)
@@ -128,8 +128,7 @@ def test_without_anything_in_common_a_past_changes_nothing(model: BagelModel) ->
 
 def test_blocks_that_are_no_segments_are_no_past(model: BagelModel) -> None:
     first, _ = prefill(model, [[A]])
-    row = plan_prefill([[A, B]], [[A]], model.config).rows
-    model.extend(first, row)
+    append_sequences(model, first, plan_prefill([[A, B]], [[A]], model.config).sequences)
     assert first.segments is None
     _, num_tokens = prefill(model, [[A, B]], past=first)
     assert num_tokens == 5 + 3
