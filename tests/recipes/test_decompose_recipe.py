@@ -152,7 +152,7 @@ def test_the_shapes_decomposer_reports_prompts_outside_its_grammar(tmp_path: Pat
     output = tmp_path / "q.jsonl"
     printed = run("--input", prompts, "--output", output, "--decomposer", "shapes", code=1)
     assert "      1  not a prompt of the shapes world" in printed
-    assert "the word 'photo' is unknown there" in printed
+    assert "its grammar does not have the word 'photo'" in printed
     assert prompts_in(output) == [good]
 
 

@@ -176,6 +176,7 @@ def write_and_stop(self, *args, **kwargs):
         raise Stop
 Path.write_text = write_and_stop
 sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except Stop:
