@@ -75,7 +75,7 @@ class BenchmarkArguments:
         return size if self.num_trajectories is None else replace(size, num_trajectories=self.num_trajectories)
 
 
-def save(tables: list[ResultTable], args: BenchmarkArguments, path: Path) -> None:
+def save_tables(tables: list[ResultTable], args: BenchmarkArguments, path: Path) -> None:
     """Write all tables, and the machine that they were measured on."""
     import torch
 
@@ -104,7 +104,7 @@ def main(args: BenchmarkArguments) -> list[ResultTable]:
                 tables.append(table)
                 print(table, flush=True)
             # After each part, so that a benchmark that is stopped keeps what it measured.
-            save(tables, args, output_dir / "benchmark.json")
+            save_tables(tables, args, output_dir / "benchmark.json")
     pictures = [table.save_picture(output_dir) for table in tables]
     print(f"benchmark.json{' and plots' if any(pictures) else ''}: {output_dir}")
     return tables

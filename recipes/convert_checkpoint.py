@@ -28,7 +28,7 @@ from trl import TrlParser
 
 
 LAYOUTS = ("pretrained", "released")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+WEIGHT_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ConversionArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, allowed in (("layout", LAYOUTS), ("dtype", DTYPES)):
+        for name, allowed in (("layout", LAYOUTS), ("dtype", WEIGHT_DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {getattr(self, name)!r}")
 

@@ -86,7 +86,7 @@ class GenerationArguments(RewardArguments, SamplingArguments):
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
 
-def load_rows(args: GenerationArguments) -> list[dict[str, Any]]:
+def load_prompt_rows(args: GenerationArguments) -> list[dict[str, Any]]:
     """Load the rows to paint, which have questions unless their prompts are given on the command line."""
     from reward_models.prompts.loading import load_prompts
 
@@ -112,7 +112,9 @@ def make_scorer(
     return lambda images, rows: asyncio.run(score(images, rows))
 
 
-def save(refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: Path, num_rounds: int) -> None:
+def save_refinements(
+    refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: Path, num_rounds: int
+) -> None:
     """Write all images, and then their list, so that it never names an image that does not exist."""
     from PIL import Image
 
@@ -142,7 +144,7 @@ def main(args: GenerationArguments) -> None:
     from alphagrpo_ext.rollout import refine
     from recipe_tools.processes import load_policy
 
-    rows = load_rows(args)
+    rows = load_prompt_rows(args)
     model, processor = load_policy(args.model_name_or_path, args.dtype)
     scorer = None
     if args.judge != "none" and not args.prompts:
@@ -165,7 +167,7 @@ def main(args: GenerationArguments) -> None:
             stop_reward=args.stop_reward,
             keep_best=args.keep_best,
         )
-    save(refinements, rows, output_dir, args.num_rounds)
+    save_refinements(refinements, rows, output_dir, args.num_rounds)
     print(f"{len(rows)} prompts: images, samples.jsonl and contact_sheet.png in {output_dir}")
 
 

@@ -84,7 +84,7 @@ def assign_tasks(dataset: Dataset, tasks: list[str]) -> Dataset:
     return dataset.add_column("task", list(itertools.islice(itertools.cycle(tasks), len(dataset))))
 
 
-def summarize(initial: Evaluation, refined: Evaluation) -> dict[str, Any]:
+def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, Any]:
     """Scores of images that were painted without a thought, and of the same images refined, for `summary.json`."""
     from reward_models.evaluation.evaluate import RefinementScore
 
@@ -119,7 +119,9 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     if results is None:
         return
     before, after = results
-    training.save_scores(run, {"before": summarize(*before), "after": summarize(*after)}, before[1], after[1])
+    training.save_scores(
+        run, {"before": summarize_refinement(*before), "after": summarize_refinement(*after)}, before[1], after[1]
+    )
     initial, refined = after
     training.save_picture(
         run.output_dir / "refined.png",

@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from .prompts import NUMBERS, RELATIONS, holds, quality_questions
+from .prompts import COUNT_WORDS, RELATIONS, holds, quality_questions
 from .scene import COLORS, COLUMNS, ROWS, SHAPES, Scene, SceneObject, random_object, render
 
 
@@ -46,7 +46,7 @@ def scene_questions(scene: Scene) -> list[dict[str, str]]:
             if holds(relation, first.cell, second.cell)
         ]
     number = len(scene.objects)
-    count = "is there exactly one object" if number == 1 else f"are there exactly {NUMBERS[number]} objects"
+    count = "is there exactly one object" if number == 1 else f"are there exactly {COUNT_WORDS[number]} objects"
     questions.append({"question": f"{count} in the image ?", "tag": "Count"})
     questions.append({"question": f"is the background {scene.background} ?", "tag": "Environment"})
     return questions

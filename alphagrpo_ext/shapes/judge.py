@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from .prompts import NUMBERS, RELATIONS, noun
+from .prompts import COUNT_WORDS, RELATIONS, noun
 from .scene import (
     BACKGROUNDS,
     CELL_SIZE,
@@ -271,7 +271,7 @@ _ANSWERS = {
 _SHAPE = f"({'|'.join(SHAPES)})"
 _COLOR = f"({'|'.join(COLORS)})"
 _PLURALS = {noun(shape, count=2): shape for shape in SHAPES}
-_COUNTS = {word: count for count, word in NUMBERS.items()}
+_COUNTS = {word: count for count, word in COUNT_WORDS.items()}
 _PATTERNS = {
     "exists": rf"is there a (?:{_COLOR} )?{_SHAPE}",
     "has_color": rf"is the {_SHAPE} {_COLOR}",

@@ -19,7 +19,7 @@ from alphagrpo_ext.shapes.text import (
 
 
 PATCH_SIZE = 4
-SPECIAL_TOKENS = (
+TOKENIZER_SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<unk>",
     "<|im_start|>",
@@ -31,7 +31,7 @@ SPECIAL_TOKENS = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the shapes world; words are separated by blanks."""
-    words = [*SPECIAL_TOKENS, *vocabulary()]
+    words = [*TOKENIZER_SPECIAL_TOKENS, *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -29,7 +29,7 @@ CATEGORIES = (
     "negative",
 )
 RELATIONS = ("left of", "right of", "above", "below")
-NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 SPLITS = ("train", "rare", "evaluation")
 
 RARE_FRACTION = 0.1
@@ -66,7 +66,7 @@ class ObjectRequest:
     @property
     def phrase(self) -> str:
         """The request as a noun phrase, e.g. `"a circle"` or `"three red circles"`."""
-        article = "a" if self.count == 1 else NUMBERS[self.count]
+        article = "a" if self.count == 1 else COUNT_WORDS[self.count]
         return f"{article} {noun(self.shape, self.color, self.count)}"
 
     def matches(self, obj: SceneObject) -> bool:
@@ -160,7 +160,7 @@ def semantic_questions(spec: PromptSpec) -> list[dict[str, str]]:
         questions.append(_question(f"is there a {noun(request.shape, named)} ?", "Existence"))
         if request.count > 1:
             name = noun(request.shape, request.color, request.count)
-            questions.append(_question(f"are there exactly {NUMBERS[request.count]} {name} ?", "Count"))
+            questions.append(_question(f"are there exactly {COUNT_WORDS[request.count]} {name} ?", "Count"))
         elif request.color is not None and named is None:
             questions.append(_question(f"is the {request.shape} {request.color} ?", "Attribute"))
     if spec.relation is not None:
@@ -172,7 +172,7 @@ def semantic_questions(spec: PromptSpec) -> list[dict[str, str]]:
     if total == 1:
         questions.append(_question("is there exactly one object in the image ?", "Count"))
     else:
-        questions.append(_question(f"are there exactly {NUMBERS[total]} objects in the image ?", "Count"))
+        questions.append(_question(f"are there exactly {COUNT_WORDS[total]} objects in the image ?", "Count"))
     questions.append(_question(f"is the background {spec.background} ?", "Environment"))
     return questions
 

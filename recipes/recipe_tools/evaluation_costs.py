@@ -23,7 +23,7 @@ from reward_models.prompts.questions import from_row
 RECIPE = Path(__file__).parents[1] / "configs" / "reasoning_t2i_shapes.yaml"
 NUM_SEEDS = 2
 """Number of noise seeds of an evaluation."""
-BATCH_SIZE = 128
+EVALUATION_BATCH_SIZE = 128
 """Samples per batch of an evaluation."""
 
 
@@ -145,7 +145,7 @@ def measure_solvers(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> Iterator
         config = recipe_arguments(
             *("--eval_ode_solver", solver, "--eval_ode_steps", str(steps), "--eval_timestep_shift", str(shift))
         ).eval_rollout()
-        parts = [work[start : start + BATCH_SIZE] for start in range(0, len(work), BATCH_SIZE)]
+        parts = [work[start : start + EVALUATION_BATCH_SIZE] for start in range(0, len(work), EVALUATION_BATCH_SIZE)]
         measurement = meter.measure(
             [([rows[i] for _, i in part], [(f"eval-{seed}", 0, i) for seed, i in part], config) for part in parts]
         )
