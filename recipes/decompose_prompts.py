@@ -35,12 +35,11 @@ from pathlib import Path
 from tqdm import tqdm
 from trl import TrlParser
 
-from alphagrpo_ext.files import atomic_path
+from alphagrpo_ext.files import FileInUseError, atomic_path, read_json_lines
 from alphagrpo_ext.shapes import prompt_rows
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
 from reward_models.decomposition.record_file import RecordFile
-from reward_models.files.json_lines_file import FileInUseError
-from reward_models.prompts.questions import PromptRecord, read_json_lines
+from reward_models.prompts.questions import PromptRecord
 
 
 NUM_SHAPES_PROMPTS = 100

@@ -33,10 +33,10 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from alphagrpo_ext.files import FileInUseError
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from recipe_tools.evaluation_stages import DIRECT, EDITING, PAINTING, REFINE, THOUGHT, make_stages
 from reward_models.arguments import RewardArguments
-from reward_models.files.json_lines_file import FileInUseError
 
 
 @dataclass
@@ -97,8 +97,8 @@ def main(args: EvaluationArguments) -> None:
     # Here, so that `--help` does not import models.
     from recipe_tools.evaluation import evaluate_model, load_rows, print_rounds
     from recipe_tools.processes import end_processes, start_processes
-    from reward_models.evaluation.files import settings_digest
-    from reward_models.evaluation.tables import save_reports
+    from reward_models.evaluation.results import save_results
+    from reward_models.evaluation.settings_digest import settings_digest
     from reward_models.prompts.questions import from_row
 
     state = start_processes()
@@ -110,7 +110,7 @@ def main(args: EvaluationArguments) -> None:
     if state.is_main_process:
         records = [from_row(row, where=f"row {index}") for index, row in enumerate(rows)]
         settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
-        print(f"\n{save_reports(Path(args.output_dir), results, records, settings)}")
+        print(f"\n{save_results(Path(args.output_dir), results, records, settings)}")
         print_rounds(results)
         print(f"\nevaluation.json, summary.csv, samples.jsonl and images: {args.output_dir}")
     end_processes()

@@ -106,7 +106,8 @@ def score_images(benchmark: Benchmark, prompts: list[BenchmarkPrompt], args: Exp
     from recipe_tools.benchmark_images import score
     from recipe_tools.processes import load_policy
     from reward_models.evaluation.kept_scores import KeptScores
-    from reward_models.evaluation.tables import NamedEvaluation, save_reports
+    from reward_models.evaluation.results import save_results
+    from reward_models.evaluation.scores import NamedEvaluation
     from reward_models.prompts.questions import load_records
 
     questions = {str(record.prompt): record for record in load_records(args.questions)} if args.questions else {}
@@ -120,7 +121,7 @@ def score_images(benchmark: Benchmark, prompts: list[BenchmarkPrompt], args: Exp
         evaluation = asyncio.run(score(benchmark, asked, args.make_reward(policy), args, kept))
     named = NamedEvaluation(args.model_label or args.model_name_or_path, args.benchmark, evaluation)
     settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
-    table = save_reports(Path(args.output_dir), [named], [record for _, record in asked], settings)
+    table = save_results(Path(args.output_dir), [named], [record for _, record in asked], settings)
     print(f"\n{table}\n\n{len(asked)} of {len(prompts)} prompts have questions. Scores: {args.output_dir}")
 
 

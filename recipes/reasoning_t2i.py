@@ -47,7 +47,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"
 def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     # Here, so that `--help` does not import models and trainers.
     from recipe_tools import training
-    from reward_models.evaluation.evaluate import comparison_table
+    from reward_models.evaluation.text_tables import comparison_table
 
     run = training.prepare_run(script_args, training_args, model_args)
     trainer = training.make_trainer(run, [run.reward])

@@ -86,12 +86,12 @@ def assign_tasks(dataset: Dataset, tasks: list[str]) -> Dataset:
 
 def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, Any]:
     """Scores of images that were painted without a thought, and of the same images refined, for `summary.json`."""
-    from reward_models.evaluation.evaluate import RefinementScore
+    from reward_models.evaluation.scores import RefinementScore
 
     return {
         "initial": initial.summary(),
         "refined": refined.summary(),
-        **asdict(RefinementScore.of(initial, refined)),
+        **asdict(RefinementScore.from_evaluations(initial, refined)),
     }
 
 
@@ -99,7 +99,7 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     # Here, so that `--help` does not import models and trainers.
     from alphagrpo_ext.rollout import TASKS
     from recipe_tools import training
-    from reward_models.evaluation.evaluate import refinement_table
+    from reward_models.evaluation.text_tables import refinement_table
     from reward_models.format import FORMATS
 
     run = training.prepare_run(script_args, training_args, model_args)

@@ -26,7 +26,7 @@ import torch
 from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
 from PIL import Image
 
-from alphagrpo_ext.openrlhf.environment import PluginConfig, variable
+from alphagrpo_ext.openrlhf.environment import PluginConfig
 from alphagrpo_ext.openrlhf.episode import Turn, episode_logs, feedback_text, rectified_reward, turn_budget
 from alphagrpo_ext.reward_client.client import (
     AsyncRewardClient,
@@ -36,6 +36,7 @@ from alphagrpo_ext.reward_client.client import (
     noise_seed,
     parse_label,
 )
+from alphagrpo_ext.reward_client.settings import variable
 
 
 # Not `__name__`, because OpenRLHF gives the module a name of its own.

@@ -9,27 +9,12 @@ are loaded when an actor starts: a wrong setting stops the run there, and not at
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    SecretStr,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from alphagrpo_ext.reward_client.settings import ClientSettings
 
-PREFIX = "ALPHAGRPO_"
-# A misspelt name is at least this similar to the right one. Variables of other programs are less similar.
-SIMILARITY = 0.85
 
 CHATML_FEEDBACK = "\n<|im_start|>user\n{image}{request}<|im_end|>\n<|im_start|>assistant\n"
 QWEN_IMAGE_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -48,32 +33,16 @@ UNSEEN_REQUEST = (
 Rectification = Literal["minimum", "initial", "off"]
 # Inside a shell's plain quotes, a line break is written as two characters.
 TemplateText = Annotated[str, AfterValidator(lambda text: text.replace("\\n", "\n"))]
-ServerURL = Annotated[str, StringConstraints(strip_whitespace=True)]
 
 
-class PluginConfig(BaseSettings):
+class PluginConfig(ClientSettings):
     r"""
-    Settings of the plug-in.
-
-    A field that is not passed is read from the environment variable `ALPHAGRPO_` plus its name in capitals: `server_url`
-    from `ALPHAGRPO_SERVER_URL`. An empty variable counts as not set. On several nodes the variables must reach the Ray
-    actors, e.g. by `ray job submit --runtime-env-json`.
+    Settings of the plug-in. On several nodes the variables must reach the Ray actors, e.g. by
+    `ray job submit --runtime-env-json`.
 
     Args:
-        server_url (`str`, *optional*, defaults to `"http://127.0.0.1:8001"`):
-            URL of the reward server.
-        server_key (`SecretStr`, *optional*):
-            Bearer key of the reward server, if it requires one. It is never printed.
-        timeout (`float`, *optional*, defaults to `180.0`):
-            Seconds that one attempt of a request may take.
-        max_retries (`int`, *optional*, defaults to `10`):
-            Number of further attempts. Ten attempts take about two and a half minutes if no connection can be made.
-        max_concurrency (`int`, *optional*, defaults to `8`):
-            Number of requests that one process has open at the server; further ones wait. Each vLLM engine is a process. All
-            of them together should not open more requests than the server's `max_queue`, 64 by default.
-        seed (`int`, *optional*):
-            If set, the noise of an image follows from the seed, the prompt and the turn. It is then equal for a whole group,
-            so that rewards in the group differ by their texts only. If not set, the server draws the noise.
+        server_url, server_key, timeout, max_retries, max_concurrency, seed:
+            As in [`ClientSettings`].
         num_reflection_rounds (`int`, *optional*, defaults to `1`):
             How often the agent reflects on an image and has it painted anew. With 0 it only paints.
         rectification (`str`, *optional*, defaults to `"minimum"`):
@@ -100,14 +69,6 @@ class PluginConfig(BaseSettings):
         `ValueError`: If a value is invalid or a variable's name looks misspelt; the message names the environment variable.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
-
-    server_url: ServerURL = Field("http://127.0.0.1:8001", pattern="^https?://")
-    server_key: SecretStr | None = None
-    timeout: float = Field(180.0, gt=0, allow_inf_nan=False)
-    max_retries: int = Field(10, ge=0)
-    max_concurrency: int = Field(8, ge=1)
-    seed: int | None = None
     num_reflection_rounds: int = Field(1, ge=0)
     rectification: Rectification = "minimum"
     policy_sees_images: bool = True
@@ -116,20 +77,6 @@ class PluginConfig(BaseSettings):
     end_of_turn: TemplateText = "<|im_end|>"
     reflection_request: TemplateText | None = None
     max_new_tokens: int | None = Field(None, ge=1)
-
-    def __init__(self, **values: Any) -> None:
-        check_spelling()
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            # Not chained: Pydantic's own message would print a key.
-            raise ValueError("; ".join(map(describe_error, error.errors()))) from None
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_empty_values(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Leave out values that are blank, so that fields keep their defaults."""
-        return {name: value for name, value in values.items() if not isinstance(value, str) or value.strip()}
 
     @field_validator("feedback_template")
     @classmethod
@@ -147,35 +94,3 @@ class PluginConfig(BaseSettings):
         if self.reflection_request is not None:
             return self.reflection_request
         return SEEN_REQUEST if self.policy_sees_images else UNSEEN_REQUEST
-
-
-def variable(name: str) -> str:
-    """The environment variable of a field of [`PluginConfig`]."""
-    return PREFIX + name.upper()
-
-
-def check_spelling() -> None:
-    """
-    Look for environment variables whose names are nearly those of settings.
-
-    Raises:
-        `ValueError`: If there is one; the message names the variable that is probably meant.
-    """
-    known = [variable(name) for name in PluginConfig.model_fields]
-    for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
-            similar = difflib.get_close_matches(name, known, n=1, cutoff=SIMILARITY)
-            if similar:
-                raise ValueError(f"there is no environment variable {name}; did you mean {similar[0]}?")
-
-
-def describe_error(error: Mapping[str, Any]) -> str:
-    """One of Pydantic's errors in a sentence that names the environment variable."""
-    name = str(error["loc"][0])
-    expected = {
-        "bool_parsing": "must be true or false",
-        "string_pattern_mismatch": "must start with http:// or https://",
-    }
-    rule = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    value = "" if name == "server_key" else f", but is {error['input']!r}"
-    return f"{variable(name)} {expected.get(error['type'], rule)}{value}"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Answers to questions, as text in a column of TRL's table of completions.
+Answers of a judge as text in TRL's table of completions.
 
-A reward function that answers questions calls `log_extra("<its name>/answers", ...)` with one such text a sample. The table
-shows it to people, and a report reads it back.
+A reward function that asks questions calls `log_extra("<its name>/answers", ...)` with one text per sample. So everything that
+shows the table shows the answers, and the report reads them from there. Any reward function may add such a column.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ COLUMN_SUFFIX = "/answers"
 
 def format_answers(answers: Sequence[Answer]) -> str:
     """
+    Format answers as text.
+
     Args:
         answers (`Sequence[Answer]`): Answers about one image.
 
     Returns:
-        `str`: One line a question: P(yes) with four decimals or `-`, kind, tag and question, with a tab between. Other white
+        `str`: One line per question: P(yes) with four decimals or `-`, kind, tag and question, separated by tabs. Other white
         space becomes a single blank.
     """
     return "\n".join(
@@ -39,13 +41,13 @@ def format_answers(answers: Sequence[Answer]) -> str:
 
 def parse_answers(text: str | None) -> list[Answer]:
     """
-    Read them back.
+    Parse the text of [`format_answers`].
 
     Args:
-        text (`str`, *optional*): What [`format_answers`] made; `None` for a sample without any.
+        text (`str`, *optional*): The text; `None` for a sample without answers.
 
     Raises:
-        `ValueError`: If a line is not of that form. The message shows it.
+        `ValueError`: If a line does not have this form. The message shows the line.
     """
     answers = []
     for line in text.split("\n") if text else []:

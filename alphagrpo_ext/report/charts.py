@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which of a run's metrics are drawn together."""
+"""The charts of a report: which metrics of a run are drawn together."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Series:
     A line of a chart.
 
     Args:
-        name (`str`): What stands in the legend.
-        points (`list[tuple[int, float]]`): Step and value, by rising step.
+        name (`str`): Name in the legend.
+        points (`list[tuple[int, float]]`): Step and value, in ascending order of steps.
     """
 
     name: str
@@ -26,11 +26,13 @@ class Series:
 @dataclass(frozen=True)
 class Chart:
     """
+    A chart with a line for each of its metrics.
+
     Args:
-        section (`str`): Heading that it stands under.
-        title (`str`): What it shows, with the unit.
-        series (`list[Series]`): At most four.
-        lower, upper (`float`, *optional*): Bounds of the quantity, for the axis; `None` takes those of the data.
+        section (`str`): Heading above the chart.
+        title (`str`): The quantity, with its unit.
+        series (`list[Series]`): The lines, at most four.
+        lower, upper (`float`, *optional*): Bounds of the axis; `None` for the bounds of the data.
     """
 
     section: str
@@ -42,7 +44,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Template:
-    """A chart that is drawn if the run logged any of its metrics, which are given by legend."""
+    """A chart that is drawn if the run logged any of its metrics. `metrics` maps names in the legend to metrics."""
 
     section: str
     title: str
@@ -84,7 +86,7 @@ _TEMPLATES = (
         lower=0,
     ),
     _Template("Ratios", "KL to the reference", {"images": "image/kl", "text": "kl"}),
-    _Template("Ratios", "Entropy of the text, nats a token", {"text": "entropy"}, lower=0),
+    _Template("Ratios", "Entropy of the text, nats per token", {"text": "entropy"}, lower=0),
     _Template(
         "Lengths",
         "Length of the text, tokens",
@@ -98,7 +100,7 @@ _TEMPLATES = (
     _Template("Lengths", "Share of texts that were cut off", {"text": "completions/clipped_ratio"}, lower=0),
     _Template(
         "Timings",
-        "Time of a step, seconds",
+        "Time per step, seconds",
         {"rollout": "timing/rollout", "reward": "timing/reward", "update": "timing/update"},
         lower=0,
     ),
@@ -118,17 +120,17 @@ _TAG_PREFIXES = {"dvreward/semantic/": "semantic", "dvreward/quality/": "quality
 _NOT_DRAWN = {"epoch", "step", "num_tokens", "step_time", "frac_reward_zero_std", "total_flos"}
 
 
-def charts(logs: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def make_charts(logs: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """
-    Charts of a trainer's `log_history`.
+    Make the charts of a run.
 
     Args:
         logs (`Sequence[Mapping[str, Any]]`):
-            Logged entries with their `step`. Of several at one step the last holds.
+            The trainer's `log_history`. If a metric was logged several times at one step, the last value counts.
 
     Returns:
-        `list[Chart]`: The well-known metrics by what they are about, a chart for each tag of questions, and one for every
-        other metric under `"Others"`.
+        `list[Chart]`: The known metrics by section, a chart for each tag of questions, and a chart for each other metric in the
+        section `"Others"`.
     """
     points: dict[str, dict[int, float]] = {}
     for entry in logs:
@@ -157,7 +159,7 @@ def charts(logs: Sequence[Mapping[str, Any]]) -> list[Chart]:
                 title = f"{metric.removeprefix(prefix)} ({kind})"
                 result.append(Chart("Pass rate by tag", title, [series("answered yes", metric)], 0, 1))
                 drawn.add(metric)
-    # Summaries at the end of training are one number each.
+    # The end of training logs these once, so they have no curve.
     summaries = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
     others = sorted(points.keys() - drawn - summaries)
     result += [Chart("Others", metric, [series(metric, metric)]) for metric in others]

@@ -4,10 +4,10 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const GROUPS_AT_ONCE = 8;
 const PAIRS_AT_ONCE = 12;
 const PASS = 0.5;
-const TOLERANCE = 0.01;
+const REWARD_TOLERANCE = 0.01;
 const byId = (id) => document.getElementById(id);
 
-// Text goes into the page by textContent alone, so that markup in a prompt stays text.
+// Text is inserted as text nodes only, so that markup in a prompt stays text.
 function element(name, attributes = {}, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -34,7 +34,7 @@ function number(value, digits = 3) {
 
 const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const signed = (value, digits = 2) => (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(digits);
-const tone = (change) => (Math.abs(change) < TOLERANCE ? "even" : change > 0 ? "good" : "bad");
+const tone = (change) => (Math.abs(change) < REWARD_TOLERANCE ? "even" : change > 0 ? "good" : "bad");
 const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
 const count = (n, noun, plural = `${noun}s`) => `${n} ${n === 1 ? noun : plural}`;
 
@@ -44,7 +44,7 @@ const waiting = new Map();
 
 function showImage(image) {
   const source = byId(`image-${waiting.get(image)}`);
-  // Behind this script in the file; it may not have been read yet.
+  // The element follows this script in the file, and the browser may not have read it yet.
   if (!source) return false;
   waiting.delete(image);
   image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 64), { once: true });
@@ -86,9 +86,9 @@ function forgetImages(container) {
 function compared(first, second, names, subject) {
   const frame = element("div", { class: "picture" });
   const edge = element("span", { class: "edge" });
-  const range = element("input", { type: "range", min: 0, max: 100, value: 100, "aria-label": `Edge between ${names[0]} and ${names[1]} image: ${subject}` });
+  const range = element("input", { type: "range", min: 0, max: 100, value: 100, "aria-label": `Boundary between the ${names[0]} and the ${names[1]} image: ${subject}` });
   const update = () => {
-    // The edge stands above the thumb, which at either end shows the image that is named there.
+    // The edge is above the thumb of the slider. At each end of the slider, only the image that is named there is visible.
     frame.style.setProperty("--split", `${range.value}%`);
     edge.hidden = range.value === "0" || range.value === "100";
     range.setAttribute("aria-valuetext", `${range.value}% ${names[1]} image`);
@@ -123,7 +123,7 @@ function ticks(low, high, most) {
 function bounds(chart) {
   const values = chart.series.flatMap((series) => series.points.map((point) => point[1]));
   let low = Math.min(...values), high = Math.max(...values);
-  // A level line gets an axis around it; what moves at all is drawn as it moves.
+  // A constant line gets an axis around its value. Any other line fills its axis.
   const size = Math.max(Math.abs(low), Math.abs(high)) || 1;
   const least = high - low < size * 1e-6 ? size * 0.1 : high - low;
   if (high - low < least) [low, high] = [low - least / 2, high + least / 2];
@@ -142,7 +142,7 @@ function axisLabel(value, step) {
   return value.toFixed(Math.max(0, Math.abs(step * 10 ** decimals - 2.5) < 1e-6 ? decimals + 1 : decimals));
 }
 
-// All charts have the same steps from left to right.
+// All charts have the same horizontal axis.
 const [FIRST, LAST] = data.charts.flatMap((chart) => chart.series.flatMap((series) => series.points.map((point) => point[0])))
   .reduce(([low, high], step) => [Math.min(low, step), Math.max(high, step)], [Infinity, -Infinity]);
 
@@ -246,9 +246,9 @@ function drawNumbers() {
 
 /* Trajectories */
 
-const worseThanGiven = (trajectory) => trajectory.reward !== null && trajectory.given_reward !== null && trajectory.reward < trajectory.given_reward - TOLERANCE;
+const worseThanGiven = (trajectory) => trajectory.reward !== null && trajectory.given_reward !== null && trajectory.reward < trajectory.given_reward - REWARD_TOLERANCE;
 const groupReward = (group) => mean(group.trajectories.map((t) => t.reward).filter((reward) => reward !== null));
-const worseThanEarlier = (group) => group.earlier_reward !== null && groupReward(group) !== null && groupReward(group) < group.earlier_reward - TOLERANCE;
+const worseThanEarlier = (group) => group.earlier_reward !== null && groupReward(group) !== null && groupReward(group) < group.earlier_reward - REWARD_TOLERANCE;
 
 function questions(answers) {
   if (!answers.length) return [];
@@ -261,12 +261,12 @@ function questions(answers) {
   }));
   const tags = [...new Set(failed.map((answer) => answer.tag))];
   return [
-    tags.length ? element("ul", { class: "failed-tags", "aria-label": "Tags with a no" }, ...tags.map((tag) => element("li", { class: "badge bad" }, tag))) : null,
+    tags.length ? element("ul", { class: "failed-tags", "aria-label": "Tags of questions that were answered no" }, ...tags.map((tag) => element("li", { class: "badge bad" }, tag))) : null,
     element("details", { class: "questions" }, element("summary", {}, `${passed} of ${count(answers.length, "question")} answered yes`), list),
   ];
 }
 
-// The label says already that this is a thought.
+// The label already says that this is a thought.
 const withoutTags = (text) => text.trim().replace(/^<think>([^]*)<\/think>$/, "$1").trim();
 
 function textBlock(label, text) {
@@ -308,11 +308,11 @@ function groupSection({ group, trajectories }) {
   const facts = element("p", { class: "muted" }, `step ${group.step} · ${group.task.replaceAll("_", " ")} · mean reward ${fixed(reward)}`);
   if (trajectories.length < group.trajectories.length) facts.append(` · ${trajectories.length} of ${group.trajectories.length} shown`);
   if (group.earlier_reward !== null) {
-    facts.append(` · in step ${group.earlier_step} it was ${fixed(group.earlier_reward)} `);
+    facts.append(` · in step ${group.earlier_step} the mean was ${fixed(group.earlier_reward)} `);
     if (worseThanEarlier(group)) facts.append(element("span", { class: "badge bad" }, "got worse"));
   }
   const head = element("div", { class: "head" }, element("div", {}, element("h3", {}, group.prompt), facts));
-  // The members of a group that refines have one image in common.
+  // The trajectories of a group refine the same image.
   const given = group.trajectories[0].given_image;
   if (given !== null) head.prepend(element("div", { class: "picture" }, picture(given, `Given image: ${group.prompt}`)));
   return element("section", { class: "group" }, head,
@@ -375,7 +375,7 @@ function showGroups() {
   const trajectories = found.reduce((sum, { trajectories }) => sum + trajectories.length, 0);
   byId("count").textContent = data.groups.length
     ? `${count(trajectories, "trajectory", "trajectories")} in ${count(found.length, "group")}`
-    : "No rollout has been kept yet.";
+    : "There are no trajectories yet.";
   showMoreGroups();
 }
 
@@ -388,7 +388,7 @@ function prepareGallery() {
   byId("step").append(option("", "all"), ...steps.map((step) => option(step, step)));
   byId("filters").addEventListener("input", showGroups);
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  // The fields have their old values until the event has been handled.
+  // The fields keep their old values until the event has been handled.
   byId("filters").addEventListener("reset", () => setTimeout(showGroups));
   byId("more").addEventListener("click", showMoreGroups);
   showGroups();
@@ -423,10 +423,10 @@ function showPairs() {
   const category = byId("category").value, worse = byId("comparison-worse").checked;
   forgetImages(byId("pairs"));
   foundPairs = data.comparison.pairs
-    .filter((pair) => (category === "" || pair.category === category) && (!worse || change(pair) < -TOLERANCE))
+    .filter((pair) => (category === "" || pair.category === category) && (!worse || change(pair) < -REWARD_TOLERANCE))
     .sort(orders[byId("comparison-order").value]);
   shownPairs = 0;
-  byId("comparison-count").textContent = `${count(foundPairs.length, "pair")} of the same prompt and noise`;
+  byId("comparison-count").textContent = `${count(foundPairs.length, "pair")} of images with the same prompt and noise`;
   showMorePairs();
 }
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The page itself: one HTML file that needs nothing else, no network and no server.
+The page of a report: one HTML file that needs no framework, no server and no network.
 
-Its data is JSON in elements that the browser does not run, and each image stands in one of its own behind everything else, so
-that the page is drawn before they are read. A policy in the page's head allows its own script and style alone, by their
-digests, and no connection, whatever a prompt says.
+The data is JSON in a `<script>` element that the browser does not run. Each image is in an element of its own after the page's
+script, so that the browser draws the page before it has read the images.
+
+Prompts and texts are not trusted. The script inserts text as `textContent` only, the JSON is escaped, and a content security
+policy (CSP) allows the page's own script and style, by their digests, and no connection.
 """
 
 from __future__ import annotations
@@ -22,48 +24,31 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from alphagrpo_ext.report.charts import charts
-from alphagrpo_ext.report.records import Comparison, TrajectoryGroup, Turn
-from alphagrpo_ext.report.store import ReportStore, choose_groups, replace_text, without_nan
+from alphagrpo_ext.files import write_text
+from alphagrpo_ext.report.charts import make_charts
+from alphagrpo_ext.report.records import Comparison, TrajectoryGroup
+from alphagrpo_ext.report.store import ReportStore, choose_groups, without_nan
 
 
 PAGE_NAME = "report.html"
 MAX_BYTES = 18_000_000
-
-
-class _Images:
-    """Images of a page, each once, by their place."""
-
-    def __init__(self) -> None:
-        self.urls: list[str] = []
-        self._places: dict[str, int] = {}
-
-    def place(self, url: str | None) -> int | None:
-        if url is None:
-            return None
-        if url not in self._places:
-            self._places[url] = len(self.urls)
-            self.urls.append(url)
-        return self._places[url]
-
-    def turn(self, turn: Turn) -> dict[str, Any]:
-        return {"text": turn.text, "image": self.place(turn.image)}
+_IMAGE_FIELDS = ("image", "given_image")
 
 
 def write_report(output_dir: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Path:
     """
-    Write `report.html` in the folder of a run, during the run or after it, from what is in its folder `report`.
+    Write `report.html` in the folder of a run from the data in its folder `report`, during the run or after it.
 
     Args:
         output_dir (`str` or `PathLike`): Folder of the run.
         max_bytes (`int`, *optional*, defaults to `18_000_000`):
-            Most bytes of the page. Beyond it, groups of trajectories are left out; see [`choose_groups`].
+            Largest size of the page in bytes. A larger page leaves groups of trajectories out; see [`choose_groups`].
 
     Returns:
         `Path`: The page.
 
     Raises:
-        `FileNotFoundError`: If there is nothing to report.
+        `FileNotFoundError`: If the folder `report` does not exist.
     """
     store = ReportStore(output_dir)
     if not store.folder.is_dir():
@@ -71,23 +56,25 @@ def write_report(output_dir: str | os.PathLike[str], max_bytes: int = MAX_BYTES)
     logs, groups, comparison = store.logs(), store.groups(), store.comparison()
     path = Path(output_dir) / PAGE_NAME
     title = Path(output_dir).resolve().name
-    page = render(title, logs, groups, comparison)
+    page = render_page(title, logs, groups, comparison)
     count = sum(len(group.trajectories) for group in groups)
     while len(page.encode()) > max_bytes and len(groups) > 1:
         count = count * 4 // 5
         groups = choose_groups(groups, count)
-        page = render(title, logs, groups, comparison)
-    replace_text(path, page)
+        page = render_page(title, logs, groups, comparison)
+    write_text(path, page)
     return path
 
 
-def render(
+def render_page(
     title: str,
     logs: Sequence[dict[str, Any]],
     groups: Sequence[TrajectoryGroup],
     comparison: Comparison | None = None,
 ) -> str:
     """
+    Render the page.
+
     Args:
         title (`str`): Name of the run.
         logs (`Sequence[dict[str, Any]]`): The trainer's `log_history`.
@@ -97,14 +84,14 @@ def render(
     Returns:
         `str`: The page.
     """
-    images = _Images()
+    image_indices: dict[str, int] = {}
     data = {
         "title": title,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": max((entry.get("step", 0) for entry in logs), default=0),
-        "charts": [asdict(chart) for chart in charts(logs)],
-        "groups": [_group(group, images) for group in groups],
-        "comparison": None if comparison is None else _comparison(comparison, images),
+        "charts": [asdict(chart) for chart in make_charts(logs)],
+        "groups": [_with_image_indices(asdict(group), image_indices) for group in groups],
+        "comparison": comparison and _with_image_indices(asdict(comparison), image_indices),
     }
     style, script = _resource("page.css"), _resource("page.js")
     policy = (
@@ -117,17 +104,17 @@ def render(
         "data": json_island(data),
         "script": script,
         "images": "\n".join(
-            f'<script type="text/plain" id="image-{place}">{url}</script>' for place, url in enumerate(images.urls)
+            f'<script type="text/plain" id="image-{index}">{url}</script>' for url, index in image_indices.items()
         ),
     }
-    # One pass, so that a mark inside a prompt is not taken for a place of the page.
-    return re.sub(r"<!-- (\w+) -->", lambda mark: parts[mark[1]], _resource("page.html"))
+    # All placeholders are replaced in one pass, so that a placeholder in a prompt stays text.
+    return re.sub(r"<!-- (\w+) -->", lambda placeholder: parts[placeholder[1]], _resource("page.html"))
 
 
 def json_island(data: Any) -> str:
     """
-    JSON that may stand inside a `<script>` element: no text in it can end the element or begin another, since `<`, `>` and
-    `&` are written as escapes, and so are the two line separators that JavaScript knows and JSON does not.
+    Encode data as JSON for a `<script>` element. No text in the data can end the element or start another one, because `<`, `>`
+    and `&` are escaped. So are the two line separators that JavaScript treats as line breaks and JSON does not.
     """
     text = json.dumps(without_nan(data), allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -135,28 +122,23 @@ def json_island(data: Any) -> str:
     return text
 
 
-def _group(group: TrajectoryGroup, images: _Images) -> dict[str, Any]:
-    return {
-        **{name: getattr(group, name) for name in ("step", "index", "task", "prompt", "earlier_step")},
-        "earlier_reward": group.earlier_reward,
-        "trajectories": [
-            {
-                **asdict(trajectory),
-                "turns": [images.turn(turn) for turn in trajectory.turns],
-                "given_image": images.place(trajectory.given_image),
-            }
-            for trajectory in group.trajectories
-        ],
-    }
+def _with_image_indices(value: Any, indices: dict[str, int]) -> Any:
+    """
+    Replace each image in nested data by its index, so that the page holds every distinct image once.
 
-
-def _comparison(comparison: Comparison, images: _Images) -> dict[str, Any]:
+    Args:
+        value (`Any`): Nested lists and dictionaries.
+        indices (`dict[str, int]`): Index of each data URL so far. New images are added.
+    """
+    if isinstance(value, list):
+        return [_with_image_indices(item, indices) for item in value]
+    if not isinstance(value, dict):
+        return value
     return {
-        "table": asdict(comparison.table),
-        "pairs": [
-            {**asdict(pair), "before": images.turn(pair.before), "after": images.turn(pair.after)}
-            for pair in comparison.pairs
-        ],
+        key: indices.setdefault(item, len(indices))
+        if key in _IMAGE_FIELDS and item is not None
+        else _with_image_indices(item, indices)
+        for key, item in value.items()
     }
 
 

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a report knows of trajectories and evaluations. All of it is text and numbers; images are data URLs."""
+"""The data of a report: trajectories and evaluations as text, numbers, and images as data URLs."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
-# As evaluations have it: a smaller difference of rewards is none.
-TOLERANCE = 0.01
+REWARD_TOLERANCE = 0.01
+"""Two rewards that differ by at most this count as equal."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """
-    A judge's answer to a question about an image.
+    The answer of a judge to a question about an image.
 
     Args:
-        question, tag (`str`): The question, and what it is about, e.g. `"Count"`.
+        question, tag (`str`): The question and its tag, e.g. `"Count"`.
         kind (`str`): `"semantic"` or `"quality"`.
         p_yes (`float` or `None`): P(yes) in [0, 1]; `None` if there is no answer.
     """
@@ -30,9 +29,9 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ReportTurn:
     """
-    What the policy wrote, and then painted.
+    One turn of the policy: a text, then an image.
 
     Args:
         text (`str`): Thought or reflection; empty if there is none.
@@ -46,31 +45,31 @@ class Turn:
 @dataclass(frozen=True)
 class TrajectoryRecord:
     """
-    A trajectory with what it was worth.
+    A trajectory with its rewards and advantages.
 
     Args:
-        turns (`list[Turn]`): What the policy did.
-        given_image (`str`, *optional*): Data URL of the image that the policy was given to refine or edit.
+        turns (`list[ReportTurn]`): What the policy wrote and painted.
+        given_image (`str`, *optional*): Data URL of the image that the policy refines or edits.
         reward (`float`, *optional*): Weighted reward of the last image before rectification; `None` if there is none.
-        rewards (`dict[str, float | None]`): Of each reward function, after rectification.
-        advantage, image_advantage (`float`): Of text, and of images.
-        given_reward (`float`, *optional*): Reward of the image that was to be refined.
-        answers (`list[Answer]`): About the last image.
+        rewards (`dict[str, float | None]`): Reward of each reward function, after rectification.
+        advantage, image_advantage (`float`): Advantage of the text, and of the images.
+        given_reward (`float`, *optional*): Reward of the image that the policy refines.
+        answers (`list[Answer]`): Answers about the last image.
     """
 
-    turns: list[Turn]
+    turns: list[ReportTurn]
     given_image: str | None
     reward: float | None
     rewards: dict[str, float | None]
-    advantage: float
-    image_advantage: float
+    advantage: float | None
+    image_advantage: float | None
     given_reward: float | None
     answers: list[Answer] = field(default_factory=list)
 
     @property
     def got_worse(self) -> bool:
-        """Whether the last image is worth less than the one that it was to improve, by more than 0.01."""
-        return None not in (self.reward, self.given_reward) and self.reward < self.given_reward - TOLERANCE
+        """Whether the reward of the last image is lower than the reward of the image that it refines."""
+        return None not in (self.reward, self.given_reward) and self.reward < self.given_reward - REWARD_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,11 @@ class TrajectoryGroup:
 
     Args:
         step (`int`): Optimizer step that the group was sampled for, from 1.
-        index (`int`): Place among the groups of that step.
-        task, prompt (`str`): What was asked.
-        trajectories (`list[TrajectoryRecord]`): By falling advantage of images.
-        earlier_step (`int`, *optional*): Last step before that had the same prompt; `None` if there is none.
-        earlier_reward (`float`, *optional*): Mean reward then.
+        index (`int`): Index among the groups of that step.
+        task, prompt (`str`): The task, and the prompt.
+        trajectories (`list[TrajectoryRecord]`): The trajectories, in descending order of image advantage.
+        earlier_step (`int`, *optional*): Last earlier step with the same prompt; `None` if there is none.
+        earlier_reward (`float`, *optional*): Mean reward of the prompt at that step.
     """
 
     step: int
@@ -98,57 +97,42 @@ class TrajectoryGroup:
     @property
     def rewards(self) -> list[float]:
         """Rewards of the trajectories that have one."""
-        return [t.reward for t in self.trajectories if t.reward is not None]
+        return [trajectory.reward for trajectory in self.trajectories if trajectory.reward is not None]
 
     @property
-    def tellingness(self) -> float:
-        """How much there is to see: spread of rewards, and the share of images that got worse. In [0, 2] for DVReward."""
-        spread = max(self.rewards) - min(self.rewards) if self.rewards else 0.0
-        return spread + sum(t.got_worse for t in self.trajectories) / max(len(self.trajectories), 1)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> TrajectoryGroup:
-        trajectories = [
-            TrajectoryRecord(
-                **{
-                    **entry,
-                    "turns": [Turn(**turn) for turn in entry["turns"]],
-                    "answers": [Answer(**answer) for answer in entry["answers"]],
-                }
-            )
-            for entry in data["trajectories"]
-        ]
-        return cls(**{**data, "trajectories": trajectories})
+    def informativeness(self) -> float:
+        """Range of the rewards plus the share of images that got worse. In [0, 2] for DVReward."""
+        reward_range = max(self.rewards) - min(self.rewards) if self.rewards else 0.0
+        return reward_range + sum(t.got_worse for t in self.trajectories) / max(len(self.trajectories), 1)
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImagePair:
     """
-    An evaluation prompt with its image by two policies, from the same noise.
+    The images of two policies for the same evaluation prompt and the same noise.
 
     Args:
-        prompt, category (`str`): The prompt, and the category it belongs to.
-        before, after (`Turn`): What each policy did.
-        reward_before, reward_after (`float`): What it was worth.
+        prompt, category (`str`): The prompt and its category.
+        before, after (`ReportTurn`): The turn of each policy.
+        reward_before, reward_after (`float`): The reward of each image.
     """
 
     prompt: str
     category: str
-    before: Turn
-    after: Turn
+    before: ReportTurn
+    after: ReportTurn
     reward_before: float
     reward_after: float
 
 
 @dataclass(frozen=True)
-class Table:
+class ScoreTable:
     """
+    A table of the page.
+
     Args:
         header (`list[str]`): Titles of the columns.
-        rows (`list[list[str]]`): Cells as they are shown; the first one of a row names it.
+        rows (`list[list[str]]`): Cells as they are shown. The first cell of a row is its name.
     """
 
     header: list[str]
@@ -161,20 +145,9 @@ class Comparison:
     An evaluation before and after training.
 
     Args:
-        table ([`Table`]): Its scores.
-        pairs (`list[Pair]`): Some of its images.
+        table ([`ScoreTable`]): Scores of both evaluations.
+        pairs (`list[ImagePair]`): Some of the images.
     """
 
-    table: Table
-    pairs: list[Pair]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Comparison:
-        pairs = [
-            Pair(**{**entry, "before": Turn(**entry["before"]), "after": Turn(**entry["after"])})
-            for entry in data["pairs"]
-        ]
-        return cls(Table(**data["table"]), pairs)
+    table: ScoreTable
+    pairs: list[ImagePair]

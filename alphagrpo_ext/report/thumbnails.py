@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Images small enough to travel inside a page."""
+"""Images that are small enough to be embedded in a page."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from io import BytesIO
 from PIL import Image
 
 
-# Up to this side an image is kept as it is, without loss: every pixel of it will be seen.
+# Images up to this size are stored without loss, because the page enlarges their pixels.
 LOSSLESS_SIZE = 64
 QUALITY = 80
 
 
 def data_url(image: Image.Image, max_size: int = 256) -> str:
     """
+    Encode an image as a data URL.
+
     Args:
         image (`PIL.Image.Image`): An image of any size and mode.
-        max_size (`int`, *optional*, defaults to `256`): Longest side in pixels; a larger image is scaled down.
+        max_size (`int`, *optional*, defaults to `256`): Largest side in pixels. A larger image is scaled down.
 
     Returns:
-        `str`: A `data:` URL, of PNG for images of at most 64 pixels and of WebP for others.
+        `str`: A `data:` URL: PNG for images of at most 64 pixels, WebP for larger ones.
     """
     image = image.convert("RGB")
     if max(image.size) > max_size:

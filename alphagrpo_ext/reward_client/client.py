@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 
 from PIL import Image
 
-from alphagrpo_ext.openrlhf.environment import PluginConfig, variable
+from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 
 
 if TYPE_CHECKING:
@@ -111,10 +111,10 @@ class RewardClient:
     see [`retry_policy`].
 
     Args:
-        config ([`PluginConfig`]): URL, key, limits and number of retries.
+        config ([`ClientSettings`]): URL, key, limits and number of retries.
     """
 
-    def __init__(self, config: PluginConfig) -> None:
+    def __init__(self, config: ClientSettings) -> None:
         import httpx
 
         self.config = config
@@ -154,10 +154,10 @@ class AsyncRewardClient:
     [`RewardClient`] for event loops. Several loops may share it: each gets a connection pool of its own.
 
     Args:
-        config ([`PluginConfig`]): URL, key, limits and number of retries.
+        config ([`ClientSettings`]): URL, key, limits and number of retries.
     """
 
-    def __init__(self, config: PluginConfig) -> None:
+    def __init__(self, config: ClientSettings) -> None:
         self.config = config
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
 
@@ -292,7 +292,7 @@ def decode_image(data: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
 
 
-def retry_policy(config: PluginConfig) -> dict[str, Any]:
+def retry_policy(config: ClientSettings) -> dict[str, Any]:
     """
     Arguments of tenacity's `Retrying` and `AsyncRetrying`.
 
@@ -333,7 +333,7 @@ def _seconds_to_wait(state: RetryCallState) -> float:
     return max(backoff, min(retry_after, MAX_RETRY_AFTER)) * (1 + random.random() / 4)
 
 
-def _give_up(config: PluginConfig, state: RetryCallState) -> NoReturn:
+def _give_up(config: ClientSettings, state: RetryCallState) -> NoReturn:
     server = f"the reward server at {config.server_url} ({variable('server_url')})"
     attempts = f"after {state.attempt_number} {'try' if state.attempt_number == 1 else 'tries'}"
     response = _failed_response(state)
@@ -344,7 +344,7 @@ def _give_up(config: PluginConfig, state: RetryCallState) -> NoReturn:
     raise RewardServerError(f"{server} {_explain_status(response)} ({answer})")
 
 
-def _explain_transport(error: BaseException, attempts: str, config: PluginConfig) -> str:
+def _explain_transport(error: BaseException, attempts: str, config: ClientSettings) -> str:
     import httpx
 
     if isinstance(error, httpx.TimeoutException):
@@ -367,7 +367,7 @@ def _explain_status(response: httpx.Response) -> str:
     return f"refused a request to {response.url.path}"
 
 
-def _http_options(config: PluginConfig) -> dict[str, Any]:
+def _http_options(config: ClientSettings) -> dict[str, Any]:
     import httpx
 
     key = config.server_key

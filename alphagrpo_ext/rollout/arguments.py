@@ -15,30 +15,9 @@ if TYPE_CHECKING:
 @dataclass
 class SamplingArguments:
     """
-    How thoughts and images are sampled. The defaults suit the packaged model; for a large one set size, steps and
-    guidance.
+    How thoughts and images are sampled. The defaults suit the packaged model; for a large one set size, steps and guidance.
 
-    Args:
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Data type of the weights, e.g. `"bfloat16"`.
-        num_timesteps (`int`, *optional*, defaults to `11`):
-            Points of the denoising schedule, one more than its steps.
-        timestep_shift (`float`, *optional*, defaults to `1.0`):
-            Shift of the schedule towards noise.
-        ode_solver (`str`, *optional*, defaults to `"euler"`):
-            Rule of the denoising steps, a name in `ODE_SOLVERS`.
-        ode_steps (`int`, *optional*):
-            Number of denoising steps. `None` takes those of the schedule.
-        cfg_text_scale, cfg_img_scale (`float`, *optional*, defaults to `1.0`):
-            Guidance scales of text and image; at most 1 is off.
-        cfg_interval (`list[float]`, *optional*, defaults to `[0.4, 1.0]`):
-            Half-open interval of guided times.
-        cfg_renorm_type (`str`, *optional*, defaults to `"global"`):
-            `"global"`, `"channel"` or `"text_channel"`.
-        max_new_tokens (`int`, *optional*, defaults to `48`):
-            Longest text, in tokens.
-        temperature, top_p (`float`, *optional*, defaults to `0.0` and `1.0`):
-            Sampling of texts; a temperature of 0 takes the likeliest token.
+    Each argument is described by the help text of its field.
     """
 
     dtype: str = field(default="float32", metadata={"help": "Data type of the weights, e.g. 'bfloat16'."})

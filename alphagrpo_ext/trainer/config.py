@@ -32,7 +32,7 @@ ROLLOUT_POLICIES = ("policy", "reference")
 
 @dataclass
 class AlphaGRPOConfig(GRPOConfig):
-    r"""
+    """
     Configuration class for the [`AlphaGRPOTrainer`].
 
     Every argument of [`~trl.GRPOConfig`] keeps its meaning for text. The defaults are those of the paper's released
@@ -40,152 +40,16 @@ class AlphaGRPOConfig(GRPOConfig):
     `loss_type`. It is `"grpo"`, the loss that sequence-level ratios, the paper's setting for text, were published with; TRL
     warns about other combinations.
 
-    Args:
-        task (`str`, *optional*, defaults to `"reasoning_t2i"`):
-            Task of the policy, a registered name. The column `task` of a row takes precedence.
-        think (`bool`, *optional*, defaults to `True`):
-            Whether the policy writes a thought before it paints.
-        freeze_vision_tower (`bool`, *optional*, defaults to `True`):
-            Whether to exclude the vision tower and its connector from training.
-
-        lora_targets (`str`, *optional*, defaults to `"both"`):
-            Expert whose attention and MLP get an adapter: `"both"`, `"generation"` or `"understanding"`. Recipes use it unless
-            `lora_target_modules` names modules.
-
-        > Parameters that control rollouts
-
-        image_height, image_width (`int`, *optional*, defaults to `512`):
-            Size of painted images, in pixels.
-        num_timesteps (`int`, *optional*, defaults to `16`):
-            Points of the denoising schedule: without `ode_steps`, the network is evaluated `num_timesteps - 1` times.
-        timestep_shift (`float`, *optional*, defaults to `3.0`):
-            Shift of the schedule towards noise.
-        sde_type (`str`, *optional*, defaults to `"flow_sde"`):
-            Transition inside the window: `"flow_sde"` or `"flow_cps"`.
-        noise_level (`float`, *optional*, defaults to `0.7`):
-            Noise level of that transition.
-        sde_window_size (`int`, *optional*, defaults to `10`):
-            Number of stochastic steps of an image, which are the trained ones.
-        sde_window_range (`list[int]`, *optional*, defaults to `[0, 11]`):
-            First step that may be trained, and the step after the last one that may.
-        cfg_text_scale, cfg_img_scale (`float`, *optional*, defaults to `4.0` and `1.0`):
-            Guidance scales of text and image; at most 1 is off.
-        cfg_interval (`list[float]`, *optional*, defaults to `[0.4, 1.0]`):
-            Half-open interval of shifted times that are guided.
-        cfg_renorm_type (`str`, *optional*, defaults to `"global"`):
-            Renormalisation: `"global"`, `"channel"` or `"text_channel"`.
-        cfg_renorm_min (`float`, *optional*, defaults to `0.0`):
-            Least factor of the renormalisation.
-        ode_solver (`str`, *optional*, defaults to `"euler"`):
-            Solver of the steps outside the window, one evaluation of the network each: `"euler"`, or of second order
-            `"ab2"` (Adams-Bashforth) or `"dpmpp_2m"` (DPM-Solver++). Its history is cleared after the window and where
-            guidance is switched on or off.
-        ode_steps (`int`, *optional*):
-            Steps outside the window in total. The window's own steps stay those of the schedule, so an image takes
-            `sde_window_size + ode_steps` evaluations wherever the window lies. The stretches before and after the
-            window share them in proportion to their steps of the schedule and need at least one each. `None` takes the steps of
-            the schedule. Initial images of self-reflection, which have no window, take as many steps as the others.
-        branches_per_thought (`int`, *optional*, defaults to `1`):
-            Images painted after each thought of a group, which then has `num_generations / branches_per_thought` thoughts.
-            Images of one thought share its decoding, its cache, their initial noise and all evaluations up to the first of
-            the window, whose noise tells them apart. Each trajectory keeps the advantage of its own image, so the
-            gradient of a thought is that of the mean advantage of its images; with a single thought a group that mean is 0,
-            and text learns nothing. Where a task has several rounds, images share in the first round only.
-        rollout_batch_size (`int`, *optional*):
-            Samples that a process generates at once. `None` generates its whole share at once.
-
-        > Parameters that control self-reflection
-
-        num_reflection_rounds (`int`, *optional*, defaults to `1`):
-            Number of rounds in which the policy reflects and paints again. Every round sees the image before it.
-        num_initial_images (`int`, *optional*, defaults to `1`):
-            Images that every process paints for each of its prompts, without a thought and deterministically. The whole group
-            refines one of them. A row with an `image` uses that one.
-        stage1_selection (`str`, *optional*, defaults to `"lowest"`):
-            Image of a prompt that is refined: the one with the `"lowest"` reward, or one `"sampled"` by `softmax(1 - reward)`.
-        rectification (`str`, *optional*, defaults to `"minimum"`):
-            Reward of an image that is no better than the one it refines: the `"minimum"` of the group, that of the `"initial"`
-            image, or its own (`"off"`).
-        separate_advantages (`bool`, *optional*, defaults to `True`):
-            Whether rewards of functions that judge text alone (those with an attribute `text_only` that is true) are kept
-            out of the advantages of images.
-        mask_broken_format (`bool`, *optional*, defaults to `False`):
-            Whether an image whose text got less than half of a `text_only` reward has no advantage.
-
-        > Parameters that control evaluation
-
-        eval_num_timesteps (`int`, *optional*, defaults to `50`):
-            `num_timesteps` in evaluation, where all steps are deterministic.
-        eval_ode_solver (`str`, *optional*, defaults to `"euler"`), eval_ode_steps (`int`, *optional*):
-            `ode_solver` and `ode_steps` in evaluation, where the whole path is outside a window: `eval_ode_steps` evaluations
-            of the network, whatever `eval_num_timesteps` is.
-        eval_timestep_shift (`float`, *optional*):
-            `timestep_shift` in evaluation. `None` takes the training value, which need not suit another number of steps.
-        eval_cfg_text_scale, eval_cfg_img_scale (`float`, *optional*), eval_cfg_interval (`list[float]`, *optional*):
-            Guidance in evaluation; `None` takes the training value.
-        eval_temperature, eval_top_p (`float`, *optional*, defaults to `0.3` and `1.0`):
-            Sampling of thoughts in evaluation.
-
-        > Parameters that control the report
-
-        report (`bool`, *optional*, defaults to `False`):
-            Whether to keep a page `report.html` in `output_dir` up to date: curves, and trajectories with their images and
-            answers. Its data is in `output_dir/report`. The configurations of the recipes turn it on.
-        report_steps (`int`, *optional*, defaults to `10`):
-            Steps between rollouts that the page shows, and the fewest between two writes of it.
-        report_num_trajectories (`int`, *optional*, defaults to `240`):
-            Most trajectories on the page: the newest, up to half of them, the first, and the most informative in between.
-        report_image_size (`int`, *optional*, defaults to `256`):
-            Longest side of an image on the page, in pixels; larger ones are scaled down.
-
-        > Parameters that control training
-
-        image_objective (`str`, *optional*, defaults to `"flow_grpo"`):
-            Objective that gives images their gradient, a registered name.
-        text_loss_weight, image_loss_weight (`float`, *optional*, defaults to `1.0`):
-            Weights of the two losses.
-        image_epsilon (`float`, *optional*, defaults to `1e-5`):
-            Clip range of the image ratio. Text has `epsilon` and `epsilon_high`.
-        image_beta (`float`, *optional*, defaults to `0.0`):
-            KL coefficient of the image. Text has `beta`.
-        image_kl_type (`str`, *optional*, defaults to `"mean"`):
-            What that KL compares: `"mean"` of the transition, or `"velocity"`; a registered regulariser. With
-            `sync_ref_model` the reference model is an exponential moving average of the policy, with an adapter too.
-        image_advantage_clip (`float`, *optional*, defaults to `5.0`):
-            Largest absolute advantage of an image.
-        forward_time_interval (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
-            Interval, before the shift, that objectives of the forward process (`"diffusion_nft"`, `"awm"`) draw the times
-            of noised copies from. Their number is `sde_window_size`; `sde_window_range`, `sde_type` and `noise_level` have no
-            effect on these objectives, which paint deterministically. They train the velocity without guidance, whatever
-            guidance images are painted with.
-        nft_beta (`float`, *optional*, defaults to `1.0`):
-            Share of the current policy in DiffusionNFT's implicit policies. The rest is the policy that sampled.
-        generation_learning_rate (`float`, *optional*):
-            Learning rate of the parameters that only the generation of images uses. `None` takes `learning_rate`. The
-            scheduler scales both.
-        image_steps_per_forward (`int`, *optional*):
-            Most trained steps of an image in one packed forward. `None` takes all of them at once. A smaller number needs
-            less memory and more time, as every forward reads the context anew; the gradient is the same.
-        context_gradient (`str`, *optional*, defaults to `"exact"`):
-            Whether the loss of images has a gradient through prompt and thought (`"exact"`) or treats the context as a constant
-            (`"detached"`), as codebases do that run one forward per trained step. The loss is the same, and text keeps its
-            own gradient. Detached is faster where no text is sampled, because contexts then need no backward.
-        offload_ref_model (`bool`, *optional*, defaults to `False`):
-            Whether the reference model, which a KL without an adapter needs, stays in the memory of the host. It is moved to
-            the accelerator while it scores or samples a rollout.
-        rollout_policy (`str`, *optional*, defaults to `"policy"`):
-            Model that samples the rollouts: the `"policy"`, or the `"reference"` that follows it (`sync_ref_model`), like the
-            sampling policy of DiffusionNFT. Ratios and old velocities are then those of the reference.
-        ref_model_decay_ramp (`float`, *optional*):
-            With `sync_ref_model`, how much the share of itself that the reference keeps rises per step, until it is
-            `1 - ref_model_mixup_alpha`. `None` starts with that. DiffusionNFT's experiments use 0.001 and an alpha of 0.5.
+    Each argument is described once, by the help text of its field, which `--help` shows.
     """
 
     per_device_train_batch_size: int = field(
-        default=14, metadata={"help": "Trajectories per process in a micro-batch. The default is one group."}
+        default=14,
+        metadata={"help": "Trajectories per process in a micro-batch. The default is one group."},
     )
     num_generations: int = field(
-        default=14, metadata={"help": "Trajectories sampled per prompt: the size of a group, at least 2."}
+        default=14,
+        metadata={"help": "Trajectories sampled per prompt: the size of a group, at least 2."},
     )
     learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
@@ -199,41 +63,53 @@ class AlphaGRPOConfig(GRPOConfig):
     )
     loss_type: str = field(default="grpo", metadata={"help": "Loss of text; see GRPOConfig."})
     importance_sampling_level: str = field(
-        default="sequence", metadata={"help": "Whether the ratio of text is taken per 'token' or per 'sequence'."}
+        default="sequence",
+        metadata={"help": "Whether the ratio of text is taken per 'token' or per 'sequence'."},
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Whether to disable dropout, which would make rollout and training disagree."}
+        default=True,
+        metadata={"help": "Whether to disable dropout, which would make rollout and training disagree."},
     )
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range of the ratio of text."})
 
-    task: str = field(default="reasoning_t2i", metadata={"help": "Task of the policy, a registered name."})
+    task: str = field(
+        default="reasoning_t2i",
+        metadata={"help": "Task of the policy, a registered name. The column 'task' of a row takes precedence."},
+    )
     think: bool = field(default=True, metadata={"help": "Whether the policy writes a thought before it paints."})
     freeze_vision_tower: bool = field(
-        default=True, metadata={"help": "Whether to exclude vision tower and connector from training."}
+        default=True,
+        metadata={"help": "Whether to exclude vision tower and connector from training."},
     )
 
     lora_targets: str = field(
         default="both",
         metadata={
-            "help": "Expert that gets an adapter: 'both', 'generation' or 'understanding'; --lora_target_modules "
-            "takes precedence."
+            "help": "Expert whose attention and MLP get an adapter: 'both', 'generation' or 'understanding'. "
+            "--lora_target_modules takes precedence."
         },
     )
 
+    # Parameters that control rollouts
     image_height: int = field(default=512, metadata={"help": "Height of painted images, in pixels."})
     image_width: int = field(default=512, metadata={"help": "Width of painted images, in pixels."})
     num_timesteps: int = field(
         default=16,
         metadata={
-            "help": "Points of the denoising schedule: without ode_steps, the network is evaluated num_timesteps - 1 times."
+            "help": "Points of the denoising schedule: without ode_steps, the network is evaluated num_timesteps - 1 "
+            "times."
         },
     )
     timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the schedule towards noise."})
     sde_type: str = field(
-        default="flow_sde", metadata={"help": "Transition inside the window: 'flow_sde' or 'flow_cps'."}
+        default="flow_sde",
+        metadata={"help": "Transition inside the window: 'flow_sde' or 'flow_cps'."},
     )
     noise_level: float = field(default=0.7, metadata={"help": "Noise level of the stochastic steps."})
-    sde_window_size: int = field(default=10, metadata={"help": "Number of stochastic, trained steps of an image."})
+    sde_window_size: int = field(
+        default=10,
+        metadata={"help": "Number of stochastic steps of an image, which are the trained ones."},
+    )
     sde_window_range: list[int] = field(
         default_factory=lambda: [0, 11],
         metadata={"help": "First step that may be trained, and the step after the last one that may."},
@@ -245,35 +121,54 @@ class AlphaGRPOConfig(GRPOConfig):
         metadata={"help": "Half-open interval (low, high] of shifted times that are guided."},
     )
     cfg_renorm_type: str = field(
-        default="global", metadata={"help": "Renormalisation of guidance: 'global', 'channel' or 'text_channel'."}
+        default="global",
+        metadata={"help": "Renormalisation of guidance: 'global', 'channel' or 'text_channel'."},
     )
     cfg_renorm_min: float = field(default=0.0, metadata={"help": "Least factor of the renormalisation; 1 is off."})
     ode_solver: str = field(
-        default="euler", metadata={"help": "Solver of the steps outside the window: 'euler', 'ab2' or 'dpmpp_2m'."}
+        default="euler",
+        metadata={
+            "help": "Solver of the steps outside the window, one evaluation of the network each: 'euler', or of second "
+            "order 'ab2' (Adams-Bashforth) or 'dpmpp_2m' (DPM-Solver++). Its history is cleared after the window "
+            "and where guidance is switched on or off."
+        },
     )
     ode_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps outside the window, shared by the stretches before and after it; those of the schedule by "
-            "default."
+            "help": "Steps outside the window in total, shared between the stretches before and after it in proportion to"
+            " their steps of the schedule, at least one each. An image takes sde_window_size + ode_steps "
+            "evaluations wherever the window lies. Those of the schedule by default."
         },
     )
     branches_per_thought: int = field(
         default=1,
         metadata={
-            "help": "Images painted after each thought, with the same initial noise: they share all evaluations up to the "
-            "window."
+            "help": "Images painted after each thought of a group, which then has num_generations / branches_per_thought "
+            "thoughts. They share the thought, its cache, the initial noise and all evaluations up to the first "
+            "of the window. The gradient of a thought is that of the mean advantage of its images, so with a "
+            "single thought in a group text learns nothing. With several rounds, images share in the first round "
+            "only."
         },
     )
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples that a process generates at once; all by default."}
+        default=None,
+        metadata={"help": "Samples that a process generates at once; its whole share by default."},
     )
 
+    # Parameters that control self-reflection
     num_reflection_rounds: int = field(
-        default=1, metadata={"help": "Rounds in which the policy reflects and paints again."}
+        default=1,
+        metadata={
+            "help": "Rounds in which the policy reflects and paints again. Every round sees the image before it."
+        },
     )
     num_initial_images: int = field(
-        default=1, metadata={"help": "Images per prompt that a process paints; the group refines one of them."}
+        default=1,
+        metadata={
+            "help": "Images that every process paints for each of its prompts, without a thought and deterministically. "
+            "The whole group refines one of them. A row with an 'image' uses that one."
+        },
     )
     stage1_selection: str = field(
         default="lowest",
@@ -282,91 +177,159 @@ class AlphaGRPOConfig(GRPOConfig):
     rectification: str = field(
         default="minimum",
         metadata={
-            "help": "Reward of an image no better than the one it refines: the 'minimum' of the group, that of the "
-            "'initial' image, or its own: 'off'."
+            "help": "Reward of an image that is no better than the one it refines: the 'minimum' of the group, that of "
+            "the 'initial' image, or its own: 'off'."
         },
     )
     separate_advantages: bool = field(
-        default=True, metadata={"help": "Whether rewards that judge text alone do not count for images."}
+        default=True,
+        metadata={
+            "help": "Whether rewards that judge text alone (reward models, and functions with a true attribute text_only)"
+            " are kept out of the advantages of images."
+        },
     )
     mask_broken_format: bool = field(
         default=False,
         metadata={"help": "Whether an image whose text got less than half of a text-only reward has no advantage."},
     )
 
+    # Parameters that control evaluation
     eval_num_timesteps: int = field(
-        default=50, metadata={"help": "num_timesteps in evaluation, where all steps are deterministic."}
+        default=50,
+        metadata={"help": "num_timesteps in evaluation, where all steps are deterministic."},
     )
     eval_ode_solver: str = field(default="euler", metadata={"help": "ode_solver in evaluation."})
     eval_ode_steps: int | None = field(
-        default=None, metadata={"help": "Steps of the whole path in evaluation; eval_num_timesteps - 1 by default."}
+        default=None,
+        metadata={
+            "help": "Steps of the whole path in evaluation, whatever eval_num_timesteps is; eval_num_timesteps - 1 by "
+            "default."
+        },
     )
     eval_timestep_shift: float | None = field(
-        default=None, metadata={"help": "timestep_shift in evaluation; the training value by default."}
+        default=None,
+        metadata={
+            "help": "timestep_shift in evaluation; the training value by default, which need not suit another number of "
+            "steps."
+        },
     )
     eval_cfg_text_scale: float | None = field(
-        default=None, metadata={"help": "cfg_text_scale in evaluation; the training value by default."}
+        default=None,
+        metadata={"help": "cfg_text_scale in evaluation; the training value by default."},
     )
     eval_cfg_img_scale: float | None = field(
-        default=None, metadata={"help": "cfg_img_scale in evaluation; the training value by default."}
+        default=None,
+        metadata={"help": "cfg_img_scale in evaluation; the training value by default."},
     )
     eval_cfg_interval: list[float] | None = field(
-        default=None, metadata={"help": "cfg_interval in evaluation; the training value by default."}
+        default=None,
+        metadata={"help": "cfg_interval in evaluation; the training value by default."},
     )
     eval_temperature: float = field(default=0.3, metadata={"help": "Temperature of thoughts in evaluation."})
     eval_top_p: float = field(default=1.0, metadata={"help": "Nucleus of thoughts in evaluation."})
 
+    # Parameters that control the report
     report: bool = field(
-        default=False, metadata={"help": "Whether to keep a page report.html in output_dir up to date."}
+        default=False,
+        metadata={
+            "help": "Whether to keep a page report.html in output_dir up to date: curves, and trajectories with their "
+            "images and answers. Its data is in output_dir/report."
+        },
     )
-    report_steps: int = field(default=10, metadata={"help": "Steps between rollouts that the report shows."})
-    report_num_trajectories: int = field(default=240, metadata={"help": "Most trajectories in the report."})
+    report_steps: int = field(
+        default=10,
+        metadata={"help": "Steps between rollouts that the report shows, and the fewest between two writes of it."},
+    )
+    report_num_trajectories: int = field(
+        default=240,
+        metadata={
+            "help": "Most trajectories in the report: the newest, up to half of them, the first, and the most informative"
+            " in between."
+        },
+    )
     report_image_size: int = field(
-        default=256, metadata={"help": "Longest side of an image in the report, in pixels."}
+        default=256,
+        metadata={"help": "Longest side of an image in the report, in pixels."},
     )
 
+    # Parameters that control training
     image_objective: str = field(default="flow_grpo", metadata={"help": "Objective of images; a registered one."})
     text_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of text."})
     image_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of images."})
     image_epsilon: float = field(
-        default=1e-5, metadata={"help": "Clip range of the ratio of images, whose log-probability is an average."}
+        default=1e-5,
+        metadata={
+            "help": "Clip range of the ratio of images, whose log-probability is an average over the image. Text has "
+            "epsilon and epsilon_high."
+        },
     )
-    image_beta: float = field(default=0.0, metadata={"help": "KL coefficient of images; text has beta."})
+    image_beta: float = field(default=0.0, metadata={"help": "KL coefficient of images. Text has beta."})
     image_kl_type: str = field(
         default="mean",
-        metadata={"help": "What the KL of images compares: 'mean' of the transition or 'velocity'; a registered one."},
+        metadata={
+            "help": "What the KL of images compares: 'mean' of the transition or 'velocity', a registered name. With "
+            "sync_ref_model the reference is an exponential moving average of the policy, with an adapter too."
+        },
     )
     image_advantage_clip: float = field(default=5.0, metadata={"help": "Largest absolute advantage of an image."})
     forward_time_interval: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Interval, before the shift, of the times that objectives of the forward process train."},
+        metadata={
+            "help": "Interval, before the shift, from which objectives of the forward process ('diffusion_nft', 'awm') "
+            "draw the sde_window_size times of noised copies. They paint deterministically and train the velocity"
+            " without guidance, so sde_window_range, sde_type and noise_level have no effect on them."
+        },
     )
     nft_beta: float = field(
-        default=1.0, metadata={"help": "Share of the current policy in DiffusionNFT's implicit policies."}
+        default=1.0,
+        metadata={
+            "help": "Share of the current policy in DiffusionNFT's implicit policies. The rest is the policy that "
+            "sampled."
+        },
     )
     generation_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the generation expert; learning_rate by default."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the parameters that only the generation of images uses; learning_rate by default. "
+            "The scheduler scales both."
+        },
     )
     image_steps_per_forward: int | None = field(
-        default=None, metadata={"help": "Most trained steps of an image in one packed forward; all by default."}
+        default=None,
+        metadata={
+            "help": "Most trained steps of an image in one packed forward; all by default. A smaller number needs less "
+            "memory and more time, because every forward reads the context again. The gradient is the same."
+        },
     )
     context_gradient: str = field(
         default="exact",
         metadata={
-            "help": "Whether the loss of images has a gradient through the context ('exact') or not ('detached')."
+            "help": "Whether the loss of images has a gradient through prompt and thought ('exact') or treats them as "
+            "constant ('detached'), as codebases do that run one forward per trained step. The loss is the same, "
+            "and text keeps its own gradient. Detached is faster where no text is sampled."
         },
     )
     offload_ref_model: bool = field(
         default=False,
-        metadata={"help": "Whether the reference model, needed without an adapter, stays in the memory of the host."},
+        metadata={
+            "help": "Whether the reference model of training without an adapter stays in the memory of the host, and is "
+            "moved to the accelerator while it scores or samples."
+        },
     )
     rollout_policy: str = field(
         default="policy",
-        metadata={"help": "Model that samples the rollouts: 'policy', or the 'reference' that follows it."},
+        metadata={
+            "help": "Model that samples the rollouts: the 'policy', or the 'reference' that follows it (sync_ref_model), "
+            "like the sampling policy of DiffusionNFT. Ratios and old velocities are then those of the reference."
+        },
     )
     ref_model_decay_ramp: float | None = field(
         default=None,
-        metadata={"help": "Rise per step of the share of itself that a following reference keeps."},
+        metadata={
+            "help": "With sync_ref_model, how much the share of itself that the reference keeps rises per step, until it "
+            "is 1 - ref_model_mixup_alpha; it starts there by default. DiffusionNFT's experiments use 0.001 and "
+            "an alpha of 0.5."
+        },
     )
 
     def __post_init__(self) -> None:

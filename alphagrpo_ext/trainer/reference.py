@@ -4,7 +4,8 @@
 The reference policy: a frozen copy of the policy, or of its adapter, as it was before training, or a moving average of it.
 
 A KL compares the policy with it. With `rollout_policy="reference"` it also samples the rollouts, and is then the old policy of
-the ratios.
+the ratios. DiffusionNFT's experiments sample so, with a copy that keeps the share `min(0.001 i, 0.5)` of itself at update i; the
+default is the current policy (its `eta = 0`), which the paper finds quick at first and prone to collapse (section 3.3).
 
 - The copy needs no folder to load from: TRL would load the reference from the folder that the policy came from, which need not
   exist. A policy with an adapter is its own reference, with the adapter switched off, or with a second adapter `"ref"`.
@@ -122,18 +123,12 @@ def acting_reference(trainer: AlphaGRPOTrainer) -> Iterator[torch.nn.Module]:
         yield trainer.model
 
 
-def reference_samples(trainer: AlphaGRPOTrainer) -> bool:
-    """Whether the reference samples rollouts; in evaluation the policy does."""
-    return trainer.args.rollout_policy == "reference" and trainer.model.training
-
-
 @contextmanager
-def sampling_policy(trainer: AlphaGRPOTrainer) -> Iterator[UnifiedModel]:
-    """The policy that samples rollouts, unwrapped and with whole parameters; see [`gathered_policy`]."""
-    checkpointing = trainer.args.gradient_checkpointing_kwargs
-    with acting_reference(trainer) if reference_samples(trainer) else nullcontext(trainer.model) as model:
+def gathered_reference(trainer: AlphaGRPOTrainer) -> Iterator[UnifiedModel]:
+    """The reference, unwrapped and with whole parameters, to sample rollouts with; see [`gathered_policy`]."""
+    with acting_reference(trainer) as model:
         wrapped = trainer.model_wrapped if model is trainer.model else model
-        with gathered_policy(wrapped, trainer.accelerator, checkpointing) as policy:
+        with gathered_policy(wrapped, trainer.accelerator, trainer.args.gradient_checkpointing_kwargs) as policy:
             yield policy
 
 

@@ -44,7 +44,8 @@ class PackedScores:
 @dataclass
 class RolloutScores:
     """
-    What a policy that is not trained makes of all trajectories of a rollout.
+    What a policy that is not trained makes of all trajectories of a rollout. Images are kept as velocities and not as
+    log-probabilities, so that every objective finds what it needs.
 
     Args:
         log_probs, entropies (`torch.Tensor` of shape `(trajectories, longest text)`):

@@ -9,7 +9,6 @@ The methods below are overrides of TRL's and Transformers' trainers, in the orde
 
 from __future__ import annotations
 
-import copy
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,7 +112,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
     ) -> None:
         refuse_arguments(quantization_config, tools, rollout_func, environment_factory)
         given_args = AlphaGRPOConfig("alphagrpo") if args is None else args
-        args = copy.copy(given_args)
+        args = given_args.copy()
         if isinstance(model, str):
             model, loaded_processor = load_model(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
             processing_class = processing_class or loaded_processor
@@ -127,8 +126,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         if args.freeze_vision_tower:
             policy.family.freeze_vision_tower(policy)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        needs_reference = bool(args.beta or args.image_beta or args.rollout_policy == "reference")
-        reference = references.frozen_copy(policy) if needs_reference and not has_adapter else None
+        has_reference = args.has_reference
+        reference = references.frozen_copy(policy) if has_reference and not has_adapter else None
         # The rollout that TRL is generating, scoring and rewarding, and the scores that its loss is being computed from.
         self._rollout_step: RolloutStep | None = None
         self._loss_scores: PackedScores | None = None
@@ -137,7 +136,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._counted_models = [policy] if reference is None else [policy, reference]
         # TRL would load a reference from the folder of the policy, and refuses one that follows an adapter: both are made here.
         args.beta = 0.0 if reference is not None else args.beta
-        args.sync_ref_model = args.sync_ref_model and not needs_reference
+        args.sync_ref_model = args.sync_ref_model and not has_reference
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -156,7 +155,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         if reference is not None:
             self.beta = args.beta
             self.ref_model = references.prepare_reference(reference, self.accelerator, args.offload_ref_model)
-        if args.sync_ref_model and needs_reference:
+        if args.sync_ref_model and has_reference:
             self.add_callback(references.follow_policy(self.model, self.ref_model, self.accelerator))
         self._add_own_callbacks()
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
@@ -188,8 +187,6 @@ class AlphaGRPOTrainer(GRPOTrainer):
         """The policy, unwrapped and with whole parameters, e.g. for an evaluation. All processes enter and leave together."""
         with gathered_policy(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as policy:
             yield policy
-
-    # A training step. TRL rolls out in `_prepare_inputs`, if no buffered rollout is left, and then computes the loss.
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         with self.stopwatch.micro_batch(), self._work.of(*self._counted_models):
@@ -233,7 +230,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with (
             self.stopwatch.measure("rollout"),
             torch.no_grad(),
-            references.sampling_policy(self) as policy,
+            references.gathered_reference(self) if self._reference_samples else self.gathered_policy() as policy,
             self.accelerator.autocast(),
         ):
             generate = RolloutGenerator(policy, self.processing_class, self.tasks)
@@ -247,6 +244,11 @@ class AlphaGRPOTrainer(GRPOTrainer):
         step.texts = [[decode(text.content_ids) for text in t.sampled_texts] for t in step.trajectories]
         return rollout_fields(step.trajectories, step.texts, self._tokenizer.eos_token_id)
 
+    @property
+    def _reference_samples(self) -> bool:
+        """Whether the reference samples rollouts; in evaluation the policy does."""
+        return self.args.rollout_policy == "reference" and self.model.training
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         with self.stopwatch.measure("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -254,8 +256,6 @@ class AlphaGRPOTrainer(GRPOTrainer):
         metrics = judge_step(step, rewards, functions, weights, self.tasks, self.args, self.accelerator)
         self._append_metrics(metrics)
         return step.rewards
-
-    # Scores of policies: of the old one and the reference during a rollout, and of the trained one for the loss.
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -275,11 +275,11 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     def _add_scores(self, step: RolloutStep, output: dict[str, Any]) -> None:
         """Score a rollout with the reference where TRL does not, and hand the scores of images to the loss."""
-        reference_samples = references.reference_samples(self)
-        if "reference" not in step.scores and (reference_samples or (self.args.image_beta and step.has_windows)):
+        is_needed = self._reference_samples or (self.args.image_beta and step.has_windows)
+        if is_needed and "reference" not in step.scores:
             length = output["completion_ids"].shape[1]
             step.scores["reference"] = references.score_with_reference(self, step, length)
-        if reference_samples:
+        if self._reference_samples:
             step.scores["old"] = step.scores["reference"]
             output["old_per_token_logps"] = step.scores["old"].log_probs
         if "old" in step.scores and step.has_windows:

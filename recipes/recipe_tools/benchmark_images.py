@@ -25,9 +25,9 @@ from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from recipe_tools.processes import load_policy
 from reward_models.benchmarks import Benchmark, BenchmarkPrompt
 from reward_models.dvreward import DVReward, Score
-from reward_models.evaluation.files import settings_digest
 from reward_models.evaluation.kept_scores import KeptScores
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.prompts.questions import PromptRecord
 
 
@@ -167,7 +167,7 @@ async def score(
                     index, number = start + place // num_images, place % num_images
                     prompt = asked[index][0]
                     row = {"prompt": prompt.prompt, "category": prompt.category}
-                    sample = EvaluatedSample.of(row, index, number, "", None, result)
+                    sample = EvaluatedSample.from_score(row, index, number, "", None, result)
                     samples.append(replace(sample, image_file=str(folder / benchmark.image_path(prompt, number))))
                 progress.update(len(scores))
     return Evaluation(sorted(samples, key=lambda sample: (sample.seed, sample.index)))

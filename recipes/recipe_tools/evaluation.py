@@ -20,11 +20,12 @@ from alphagrpo_ext.rollout.task import TASKS
 from alphagrpo_ext.shapes.editing import editing_rows
 from recipe_tools.evaluation_stages import EDITING, EvaluationStage
 from recipe_tools.processes import load_policy
-from reward_models.evaluation.evaluate import evaluate, refinement_table, share_of_work
-from reward_models.evaluation.files import settings_digest
+from reward_models.evaluation.evaluate import evaluate, share_of_work
 from reward_models.evaluation.samples import Evaluation
+from reward_models.evaluation.scores import NamedEvaluation
+from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import EvaluationStore
-from reward_models.evaluation.tables import NamedEvaluation
+from reward_models.evaluation.text_tables import refinement_table
 from reward_models.prompts.loading import load_prompts
 from reward_models.prompts.rows import PromptRows
 

@@ -34,9 +34,10 @@ from recipe_tools.contact_sheet import contact_sheet
 from reward_models.arguments import PromptArguments
 from reward_models.dvreward import DVReward
 from reward_models.evaluation.evaluate import evaluate
-from reward_models.evaluation.files import evaluate_once, settings_digest
-from reward_models.evaluation.page import compare
+from reward_models.evaluation.page import make_report_comparison
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.settings_digest import settings_digest
+from reward_models.evaluation.store import evaluate_once
 from reward_models.prompts.loading import load_prompts
 
 
@@ -175,7 +176,7 @@ def save_scores(run: TrainingRun, summary: dict[str, Any], before: Evaluation, a
     """Write `summary.json` and, if the run has a report, the images before and after training into it."""
     write_text(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     if run.training_args.report:
-        comparison = compare(before, after, max_image_size=run.training_args.report_image_size)
+        comparison = make_report_comparison(before, after, max_image_size=run.training_args.report_image_size)
         ReportStore(run.output_dir).save_comparison(comparison)
         write_report(run.output_dir)
 

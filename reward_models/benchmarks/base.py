@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contract of benchmarks whose own scorers are run on a folder of images, and the registry that names them."""
+"""
+The base class of public benchmarks, and their registry.
+
+A benchmark reads its own prompts and writes images where its own scorer looks for them. Three rules hold for all of them:
+
+- The folder of images holds nothing except the files that the scorer expects, because DPG-Bench's scorer reads every file as an
+  image. Other files are beside the folder.
+- A name from a downloaded benchmark becomes the name of a file only if it cannot lead out of the folder; see [`path_part`].
+- Questions that are derived by rules ask what the benchmark checks, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +44,21 @@ BENCHMARKS = Registry(
 @dataclass(frozen=True)
 class BenchmarkPrompt:
     """
-    One request of a benchmark.
+    One prompt of a benchmark.
 
     Args:
         key (`str`):
-            What tells it from the others: the place of its images in the benchmark's folder, `/` between its parts.
+            Unique key: the path of its images in the folder of the benchmark, with `/` between its parts.
         prompt (`str`):
-            The request, or for editing the instruction.
+            The prompt, or the instruction for editing.
         category (`str`):
-            Category in the benchmark's own terms.
+            Category, as the benchmark names it.
         questions (`tuple[Question, ...]`, *optional*, defaults to `()`):
-            Yes/no questions of the benchmark's own metadata.
+            Yes/no questions from the benchmark's own metadata.
         image ([`EncodedImage`], *optional*):
-            What is to be edited.
+            The image to edit.
         metadata (`Mapping[str, Any]`, *optional*):
-            The benchmark's own record, for a scorer that reads it beside the images.
+            The benchmark's own record, for a scorer that reads it.
     """
 
     key: str
@@ -61,13 +70,13 @@ class BenchmarkPrompt:
 
     def record(self, questions: Mapping[str, PromptRecord]) -> PromptRecord | None:
         """
-        The questions about its images.
+        Find the questions about the images of this prompt.
 
         Args:
-            questions (`Mapping[str, PromptRecord]`): Records by prompt, which go before the benchmark's own questions.
+            questions (`Mapping[str, PromptRecord]`): Records by prompt. They replace the benchmark's own questions.
 
         Returns:
-            `PromptRecord`: `None` if there is no question that counts.
+            `PromptRecord`: `None` if there is no valid question.
         """
         record = questions.get(self.prompt) or PromptRecord(self.prompt, self.questions, ())
         return record if record.valid_semantic_questions or record.valid_quality_questions else None
@@ -75,22 +84,22 @@ class BenchmarkPrompt:
 
 class Benchmark(ABC):
     """
-    Reads a benchmark's prompts and writes images where its scorer looks for them. Register one with
+    Reads the prompts of a benchmark and writes images where its scorer looks for them. Register a subclass with
     `@BENCHMARKS.register("name")`.
 
-    The default writes one file an image, at [`~Benchmark.image_path`].
+    The default writes one file per image, at [`~Benchmark.image_path`].
 
     Args:
-        model_label (`str`): How the scorer is to call the model; the name of a folder.
+        model_label (`str`): Name of the model for the scorer, which is also the name of a folder.
 
     Raises:
-        `ValueError`: If the label is no name of a folder.
+        `ValueError`: If the label cannot be the name of a folder.
     """
 
     task: str = "reasoning_t2i"
-    """Name in `TASKS` of what the policy is asked to do."""
+    """Name of the policy's task in `TASKS`."""
     num_images: int = 1
-    """Images of a prompt that the benchmark's own protocol asks for."""
+    """Number of images per prompt in the benchmark's own protocol."""
 
     def __init__(self, model_label: str) -> None:
         self.model_label = path_part(model_label, "model_label")
@@ -101,61 +110,75 @@ class Benchmark(ABC):
         Read the benchmark's prompts.
 
         Args:
-            source (`str`): The file, folder or dataset in which the benchmark publishes them.
+            source (`str`): The file, folder or dataset of the prompts, as the benchmark publishes them.
 
         Raises:
-            `FileNotFoundError`: If there is nothing.
+            `FileNotFoundError`: If the source does not exist.
             `ValueError`: If a prompt is malformed or a key occurs twice. The message names the file and the line or field.
         """
 
     @abstractmethod
     def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
         """
-        Path of an image, seen from the benchmark's folder.
+        The path of an image, relative to the folder of the benchmark.
 
         Args:
             prompt ([`BenchmarkPrompt`]): The prompt.
-            sample (`int`): Which of its images.
+            sample (`int`): Index of the image among the images of the prompt.
+
+        Raises:
+            `ValueError`: If the scorer does not read an image with this index.
         """
 
     def missing(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[int]:
         """
-        Which images of a prompt are still to be painted.
+        The indices of the images of a prompt that do not exist yet.
 
         Args:
-            folder (`Path`): The benchmark's folder.
+            folder (`Path`): The folder of the benchmark.
             prompt ([`BenchmarkPrompt`]): The prompt.
-            num_images (`int`): Images that it is to have.
+            num_images (`int`): Number of images of the prompt.
         """
         return [i for i in range(num_images) if not (folder / self.image_path(prompt, i)).exists()]
 
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
         """
-        Write images of a prompt, and what the scorer wants beside them.
+        Write images of a prompt, and other files that the scorer expects.
 
         Args:
-            folder (`Path`): The benchmark's folder.
+            folder (`Path`): The folder of the benchmark.
             prompt ([`BenchmarkPrompt`]): The prompt.
-            images (`Mapping[int, PIL.Image.Image]`): Those that were missing, by their number.
+            images (`Mapping[int, PIL.Image.Image]`): The images that did not exist, by index.
         """
         for sample, image in images.items():
             save_image(image, folder / self.image_path(prompt, sample))
 
     def load(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[Image.Image]:
-        """The images of a prompt, as they were painted."""
+        """Read the images of a prompt."""
         return [load_image(folder / self.image_path(prompt, i)) for i in range(num_images)]
+
+
+def check_single_image(benchmark: str, sample: int) -> None:
+    """
+    Check the index of an image for a scorer that reads one image per prompt.
+
+    Raises:
+        `ValueError`: If it is not 0.
+    """
+    if sample:
+        raise ValueError(f"{benchmark} takes one image per prompt, but image {sample + 1} was asked for")
 
 
 def path_part(value: Any, where: str) -> str:
     """
-    A name that may become a file's or a folder's. It comes with a downloaded benchmark, and must not lead out of the folder.
+    Check a name from a downloaded benchmark that is to be the name of a file or folder.
 
     Args:
         value (`Any`): A string or an integer.
-        where (`str`): How an error message calls it.
+        where (`str`): Name of the value for error messages.
 
     Raises:
-        `ValueError`: If it is neither, empty, or has what separates or hides folders.
+        `ValueError`: If it is neither, if it is empty, or if it could lead out of the folder or hide the file.
     """
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise ValueError(f"{where} must be a string or an integer, got {value!r}")
@@ -167,10 +190,10 @@ def path_part(value: Any, where: str) -> str:
 
 def text_field(row: Any, name: str, where: str) -> str:
     """
-    A text of a benchmark's record, without surrounding blanks.
+    Read a text from a benchmark's record, without surrounding blanks.
 
     Raises:
-        `ValueError`: If it is missing, blank or no string; the message names it.
+        `ValueError`: If it is missing, blank or not a string. The message names the field.
     """
     value = row.get(name) if isinstance(row, Mapping) else None
     if not isinstance(value, str) or not value.strip():
@@ -183,7 +206,7 @@ def read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
     Read the entries of a JSON array.
 
     Yields:
-        `tuple[str, Any]`: How an error message calls the entry, and its value.
+        `tuple[str, Any]`: The name of the entry for error messages, and its value.
 
     Raises:
         `ValueError`: If the file is not a JSON array in UTF-8.
@@ -200,10 +223,10 @@ def read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
 
 def source_files(source: str, pattern: str) -> list[Path]:
     """
-    A file, or the files of a folder that fit a pattern, in alphabetical order.
+    List a file, or the files of a folder that match a pattern, in alphabetical order.
 
     Raises:
-        `FileNotFoundError`: If there is none.
+        `FileNotFoundError`: If there are no files.
     """
     path = Path(source)
     if path.is_file():
@@ -216,14 +239,14 @@ def source_files(source: str, pattern: str) -> list[Path]:
 
 def checked_keys(prompts: Iterable[BenchmarkPrompt], source: str) -> list[BenchmarkPrompt]:
     """
-    The prompts, if there are any and no two would write to the same file.
+    Check that there are prompts, and that no two of them have images in the same file.
 
     Raises:
-        `ValueError`: If there is none, or a key occurs twice.
+        `ValueError`: If there are no prompts, or if a key occurs twice.
     """
     found: dict[str, BenchmarkPrompt] = {}
     for prompt in prompts:
-        # As a file system that ignores case would see it.
+        # Some file systems ignore case.
         if found.setdefault(prompt.key.casefold(), prompt) is not prompt:
             raise ValueError(f"{source}: two prompts have the key {prompt.key!r}")
     if not found:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""DPG-Bench: long, dense prompts, checked by a visual question answering model."""
+"""DPG-Bench: long, detailed prompts, scored by a visual question answering model."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ class DPGBench(Benchmark):
     """
     DPG-Bench (https://huggingface.co/papers/2403.05135).
 
-    Prompts are the folder `dpg_bench/prompts` of https://github.com/TencentQQGYLab/ELLA, a text file a prompt, or the file
-    `dpg_bench/dpg_bench.csv`, which has them in its column `text`. Questions are those of that file, with columns
-    `item_id`, `category_broad`, `category_detailed` and `question_natural_language`; with a folder it is looked for beside
-    it. That a question counts only if those in its column `dependency` got a yes has no counterpart in DVReward.
+    Prompts are the folder `dpg_bench/prompts` of https://github.com/TencentQQGYLab/ELLA, with one text file per prompt, or the
+    column `text` of the file `dpg_bench/dpg_bench.csv`. Questions are read from that file, with the columns `item_id`,
+    `category_broad`, `category_detailed` and `question_natural_language`; for a folder of prompts, the file is expected beside
+    the folder. The benchmark scores a question only if the questions in its column `dependency` are answered yes. DVReward has
+    no such dependencies, so they are ignored.
 
-    As its `compute_dpg_bench.py` reads them, the images of a prompt are tiles of one file `<folder>/<item_id>.png`: four in
-    two rows, first along the row. Its `--resolution` is the side of a tile and its `--pic-num` the number of images.
+    The images of a prompt are tiles of one file `<folder>/<item_id>.png`, as `compute_dpg_bench.py` reads them: two rows of two,
+    row by row. Its `--resolution` is the side of a tile, and its `--pic-num` is the number of images.
     """
 
     num_images = 4
@@ -65,7 +66,7 @@ class DPGBench(Benchmark):
         return f"{prompt.key}.png"
 
     def missing(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[int]:
-        # All of them stand in one file.
+        # All images of a prompt are in one file.
         return [] if (folder / self.image_path(prompt, 0)).exists() else list(range(num_images))
 
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
@@ -77,13 +78,13 @@ class DPGBench(Benchmark):
 
 def tile(images: Sequence[Image.Image]) -> Image.Image:
     """
-    Images of one size as tiles of one, two in a row; a single one as it is.
+    Put images of equal size into one image, two per row. A single image is returned unchanged.
 
     Raises:
-        `ValueError`: If there are more than four: the scorer reads no more.
+        `ValueError`: If there are more than four images, which the scorer does not read.
     """
     if len(images) > 4:
-        raise ValueError(f"DPG-Bench takes at most 4 images a prompt, but num_images is {len(images)}")
+        raise ValueError(f"DPG-Bench takes at most 4 images per prompt, but num_images is {len(images)}")
     width, height = images[0].size
     columns, rows = _layout(len(images))
     sheet = Image.new("RGB", (columns * width, rows * height))
@@ -93,7 +94,7 @@ def tile(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def untile(sheet: Image.Image, num_images: int) -> list[Image.Image]:
-    """The images that [`tile`] put together."""
+    """Cut an image that [`tile`] made into its tiles."""
     columns, rows = _layout(num_images)
     width, height = sheet.width // columns, sheet.height // rows
     corners = [(place % columns * width, place // columns * height) for place in range(num_images)]
@@ -101,7 +102,7 @@ def untile(sheet: Image.Image, num_images: int) -> list[Image.Image]:
 
 
 def _layout(num_images: int) -> tuple[int, int]:
-    """Columns and rows."""
+    """Number of columns and rows."""
     return min(num_images, 2), (num_images + 1) // 2
 
 
@@ -116,7 +117,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_csv(path: Path) -> tuple[dict[str, str], dict[str, list[Question]]]:
-    """Prompts and questions by item."""
+    """Read prompts and questions, by item."""
     texts: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
     with open(path, encoding="utf-8-sig", newline="") as file:

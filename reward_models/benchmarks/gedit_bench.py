@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""GEdit-Bench: instructions to edit a photograph, in English and Chinese."""
+"""GEdit-Bench: instructions to edit photographs, in English and Chinese."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from reward_models.benchmarks.base import BENCHMARKS, Benchmark, BenchmarkPrompt, path_part, text_field
+from reward_models.benchmarks.base import (
+    BENCHMARKS,
+    Benchmark,
+    BenchmarkPrompt,
+    check_single_image,
+    path_part,
+    text_field,
+)
 from reward_models.files.image_decoding import ImageLimits
 from reward_models.files.image_files import save_image
 from reward_models.prompts.rows import encoded_image
@@ -26,10 +33,10 @@ class GEditBench(Benchmark):
     GEdit-Bench (https://huggingface.co/papers/2504.17761).
 
     Prompts are the dataset `stepfun-ai/GEdit-Bench` or a folder with its files, with the columns `task_type`, `key`,
-    `instruction`, `instruction_language` and `input_image_raw`. Images go where
-    https://github.com/stepfun-ai/Step1X-Edit puts them (`GEdit-Bench/generate_image_example.py`) and its scorer looks:
-    `<folder>/<model_label>/fullset/<task_type>/<instruction_language>/<key>.png`, and the original as `<key>_SRCIMG.png`. One
-    image a prompt. The metadata has no questions: decompose the instructions and pass the result.
+    `instruction`, `instruction_language` and `input_image_raw`. Images are written as
+    `GEdit-Bench/generate_image_example.py` of https://github.com/stepfun-ai/Step1X-Edit writes them and the scorer reads them:
+    `<folder>/<model_label>/fullset/<task_type>/<instruction_language>/<key>.png`, one image per prompt, and the original as
+    `<key>_SRCIMG.png`. The metadata has no questions. To score the images by questions, decompose the instructions.
     """
 
     task = "image_editing"
@@ -44,8 +51,7 @@ class GEditBench(Benchmark):
         return _GEditPrompts(dataset, source)
 
     def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
-        if sample:
-            raise ValueError(f"GEdit-Bench takes one image a prompt, but image {sample + 1} was asked for")
+        check_single_image("GEdit-Bench", sample)
         return f"{self.model_label}/fullset/{prompt.key}.png"
 
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
@@ -54,7 +60,7 @@ class GEditBench(Benchmark):
 
 
 class _GEditPrompts(Sequence[BenchmarkPrompt]):
-    """The prompts, each with its image when it is asked for: all of them may not fit into memory."""
+    """The prompts. The image of a prompt is read with it, because all images at once may not fit into memory."""
 
     def __init__(self, dataset: Dataset, source: str) -> None:
         missing = [name for name in (*_TEXTS, "input_image_raw") if name not in dataset.column_names]

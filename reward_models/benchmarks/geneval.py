@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""GenEval: objects, counts, colors and positions, checked by an object detector."""
+"""GenEval: objects, counts, colors and positions, scored by an object detector."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from alphagrpo_ext.files import read_json_lines, write_text
 from reward_models.benchmarks.base import (
     BENCHMARKS,
     Benchmark,
@@ -20,10 +20,10 @@ from reward_models.benchmarks.base import (
     source_files,
     text_field,
 )
-from reward_models.prompts.questions import Question, read_json_lines
+from reward_models.prompts.questions import Question
 
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 POSITIONS = ("left of", "right of", "above", "below")
 
 
@@ -32,10 +32,10 @@ class GenEval(Benchmark):
     """
     GenEval (https://huggingface.co/papers/2310.11513).
 
-    Prompts are `prompts/evaluation_metadata.jsonl` of https://github.com/djghosh13/geneval, whose fields its
-    `prompts/create_prompts.py` writes. Images go where its `evaluation/evaluate_images.py` looks, as its
-    `generation/diffusers_generate.py` puts them: `<folder>/00000/metadata.jsonl`, `<folder>/00000/samples/00000.png` and so
-    on, four images a prompt. Questions follow from `include` and `exclude`, see [`geneval_questions`].
+    Prompts are `prompts/evaluation_metadata.jsonl` of https://github.com/djghosh13/geneval; `prompts/create_prompts.py` defines
+    its fields. Images are written as `generation/diffusers_generate.py` writes them and `evaluation/evaluate_images.py` reads
+    them: `<folder>/00000/metadata.jsonl`, `<folder>/00000/samples/00000.png` and so on, four images per prompt. Questions are
+    derived from `include` and `exclude`; see [`geneval_questions`].
     """
 
     num_images = 4
@@ -53,29 +53,24 @@ class GenEval(Benchmark):
         return f"{prompt.key}/samples/{sample:05d}.png"
 
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
-        path = folder / prompt.key / "metadata.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name("metadata.jsonl.tmp")
-        temporary.write_text(json.dumps(prompt.metadata) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(folder / prompt.key / "metadata.jsonl", json.dumps(prompt.metadata) + "\n")
         super().save(folder, prompt, images)
 
 
 def geneval_questions(row: Mapping[str, Any], where: str) -> tuple[Question, ...]:
     """
-    Questions that ask what GenEval's detector checks: all of `include`, and none of `exclude`.
+    Derive questions that ask what GenEval's detector checks: everything in `include` is there, and nothing in `exclude` is.
+
+    A count is asked as "exactly two" only if `exclude` rules out three; otherwise as "at least two".
 
     Args:
         row (`Mapping[str, Any]`):
-            With `include` and `exclude`, lists of `{"class": str, "count": int, "color": str?, "position": [str, int]?}`; a
-            position is relative to the entry of `include` with that index.
-        where (`str`): How error messages call the row.
-
-    Returns:
-        `tuple[Question, ...]`: An excluded count that is one more than an included one makes that exact.
+            Row with `include` and `exclude`, lists of `{"class": str, "count": int, "color": str?, "position": [str, int]?}`.
+            A position is relative to the entry of `include` with that index.
+        where (`str`): Name of the row for error messages.
 
     Raises:
-        `ValueError`: If an entry is malformed. The message names it.
+        `ValueError`: If an entry is malformed. The message names the entry.
     """
     includes, excludes = (_entries(row, field, where) for field in ("include", "exclude"))
     limits = {(entry["class"], entry["count"]) for entry in excludes}
@@ -134,7 +129,7 @@ def _check_position(position: Any, num_includes: int, where: str) -> None:
 
 
 def _number(count: int) -> str:
-    return NUMBERS[count] if count < len(NUMBERS) else str(count)
+    return NUMBER_WORDS[count] if count < len(NUMBER_WORDS) else str(count)
 
 
 def _with_article(name: str) -> str:
@@ -142,5 +137,5 @@ def _with_article(name: str) -> str:
 
 
 def _plural(name: str) -> str:
-    # As GenEval's own prompts have it, and "bench" and "toothbrush" in the plural that they have in English.
+    # GenEval's own prompts use these plurals, except for "bench" and "toothbrush", whose English plural is used here.
     return f"{name}es" if name.endswith(("s", "ch", "sh", "x")) else f"{name}s"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""TIIF-Bench: instructions of many dimensions, in a short and a long wording."""
+"""TIIF-Bench: prompts for many abilities, each in a short and a long wording."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from alphagrpo_ext.files import read_json_lines
 from reward_models.benchmarks.base import (
     BENCHMARKS,
     Benchmark,
     BenchmarkPrompt,
+    check_single_image,
     checked_keys,
     path_part,
     source_files,
     text_field,
 )
-from reward_models.prompts.questions import Question, read_json_lines
+from reward_models.prompts.questions import Question
 
 
 WORDINGS = ("short_description", "long_description")
-# By words in the name of a dimension, the first that fits: a spatial relation of actions is spatial.
+# The first pattern that matches the name of the dimension decides: a spatial relation of actions is spatial.
 _TAGS = (
     (r"negation", "Negative"),
     (r"numeracy|count", "Count"),
@@ -39,13 +41,13 @@ class TIIFBench(Benchmark):
     TIIF-Bench (https://huggingface.co/papers/2506.02161).
 
     Prompts are a folder of https://github.com/A113N-W3I/TIIF-Bench such as `data/testmini_prompts`, or one of its files: JSON
-    lines with `type`, `short_description` and `long_description`. Images go, as its README and its
-    `eval/inference_t2i_models.py` have it, to `<folder>/<type>/<model_label>/<wording>/<line>.png`, one image a wording;
-    lines are counted from 0 in each file.
+    lines with `type`, `short_description` and `long_description`. Images are written, as in its README and its
+    `eval/inference_t2i_models.py`, to `<folder>/<type>/<model_label>/<wording>/<line>.png`, one image per wording. Lines are
+    counted from 0 in each file.
 
-    Questions are those of the folder of the same name with `_eval_prompts` (`data/testmini_eval_prompts`), if it stands
-    beside: the line of the same `type` and number, with `yn_question_list` and `yn_answer_list`. A question that is to be
-    answered with no is not counted, since DVReward's are right with yes.
+    Questions are read from the folder of the same name with `_eval_prompts` (`data/testmini_eval_prompts`) beside it, if it
+    exists: the line with the same `type` and number, with `yn_question_list` and `yn_answer_list`. Questions whose right answer
+    is no are not scored, because in DVReward the right answer is yes.
     """
 
     def prompts(self, source: str) -> list[BenchmarkPrompt]:
@@ -67,8 +69,7 @@ class TIIFBench(Benchmark):
         return checked_keys(prompts, source)
 
     def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
-        if sample:
-            raise ValueError(f"TIIF-Bench takes one image a prompt, but image {sample + 1} was asked for")
+        check_single_image("TIIF-Bench", sample)
         dimension, wording, number = prompt.key.split("/")
         return f"{dimension}/{self.model_label}/{wording}/{number}.png"
 
@@ -78,7 +79,7 @@ def _questions_folder(folder: Path) -> Path:
 
 
 def _read_questions(folder: Path) -> dict[tuple[str, int], tuple[Question, ...]]:
-    """By dimension and line."""
+    """Read the questions, by dimension and line."""
     questions = {}
     for path in sorted(folder.glob("*.jsonl")):
         for number, (where, row) in enumerate(read_json_lines(path)):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""WISE: prompts that take world knowledge to understand."""
+"""WISE: prompts that require world knowledge."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from reward_models.benchmarks.base import (
     BENCHMARKS,
     Benchmark,
     BenchmarkPrompt,
+    check_single_image,
     checked_keys,
     path_part,
     read_json_array,
@@ -23,8 +24,8 @@ class WISE(Benchmark):
 
     Prompts are the folder `data` of https://github.com/PKU-YuanGroup/WISE, or one of its files: a JSON array of
     `{"prompt_id", "Prompt", "Explanation", "Category", "Subcategory"}`. Images go where its `gpt_eval.py` looks,
-    `<folder>/<prompt_id>.png`, one image a prompt. The metadata has no questions: the explanation is a sentence, so decompose
-    the prompts (`recipes/decompose_prompts.py`) and pass the result.
+    `<folder>/<prompt_id>.png`, one image per prompt. The metadata has no yes/no questions. To score the images by
+    questions, decompose the prompts with `recipes/decompose_prompts.py`.
     """
 
     def prompts(self, source: str) -> list[BenchmarkPrompt]:
@@ -38,6 +39,5 @@ class WISE(Benchmark):
         return checked_keys(prompts, source)
 
     def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
-        if sample:
-            raise ValueError(f"WISE takes one image a prompt, but image {sample + 1} was asked for")
+        check_single_image("WISE", sample)
         return f"{prompt.key}.png"

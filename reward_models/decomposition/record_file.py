@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A file of records that grows line by line and survives being killed."""
+"""A file of prompts with their questions that grows line by line and survives a killed process."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from reward_models.files.json_lines_file import JsonLinesFile
+from alphagrpo_ext.files import JsonLinesFile
 from reward_models.prompts.questions import PromptRecord, from_row
 
 
 class RecordFile(JsonLinesFile):
     """
-    A [`JsonLinesFile`] of records (see [`~reward_models.prompts.questions.load_records`]).
+    A [`~alphagrpo_ext.files.JsonLinesFile`] of records, as [`~reward_models.prompts.questions.load_records`] reads them.
 
     Args:
-        path (`str` or `PathLike`): The file. It and its folder are made if need be.
+        path (`str` or `PathLike`): The file. It and its folder are created.
 
     Attributes:
         prompts (`set[str]`): Prompts that have a record.
@@ -32,11 +32,6 @@ class RecordFile(JsonLinesFile):
             self.prompts.add(record.prompt)
 
     def append(self, record: PromptRecord) -> None:
-        """
-        Write a record.
-
-        Raises:
-            `OSError`: If it cannot be written in whole, e.g. because the disk is full.
-        """
+        """Write a record."""
         self.append_row(record.to_row())
         self.prompts.add(record.prompt)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Scores of images in a file, so that a scoring that was killed asks no question twice."""
+"""Scores of images in a file, so that scoring that was stopped does not ask a question twice."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
+from alphagrpo_ext.files import JsonLinesFile
 from reward_models.dvreward import Score
-from reward_models.files.json_lines_file import JsonLinesFile
 
 
 class KeptScores(JsonLinesFile):
     """
-    A line an image, by a key that says all that its score depends on; see
-    [`~reward_models.evaluation.files.settings_digest`]. Lines with keys that nobody asks for any more do no harm.
+    Scores by a key that identifies everything that the score depends on, e.g. a
+    [`~reward_models.evaluation.settings_digest.settings_digest`]. Scores under other keys are ignored.
 
     Args:
         path (`str` or `PathLike`): The file.
@@ -25,11 +25,11 @@ class KeptScores(JsonLinesFile):
         self._scores: dict[str, Score] = {}
 
     def get(self, key: str) -> Score | None:
-        """The score that was kept."""
+        """The score that was kept under a key, or `None`."""
         return self._scores.get(key)
 
     def keep(self, key: str, score: Score) -> None:
-        """Write a score, unless the judge failed: then it is to be asked again."""
+        """Write a score. If the judge failed, nothing is kept, so that the next run asks again."""
         if score.reward is None:
             return
         answers = {"semantic": score.semantic, "quality": score.quality}

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an evaluation found: samples with their scores, and rates over them."""
+"""The samples of an evaluation with their scores, and the scores of each category."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -19,17 +20,19 @@ from reward_models.files.image_files import load_image
 @dataclass(frozen=True)
 class EvaluatedSample:
     """
+    One image with its score.
+
     Args:
         index (`int`): Row of the prompt.
         seed (`int`): Noise seed.
         category (`str`): Category of the prompt.
-        prompt, text (`str`): The request, and the thought.
-        image (`PIL.Image.Image`, *optional*): What was painted, if it is kept in memory.
+        prompt, text (`str`): The prompt, and the thought.
+        image (`PIL.Image.Image`, *optional*): The image, if it is kept in memory.
         reward (`float` or `None`): DVReward; `None` if the judge failed.
-        strict_pass (`bool` or `None`): Whether every question got a yes.
+        strict_pass (`bool` or `None`): Whether the answer to every question is yes.
         semantic, quality (`tuple[float | None, ...]`, *optional*, defaults to `()`):
-            P(yes) of the row's valid questions, in their order; `None` where there is no answer.
-        image_file (`str`, *optional*): The image, if it is kept in a file.
+            P(yes) of each valid question of the row, in order; `None` where there is no answer.
+        image_file (`str`, *optional*): Path of the image, if it is kept in a file.
     """
 
     index: int
@@ -45,16 +48,18 @@ class EvaluatedSample:
     image_file: str | None = None
 
     @classmethod
-    def of(
+    def from_score(
         cls, row: Mapping[str, Any], index: int, seed: int, text: str, image: Image.Image | None, score: Score
     ) -> EvaluatedSample:
         """
+        Combine a dataset row and the score of its image.
+
         Args:
             row (`Mapping[str, Any]`): The row, with `prompt` and optionally `category`.
-            index, seed (`int`): Its place, and the noise seed.
+            index, seed (`int`): Index of the row, and the noise seed.
             text (`str`): The thought.
-            image (`PIL.Image.Image`, *optional*): What was painted, if it is kept in memory.
-            score ([`Score`]): How it was judged.
+            image (`PIL.Image.Image`, *optional*): The image, if it is kept in memory.
+            score ([`Score`]): The score.
         """
         return cls(
             index=index,
@@ -69,6 +74,25 @@ class EvaluatedSample:
             quality=score.quality,
         )
 
+    def to_row(self, file: str) -> dict[str, Any]:
+        """The sample as a JSON object that names the file of its image."""
+        names = [f.name for f in fields(self) if f.name not in ("image", "image_file")]
+        return {name: getattr(self, name) for name in names} | {"file": file}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], folder: Path) -> EvaluatedSample:
+        """
+        Read a sample that [`to_row`] wrote.
+
+        Args:
+            row (`Mapping[str, Any]`): The JSON object.
+            folder (`Path`): Folder of the image.
+        """
+        values = {name: value for name, value in row.items() if name != "file"}
+        # Files of earlier versions have no answers.
+        values |= {side: tuple(row.get(side, ())) for side in ("semantic", "quality")}
+        return cls(**values, image=None, image_file=str(folder / row["file"]))
+
     def load_image(self) -> Image.Image:
         """The image, from memory or from its file."""
         return self.image if self.image is not None else load_image(self.image_file)
@@ -77,11 +101,13 @@ class EvaluatedSample:
 @dataclass(frozen=True)
 class CategoryScore:
     """
+    Scores of the samples of one category.
+
     Args:
         reward (`float`): Mean reward.
-        strict_pass_rate (`float`): Share of samples with a yes to every question.
-        num_samples (`int`): Samples that could be scored.
-        num_failed (`int`): Samples that could not.
+        strict_pass_rate (`float`): Share of samples for which the answer to every question is yes.
+        num_samples (`int`): Number of samples that were scored.
+        num_failed (`int`): Number of samples that could not be scored.
     """
 
     reward: float
@@ -90,7 +116,8 @@ class CategoryScore:
     num_failed: int
 
     @classmethod
-    def of(cls, samples: Sequence[EvaluatedSample]) -> CategoryScore:
+    def from_samples(cls, samples: Sequence[EvaluatedSample]) -> CategoryScore:
+        """Average the samples that were scored."""
         scored = [sample for sample in samples if sample.reward is not None]
         count = max(len(scored), 1)
         return cls(
@@ -104,11 +131,15 @@ class CategoryScore:
 @dataclass(frozen=True)
 class Evaluation:
     """
+    All samples of an evaluation.
+
     Args:
-        samples (`list[EvaluatedSample]`): Ordered by seed and row.
-        round (`int`, *optional*, defaults to `0`): How often the images have been refined.
-        total ([`CategoryScore`]): Over all samples.
-        categories (`dict[str, CategoryScore]`): By category, in order of appearance.
+        samples (`list[EvaluatedSample]`): The samples, ordered by seed and row.
+        round (`int`, *optional*, defaults to `0`): Number of times that the images have been refined.
+
+    Attributes:
+        total ([`CategoryScore`]): Scores of all samples.
+        categories (`dict[str, CategoryScore]`): Scores by category, in order of appearance.
     """
 
     samples: list[EvaluatedSample]
@@ -117,20 +148,25 @@ class Evaluation:
     categories: dict[str, CategoryScore] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = dict.fromkeys(sample.category for sample in self.samples)
-        object.__setattr__(self, "total", CategoryScore.of(self.samples))
-        object.__setattr__(
-            self,
-            "categories",
-            {name: CategoryScore.of([s for s in self.samples if s.category == name]) for name in names},
-        )
+        groups = samples_by_category(self.samples)
+        categories = {name: CategoryScore.from_samples(samples) for name, samples in groups.items()}
+        object.__setattr__(self, "total", CategoryScore.from_samples(self.samples))
+        object.__setattr__(self, "categories", categories)
 
     def summary(self) -> dict[str, Any]:
         """`{"reward", "strict_pass_rate", ..., "categories": {...}}`, for `summary.json`."""
         return {**asdict(self.total), "categories": {name: asdict(score) for name, score in self.categories.items()}}
 
 
+def samples_by_category(samples: Sequence[EvaluatedSample]) -> dict[str, list[EvaluatedSample]]:
+    """Group samples by category, in order of appearance."""
+    groups: dict[str, list[EvaluatedSample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.category, []).append(sample)
+    return groups
+
+
 def gather_samples(samples: list[EvaluatedSample], round: int) -> Evaluation:
-    """The evaluation of the samples of all processes, in each of them."""
+    """Gather the samples of all processes into one evaluation, in every process."""
     gathered = gather_object(samples) if PartialState().num_processes > 1 else samples
     return Evaluation(sorted(gathered, key=lambda sample: (sample.seed, sample.index)), round)

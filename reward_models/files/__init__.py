@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files and images that users hand in: JSON lines, decoding of images."""
+"""Image files, and decoding of images that are not trusted."""

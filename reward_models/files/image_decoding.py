@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Images that strangers send: measured by their headers before any pixel is decoded."""
+"""Decoding of images that are not trusted: the size in the header is checked before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from alphagrpo_ext.models.pixels import to_rgb
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-"""What is decoded. Pillow knows many more, among them some that run other programs or read other files."""
+"""Formats that are decoded. Pillow supports more, and some of them run other programs or read other files."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
     """
-    The largest image that is decoded.
+    Size limits of images that are decoded.
 
     Args:
-        max_side (`int`, *optional*, defaults to `4096`): Pixels along the longer side.
-        max_pixels (`int`, *optional*, defaults to `2**22`): Pixels in all.
+        max_side (`int`, *optional*, defaults to `4096`): Largest side, in pixels.
+        max_pixels (`int`, *optional*, defaults to `2**22`): Largest number of pixels.
 
     Raises:
         `ValueError`: If a limit is less than 1.
@@ -40,8 +40,10 @@ class ImageLimits:
 
     def check(self, width: int, height: int) -> None:
         """
+        Check the size of an image in pixels.
+
         Raises:
-            `ValueError`: If an image of this size, in pixels, is too large.
+            `ValueError`: If the image is too large.
         """
         if max(width, height) > self.max_side or width * height > self.max_pixels:
             raise ValueError(
@@ -53,10 +55,10 @@ class ImageLimits:
 @dataclass(frozen=True)
 class EncodedImage:
     """
-    An image file in memory whose header has been read and found harmless.
+    An image file in memory whose format and size have been checked.
 
     Args:
-        data (`bytes`): The file.
+        data (`bytes`): Content of the file.
     """
 
     data: bytes
@@ -64,8 +66,10 @@ class EncodedImage:
     @classmethod
     def from_bytes(cls, data: bytes, limits: ImageLimits) -> EncodedImage:
         """
+        Check the content of an image file.
+
         Raises:
-            `ValueError`: If the file is none of [`IMAGE_FORMATS`], or its header says that it is too large.
+            `ValueError`: If the format is not one of [`IMAGE_FORMATS`], or if the image is too large.
         """
         with _open(data) as image:
             limits.check(*image.size)
@@ -74,12 +78,14 @@ class EncodedImage:
     @classmethod
     def from_base64(cls, text: str, limits: ImageLimits) -> EncodedImage:
         """
+        Check an image file that is encoded in base64.
+
         Args:
-            text (`str`): The file in base64, bare or as a data URL.
-            limits ([`ImageLimits`]): Of its size.
+            text (`str`): The file in base64, with or without the prefix of a data URL.
+            limits ([`ImageLimits`]): Size limits.
 
         Raises:
-            `ValueError`: If it is not base64, or as in [`from_bytes`].
+            `ValueError`: If the text is not base64, or as in [`from_bytes`].
         """
         if text.startswith("data:"):
             header, _, text = text.partition(",")
@@ -93,7 +99,7 @@ class EncodedImage:
 
     def decode(self) -> Image.Image:
         """
-        The image in RGB; what is transparent becomes white, and of an animation the first frame is taken.
+        Decode the image to RGB. Transparent pixels become white, and an animation becomes its first frame.
 
         Raises:
             `ValueError`: If the file is damaged.
@@ -102,7 +108,7 @@ class EncodedImage:
             with _open(self.data) as image:
                 return to_rgb(image)
         except Exception as error:
-            # Pillow's decoders raise errors of a dozen types, and each means the same here.
+            # Pillow's decoders raise errors of many types, which all mean that the file is damaged.
             raise ValueError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
 
 

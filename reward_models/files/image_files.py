@@ -1,31 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures to PNG files and back: whole or not at all, and with nothing lost."""
+"""PNG files: lossless, and complete or absent."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from PIL import Image
 
+from alphagrpo_ext.files import atomic_path
+
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """
-    Write a PNG file. It appears when it is complete.
-
-    Args:
-        image (`PIL.Image.Image`): The image.
-        path (`Path`): The file. Its folder is made if need be.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    """Write a PNG file atomically; see [`~alphagrpo_ext.files.atomic_path`]."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An image that [`save_image`] wrote, with its file closed."""
+    """Read a file that [`save_image`] wrote, and close it."""
     with Image.open(path, formats=["PNG"]) as image:
         image.load()
         return image.copy()

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from reward_models.dvreward import DVReward
 from reward_models.judges import JUDGES
@@ -16,58 +16,40 @@ if TYPE_CHECKING:
     from reward_models.holdout.callback import HoldoutCallback
 
 
+def _holdout_field(judge_field: Field) -> tuple[str, Any, Field]:
+    """The same argument for the hold-out judge."""
+    help_text = f"Of the hold-out judge: {judge_field.metadata['help']}"
+    value = field(default=judge_field.default, metadata={"help": help_text})
+    return f"holdout_{judge_field.name}", get_type_hints(JudgeArguments)[judge_field.name], value
+
+
+_HoldoutJudgeArguments = make_dataclass(
+    "_HoldoutJudgeArguments",
+    [_holdout_field(judge_field) for judge_field in fields(JudgeArguments) if judge_field.name != "judge"],
+)
+
+
 @dataclass
-class HoldoutArguments:
+class HoldoutArguments(_HoldoutJudgeArguments):
     """
-    Who judges images beside the judge that is trained on. What is left out is as for that one; see [`JudgeArguments`].
+    The hold-out judge, which scores images and is not trained on.
+
+    Its settings are the arguments of [`JudgeArguments`] with the prefix `holdout_`, e.g. `holdout_judge_model`, and have the same
+    defaults.
 
     Args:
         holdout_judge (`str`, *optional*):
-            A judge of `--judge`, better one of another kind. `None` for no hold-out reward.
-        holdout_judge_model, holdout_judge_base_url (`str`, *optional*):
-            Its model, and its endpoint.
-        holdout_judge_max_concurrency (`int`, *optional*, defaults to `64`):
-            Questions that are with its endpoint at once.
-        holdout_judge_timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds for one try of a question.
-        holdout_judge_max_retries (`int`, *optional*, defaults to `8`):
-            Further tries of a question.
-        holdout_judge_binary (`bool`, *optional*, defaults to `False`):
-            Whether a yes or no counts as it is, for endpoints without log-probabilities.
-        holdout_judge_image_first (`bool`, *optional*, defaults to `False`):
-            Whether one question about an image goes ahead of the others, to fill the server's prefix cache.
-        holdout_judge_extra_body (`dict`, *optional*):
-            Further fields of a request to the endpoint, as JSON.
-        holdout_judge_batch_size (`int`, *optional*, defaults to `32`):
-            Questions that a local judge answers at once.
+            Name of a judge, as in `judge`; a judge of another kind is best. `None` for no hold-out reward.
         holdout_window (`int`, *optional*, defaults to `20`):
-            Logs that the two rewards are compared over; see [`diverges`].
+            Number of logs over which the two rewards are compared; see [`diverges`].
     """
 
     holdout_judge: str | None = field(
         default=None, metadata={"help": "Judge of a reward that is logged and not trained on, e.g. 'policy'."}
     )
-    holdout_judge_model: str | None = field(default=None, metadata={"help": "Model of the hold-out judge."})
-    holdout_judge_base_url: str | None = field(default=None, metadata={"help": "Endpoint of the hold-out judge."})
-    holdout_judge_max_concurrency: int = field(
-        default=64, metadata={"help": "Questions that are with the hold-out judge's endpoint at once."}
-    )
-    holdout_judge_timeout: float = field(default=60.0, metadata={"help": "Seconds for one try of a question."})
-    holdout_judge_max_retries: int = field(default=8, metadata={"help": "Further tries of a question."})
-    holdout_judge_binary: bool = field(
-        default=False, metadata={"help": "Take yes or no of the hold-out judge as they are."}
-    )
-    holdout_judge_image_first: bool = field(
-        default=False, metadata={"help": "Let one question about an image go ahead of the others."}
-    )
-    holdout_judge_extra_body: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further fields of a request to the hold-out judge's endpoint, as JSON."}
-    )
-    holdout_judge_batch_size: int = field(
-        default=32, metadata={"help": "Questions that a local hold-out judge answers at once."}
-    )
     holdout_window: int = field(
-        default=20, metadata={"help": "Logs over which training and hold-out reward are compared, at least 4."}
+        default=20,
+        metadata={"help": "Number of logs over which training and hold-out reward are compared, at least 4."},
     )
 
     def __post_init__(self) -> None:
@@ -78,18 +60,18 @@ class HoldoutArguments:
 
     def make_holdout_callbacks(self, aggregation: str = "geometric", policy: Any = None) -> list[HoldoutCallback]:
         """
-        The callback that scores and warns; none without a `holdout_judge`.
+        Make the callback that scores and warns. Without a `holdout_judge`, the list is empty.
 
         Args:
-            aggregation (`str`, *optional*, defaults to `"geometric"`): How answers become a reward.
+            aggregation (`str`, *optional*, defaults to `"geometric"`): How answers are combined into a reward.
             policy (`tuple[UnifiedModel, ProcessorMixin]`, *optional*): The model that is trained and its processor.
 
         Raises:
-            `ValueError`: If there is no such judge, or it lacks an argument.
+            `ValueError`: If there is no such judge, or if an argument of the judge is missing.
         """
         if self.holdout_judge is None:
             return []
-        # The reward server takes arguments from here, too, and needs no trainer.
+        # The reward server uses this module, too, and does not need a trainer.
         from reward_models.holdout.callback import HoldoutCallback
 
         judge = JUDGES.get(self.holdout_judge).from_arguments(self._judge_arguments(), policy)

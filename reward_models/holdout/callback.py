@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-A reward that is logged and not trained on, to notice when training games the one that is.
+A reward that is logged and not trained on, to detect when training exploits the training reward.
+
+It is a callback and not a reward function of weight 0: TRL counts a sample as scored if any reward function scored it, and a
+reward function would take part in rectification and in the advantages.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -28,18 +30,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIN_T = 2.0
+"""Smallest ratio of a slope to its standard error that counts as a trend."""
 
 
 class HoldoutCallback(TrainerCallback):
     """
-    Scores the images of every training rollout with a reward that nothing is trained on, and logs `holdout/reward`,
-    `holdout/strict_pass` and `holdout/failed_frac`. Where it cannot score, it logs nothing and training goes on.
+    Scores the images of every training rollout with a hold-out reward, and logs `holdout/reward`, `holdout/strict_pass` and
+    `holdout/failed_frac`. If no image can be scored, it logs the last of these alone, and training continues.
 
-    It warns when the training reward rises while the hold-out reward falls, once for each time that this begins.
+    It warns when the training reward rises while the hold-out reward falls, once per episode.
 
     Args:
         reward ([`DVReward`]): The hold-out reward.
-        window (`int`, *optional*, defaults to `20`): Logs that are compared; see [`diverges`].
+        window (`int`, *optional*, defaults to `20`): Number of logs that are compared; see [`diverges`].
     """
 
     def __init__(self, reward: DVReward, window: int = 20) -> None:
@@ -61,7 +64,7 @@ class HoldoutCallback(TrainerCallback):
         rollout: ScoredRollout,
         log_metric: Callable[[str, float], None],
     ) -> None:
-        # One event loop for the whole run: a judge keeps its connections from one rollout to the next.
+        # The whole run shares one event loop, so that the judge keeps its connections.
         self._runner = self._runner or asyncio.Runner()
         images = [trajectory.final_image for trajectory in rollout.trajectories]
         records = [from_row(row, f"sample {i}") for i, row in enumerate(rollout.rows)]
@@ -79,7 +82,7 @@ class HoldoutCallback(TrainerCallback):
         if state.is_world_process_zero and self._diverging and not was_diverging:
             logger.warning(
                 "step %d: over the last %d logs the training reward rises while the hold-out reward falls. The policy may "
-                "be learning what pleases the judge alone: look at the newest images, and compare both judges' answers.",
+                "be exploiting the judge: look at the newest images, and compare the answers of both judges.",
                 state.global_step,
                 self.window,
             )
@@ -98,41 +101,43 @@ class HoldoutCallback(TrainerCallback):
         return diverges(training, holdout, self.window)
 
 
-def diverges(training: Sequence[float], holdout: Sequence[float], window: int, min_t: float = MIN_T) -> bool:
+def diverges(training: Sequence[float], holdout: Sequence[float], window: int) -> bool:
     """
     Whether the training reward rises while the hold-out reward falls.
 
-    A line is fitted to the last `window` values of each by least squares. It is so if the slope of the first is at least
-    `min_t` standard errors above zero and that of the second as far below. With independent noise, 20 values and the
-    default of 2, one slope is taken for a trend by chance in 3 of 100 windows, both at once in 1 of 1,000.
+    A line is fitted to the last `window` values of each reward by least squares. The rewards diverge if the slope of the training
+    reward is at least two standard errors above zero, and the slope of the hold-out reward at least two below. With
+    independent noise and 20 values, this happens by chance in 3 of 100 windows for one slope, and in 1 of 1,000
+    for both.
 
     Args:
-        training, holdout (`Sequence[float]`): Rewards of the same logs, in their order.
-        window (`int`): How many of the last ones count, at least 3. With fewer there is no answer yet, that is `False`.
-        min_t (`float`, *optional*, defaults to `2.0`): Slope over its standard error that counts as a trend.
+        training, holdout (`Sequence[float]`): Rewards of the same logs, in order.
+        window (`int`): Number of latest values to compare, at least 3. With fewer values the result is `False`.
     """
     if len(training) < window:
         return False
-    return slope_t(training[-window:]) >= min_t and slope_t(holdout[-window:]) <= -min_t
+    return slope_t(training[-window:]) >= MIN_T and slope_t(holdout[-window:]) <= -MIN_T
 
 
 def slope_t(values: Sequence[float]) -> float:
     """
-    Slope of the least-squares line through equally spaced values over its standard error; infinite for values on a line
-    that is not level, and 0 on a level one.
+    Compute the t-statistic of a trend: the slope of the least-squares line through equally spaced values, divided by its
+    standard error. It is infinite if the values lie on a sloped line, and 0 if they are equal.
 
     Args:
-        values (`Sequence[float]`): At least 3.
+        values (`Sequence[float]`): At least 3 values.
     """
+    from scipy.stats import linregress
+
     y = np.asarray(values, dtype=np.float64)
-    x = np.arange(len(y)) - (len(y) - 1) / 2
-    slope = x @ y / (x @ x)
-    residuals = y - y.mean() - slope * x
-    # Below rounding there is no noise to compare with.
-    scale = np.finfo(np.float64).eps * np.abs(y).max() * len(y)
-    if np.abs(residuals).max() <= scale:
-        return 0.0 if abs(slope) <= scale else math.copysign(math.inf, slope)
-    return float(slope / np.sqrt(residuals @ residuals / (len(y) - 2) / (x @ x)))
+    # A smaller range is due to rounding.
+    if np.ptp(y) <= np.finfo(np.float64).eps * np.abs(y).max() * len(y):
+        return 0.0
+    line = linregress(np.arange(len(y)), y)
+    # Rounding alone leaves a standard error of about 1e-8 slopes.
+    if line.stderr <= 1e-7 * abs(line.slope):
+        return float(np.copysign(np.inf, line.slope))
+    return float(line.slope / line.stderr)
 
 
 def _rewards(entry: Mapping[str, Any]) -> tuple[float, float] | None:

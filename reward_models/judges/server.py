@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from alphagrpo_ext.openrlhf.environment import PluginConfig, variable
 from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label
+from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
 from reward_models.prompts.questions import SEMANTIC_TAGS
@@ -44,7 +44,7 @@ class ServerJudge(Judge):
     """
 
     def __init__(self, base_url: str, max_concurrency: int = 64, timeout: float = 60.0, max_retries: int = 8) -> None:
-        config = PluginConfig(
+        config = ClientSettings(
             server_url=base_url.rstrip("/"),
             server_key=os.environ.get(variable("server_key"), "").strip() or None,
             timeout=timeout,

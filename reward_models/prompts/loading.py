@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prompts, with or without questions: from files, from datasets, or of the shapes world."""
+"""Loading of prompts, with or without questions, from files, datasets, or the shapes world."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
+from alphagrpo_ext.files import read_json_lines
 from alphagrpo_ext.shapes import build_dataset
-from reward_models.prompts.questions import TAGS, PromptRecord, from_row, read_json_lines
+from reward_models.prompts.questions import TAGS, PromptRecord, from_row
 
 
 JSON_LINES_SUFFIXES = (".jsonl", ".json")
 FAILED_SUFFIX = ".failed.jsonl"
-"""Ends the name of a file with prompts that could not be decomposed; it stands beside those that could."""
+"""Suffix of the file that lists the prompts that could not be decomposed. It is beside the file of records."""
 
 _QUESTIONS = List({"question": Value("string"), "tag": Value("string"), "is_valid": Value("bool")})
 EXTRA_FEATURES = {"task": Value("string"), "image": Image(), "category": Value("string")}
-"""Columns of a prompt dataset beside prompt and questions."""
-# Images may be paths, or the structs of bytes and path in which files keep them.
+"""Optional columns of a prompt dataset."""
+# Images may be paths, or structs of bytes and path.
 _CASTABLE = {"task": Value, "image": (Image, Value, Mapping), "category": Value}
 
 
@@ -41,26 +42,26 @@ def load_prompts(file: str | None, split: str, num_prompts: int) -> Dataset:
 
     Args:
         file (`str`, *optional*):
-            Where they are: a JSON-lines file, a folder of such files (all `*.jsonl` in alphabetical order but for
-            `*.failed.jsonl`), or the name of a dataset whose split `"train"` is taken. `None` takes prompts of the shapes
-            world. A row is one of [`from_row`], with the optional columns `task`, `category` (strings) and `image`: in a
-            file its path, seen from the file's folder; in a dataset a column of images or of paths.
+            A JSON-lines file, a folder of such files (all `*.jsonl` except `*.failed.jsonl`, in alphabetical order), or the
+            name of a dataset, whose split `"train"` is loaded. `None` for prompts of the shapes world. Rows are as in
+            [`from_row`], with the optional columns `task`, `category` (strings) and `image`. In a file, `image` is a path
+            relative to the folder of the file. In a dataset, it is a column of images or of paths.
         split (`str`):
-            Of the shapes world: `"train"` or `"evaluation"`.
+            Split of the shapes world: `"train"` or `"evaluation"`.
         num_prompts (`int`):
-            Prompts drawn from the shapes world.
+            Number of prompts to draw from the shapes world.
 
     Returns:
-        `datasets.Dataset`: With the columns `prompt`, `semantic_questions` and `quality_questions`, and those of `task`,
-        `image` and `category` that any row has. Other columns are dropped, except in the shapes world.
+        `datasets.Dataset`: The columns `prompt`, `semantic_questions` and `quality_questions`, and those of `task`, `image` and
+        `category` that have values. Other columns are dropped, except in the shapes world.
 
     Raises:
-        `FileNotFoundError`: If `file` is a path and there is nothing.
-        `ValueError`: If a row is malformed or there is none. The message names the file and the line, or the dataset and
-        the row.
+        `FileNotFoundError`: If `file` is a path that does not exist.
+        `ValueError`: If a row is malformed or if there are no rows. The message names the file and the line, or the dataset
+        and the row.
     """
     if file is None:
-        # The draw of prompts is part of the task, not of a run, so it does not follow the run's seed.
+        # The prompts belong to the task and not to a run, so they do not depend on the run's seed.
         return build_dataset(split, num_prompts, seed=0)
     if _is_dataset_name(file):
         return _with_records(_load_train_split(file), file)
@@ -82,15 +83,15 @@ def read_prompts(source: str) -> list[str]:
 
     Args:
         source (`str`):
-            A file with one prompt a line, a JSON-lines file (`*.jsonl`, `*.json`) whose lines have a field `prompt`, or the
-            name or folder of a dataset with a column `prompt`, whose split `"train"` is taken. Text is in UTF-8.
+            A text file with one prompt per line, a JSON-lines file (`*.jsonl`, `*.json`) with a field `prompt`, or the name or
+            folder of a dataset with a column `prompt`, whose split `"train"` is loaded. Text is in UTF-8.
 
     Returns:
-        `list[str]`: The prompts without surrounding blanks, each once, in order. Blank lines of a text file are skipped.
+        `list[str]`: The distinct prompts in order, without surrounding blanks. Blank lines of a text file are skipped.
 
     Raises:
-        `FileNotFoundError`: If `source` is a path and there is nothing.
-        `ValueError`: If a prompt is missing, blank or no string, or if there is none. The message names it.
+        `FileNotFoundError`: If `source` is a path that does not exist.
+        `ValueError`: If a prompt is missing, blank or not a string, or if there are no prompts. The message names the place.
     """
     path = Path(source)
     if _is_dataset_name(source) or path.is_dir():
@@ -109,7 +110,7 @@ def read_prompts(source: str) -> list[str]:
 
 
 def _is_dataset_name(source: str) -> bool:
-    """Whether this is the name of a dataset, as `name` or `owner/name`, and not a path."""
+    """Whether the source is the name of a dataset (`name` or `owner/name`) and not a path."""
     if os.path.exists(source):
         return False
     parts = source.split("/")
@@ -148,7 +149,7 @@ def _file_row(row: Any, where: str, folder: Path) -> _FileRow:
 
 def _image_path(image: Any, where: str, folder: Path) -> str | None:
     if isinstance(image, Mapping):
-        # As `Dataset.to_json` writes an image that it knows by its path.
+        # `Dataset.to_json` writes an image with a known path in this form.
         image = image.get("path") or image
     if image is None:
         return None
@@ -161,7 +162,7 @@ def _image_path(image: Any, where: str, folder: Path) -> str | None:
 
 
 def _with_records(dataset: Dataset, name: str) -> Dataset:
-    """Check the questions of a dataset and bring them into one form; images stay as they are, undecoded."""
+    """Check the questions of a dataset and convert them to one format. Images stay undecoded."""
     missing = [column for column in ("prompt", *TAGS) if column not in dataset.column_names]
     if missing:
         raise ValueError(f"dataset {name} has no column '{missing[0]}'; its columns are {dataset.column_names}")
@@ -213,5 +214,5 @@ def _checked_prompt(prompt: Any, where: str) -> str:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: prompt has half of a character ({error})") from error
+        raise ValueError(f"{where}: prompt has an unpaired surrogate ({error})") from error
     return prompt.strip()

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The questions a prompt is decomposed into: the record format, its validation and its loading."""
+"""Prompts with their yes/no questions: the record format, its validation, and its loading."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
+
+from alphagrpo_ext.files import read_json_lines
 
 
 SEMANTIC_TAGS = (
@@ -28,15 +30,15 @@ TAGS = {"semantic_questions": SEMANTIC_TAGS, "quality_questions": QUALITY_TAGS}
 @dataclass(frozen=True)
 class Question:
     """
-    An atomic yes/no question about an image; "yes" means that the image is right.
+    An atomic yes/no question about an image. The answer "yes" means that the image is right.
 
     Args:
         question (`str`):
             The question.
         tag (`str`):
-            What it is about: one of `SEMANTIC_TAGS` or `QUALITY_TAGS`.
+            Topic of the question: one of `SEMANTIC_TAGS` or `QUALITY_TAGS`.
         is_valid (`bool`, *optional*, defaults to `True`):
-            Whether it counts. A question that its author found faulty stays in the record but is not scored.
+            Whether the question is scored. A faulty question stays in the record but is not scored.
     """
 
     question: str
@@ -53,9 +55,9 @@ class PromptRecord:
         prompt (`str` or `list[dict]`):
             The prompt, as text or as chat messages.
         semantic_questions (`tuple[Question, ...]`):
-            Whether the image shows what the prompt asks for.
+            Questions whether the image shows what the prompt asks for.
         quality_questions (`tuple[Question, ...]`):
-            Whether the image is well made.
+            Questions whether the image is well made.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -73,22 +75,22 @@ class PromptRecord:
         return tuple(question for question in self.quality_questions if question.is_valid)
 
     def to_row(self) -> dict[str, Any]:
-        """The record as a dataset row, from which [`from_row`] makes it again."""
+        """The record as a dataset row, which [`from_row`] reads."""
         questions = {field: [asdict(question) for question in getattr(self, field)] for field in TAGS}
         return {"prompt": self.prompt, **questions}
 
 
 def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
     """
-    Build a record from a dataset row, checking every field.
+    Build a record from a dataset row and check every field.
 
     Args:
         row (`Mapping[str, Any]`):
-            Has the keys `prompt`, `semantic_questions` and `quality_questions`; others are ignored. Each of the last
-            two is a list of `{"question": str, "tag": str, "is_valid": bool?}`, or such a list as a JSON string. One
-            of them may be empty.
+            A row with the keys `prompt`, `semantic_questions` and `quality_questions`; other keys are ignored. Each of the
+            last two is a list of `{"question": str, "tag": str, "is_valid": bool?}`, or such a list as a JSON string. One of
+            them may be empty.
         where (`str`, *optional*, defaults to `"row"`):
-            How error messages call the row, e.g. `"row 3"`.
+            Name of the row for error messages, e.g. `"row 3"`.
 
     Returns:
         `PromptRecord`: The record, including questions that are not valid.
@@ -112,41 +114,13 @@ def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
     return record
 
 
-def read_json_lines(path: str | PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """
-    Read a JSON-lines file in UTF-8 line by line; blank lines are skipped.
-
-    Args:
-        path (`str` or `PathLike`): The file.
-
-    Yields:
-        `tuple[str, Any]`: How an error message calls the line, and its value.
-
-    Raises:
-        `ValueError`: At the first line that is not JSON. The message names the file and the line.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                # Some editors start a file with a byte-order mark.
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not valid UTF-8 ({error})") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error})") from error
-            yield where, value
-
-
 def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
     """
     Load records from a JSON-lines file; blank lines are skipped.
 
     Args:
         path (`str` or `PathLike`):
-            The file, in UTF-8, one row (see [`from_row`]) a line.
+            The file, in UTF-8, with one row (see [`from_row`]) per line.
 
     Raises:
         `ValueError`: If a line is not a valid row, or if there is none. The message names the file and the line.
@@ -159,18 +133,18 @@ def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
 
 def validate_dataset(dataset: Iterable[Mapping[str, Any]]) -> None:
     """
-    Check every row of a dataset, so that a malformed one is found before training rather than in the middle of it.
+    Check every row of a dataset, so that a malformed row is found before training.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `Iterable[Mapping]`):
             The rows (see [`from_row`]). A streamed dataset is read to its end.
 
     Raises:
-        `ValueError`: At the first malformed row, which the message names by its 0-based index.
+        `ValueError`: At the first malformed row. The message names its 0-based index.
     """
     columns = getattr(dataset, "column_names", None)
     if columns and all(field in columns for field in ("prompt", *TAGS)):
-        # Leaves image columns undecoded.
+        # Image columns stay undecoded.
         dataset = dataset.select_columns(["prompt", *TAGS])
     for index, row in enumerate(dataset):
         from_row(row, f"row {index}")
@@ -192,7 +166,7 @@ def _parse_question(item: Any, field: str, where: str) -> Question:
     if not isinstance(item, Mapping):
         raise ValueError(f"{where} must be a mapping with 'question' and 'tag', got {type(item).__name__}")
     for key in ("question", "tag"):
-        # `datasets` fills keys that only some rows have with None.
+        # `datasets` fills missing keys with None.
         if item.get(key) is None:
             raise ValueError(f"{where} has no '{key}'")
         if not isinstance(item[key], str):

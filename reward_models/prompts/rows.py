@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Rows of a dataset one at a time, their images decoded within limits."""
+"""Rows of a dataset that are read one at a time, with size limits for their images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from reward_models.files.image_decoding import EncodedImage, ImageLimits
 
 class PromptRows(Sequence[dict[str, Any]]):
     """
-    Rows of a dataset whose images are decoded when a row is asked for, and never before their headers were measured: they
-    may come from strangers, and all at once they may not fit into memory.
+    Rows of a dataset whose images are decoded when a row is read. All images at once may not fit into memory. Images are not
+    trusted, so their size is checked before they are decoded.
 
     Args:
-        dataset (`datasets.Dataset`): With any columns; `image`, if it is there, is one of images.
-        limits ([`ImageLimits`], *optional*): The largest image that is decoded.
+        dataset (`datasets.Dataset`): A dataset with any columns. A column `image` holds images.
+        limits ([`ImageLimits`], *optional*): Size limits of images.
     """
 
     def __init__(self, dataset: Dataset, limits: ImageLimits | None = None) -> None:
@@ -34,7 +34,7 @@ class PromptRows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
         Raises:
-            `ValueError`: If the row's image is too large, damaged, or of a format that is not decoded.
+            `ValueError`: If the image of the row is too large, damaged, or in a format that is not decoded.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"there is no row {index} of {len(self)}")
@@ -49,15 +49,15 @@ class PromptRows(Sequence[dict[str, Any]]):
 
 def encoded_image(image: Mapping[str, Any], limits: ImageLimits) -> EncodedImage:
     """
-    An image as `datasets.Image(decode=False)` gives it.
+    Read and check an image as `datasets.Image(decode=False)` returns it.
 
     Args:
-        image (`Mapping[str, Any]`): With `bytes`, or with the `path` of a file.
-        limits ([`ImageLimits`]): Of its size.
+        image (`Mapping[str, Any]`): The image, with `bytes` or with the `path` of a file.
+        limits ([`ImageLimits`]): Size limits.
 
     Raises:
         `OSError`: If the file cannot be read.
-        `ValueError`: If there is neither, or the image is too large or of a format that is not decoded.
+        `ValueError`: If both are missing, if the image is too large, or if its format is not decoded.
     """
     data, path = image.get("bytes"), image.get("path")
     if data is None and path is None:

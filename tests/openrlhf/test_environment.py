@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import SecretStr
 
-from alphagrpo_ext.openrlhf.environment import SEEN_REQUEST, UNSEEN_REQUEST, PluginConfig, variable
+from alphagrpo_ext.openrlhf.environment import SEEN_REQUEST, UNSEEN_REQUEST, PluginConfig
+from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 
 
 def test_without_variables_everything_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,4 +129,4 @@ def test_key_is_not_shown() -> None:
 
 def test_every_setting_is_documented() -> None:
     for name in PluginConfig.model_fields:
-        assert f"\n        {name} (`" in PluginConfig.__doc__, variable(name)
+        assert f"\n        {name} (`" in ClientSettings.__doc__ + PluginConfig.__doc__, variable(name)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alphagrpo_ext.report import Answer, TrajectoryGroup, TrajectoryRecord, Turn
+from alphagrpo_ext.report import Answer, ReportTurn, TrajectoryGroup, TrajectoryRecord
 from alphagrpo_ext.report.thumbnails import data_url
 
 
@@ -43,7 +43,9 @@ def make_group() -> Callable[..., TrajectoryGroup]:
         trajectories = [
             TrajectoryRecord(
                 turns=[
-                    Turn(f"<think> draft {place} </think>", data_url(photograph(rng.randrange(10**6), image_size)))
+                    ReportTurn(
+                        f"<think> draft {place} </think>", data_url(photograph(rng.randrange(10**6), image_size))
+                    )
                 ],
                 given_image=given,
                 reward=reward,

@@ -2,11 +2,11 @@
 
 import pytest
 
-from alphagrpo_ext.report.charts import Chart, charts
+from alphagrpo_ext.report.charts import Chart, make_charts
 
 
 def by_title(logs: list[dict]) -> dict[str, Chart]:
-    return {chart.title: chart for chart in charts(logs)}
+    return {chart.title: chart for chart in make_charts(logs)}
 
 
 def test_metrics_that_belong_together_share_a_chart() -> None:
@@ -34,7 +34,7 @@ def test_no_metric_is_lost() -> None:
     "logs", [[], [{"step": 1, "reward": None}], [{"reward": 0.5}], [{"step": 1, "train_runtime": 3.0}]], ids=str
 )
 def test_what_is_not_a_curve_is_not_drawn(logs: list[dict]) -> None:
-    assert charts(logs) == []
+    assert make_charts(logs) == []
 
 
 def test_steps_rise_and_the_last_entry_of_a_step_holds() -> None:

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from alphagrpo_ext.report import Comparison, Pair, ReportStore, Table, TrajectoryGroup, Turn, write_report
+from alphagrpo_ext.report import (
+    Comparison,
+    ImagePair,
+    ReportStore,
+    ReportTurn,
+    ScoreTable,
+    TrajectoryGroup,
+    write_report,
+)
 from alphagrpo_ext.report.thumbnails import data_url
 from report.conftest import photograph
 
@@ -110,10 +118,10 @@ def page(tmp_path: Path, make_group: Callable[..., TrajectoryGroup], logs: list[
     images = [data_url(photograph(seed, 24)) for seed in range(4)]
     store.save_comparison(
         Comparison(
-            Table(["Category", "Reward"], [["shapes", "0.5"], ["all", "0.5"]]),
+            ScoreTable(["Category", "Reward"], [["shapes", "0.5"], ["all", "0.5"]]),
             [
-                Pair(ATTACK, "shapes", Turn("", images[0]), Turn(ATTACK, images[1]), 0.2, 0.8),
-                Pair("a circle", "count", Turn("", images[2]), Turn("", images[3]), 0.8, 0.2),
+                ImagePair(ATTACK, "shapes", ReportTurn("", images[0]), ReportTurn(ATTACK, images[1]), 0.2, 0.8),
+                ImagePair("a circle", "count", ReportTurn("", images[2]), ReportTurn("", images[3]), 0.8, 0.2),
             ],
         )
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from alphagrpo_ext.report import ReportStore, TrajectoryGroup, write_report
-from alphagrpo_ext.report.page import json_island, render
+from alphagrpo_ext.report.page import json_island, render_page
 from alphagrpo_ext.report.thumbnails import data_url
 
 
@@ -38,7 +38,7 @@ def test_numbers_that_json_lacks_are_none() -> None:
 
 
 def test_page_holds_each_image_once(make_group: MakeGroup) -> None:
-    page = render("run", [{"step": 1, "reward": 0.5}], [make_group(size=4)])
+    page = render_page("run", [{"step": 1, "reward": 0.5}], [make_group(size=4)])
     # Four refined images, and the one that all of them were given.
     assert page.count("data:image/png;base64,") == 5
     (group,) = data_of(page)["groups"]
@@ -46,14 +46,14 @@ def test_page_holds_each_image_once(make_group: MakeGroup) -> None:
 
 
 def test_page_refers_to_nothing_outside(make_group: MakeGroup) -> None:
-    page = render("run", [], [make_group()])
+    page = render_page("run", [], [make_group()])
     without_data = re.sub(r'<script type="(application/json|text/plain)".*?</script>', "", page, flags=re.DOTALL)
     assert re.findall(r"https?://[^\"'\s]+", without_data) == ["http://www.w3.org/2000/svg"]
     assert "default-src 'none'" in page
 
 
 def test_markup_and_marks_of_the_template_stay_text(make_group: MakeGroup) -> None:
-    page = render(ATTACK, [], [make_group(prompt=ATTACK)])
+    page = render_page(ATTACK, [], [make_group(prompt=ATTACK)])
     assert "<img src=x" not in page
     assert data_of(page)["groups"][0]["prompt"] == ATTACK
     assert page.count('id="image-0"') == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from alphagrpo_ext.report import Comparison, Pair, ReportStore, Table, TrajectoryGroup, Turn
+from alphagrpo_ext.report import Comparison, ImagePair, ReportStore, ReportTurn, ScoreTable, TrajectoryGroup
 from alphagrpo_ext.report.store import PromptReward, choose_groups
 
 
@@ -17,8 +17,8 @@ def test_everything_comes_back(tmp_path: Path, make_group: MakeGroup) -> None:
     store.restart(0)
     group = make_group(rewards=[0.9, None], earlier_step=3, earlier_reward=0.5)
     comparison = Comparison(
-        Table(["category", "reward"], [["all", "0.5"]]),
-        [Pair("a circle", "shape", Turn("", "data:a"), Turn("thought", "data:b"), 0.1, 0.9)],
+        ScoreTable(["category", "reward"], [["all", "0.5"]]),
+        [ImagePair("a circle", "shape", ReportTurn("", "data:a"), ReportTurn("thought", "data:b"), 0.1, 0.9)],
     )
     store.add_groups([group])
     store.save_comparison(comparison)
@@ -45,9 +45,9 @@ def test_resumed_run_keeps_what_was_before_the_checkpoint(tmp_path: Path, make_g
     assert store.groups() == [] and store.prompt_rewards() == []
 
 
-def test_newest_first_and_most_telling_groups_are_kept(make_group: MakeGroup) -> None:
-    dull, telling = [0.6] * 4, [0.9, 0.8, 0.2, 0.1]
-    groups = [make_group(step, rewards=telling if step in (4, 6) else dull) for step in range(1, 11)]
+def test_newest_first_and_most_informative_groups_are_kept(make_group: MakeGroup) -> None:
+    dull, informative = [0.6] * 4, [0.9, 0.8, 0.2, 0.1]
+    groups = [make_group(step, rewards=informative if step in (4, 6) else dull) for step in range(1, 11)]
     # 24 trajectories are 6 groups: three of the newest, the first, and two more.
     assert [group.step for group in choose_groups(groups, 24)] == [1, 4, 6, 8, 9, 10]
     assert choose_groups(groups, 40) == groups
@@ -67,6 +67,6 @@ def test_files_of_groups_that_are_not_kept_go(tmp_path: Path, make_group: MakeGr
 @pytest.mark.parametrize(
     ("rewards", "expected"), [([0.9, 0.3], 0.6 + 0.5), ([0.5, 0.495], 0.005), ([None, None], 0.0)], ids=str
 )
-def test_tellingness(make_group: MakeGroup, rewards: list[float | None], expected: float) -> None:
+def test_informativeness(make_group: MakeGroup, rewards: list[float | None], expected: float) -> None:
     """Spread, and the share that is worse than the 0.5 of the given image by more than 0.01."""
-    assert make_group(rewards=rewards).tellingness == pytest.approx(expected)
+    assert make_group(rewards=rewards).informativeness == pytest.approx(expected)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from alphagrpo_ext.openrlhf.environment import PluginConfig
 from alphagrpo_ext.reward_client import client
 from alphagrpo_ext.reward_client.client import (
     AsyncRewardClient,
@@ -23,13 +22,14 @@ from alphagrpo_ext.reward_client.client import (
     noise_seed,
     parse_label,
 )
+from alphagrpo_ext.reward_client.settings import ClientSettings
 
 
 @pytest.fixture(params=["sync", "async"])
 def ask(request: pytest.FixtureRequest) -> Any:
     """Calls a method of either client and closes it."""
 
-    async def ask_async(config: PluginConfig, method: str, *args: Any) -> Any:
+    async def ask_async(config: ClientSettings, method: str, *args: Any) -> Any:
         reward_client = AsyncRewardClient(config)
         try:
             return await getattr(reward_client, method)(*args)
@@ -37,7 +37,7 @@ def ask(request: pytest.FixtureRequest) -> Any:
             await reward_client.aclose()
 
     def call(url: str, method: str, *args: Any, **settings: Any) -> Any:
-        config = PluginConfig(server_url=url, **{"max_retries": 3, "timeout": 60.0, **settings})
+        config = ClientSettings(server_url=url, **{"max_retries": 3, "timeout": 60.0, **settings})
         if request.param == "async":
             return asyncio.run(ask_async(config, method, *args))
         reward_client = RewardClient(config)
@@ -169,7 +169,7 @@ def test_no_more_requests_at_once_than_allowed(make_server) -> None:
     server = make_server(delay=0.05)
 
     async def many() -> None:
-        reward_client = AsyncRewardClient(PluginConfig(server_url=server.url, max_concurrency=3, timeout=60.0))
+        reward_client = AsyncRewardClient(ClientSettings(server_url=server.url, max_concurrency=3, timeout=60.0))
         await asyncio.gather(*(reward_client.generate([PaintRequest(str(i))]) for i in range(12)))
         await reward_client.aclose()
 
@@ -178,7 +178,7 @@ def test_no_more_requests_at_once_than_allowed(make_server) -> None:
 
 
 def test_threads_share_a_client_and_loops_do_too(server, example) -> None:
-    config = PluginConfig(server_url=server.url)
+    config = ClientSettings(server_url=server.url)
     shared = RewardClient(config)
     painted: list[bytes] = []
     threads = [

@@ -21,9 +21,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from alphagrpo_ext.openrlhf.environment import PREFIX
 from alphagrpo_ext.reward_client import client
 from alphagrpo_ext.reward_client.client import Label, decode_image, encode_image
+from alphagrpo_ext.reward_client.settings import PREFIX
 from alphagrpo_ext.shapes import (
     IMAGE_SIZE,
     ObjectRequest,

@@ -4,6 +4,7 @@
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -175,10 +176,13 @@ def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
     trainer.save_model(f"{output_path}/model")
     if trainer.accelerator.is_main_process:
         Path(output_path, "outcome.json").write_text(json.dumps(asdict(outcome)))
-    # Threads of Gloo that outlive the interpreter may abort the process.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    # Threads of Gloo that outlive the interpreter may abort the process, though all of its work is done.
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)

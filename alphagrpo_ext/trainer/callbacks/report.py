@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from alphagrpo_ext.report.answers import COLUMN_SUFFIX, parse_answers
 from alphagrpo_ext.report.page import write_report
-from alphagrpo_ext.report.records import TrajectoryGroup, TrajectoryRecord, Turn
+from alphagrpo_ext.report.records import ReportTurn, TrajectoryGroup, TrajectoryRecord
 from alphagrpo_ext.report.store import PromptReward, ReportStore
 from alphagrpo_ext.report.thumbnails import data_url
 from alphagrpo_ext.rollout.task import prompt_text
@@ -181,10 +181,10 @@ def _record(rollout: ScoredRollout, i: int, max_size: int) -> TrajectoryRecord:
     )
 
 
-def _turns(trajectory: Trajectory, texts: Sequence[str], max_size: int) -> list[Turn]:
+def _turns(trajectory: Trajectory, texts: Sequence[str], max_size: int) -> list[ReportTurn]:
     # A policy that does not think has images and no texts.
     images = [data_url(image.image, max_size) for image in trajectory.sampled_images]
-    return [Turn(texts[place] if place < len(texts) else "", image) for place, image in enumerate(images)]
+    return [ReportTurn(texts[place] if place < len(texts) else "", image) for place, image in enumerate(images)]
 
 
 def _request(row: Mapping[str, Any]) -> tuple[str, str]:

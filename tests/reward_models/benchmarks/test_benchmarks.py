@@ -327,5 +327,5 @@ def test_prompts_that_are_not_there_are_named(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", ["tiif_bench", "wise", "gedit_bench"])
 def test_benchmarks_of_one_image_refuse_more(name: str) -> None:
-    with pytest.raises(ValueError, match="one image a prompt"):
+    with pytest.raises(ValueError, match="one image per prompt"):
         make(name).image_path(BenchmarkPrompt("a/short_description/0", "a", "b"), 1)

@@ -13,8 +13,9 @@ from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from reward_models.dvreward import DVReward
-from reward_models.evaluation.evaluate import comparison_table, evaluate
+from reward_models.evaluation.evaluate import evaluate
 from reward_models.evaluation.samples import Evaluation
+from reward_models.evaluation.text_tables import comparison_table
 from reward_models.judges import Judge
 
 

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from alphagrpo_ext.report import Pair
-from reward_models.evaluation.page import compare
+from alphagrpo_ext.report import ImagePair
+from reward_models.evaluation.page import make_report_comparison
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 
 
@@ -20,13 +20,15 @@ def evaluation(rewards: list[float | None]) -> Evaluation:
     )
 
 
-def change(pair: Pair) -> float:
+def change(pair: ImagePair) -> float:
     return pair.reward_after - pair.reward_before
 
 
 def test_extremes_and_a_fair_sample_of_the_others_are_shown() -> None:
     changes = [0.0, 0.3, -0.3, 0.01, 0.02, 0.4, -0.4, 0.03, 0.04, 0.05, 0.06, 0.07]
-    comparison = compare(evaluation([0.5] * 12), evaluation([0.5 + value for value in changes]), num_pairs=6)
+    comparison = make_report_comparison(
+        evaluation([0.5] * 12), evaluation([0.5 + value for value in changes]), num_pairs=6
+    )
     shown = [round(change(pair), 2) for pair in comparison.pairs]
     # In the order of evaluation: two of the others, two that lost most, two that gained most.
     assert {0.4, 0.3, -0.3, -0.4} < set(shown) and len(shown) == 6
@@ -36,12 +38,12 @@ def test_extremes_and_a_fair_sample_of_the_others_are_shown() -> None:
 
 
 def test_samples_without_a_reward_are_left_out_of_the_pairs() -> None:
-    comparison = compare(evaluation([0.5, None, 0.2]), evaluation([0.6, 0.9, None]))
+    comparison = make_report_comparison(evaluation([0.5, None, 0.2]), evaluation([0.6, 0.9, None]))
     assert [(pair.prompt, change(pair)) for pair in comparison.pairs] == [("prompt 0", pytest.approx(0.1))]
 
 
 def test_table_has_a_line_for_each_category_and_one_for_all() -> None:
-    table = compare(evaluation([0.2, 0.6]), evaluation([0.8, 0.4])).table
+    table = make_report_comparison(evaluation([0.2, 0.6]), evaluation([0.8, 0.4])).table
     assert len({len(row) for row in [table.header, *table.rows]}) == 1
     assert table.rows == [
         ["even", "1", "0.200", "0.800", "+0.600", "0.0%", "100.0%", "+100.0"],

@@ -68,11 +68,11 @@ def test_equal_values_give_equal_intervals() -> None:
     assert bootstrap_mean(range(50), values, seed=1) != bootstrap_mean(range(50), values)
 
 
-def test_more_prompts_than_a_chunk_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_prompts_than_a_batch_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(4).random(30)
     whole = bootstrap_mean(range(30), values, num_resamples=1_000)
     flipped = sign_flip_p_value(values - 0.45)
-    monkeypatch.setattr("reward_models.evaluation.statistics._CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("reward_models.evaluation.statistics._BATCH_ELEMENTS", 64)
     parts = bootstrap_mean(range(30), values, num_resamples=1_000)
     assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), abs=0.02)
     assert sign_flip_p_value(values - 0.45) == pytest.approx(flipped, abs=0.03)

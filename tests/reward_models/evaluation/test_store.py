@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from alphagrpo_ext.files import FileInUseError
 from alphagrpo_ext.flow import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
@@ -17,7 +18,6 @@ from reward_models.dvreward import DVReward, JudgeFailedError
 from reward_models.evaluation.evaluate import evaluate, share_of_work
 from reward_models.evaluation.samples import Evaluation
 from reward_models.evaluation.store import EvaluationStore
-from reward_models.files.json_lines_file import FileInUseError
 from reward_models.judges import Judge
 
 

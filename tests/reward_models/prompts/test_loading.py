@@ -246,7 +246,7 @@ def test_a_line_without_a_prompt_is_named(tmp_path: Path, row: Any, message: str
 def test_half_of_a_character_is_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a \\ud83d"}\n')
-    with pytest.raises(ValueError, match="line 1: prompt has half of a character"):
+    with pytest.raises(ValueError, match="line 1: prompt has an unpaired surrogate"):
         read_prompts(str(path))
 
 

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from alphagrpo_ext.shapes.editing import editing_rows
-from reward_models.evaluation.files import evaluate_once, load_evaluations, save_evaluations, settings_digest
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.settings_digest import settings_digest
+from reward_models.evaluation.store import evaluate_once, load_evaluations, save_evaluations
 
 
 def evaluation(reward: float | None, round: int = 0) -> Evaluation:
@@ -59,39 +55,13 @@ def test_kept_evaluation_is_taken_only_by_a_run_that_goes_on(tmp_path: Path, cap
 
 
 def test_unfinished_folder_is_not_taken(tmp_path: Path) -> None:
-    # As a kill while writing leaves it.
-    (tmp_path / "kept.tmp").mkdir()
-    (tmp_path / "kept.tmp" / "0-0-0.png").write_bytes(b"half")
+    save_evaluations(tmp_path / "kept", "digest", [evaluation(0.5), evaluation(0.5)])
+    # A process that is killed while it writes leaves images and no index.
+    (tmp_path / "kept" / "evaluations.json").unlink()
     assert load_evaluations(tmp_path / "kept", "digest") is None
     save_evaluations(tmp_path / "kept", "digest", [evaluation(0.5)])
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    assert len(list((tmp_path / "kept").glob("*.png"))) == 4
-
-
-def test_digest_of_images_is_the_same_in_every_process() -> None:
-    code = "from alphagrpo_ext.shapes.editing import editing_rows\n"
-    code += "from reward_models.evaluation.files import settings_digest\n"
-    code += "print(settings_digest('model', editing_rows(4, seed=0)))"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == settings_digest("model", editing_rows(4, seed=0))
-
-
-def test_digest_tells_pixels_and_fields_apart() -> None:
-    @dataclass
-    class Settings:
-        image: Image.Image
-        sizes: tuple[int, ...] = (1, 2)
-
-    red, other = Image.new("RGB", (3, 2), "red"), Image.new("RGB", (3, 2), (255, 0, 1))
-    assert settings_digest(Settings(red)) == settings_digest(Settings(red.copy()))
-    digests = {settings_digest(s) for s in (Settings(red), Settings(other), Settings(red, (1,)), {"image": red})}
-    assert len(digests) == 4
-
-
-def test_digest_of_what_only_has_an_address_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot be compared"):
-        settings_digest({"judge": object()})
+    assert len(load_evaluations(tmp_path / "kept", "digest")) == 1
+    assert len(list((tmp_path / "kept").iterdir())) == 1 + 4
 
 
 def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -9,16 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from reward_models.evaluation.comparisons import compare_models
+from reward_models.evaluation.results import save_results
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.scores import NamedEvaluation, score_evaluation
 from reward_models.evaluation.statistics import bootstrap_mean, paired_difference
-from reward_models.evaluation.tables import (
-    NamedEvaluation,
-    compare,
-    difference_table,
-    report,
-    save_reports,
-    score_table,
-)
+from reward_models.evaluation.text_tables import difference_table, score_table
 from reward_models.prompts.questions import PromptRecord, Question
 
 
@@ -79,7 +75,7 @@ BASELINE, TRAINED = NamedEvaluation("base", "thought", OLD), NamedEvaluation("tr
 
 
 def test_tags_equal_hand_computation() -> None:
-    scores = {tag.name: tag for tag in report(BASELINE, RECORDS).tags}
+    scores = {tag.name: tag for tag in score_evaluation(BASELINE, RECORDS).tags}
     assert list(scores) == ["Count", "Attribute", "Existence", "Geometry"]
     # Questions that do not count are not asked, so "Red?" is the second answer.
     assert scores["Attribute"].p_yes.value == pytest.approx((0.2 + 0.8) / 2)
@@ -92,7 +88,7 @@ def test_tags_equal_hand_computation() -> None:
 
 
 def test_groups_equal_hand_computation() -> None:
-    scores = report(BASELINE, RECORDS)
+    scores = score_evaluation(BASELINE, RECORDS)
     assert scores.total.reward == bootstrap_mean([0, 1, 2, 0, 2], [0.5, 0.1, 0.4, 0.8, 0.6])
     assert scores.total.strict_pass_rate.value == pytest.approx(2 / 5)
     assert scores.total.num_failed == 1
@@ -102,13 +98,13 @@ def test_groups_equal_hand_computation() -> None:
 
 
 def test_refined_images_are_compared_with_the_first() -> None:
-    refined = report(replace(TRAINED, mode="round 1", initial=OLD), RECORDS)
+    refined = score_evaluation(replace(TRAINED, mode="round 1", initial=OLD), RECORDS)
     assert refined.refinement.num_pairs == 4
     assert refined.refinement.fixed == pytest.approx(2 / 4)
 
 
 def test_comparison_leaves_out_what_one_of_them_lacks() -> None:
-    differences = {entry.name: entry for entry in compare(BASELINE, TRAINED, RECORDS).differences}
+    differences = {entry.name: entry for entry in compare_models(BASELINE, TRAINED, RECORDS).differences}
     assert differences["all"].reward == paired_difference([0, 1, 0, 2], [0.8 - 0.5, 0.7 - 0.1, 0.9 - 0.8, 0.5 - 0.6])
     assert differences["all"].pass_rate.difference.value == pytest.approx(2 / 4)
     assert differences["counting"].reward.difference.num_samples == 1
@@ -120,15 +116,18 @@ def test_comparison_leaves_out_what_one_of_them_lacks() -> None:
 def test_comparison_of_other_samples_is_refused() -> None:
     fewer = replace(TRAINED, evaluation=Evaluation(NEW.samples[:-1]))
     with pytest.raises(ValueError, match="base and trained were evaluated on other prompts"):
-        compare(BASELINE, fewer, RECORDS)
+        compare_models(BASELINE, fewer, RECORDS)
 
 
 def test_category_without_scores_has_none() -> None:
     failed = Evaluation([replace(s, reward=None, strict_pass=None) for s in OLD.samples])
-    scores = report(replace(BASELINE, evaluation=failed), RECORDS)
+    scores = score_evaluation(replace(BASELINE, evaluation=failed), RECORDS)
     assert scores.total.reward.value is None
     assert "-" in score_table([scores]).splitlines()[-1].split()
-    assert "-" in difference_table(compare(BASELINE, replace(TRAINED, evaluation=failed), RECORDS)).splitlines()[-1]
+    assert (
+        "-"
+        in difference_table(compare_models(BASELINE, replace(TRAINED, evaluation=failed), RECORDS)).splitlines()[-1]
+    )
 
 
 def test_files_hold_everything(tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_files_hold_everything(tmp_path: Path) -> None:
         TRAINED,
         replace(TRAINED, mode="direct"),
     ]
-    table = save_reports(tmp_path, evaluations, RECORDS, {"seed": 3})
+    table = save_results(tmp_path, evaluations, RECORDS, {"seed": 3})
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["settings"] == {"seed": 3}
     assert [(e["model"], e["mode"]) for e in content["evaluations"]] == [

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Settings of the reward client, read from environment variables.
+
+OpenRLHF passes nothing to the files that it loads, so there is no command line and no configuration file here. Nothing heavy is
+imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, StringConstraints, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+PREFIX = "ALPHAGRPO_"
+# A misspelt name is at least this similar to the right one. Variables of other programs are less similar.
+SIMILARITY = 0.85
+
+ServerURL = Annotated[str, StringConstraints(strip_whitespace=True)]
+
+
+class ClientSettings(BaseSettings):
+    """
+    How the reward server is reached.
+
+    A field that is not passed is read from the environment variable `ALPHAGRPO_` plus its name in capitals: `server_url`
+    from `ALPHAGRPO_SERVER_URL`. An empty variable counts as not set.
+
+    Args:
+        server_url (`str`, *optional*, defaults to `"http://127.0.0.1:8001"`):
+            URL of the reward server.
+        server_key (`SecretStr`, *optional*):
+            Bearer key of the reward server, if it requires one. It is never printed.
+        timeout (`float`, *optional*, defaults to `180.0`):
+            Seconds that one attempt of a request may take.
+        max_retries (`int`, *optional*, defaults to `10`):
+            Number of further attempts. Ten attempts take about two and a half minutes if no connection can be made.
+        max_concurrency (`int`, *optional*, defaults to `8`):
+            Number of requests that one process has open at the server; further ones wait. Each vLLM engine is a process. All
+            of them together should not open more requests than the server's `max_queue`, 64 by default.
+        seed (`int`, *optional*):
+            If set, the noise of an image follows from the seed, the prompt and the turn. It is then equal for a whole group,
+            so that rewards in the group differ by their texts only. If not set, the server draws the noise.
+
+    Raises:
+        `ValueError`: If a value is invalid or a variable's name looks misspelt; the message names the environment variable.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    server_url: ServerURL = Field("http://127.0.0.1:8001", pattern="^https?://")
+    server_key: SecretStr | None = None
+    timeout: float = Field(180.0, gt=0, allow_inf_nan=False)
+    max_retries: int = Field(10, ge=0)
+    max_concurrency: int = Field(8, ge=1)
+    seed: int | None = None
+
+    def __init__(self, **values: Any) -> None:
+        check_spelling(type(self).model_fields)
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # Not chained: Pydantic's own message would print a key.
+            raise ValueError("; ".join(map(describe_error, error.errors()))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_empty_values(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out values that are blank, so that fields keep their defaults."""
+        return {name: value for name, value in values.items() if not isinstance(value, str) or value.strip()}
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field of [`ClientSettings`] or of a subclass."""
+    return PREFIX + name.upper()
+
+
+def check_spelling(fields: Iterable[str]) -> None:
+    """
+    Look for environment variables whose names are nearly those of settings.
+
+    Args:
+        fields (`Iterable[str]`): Names of the settings.
+
+    Raises:
+        `ValueError`: If there is one; the message names the variable that is probably meant.
+    """
+    known = [variable(name) for name in fields]
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            similar = difflib.get_close_matches(name, known, n=1, cutoff=SIMILARITY)
+            if similar:
+                raise ValueError(f"there is no environment variable {name}; did you mean {similar[0]}?")
+
+
+def describe_error(error: Mapping[str, Any]) -> str:
+    """One of Pydantic's errors in a sentence that names the environment variable."""
+    name = str(error["loc"][0])
+    expected = {
+        "bool_parsing": "must be true or false",
+        "string_pattern_mismatch": "must start with http:// or https://",
+    }
+    rule = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    value = "" if name == "server_key" else f", but is {error['input']!r}"
+    return f"{variable(name)} {expected.get(error['type'], rule)}{value}"

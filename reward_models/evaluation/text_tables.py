@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Tables of evaluations as plain text, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from reward_models.evaluation.comparisons import ModelComparison
+from reward_models.evaluation.samples import CategoryScore, Evaluation
+from reward_models.evaluation.scores import EvaluationScores, RefinementScore
+from reward_models.evaluation.statistics import Estimate, PairedDifference
+
+
+_CHANGE_HEADER = f"{'reward':>18}{'':>9}{'strict pass':>18}{'':>9}"
+
+
+def score_table(evaluations: Sequence[EvaluationScores]) -> str:
+    """Scores of each evaluation by tag and by category, with their intervals."""
+    header = f"{'model':<24}{'mode':<12}{'category, tag':<24}{'n':>6}{'reward, P(yes)':>24}{'pass':>25}"
+    lines = [header, "-" * len(header)]
+    for entry in evaluations:
+        groups = [(g.name, g.reward, g.strict_pass_rate) for g in (*entry.categories, entry.total)]
+        tags = [(f"[{t.name}]", t.p_yes, t.pass_rate) for t in entry.tags]
+        for name, value, pass_rate in [*tags, *groups]:
+            lines.append(
+                f"{_shorten(entry.model, 23):<24}{_shorten(entry.mode, 11):<12}{_shorten(name, 23):<24}"
+                f"{value.num_samples:>6}{_interval(value, '.3f'):>24}{_interval(pass_rate, '.1%'):>25}"
+            )
+        lines.append("-" * len(header))
+    return "\n".join(lines[:-1])
+
+
+def difference_table(comparison: ModelComparison) -> str:
+    """Differences between a model and the baseline, with intervals and p-values."""
+    title = f"{comparison.baseline} -> {comparison.model}, {comparison.mode}"
+    header = f"{'category, tag':<24}{'n':>6}{'reward, P(yes)':>28}{'p':>8}{'pass, in points':>26}{'p':>8}"
+    lines = [title, header, "-" * len(header)]
+    for entry in [*comparison.differences[1:], comparison.differences[0]]:
+        name = f"[{entry.name}]" if entry.scope == "tag" else entry.name
+        value, pass_rate = entry.reward.difference, entry.pass_rate.difference
+        lines.append(
+            f"{_shorten(name, 23):<24}{value.num_samples:>6}{_interval(value, '+.3f'):>28}{_p_value(entry.reward):>8}"
+            f"{_interval(pass_rate, '+.1f', scale=100):>26}{_p_value(entry.pass_rate):>8}"
+        )
+    return "\n".join(lines)
+
+
+def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
+    """The effect of refinements, given the initial and the refined evaluation of each by name."""
+    columns = f"{'improved':>10}{'worsened':>10}{'unchanged':>11}{'fixed':>8}{'broken':>8}"
+    header = f"{'':<18}{'n':>6}{_CHANGE_HEADER}{columns}"
+    lines = [header, "-" * len(header)]
+    for name, (initial, refined) in pairs.items():
+        score = RefinementScore.from_evaluations(initial, refined)
+        lines.append(
+            f"{name:<18}{score.num_pairs:>6}{_change(initial.total, refined.total)}"
+            f"{score.improved:>10.1%}{score.worsened:>10.1%}{score.unchanged:>11.1%}"
+            f"{score.fixed:>8.1%}{score.broken:>8.1%}"
+        )
+    return "\n".join(lines)
+
+
+def comparison_table(before: Evaluation, after: Evaluation) -> str:
+    """Scores of two evaluations of the same rows, by category."""
+    header = f"{'category':<20}{'n':>6}{_CHANGE_HEADER}"
+    rule = "-" * len(header)
+    lines = [
+        f"{name:<20}{score.num_samples:>6}{_change(score, after.categories[name])}"
+        for name, score in before.categories.items()
+    ]
+    total = f"{'all':<20}{before.total.num_samples:>6}{_change(before.total, after.total)}"
+    return "\n".join([header, rule, *lines, rule, total])
+
+
+def _change(old: CategoryScore, new: CategoryScore) -> str:
+    return (
+        f"{old.reward:>9.3f} ->{new.reward:>6.3f}{new.reward - old.reward:>+9.3f}"
+        f"{old.strict_pass_rate:>8.1%} ->{new.strict_pass_rate:>7.1%}"
+        f"{100 * (new.strict_pass_rate - old.strict_pass_rate):>+9.1f}"
+    )
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else f"…{text[1 - length :]}"
+
+
+def _interval(estimate: Estimate, form: str, scale: float = 1) -> str:
+    if estimate.value is None:
+        return "-"
+    value, low, high = (f"{scale * number:{form}}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _p_value(difference: PairedDifference) -> str:
+    return "-" if difference.p_value is None else f"{difference.p_value:.4f}"
