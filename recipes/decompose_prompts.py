@@ -36,7 +36,7 @@ from tqdm import tqdm
 from trl import TrlParser
 
 from alphagrpo_ext.files import FileInUseError, atomic_path, read_json_lines
-from alphagrpo_ext.shapes import prompt_rows
+from alphagrpo_ext.shapes.prompts import prompt_rows
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
 from reward_models.decomposition.record_file import RecordFile
 from reward_models.prompts.questions import PromptRecord

@@ -47,6 +47,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"
 def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     # Here, so that `--help` does not import models and trainers.
     from recipe_tools import training
+    from reward_models.evaluation.scores import scored_pairs
     from reward_models.evaluation.text_tables import comparison_table
 
     run = training.prepare_run(script_args, training_args, model_args)
@@ -64,7 +65,7 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     training.save_scores(run, {"before": before.summary(), "after": after.summary()}, before, after)
     training.save_picture(
         run.output_dir / "before_after.png",
-        training.scored_pairs(before, after),
+        scored_pairs(before.samples, after.samples),
         categories=list(before.categories),
         headers=("before", "after"),
         caption=lambda old, new: old.prompt,

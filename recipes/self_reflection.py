@@ -99,6 +99,7 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     # Here, so that `--help` does not import models and trainers.
     from alphagrpo_ext.rollout import TASKS
     from recipe_tools import training
+    from reward_models.evaluation.scores import scored_pairs
     from reward_models.evaluation.text_tables import refinement_table
     from reward_models.format import FORMATS
 
@@ -125,7 +126,7 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     initial, refined = after
     training.save_picture(
         run.output_dir / "refined.png",
-        [pair for pair in training.scored_pairs(initial, refined) if not pair[0].strict_pass],
+        [pair for pair in scored_pairs(initial.samples, refined.samples) if not pair[0].strict_pass],
         categories=list(initial.categories),
         headers=("flawed", "refined"),
         caption=lambda old, new: f"{old.prompt} | {new.text}",

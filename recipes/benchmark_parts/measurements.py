@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
-from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from benchmark_parts.breakdown import PHASES, phase_seconds
 from benchmark_parts.flops import denoising_flops, training_flops

@@ -181,12 +181,6 @@ def save_scores(run: TrainingRun, summary: dict[str, Any], before: Evaluation, a
         write_report(run.output_dir)
 
 
-def scored_pairs(first: Evaluation, second: Evaluation) -> list[tuple[EvaluatedSample, EvaluatedSample]]:
-    """Samples of two evaluations of the same prompts and noise, side by side, without those that the judge failed to score."""
-    pairs = zip(first.samples, second.samples, strict=True)
-    return [(old, new) for old, new in pairs if old.reward is not None and new.reward is not None]
-
-
 def save_picture(
     path: Path,
     pairs: Sequence[tuple[EvaluatedSample, EvaluatedSample]],

@@ -20,9 +20,10 @@ from alphagrpo_ext.models.bagel.layout import BagelRow, collate_rows
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
-    sample_pretraining_spec,
+    PromptSpec,
     sample_prompt,
     sample_scene,
+    sample_spec,
     sample_violation,
     satisfies,
     semantic_questions,
@@ -71,6 +72,10 @@ GROUNDING = PretrainingMixture(direct=4, thought=16, answer=32, described_answer
 """Mostly questions and repairs, which tie words to given images after the model has learned to paint."""
 
 
+RARE_PROBABILITY = 0.03
+"""Probability of a prompt whose attribute combination is rare."""
+
+
 @dataclass(frozen=True)
 class _Example:
     """Context (strings are texts, scenes are images), then the text `learned` and the image `target`, which have a loss."""
@@ -78,6 +83,11 @@ class _Example:
     context: tuple[str | Scene, ...]
     learned: str | None
     target: Scene | None
+
+
+def sample_pretraining_spec(rng: random.Random) -> PromptSpec:
+    """Draw a spec of the split `"train"`, or rarely of `"rare"`, with equal probability of every category."""
+    return sample_spec(rng, "rare" if rng.random() < RARE_PROBABILITY else "train")
 
 
 def _painting(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture, think: bool) -> _Example:
