@@ -3,37 +3,32 @@
 """
 Convert a checkpoint between BAGEL's released layout and the one that `save_pretrained` writes.
 
-From the release, as a folder or an id on the Hub, to a folder for `from_pretrained`:
+From the released layout, in a folder or on the Hub, to a folder for `from_pretrained`:
 
 ```bash
 python recipes/convert_checkpoint.py --model_name_or_path BAGEL-7B-MoT --layout pretrained --output_dir runs/bagel
 ```
 
-And back, for code that reads the release; an adapter's folder in place of a model's is merged into its model:
+And back, for code that reads the released layout. An adapter is merged into its model:
 
 ```bash
 python recipes/convert_checkpoint.py --model_name_or_path runs/bagel --layout released --output_dir runs/released
 ```
 
-Weights keep their values and types unless `--dtype` is given. The autoencoder is always fp32, and on the way back so are
-position tables that were stored in bf16, which changes no value. The output is written beside `--output_dir` and renamed
-when it is complete: a conversion that fails or is stopped leaves no folder that loads.
+Weights keep their values and types unless `--dtype` is given. The autoencoder is always fp32. In the released layout, position
+tables are fp32 as well, which changes no value. The output is written beside `--output_dir` and renamed when it is complete, so a
+conversion that fails or is stopped leaves no folder that loads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from peft import PeftModel
 from trl import TrlParser
-
-from alphagrpo_ext.models.bagel.checkpoint import save_released
-from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.models.saving import check_output_folder, save_model
 
 
 LAYOUTS = ("pretrained", "released")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+WEIGHT_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -42,23 +37,33 @@ class ConversionArguments:
 
     model_name_or_path: str = field(metadata={"help": "The checkpoint: a folder, or an id on the Hub."})
     layout: str = field(
-        metadata={"help": "Layout of the output: 'pretrained' (from_pretrained reads it) or 'released' (as BAGEL's)."}
+        metadata={"help": "Layout of the output: 'pretrained' (for from_pretrained) or 'released' (BAGEL's)."}
     )
-    output_dir: str = field(metadata={"help": "Where it goes; a folder that is empty or does not exist."})
+    output_dir: str = field(metadata={"help": "Output folder, which is empty or does not exist."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     dtype: str = field(
-        default="auto", metadata={"help": "Of the weights: 'auto' keeps it, else 'bfloat16', 'float16' or 'float32'."}
+        default="auto",
+        metadata={"help": "Data type of the weights: 'auto' keeps it, else 'bfloat16', 'float16' or 'float32'."},
     )
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file of the layout 'pretrained'."})
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "Size of the largest weight file in the layout 'pretrained'."}
+    )
 
     def __post_init__(self) -> None:
-        for name, allowed in (("layout", LAYOUTS), ("dtype", DTYPES)):
+        for name, allowed in (("layout", LAYOUTS), ("dtype", WEIGHT_DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, but is {getattr(self, name)!r}")
 
 
 def main(args: ConversionArguments) -> None:
-    # Before minutes go into reading.
+    # Here, so that `--help` does not import models.
+    from peft import PeftModel
+
+    from alphagrpo_ext.models.bagel.checkpoint import save_released
+    from alphagrpo_ext.models.loading import load_model
+    from alphagrpo_ext.models.saving import check_output_folder, save_model
+
+    # First, because loading takes minutes.
     check_output_folder(args.output_dir)
     model, processor = load_model(args.model_name_or_path, dtype=args.dtype, revision=args.revision)
     if isinstance(model, PeftModel):

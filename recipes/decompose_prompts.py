@@ -3,30 +3,29 @@
 """
 Decompose prompts into the yes/no questions that DVReward asks.
 
-Without arguments it takes a hundred prompts of the shapes world and the decomposer that knows their grammar:
+Without arguments it decomposes a hundred prompts of the shapes world by the rules of their grammar:
 
 ```bash
 python recipes/decompose_prompts.py
 ```
 
-With prompts of your own (a text file, JSON lines or a dataset) and a language model behind any OpenAI-compatible endpoint;
-every option stands in `--help`:
+With prompts of your own (a text file, JSON lines or a dataset) and a language model behind an OpenAI-compatible endpoint (`--help`
+lists all options):
 
 ```bash
 python recipes/decompose_prompts.py --input prompts.txt --output questions.jsonl \\
     --base_url http://localhost:8000/v1 --model NAME
 ```
 
-`--dry_run` shows what becomes of three prompts and writes nothing. The output grows by a line a prompt. A run that was
-stopped or killed goes on where it was when it is started again; prompts that failed are listed in
-`<output>.failed.jsonl` and are tried again. The exit code is 0 if no prompt failed.
+`--dry_run` prints the questions of three prompts and writes nothing. The output has one line per prompt. The same command continues
+a run that was stopped, and tries the prompts again that failed, which are listed in `<output>.failed.jsonl`. The exit code is 0 if
+no prompt failed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -36,11 +35,10 @@ from pathlib import Path
 from tqdm import tqdm
 from trl import TrlParser
 
-from alphagrpo_ext.files import FileInUseError, read_json_lines
-from alphagrpo_ext.shapes import prompt_rows
+from alphagrpo_ext.files import FileInUseError, atomic_path, read_json_lines
+from alphagrpo_ext.shapes.prompts import prompt_rows
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
 from reward_models.decomposition.record_file import RecordFile
-from reward_models.prompts.loading import FAILED_SUFFIX, read_prompts
 from reward_models.prompts.questions import PromptRecord
 
 
@@ -51,32 +49,18 @@ INTERRUPTED = 130
 
 @dataclass
 class DecompositionArguments(DecomposerArguments):
-    """
-    What is decomposed and where it goes; for the rest see [`DecomposerArguments`].
-
-    Args:
-        input (`str`, *optional*):
-            Prompts: see [`~reward_models.prompts.loading.read_prompts`]. `None` takes prompts of the shapes world.
-        output (`str`, *optional*, defaults to `"runs/decompose_prompts/questions.jsonl"`):
-            Where records go, as JSON lines.
-        limit (`int`, *optional*):
-            Only the first prompts of the input, so many of them.
-        max_failures_in_a_row (`int`, *optional*, defaults to `200`):
-            The run stops when so many prompts fail with none in between that does not: the endpoint is down, say.
-        dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to print the records of three prompts and write nothing.
-    """
+    """Arguments of the decomposition; for the rest see [`DecomposerArguments`]. The help text of a field describes it."""
 
     input: str | None = field(
         default=None,
-        metadata={"help": "Prompts: a text file, JSON lines, or a dataset. Default: those of the shapes world."},
+        metadata={"help": "Prompts: a text file, JSON lines, or a dataset. Default: prompts of the shapes world."},
     )
     output: str = field(
-        default="runs/decompose_prompts/questions.jsonl", metadata={"help": "Where records go, as JSON lines."}
+        default="runs/decompose_prompts/questions.jsonl", metadata={"help": "File for the questions, as JSON lines."}
     )
-    limit: int | None = field(default=None, metadata={"help": "Only so many prompts, from the start of the input."})
+    limit: int | None = field(default=None, metadata={"help": "Number of prompts, from the start of the input."})
     max_failures_in_a_row: int = field(
-        default=200, metadata={"help": "The run stops when so many prompts fail with no other in between."}
+        default=200, metadata={"help": "Number of failures without a success in between after which the run stops."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the records of three prompts and write nothing."})
 
@@ -91,7 +75,7 @@ class DecompositionArguments(DecomposerArguments):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a prompt has no record: the kind of failure, the same for all of its kind, and what happened."""
+    """A prompt that could not be decomposed, with the kind of the failure and what happened."""
 
     prompt: str
     reason: str
@@ -99,15 +83,15 @@ class Failure:
 
 
 class TooManyFailuresError(RuntimeError):
-    """Nothing but failures for so long that going on is pointless."""
+    """Raised after so many failures in a row that going on is pointless."""
 
 
 class FailedFile:
     """
-    The prompts whose last try failed, in a file that is replaced as a whole.
+    The file of the prompts whose last try failed. It is replaced as a whole.
 
     Args:
-        path (`Path`): The file. There is none when no prompt has failed.
+        path (`Path`): The file. It does not exist if no prompt has failed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,20 +100,21 @@ class FailedFile:
         try:
             self.failures = {row["prompt"]: Failure(**row) for _, row in rows}
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a list of failed prompts: move it away ({error!r})") from error
+            raise ValueError(f"{path} is not a list of failed prompts, so move it away ({error!r})") from error
 
     def write(self) -> None:
         if not self.failures:
             self.path.unlink(missing_ok=True)
             return
         lines = (json.dumps(vars(failure), ensure_ascii=False) for failure in self.failures.values())
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, self.path)
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def load_input(args: DecompositionArguments) -> list[str]:
-    """All prompts, each once."""
+    """Read all prompts, each once."""
+    from reward_models.prompts.loading import read_prompts
+
     if args.input is not None:
         return read_prompts(args.input)[: args.limit]
     rows = prompt_rows("train", args.limit or NUM_SHAPES_PROMPTS, seed=0)
@@ -144,12 +129,12 @@ async def decompose_all(
     fail: Callable[[Failure], None],
 ) -> None:
     """
-    Decompose prompts, `max_concurrency` at once, and hand on each result as it comes.
+    Decompose prompts, `max_concurrency` at a time, and pass on each result when it is there.
 
     Raises:
         [`TooManyFailuresError`]: If `max_failures_in_a_row` is reached.
     """
-    # All workers draw from one iterator, so that there is a task a worker and not one a prompt.
+    # All workers draw from one iterator, so that there is one task per worker and not per prompt.
     remaining = iter(prompts)
     num_failures_in_a_row = 0
 
@@ -182,7 +167,7 @@ async def decompose_all(
 
 
 def failure_table(failures: Iterable[Failure]) -> str:
-    """How often each reason occurred, the most frequent first, with an example."""
+    """Format how often each reason occurred, the most frequent first, with an example."""
     failures = list(failures)
     examples = {failure.reason: failure for failure in reversed(failures)}
     lines = [f"{'failed':>7}  {'reason':<32}  example"]
@@ -192,7 +177,8 @@ def failure_table(failures: Iterable[Failure]) -> str:
     return "\n".join(lines)
 
 
-def dry_run(decomposer: Decomposer, prompts: list[str], args: DecompositionArguments) -> int:
+def print_records(decomposer: Decomposer, prompts: list[str], args: DecompositionArguments) -> int:
+    """Decompose a few prompts, print their records, and return the exit code."""
     failures: list[Failure] = []
 
     def show(record: PromptRecord) -> None:
@@ -205,7 +191,9 @@ def dry_run(decomposer: Decomposer, prompts: list[str], args: DecompositionArgum
 
 
 def extend(records: RecordFile, decomposer: Decomposer, prompts: list[str], args: DecompositionArguments) -> int:
-    """Decompose the prompts that have no record yet. Returns the exit code."""
+    """Decompose the prompts that have no record yet, and return the exit code."""
+    from reward_models.prompts.loading import FAILED_SUFFIX
+
     failed = FailedFile(records.path.with_name(records.path.name + FAILED_SUFFIX))
     todo = [prompt for prompt in prompts if prompt not in records.prompts]
     num_before, failures = len(records.prompts), []
@@ -226,7 +214,7 @@ def extend(records: RecordFile, decomposer: Decomposer, prompts: list[str], args
         try:
             asyncio.run(decompose_all(decomposer, todo, args, keep, fail))
         except KeyboardInterrupt:
-            message, exit_code = "interrupted; the same command goes on from here\n", INTERRUPTED
+            message, exit_code = "interrupted; the same command continues\n", INTERRUPTED
         except TooManyFailuresError as error:
             message, exit_code = f"{error}\n", 1
         finally:
@@ -243,11 +231,11 @@ def extend(records: RecordFile, decomposer: Decomposer, prompts: list[str], args
 
 
 def main(args: DecompositionArguments) -> int:
-    """Returns the exit code."""
+    """Decompose the prompts and return the exit code."""
     prompts = load_input(args)
     decomposer = DECOMPOSERS.get(args.decomposer).from_arguments(args)
     if args.dry_run:
-        return dry_run(decomposer, prompts, args)
+        return print_records(decomposer, prompts, args)
     with RecordFile(args.output) as records:
         return extend(records, decomposer, prompts, args)
 

@@ -3,69 +3,78 @@
 """
 Paint prompts with a trained policy, and let it reflect on its images and refine them.
 
-Without arguments it paints eight held-out prompts of the shapes world with the packaged `bagel-shapes` and refines each
-up to twice, judged by the pixel judge:
+Without arguments it paints eight held-out prompts of the shapes world with the packaged `bagel-shapes`, refines each image up to
+twice, and scores it with the pixel judge:
 
 ```bash
 python recipes/generate.py
 ```
 
-With prompts of your own and no judge; every option stands in `--help`:
+With prompts of your own and no judge (`--help` lists all options):
 
 ```bash
 python recipes/generate.py --model_name_or_path runs/self_reflection_shapes --judge none \\
     --prompts "a red circle on a white background" "two blue squares , on gray"
 ```
 
-The output folder gets an image a step, `samples.jsonl` and `contact_sheet.png`.
+The output folder holds one image per prompt and round, `samples.jsonl` and `contact_sheet.png`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from tqdm import tqdm
 from trl import TrlParser
 
-from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.rollout import Refinement, refine
+from alphagrpo_ext.files import write_text
 from alphagrpo_ext.rollout.arguments import SamplingArguments
-from recipe_tools.contact_sheet import contact_sheet
 from reward_models.arguments import RewardArguments
-from reward_models.prompts.loading import load_prompts
-from reward_models.prompts.questions import from_row
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from alphagrpo_ext.rollout import Refinement
+    from reward_models.dvreward import DVReward
 
 
 @dataclass
 class GenerationArguments(RewardArguments, SamplingArguments):
-    """What is painted and refined; for the rest see [`RewardArguments`] and [`SamplingArguments`]."""
+    """Arguments of the generation; for the rest see [`RewardArguments`] and [`SamplingArguments`]."""
 
-    model_name_or_path: str = field(default="bagel-shapes", metadata={"help": "The policy: a name or a folder."})
-    prompts: list[str] = field(default_factory=list, metadata={"help": "What to paint."})
+    model_name_or_path: str = field(
+        default="bagel-shapes", metadata={"help": "The policy: a name, a folder, or an id on the Hub."}
+    )
+    prompts: list[str] = field(default_factory=list, metadata={"help": "Prompts to paint."})
     prompt_file: str | None = field(
-        default=None, metadata={"help": "Prompts with questions, as JSON lines, in place of --prompts."}
+        default=None, metadata={"help": "Prompts with questions, as JSON lines, instead of --prompts."}
     )
-    num_prompts: int = field(default=8, metadata={"help": "Prompts of the shapes world, where none are given."})
-    num_rounds: int = field(default=2, metadata={"help": "Most rounds of reflection; 0 only paints."})
-    think: bool = field(default=True, metadata={"help": "Whether the first image follows a thought."})
+    num_prompts: int = field(
+        default=8, metadata={"help": "Number of prompts drawn from the shapes world if none are given."}
+    )
+    num_rounds: int = field(default=2, metadata={"help": "Largest number of rounds of reflection; 0 only paints."})
+    think: bool = field(
+        default=True, metadata={"help": "Whether the policy writes a thought before it paints the first image."}
+    )
     judge: str = field(
-        default="shapes", metadata={"help": "Who scores images of prompts with questions; 'none' for nobody."}
+        default="shapes", metadata={"help": "Judge of images whose prompts have questions; 'none' scores nothing."}
     )
-    stop_reward: float | None = field(default=None, metadata={"help": "Reward at which an image is left as it is."})
-    keep_best: bool = field(default=False, metadata={"help": "Whether a round refines the best image so far."})
+    stop_reward: float | None = field(
+        default=None, metadata={"help": "Reward from which an image is not refined further."}
+    )
+    keep_best: bool = field(
+        default=False, metadata={"help": "Whether a round refines the best image so far instead of the last one."}
+    )
     height: int = field(default=24, metadata={"help": "Height of images, in pixels."})
     width: int = field(default=24, metadata={"help": "Width of images, in pixels."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts at once."})
-    seed: int = field(default=0, metadata={"help": "Of all noise."})
-    output_dir: str = field(default="runs/generate", metadata={"help": "Where images and texts go."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts per batch."})
+    seed: int = field(default=0, metadata={"help": "Seed of all noise."})
+    output_dir: str = field(default="runs/generate", metadata={"help": "Folder for images and texts."})
 
     def __post_init__(self) -> None:
         RewardArguments.__post_init__(self)
@@ -77,15 +86,40 @@ class GenerationArguments(RewardArguments, SamplingArguments):
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
 
-def load_rows(args: GenerationArguments) -> list[dict[str, Any]]:
-    """Rows to paint, with questions unless prompts stand on the command line."""
+def load_prompt_rows(args: GenerationArguments) -> list[dict[str, Any]]:
+    """Load the rows to paint, which have questions unless their prompts are given on the command line."""
+    from reward_models.prompts.loading import load_prompts
+
     if args.prompts:
         return [{"prompt": prompt} for prompt in args.prompts]
     return list(load_prompts(args.prompt_file, "evaluation", args.num_prompts))
 
 
-def save(refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: Path, num_rounds: int) -> None:
-    """Images first and the list of them last and whole, so that the list never names an image that is not there."""
+def make_scorer(
+    reward: DVReward,
+) -> Callable[[list[Image.Image], list[Mapping[str, Any]]], list[float | None]]:
+    """Wrap a reward as a function that scores the images of some rows."""
+    from reward_models.prompts.questions import from_row
+
+    async def score(images: list[Image.Image], rows: list[Mapping[str, Any]]) -> list[float | None]:
+        try:
+            scores = await reward.score(images, [from_row(row) for row in rows])
+        finally:
+            # Each call has its own event loop.
+            await reward.aclose()
+        return [score.reward for score in scores]
+
+    return lambda images, rows: asyncio.run(score(images, rows))
+
+
+def save_refinements(
+    refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: Path, num_rounds: int
+) -> None:
+    """Write all images, and then their list, so that it never names an image that does not exist."""
+    from PIL import Image
+
+    from recipe_tools.contact_sheet import contact_sheet
+
     lines, sheet = [], []
     blank = Image.new("RGB", refinements[0].steps[0].image.size, "white")
     for index, (row, refinement) in enumerate(zip(rows, refinements, strict=True)):
@@ -100,31 +134,23 @@ def save(refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: 
         sheet.append((f"{row['prompt']} | {refinement.steps[-1].text}", tiles))
     headers = ["painted", *(f"round {turn}" for turn in range(1, num_rounds + 1))]
     contact_sheet(sheet, headers, caption_width=420).save(output_dir / "contact_sheet.png")
-    temporary = output_dir / "samples.jsonl.tmp"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, output_dir / "samples.jsonl")
+    write_text(output_dir / "samples.jsonl", "\n".join(lines) + "\n")
 
 
 def main(args: GenerationArguments) -> None:
-    rows = load_rows(args)
-    model, processor = load_model(args.model_name_or_path, dtype=args.dtype)
-    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    # Here, so that `--help` does not import models.
+    from tqdm import tqdm
+
+    from alphagrpo_ext.rollout import refine
+    from recipe_tools.processes import load_policy
+
+    rows = load_prompt_rows(args)
+    model, processor = load_policy(args.model_name_or_path, args.dtype)
     scorer = None
     if args.judge != "none" and not args.prompts:
         reward = args.make_reward((model, processor))
         reward.validate_image_size(args.height, args.width)
-
-        async def score(images: list[Image.Image], of_rows: list[Mapping[str, Any]]) -> list[float | None]:
-            try:
-                scores = await reward.score(images, [from_row(row) for row in of_rows])
-            finally:
-                # Each call has an event loop of its own.
-                await reward.aclose()
-            return [score.reward for score in scores]
-
-        def scorer(images: list[Image.Image], of_rows: list[Mapping[str, Any]]) -> list[float | None]:
-            return asyncio.run(score(images, of_rows))
-
+        scorer = make_scorer(reward)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     refinements = []
@@ -141,7 +167,7 @@ def main(args: GenerationArguments) -> None:
             stop_reward=args.stop_reward,
             keep_best=args.keep_best,
         )
-    save(refinements, rows, output_dir, args.num_rounds)
+    save_refinements(refinements, rows, output_dir, args.num_rounds)
     print(f"{len(rows)} prompts: images, samples.jsonl and contact_sheet.png in {output_dir}")
 
 

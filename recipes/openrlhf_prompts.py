@@ -31,8 +31,6 @@ from typing import Any
 from trl import TrlParser
 
 from alphagrpo_ext.files import write_text
-from alphagrpo_ext.rollout.task import prompt_text
-from reward_models.prompts.loading import load_prompts
 
 
 # OpenRLHF replaces this text by an image.
@@ -81,6 +79,8 @@ def convert(row: Mapping[str, Any], args: OpenRLHFPromptArguments, where: str) -
     Raises:
         `ValueError`: If OpenRLHF would misread the prompt, or if the row asks to edit an image.
     """
+    from alphagrpo_ext.rollout.task import prompt_text
+
     prompt = prompt_text(row["prompt"])
     if IMAGE_MARK in prompt:
         raise ValueError(
@@ -104,6 +104,9 @@ def convert(row: Mapping[str, Any], args: OpenRLHFPromptArguments, where: str) -
 
 
 def main(args: OpenRLHFPromptArguments) -> None:
+    # Here, so that `--help` does not import models.
+    from reward_models.prompts.loading import load_prompts
+
     dataset = load_prompts(args.prompt_file, args.split, args.num_prompts)
     source = args.prompt_file or f"shapes world, {args.split}"
     lines = [

@@ -1,84 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Make the packaged checkpoint `bagel-shapes` from a seed: train a tiny autoencoder, then a tiny BAGEL on rendered scenes.
+Make the packaged checkpoint `bagel-shapes` from a seed: train a tiny autoencoder, and then a tiny BAGEL on rendered scenes.
 
 ```bash
 accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --output_dir runs/bagel-shapes
 ```
 
-One thread a process is fastest on a CPU, and `--multi_gpu` is how `accelerate launch` starts several processes there.
-The model first learns to paint, then its vision tower learns to look, then everything learns together to answer and to
-repair. A run that was stopped continues where it stopped when the same command is given again.
+One thread per process is fastest on a CPU, where `accelerate launch` starts several processes only with `--multi_gpu`. The model
+first learns to paint. Then its vision tower alone learns from images, and at last all weights but the autoencoder's learn to answer
+questions and to repair images. The same command continues a run that was stopped.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
-from tqdm import trange
-from transformers import get_cosine_schedule_with_warmup
 from trl import TrlParser
-
-from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
-from alphagrpo_ext.models.bagel.layout import visibility_mask
-from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
-from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
-from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.shapes.model import build_config, build_processor
-from recipe_tools.shapes_pretraining import (
-    GROUNDING,
-    PAINTING,
-    PretrainingBatch,
-    PretrainingMixture,
-    build_batch,
-    sample_examples,
-    sample_random_scene,
-    scene_pixels,
-    scenes_of,
-)
 
 
 @dataclass
 class PretrainingArguments:
     """Arguments of the pretraining of `bagel-shapes`."""
 
-    output_dir: str = field(default="runs/bagel-shapes", metadata={"help": "Where checkpoint and state are written."})
+    output_dir: str = field(default="runs/bagel-shapes", metadata={"help": "Folder for checkpoint and state."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, scenes, times and noise."})
     vae_steps: int = field(default=1200, metadata={"help": "Optimizer steps of the autoencoder."})
-    decoder_steps: int = field(default=2000, metadata={"help": "Further steps of its decoder alone."})
+    decoder_steps: int = field(default=2000, metadata={"help": "Further steps of the decoder alone."})
     decoder_noise: float = field(
-        default=0.3, metadata={"help": "Largest noise on the decoder's latents, of their std."}
+        default=0.3, metadata={"help": "Largest noise on the decoder's latents, in units of their std."}
     )
-    vae_batch_size: int = field(default=64, metadata={"help": "Scenes in a batch of the autoencoder."})
+    vae_batch_size: int = field(default=64, metadata={"help": "Scenes per batch of the autoencoder."})
     vae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the autoencoder."})
-    steps: int = field(default=650, metadata={"help": "Optimizer steps of the model, which learns to paint."})
+    steps: int = field(default=650, metadata={"help": "Optimizer steps in which the model learns to paint."})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the model."})
-    warmup_steps: int = field(default=50, metadata={"help": "Steps of a stage in which the learning rate rises."})
-    decay_fraction: float = field(default=0.35, metadata={"help": "Last part of a stage, in which it falls to 0."})
-    text_weight: float = field(default=0.5, metadata={"help": "Weight of the text loss beside the image loss."})
+    warmup_steps: int = field(
+        default=50, metadata={"help": "Steps at the start of a stage in which the learning rate rises."}
+    )
+    decay_fraction: float = field(
+        default=0.35, metadata={"help": "Share of a stage, at its end, in which the learning rate falls to 0."}
+    )
+    text_weight: float = field(default=0.5, metadata={"help": "Weight of the text loss relative to the image loss."})
     ema_decay: float = field(default=0.996, metadata={"help": "Decay of the averaged weights that are saved."})
     vision_steps: int = field(default=800, metadata={"help": "Further steps of the vision tower alone."})
     vision_answers: int = field(
-        default=32, metadata={"help": "Questions in a batch of these, and four times the reflections."}
+        default=32, metadata={"help": "Questions per batch of these steps. There are a quarter as many reflections."}
     )
     vision_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of these steps."})
     grounding_steps: int = field(
-        default=600, metadata={"help": "Last steps of the model, which learns to answer and to repair."}
+        default=600, metadata={"help": "Last steps, in which the model learns to answer and to repair."}
     )
     grounding_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of these steps."})
     init_from: str | None = field(
-        default=None, metadata={"help": "Checkpoint that goes through the last steps alone, e.g. bagel-shapes."}
+        default=None, metadata={"help": "Checkpoint for which only the last steps are run, e.g. bagel-shapes."}
     )
     save_steps: int = field(default=100, metadata={"help": "Steps between two saved states."})
     bf16: bool = field(default=True, metadata={"help": "Whether to train under bfloat16 autocast."})
@@ -91,291 +67,27 @@ class PretrainingArguments:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """
-    Steps of the whole model with one mixture of examples.
-
-    Args:
-        name (`str`): Of its state file and its progress bar.
-        mixture ([`PretrainingMixture`]): What it learns.
-        steps (`int`): Optimizer steps.
-        learning_rate (`float`): Peak learning rate.
-    """
-
-    name: str
-    mixture: PretrainingMixture
-    steps: int
-    learning_rate: float
-
-
-def train_autoencoder(model: BagelModel, args: PretrainingArguments) -> float:
-    """
-    Train the autoencoder in place and set its scale and shift, so that latents have mean 0 and variance 1.
-
-    Encoder and decoder are trained together first. Then the decoder alone learns to read latents with some noise on them,
-    since those that the model will paint are not perfect either.
-
-    Returns:
-        `float`: Mean squared error of the last batch, for pixels in [-1, 1].
-    """
-    rng = random.Random(f"vae-{args.seed}")
-    generator = torch.Generator().manual_seed(args.seed)
-    vae = model.vae.train()
-
-    def train(module: nn.Module, num_steps: int, noise_level: float, description: str) -> float:
-        module.requires_grad_(True)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
-        schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
-        progress = trange(num_steps, desc=description)
-        for _ in progress:
-            pixels = scene_pixels([sample_random_scene(rng) for _ in range(args.vae_batch_size)])
-            posterior = vae.encode(pixels).latent_dist
-            latents = posterior.sample(generator)
-            level = noise_level * torch.rand(len(latents), 1, 1, 1, generator=generator)
-            latents = latents + level * torch.randn(latents.shape, generator=generator)
-            reconstruction = vae.decode(latents).sample
-            error = F.mse_loss(reconstruction, pixels)
-            loss = error + F.l1_loss(reconstruction, pixels) + 1e-5 * posterior.kl().mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            progress.set_postfix(mse=f"{error.item():.5f}")
-        module.requires_grad_(False)
-        return error.item()
-
-    train(vae, args.vae_steps, 0.0, "autoencoder")
-    with torch.no_grad():
-        latents = vae.encode(scene_pixels([sample_random_scene(rng) for _ in range(512)])).latent_dist.mean
-    settings = {"shift_factor": latents.mean().item(), "scaling_factor": 1 / latents.std().item()}
-    vae.register_to_config(**settings)
-    model.config.vae_config.update(settings)
-    error = train(vae.decoder, args.decoder_steps, args.decoder_noise * latents.std().item(), "decoder")
-    vae.eval()
-    return error
-
-
-class PretrainingLoss(nn.Module):
-    """Cross-entropy of learned texts and mean squared error of velocities, over micro-batches of like rows."""
-
-    def __init__(self, model: BagelModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batches: list[PretrainingBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-        text_loss, image_loss = 0.0, 0.0
-        for batch in batches:
-            positions = batch.inputs["positions"]
-            und, gen = self.model.embed_sequences(batch.inputs)
-            mask = visibility_mask(positions, batch.inputs["blocks"], batch.inputs["horizons"])
-            und, gen = self.model.language_model.model(und, gen, positions, mask)
-            logits = self.model.language_model.lm_head(und.flatten(0, 1)[batch.text_index])
-            text_loss += F.cross_entropy(logits.float(), batch.text_targets, reduction="sum")
-            if batch.velocity_index is not None:
-                velocities = self.model.llm2vae(gen.flatten(0, 1)[batch.velocity_index])
-                image_loss += F.mse_loss(velocities.float(), batch.velocity_targets, reduction="sum")
-        num_texts = sum(len(batch.text_targets) for batch in batches)
-        num_values = sum(batch.velocity_targets.numel() for batch in batches if batch.velocity_index is not None) or 1
-        return text_loss / num_texts, image_loss / num_values
-
-
-def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: PretrainingArguments) -> float:
-    """
-    Train the vision tower and its connector alone, on answers and reflections about images.
-
-    Nothing else changes, so the model paints exactly as before where it was given no image.
-
-    Returns:
-        `float`: Cross-entropy of the last batch.
-    """
-    mixture = PretrainingMixture(
-        direct=0, thought=0, answer=args.vision_answers, reflection=args.vision_answers // 4, condition_dropout=0.0,
-        noise_copies=0,
-    )  # fmt: skip
-    model.requires_grad_(False)
-    parameters = [*model.vit_model.parameters(), *model.connector.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=args.vision_learning_rate, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.vision_steps // 20, args.vision_steps)
-    loss_module = PretrainingLoss(model).train()
-    progress = trange(args.vision_steps, desc="vision tower")
-    for step in progress:
-        rng = random.Random(f"vision-{args.seed}-{step}")
-        batches = sample_batches(rng, torch.Generator(), model, processor, mixture)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss, _ = loss_module(batches)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        progress.set_postfix(text=f"{loss.item():.3f}")
-    return loss.item()
-
-
-def sample_batches(
-    rng: random.Random,
-    generator: torch.Generator,
-    model: BagelModel,
-    processor: BagelProcessor,
-    mixture: PretrainingMixture,
-) -> list[PretrainingBatch]:
-    """The micro-batches of one step; `rng` draws examples, `generator` times and noise."""
-    parts = sample_examples(rng, processor, mixture)
-    scenes = scenes_of([example for part in parts for example in part])
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        latents = dict(zip(scenes, model.encode_images(scene_pixels(scenes)), strict=True))
-    side = model.config.max_latent_size
-    return [build_batch(part, latents, (side, side), processor, model.config, mixture, generator) for part in parts]
-
-
-def learning_rate_factor(step: int, num_steps: int, args: PretrainingArguments) -> float:
-    """Linear rise, plateau, linear fall to 0."""
-    rise = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-    decay_steps = max(1, int(num_steps * args.decay_fraction))
-    return rise * min(1.0, (num_steps - step) / decay_steps)
-
-
-def save_atomically(path: Path, contents: dict) -> None:
-    """Write a file whole or not at all: a run that is killed meanwhile keeps the previous one."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(contents, temporary)
-    os.replace(temporary, path)
-
-
-def save_state(path: Path, step: int, model: BagelModel, average: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Write everything that a resumed run needs."""
-    state = {"step": step, "model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
-    save_atomically(path, state)
-
-
-def averaged(model: BagelModel, average: dict[str, torch.Tensor]) -> BagelModel:
-    """A copy with the averaged weights."""
-    config = copy.deepcopy(model.config)
-    result = BagelModel._from_config(config, attn_implementation="eager", dtype=torch.float32)
-    result.load_state_dict({**model.state_dict(), **average})
-    return result
-
-
-def export(folder: Path, model: BagelModel, args: PretrainingArguments) -> None:
-    """Save a checkpoint: the autoencoder in fp32, everything else in bf16. The model is converted in place."""
-    for name, module in model.named_children():
-        if name != "vae":
-            module.to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
-    settings["mixtures"] = {"painting": asdict(PAINTING), "grounding": asdict(GROUNDING)}
-    (folder / "pretraining.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def train_stage(
-    model: BagelModel, processor: BagelProcessor, stage: Stage, accelerator: Accelerator, args: PretrainingArguments
-) -> BagelModel:
-    """
-    Train everything but the autoencoder, from the stage's state file where there is one.
-
-    Returns:
-        [`BagelModel`]: With the averaged weights.
-    """
-    output_dir, mixture = Path(args.output_dir), stage.mixture
-    state_path = output_dir / f"{stage.name}.pt"
-    model.requires_grad_(True)
-    model.vae.requires_grad_(False)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    average = {name: p.detach().clone() for name, p in parameters.items()}
-    start = 0
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        start, average = state["step"], state["average"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    loss_module = accelerator.prepare_model(PretrainingLoss(model).train())
-    progress = trange(
-        start,
-        stage.steps,
-        initial=start,
-        total=stage.steps,
-        desc=stage.name,
-        disable=not accelerator.is_main_process,
-    )
-    for step in progress:
-        key = f"{stage.name}-{args.seed}-{step}-{accelerator.process_index}"
-        rng, generator = random.Random(key), torch.Generator().manual_seed(random.Random(key).getrandbits(62))
-        batches = sample_batches(rng, generator, model, processor, mixture)
-        for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * learning_rate_factor(step, stage.steps, args)
-        with accelerator.autocast():
-            text_loss, image_loss = loss_module(batches)
-        accelerator.backward(args.text_weight * text_loss + image_loss)
-        accelerator.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema_decay, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                average[name].lerp_(parameter, 1 - decay)
-        progress.set_postfix(text=f"{text_loss.item():.3f}", image=f"{image_loss.item():.4f}")
-        if accelerator.is_main_process and ((step + 1) % args.save_steps == 0 or step + 1 == stage.steps):
-            save_state(state_path, step + 1, model, average, optimizer)
-            export(output_dir / "checkpoint", averaged(model, average), args)
-    return averaged(model, average)
-
-
-def make_autoencoder(model: BagelModel, accelerator: Accelerator, args: PretrainingArguments) -> None:
-    """Give the model its autoencoder: the one in the output folder, or one that the main process trains first."""
-    path = Path(args.output_dir) / "autoencoder.pt"
-    if accelerator.is_main_process and not path.exists():
-        # The other processes wait, so their cores are free.
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(accelerator.num_processes * num_threads)
-        error = train_autoencoder(model, args)
-        torch.set_num_threads(num_threads)
-        save_atomically(path, {"vae": model.vae.state_dict(), "config": dict(model.config.vae_config), "mse": error})
-    accelerator.wait_for_everyone()
-    autoencoder = torch.load(path, weights_only=True)
-    model.config.vae_config.update(autoencoder["config"])
-    model.vae.load_state_dict(autoencoder["vae"])
-    names = ("shift_factor", "scaling_factor")
-    model.vae.register_to_config(**{name: model.config.vae_config[name] for name in names})
-
-
-def make_painter(
-    config: BagelConfig, processor: BagelProcessor, accelerator: Accelerator, args: PretrainingArguments
-) -> BagelModel:
-    """A model that has learned to paint, and whose vision tower has learned to look at what it does."""
-    # Plain attention beats the fused kernel on a CPU at these lengths.
-    model = BagelModel._from_config(config, attn_implementation="eager")
-    nn.init.normal_(model.llm2vae.weight, std=config.text_config.initializer_range)
-    make_autoencoder(model, accelerator, args)
-    model = train_stage(
-        model, processor, Stage("painting", PAINTING, args.steps, args.learning_rate), accelerator, args
-    )
-    path = Path(args.output_dir) / "vision.pt"
-    if accelerator.is_main_process and not path.exists():
-        train_vision_tower(model, processor, args)
-        save_atomically(path, model.state_dict())
-    accelerator.wait_for_everyone()
-    model.load_state_dict(torch.load(path, weights_only=True))
-    return model
-
-
 def main(args: PretrainingArguments) -> None:
+    # Here, so that `--help` does not import models.
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from alphagrpo_ext.models.loading import load_model
+    from alphagrpo_ext.shapes.model import build_config, build_processor
+    from recipe_tools.shapes_pretraining.examples import GROUNDING
+    from recipe_tools.shapes_pretraining.training import PretrainingStage, train_painter, train_stage
+
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
     set_seed(args.seed)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     processor = build_processor()
     if args.init_from is None:
-        model = make_painter(build_config(processor.tokenizer), processor, accelerator, args)
+        model = train_painter(build_config(processor.tokenizer), processor, accelerator, args)
     else:
         model, _ = load_model(args.init_from, attn_implementation="eager")
-    grounding = Stage("grounding", GROUNDING, args.grounding_steps, args.grounding_learning_rate)
+    grounding = PretrainingStage("grounding", GROUNDING, args.grounding_steps, args.grounding_learning_rate)
     train_stage(model, processor, grounding, accelerator, args)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Train a unified multimodal model on self-reflective refinement: its own image, what is wrong with it, the image repainted.
+Train a unified multimodal model on self-reflective refinement: it looks at its own image, writes what is wrong, and repaints it.
 
-Without arguments it trains the packaged `bagel-shapes` in a few minutes on a laptop and shows what was learned:
+Without arguments it trains the packaged `bagel-shapes` on a laptop for a few minutes and shows flawed and refined images:
 
 ```bash
 accelerate launch recipes/self_reflection.py
 ```
 
-A run that was stopped goes on as if it had not been, with the same command and two arguments; so it may have them from
-the beginning:
+With `--resume_from_checkpoint last`, the same command starts a run and continues it after it was stopped, with the result of a run
+that was never stopped:
 
 ```bash
 accelerate launch recipes/self_reflection.py --save_strategy steps --save_steps 10 --resume_from_checkpoint last
 ```
 
-Every argument of `AlphaGRPOConfig` and `ModelConfig` works on the command line or in a file; what stands on the command
-line wins. Format rewards count for the text alone:
+Every argument of `AlphaGRPOConfig` and `ModelConfig` can be given on the command line or in a file. The command line takes
+precedence. Rewards of the text's format train the text alone:
 
 ```bash
 accelerate launch recipes/self_reflection.py --formats shapes_reflection --reward_weights 1.0 0.2
@@ -27,186 +27,120 @@ accelerate launch recipes/self_reflection.py --formats shapes_reflection --rewar
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
-from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.report import ReportStore, write_report
-from alphagrpo_ext.rollout import TASKS, RolloutGenerator
-from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
-from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
-from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
-from recipe_tools.contact_sheet import contact_sheet
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from reward_models.arguments import PromptArguments
-from reward_models.evaluation.evaluate import evaluate
-from reward_models.evaluation.page import make_report_comparison
-from reward_models.evaluation.samples import Evaluation
-from reward_models.evaluation.scores import RefinementScore
-from reward_models.evaluation.settings_digest import settings_digest
-from reward_models.evaluation.store import evaluate_once
-from reward_models.evaluation.text_tables import refinement_table
-from reward_models.format import FORMATS
-from reward_models.prompts.loading import load_prompts
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from reward_models.evaluation.samples import Evaluation
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "self_reflection_shapes.yaml"
-NUM_PICTURED = 8
 
 
 @dataclass
-class ScriptArguments(PromptArguments):
+class ReflectionArguments(PromptArguments):
     """
-    Arguments of the recipe itself.
+    Arguments of the recipe itself; for the rest see [`~reward_models.arguments.PromptArguments`].
 
     Args:
         formats (`list[str]`, *optional*):
-            Rewards of the text's form; registered ones.
+            Names of registered rewards of the text's format.
         train_tasks (`list[str]`, *optional*):
-            Tasks that the training prompts are dealt out to, in turn; a name given twice gets twice as many. All do
-            `task` by default.
+            Tasks that the training prompts are assigned to in turn. A name that is given twice gets twice as many. By default all
+            prompts have the task of the configuration.
     """
 
     formats: list[str] = field(
-        default_factory=list, metadata={"help": "Rewards of the text's form, e.g. 'think' or 'shapes_reflection'."}
+        default_factory=list, metadata={"help": "Rewards of the text's format, e.g. 'think' or 'shapes_reflection'."}
     )
     train_tasks: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Tasks that the training prompts are dealt out to, in turn, e.g. 'self_reflection reasoning_t2i'; all "
-            "do --task by default."
+            "help": "Tasks that the training prompts are assigned to in turn, e.g. 'self_reflection reasoning_t2i'. Default: "
+            "--task for all prompts."
         },
     )
 
 
-@dataclass(frozen=True)
-class Refinement:
+def assign_tasks(dataset: Dataset, tasks: list[str]) -> Dataset:
     """
-    Args:
-        initial ([`Evaluation`]): Images that the policy painted without a thought.
-        refined ([`Evaluation`]): The same images after the policy has looked at them.
+    Add the column `task`, in which the tasks follow each other in turn.
+
+    Raises:
+        `ValueError`: If the dataset has the column.
     """
-
-    initial: Evaluation
-    refined: Evaluation
-
-    def summary(self) -> dict:
-        """For `summary.json`."""
-        score = asdict(RefinementScore.from_evaluations(self.initial, self.refined))
-        return {"initial": self.initial.summary(), "refined": self.refined.summary(), **score}
+    if "task" in dataset.column_names:
+        raise ValueError("train_tasks assigns tasks to prompts, but those of train_file have a column 'task' already")
+    return dataset.add_column("task", list(itertools.islice(itertools.cycle(tasks), len(dataset))))
 
 
-def save_picture(refinement: Refinement, path: Path) -> None:
-    """Flawed images of every category with the reflection on them and the refined image."""
-    pairs = list(zip(refinement.initial.samples, refinement.refined.samples, strict=True))
-    pairs = [pair for pair in pairs if None not in (pair[0].reward, pair[1].reward) and not pair[0].strict_pass]
-    chosen = []
-    for category in refinement.initial.categories:
-        of_category = [pair for pair in pairs if pair[0].category == category]
-        chosen += of_category[: max(1, NUM_PICTURED // len(refinement.initial.categories))]
-    rows = [
-        (
-            f"{old.prompt} | {new.text}",
-            [(old.image, f"reward {old.reward:.2f}"), (new.image, f"reward {new.reward:.2f}")],
-        )
-        for old, new in chosen
-    ]
-    contact_sheet(rows, headers=("flawed", "refined"), caption_width=420).save(path)
+def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, Any]:
+    """Scores of images that were painted without a thought, and of the same images refined, for `summary.json`."""
+    from reward_models.evaluation.scores import RefinementScore
+
+    return {
+        "initial": initial.summary(),
+        "refined": refined.summary(),
+        **asdict(RefinementScore.from_evaluations(initial, refined)),
+    }
 
 
-def main(script_args: ScriptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
-    output_dir = Path(training_args.output_dir)
-    resuming = asks_to_resume(training_args.resume_from_checkpoint)
-    # A checkpoint that cannot be resumed is found before anything is loaded.
-    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, output_dir)
-    train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
+def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
+    # Here, so that `--help` does not import models and trainers.
+    from alphagrpo_ext.rollout import TASKS
+    from recipe_tools import training
+    from reward_models.evaluation.scores import scored_pairs
+    from reward_models.evaluation.text_tables import refinement_table
+    from reward_models.format import FORMATS
+
+    run = training.prepare_run(script_args, training_args, model_args)
     if script_args.train_tasks:
-        if "task" in train_dataset.column_names:
-            raise ValueError(
-                "train_tasks deals prompts out to tasks, but those of train_file name their task themselves"
-            )
-        tasks = itertools.islice(itertools.cycle(script_args.train_tasks), len(train_dataset))
-        train_dataset = train_dataset.add_column("task", list(tasks))
-    # A list of rows decodes images, where `to_list` would not.
-    eval_rows = list(load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts))
-    model, processor = load_model(
-        model_args.model_name_or_path,
-        dtype=model_args.dtype,
-        **({"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}),
-    )
-    reward = script_args.make_reward((model, processor))
-    # PEFT's causal language models have a `generate` of their own, which this policy has not.
-    model_args.lora_task_type = None
-    preset = model.family.lora_target_modules(training_args.lora_targets)
-    model_args.lora_target_modules = model_args.lora_target_modules or preset
-    trainer = AlphaGRPOTrainer(
-        model=model,
-        reward_funcs=[reward, *(FORMATS.get(name)() for name in script_args.formats)],
-        args=training_args,
-        train_dataset=train_dataset,
-        processing_class=processor,
-        peft_config=get_peft_config(model_args),
-        callbacks=[
-            JsonLinesCallback(output_dir / "metrics.jsonl"),
-            *script_args.make_holdout_callbacks(script_args.aggregation, (model, processor)),
-        ],
-    )
+        run.train_dataset = assign_tasks(run.train_dataset, script_args.train_tasks)
+    trainer = training.make_trainer(run, [run.reward, *(FORMATS.get(name)() for name in script_args.formats)])
+    painting = TASKS.get("reasoning_t2i")(think=False)
+    refining = training_args.make_task(training_args.task)
 
-    def run_evaluation(description: str) -> Refinement | None:
-        if not script_args.eval_seeds:
-            return None
-        settings = {
-            "rows": eval_rows,
-            "config": training_args.eval_rollout(),
-            "reward": reward,
-            "seeds": range(script_args.eval_seeds),
-            "batch_size": script_args.eval_batch_size,
-        }
+    def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
-            painter = RolloutGenerator(policy, processor, TASKS.get("reasoning_t2i")(think=False))
-            initial = evaluate(painter, description=f"{description}: painting", **settings)
-            refiner = RolloutGenerator(policy, processor, training_args.make_task(training_args.task))
-            refined = evaluate(refiner, description=f"{description}: refining", initial=initial, **settings)
-        return Refinement(initial, refined)
+            initial = training.evaluate_policy(run, policy, painting, f"{moment}: painting")
+            refined = training.evaluate_policy(run, policy, refining, f"{moment}: refining", initial)
+        return [initial, refined]
 
-    def evaluations_before() -> list[Evaluation]:
-        refinement = run_evaluation("before training")
-        return [refinement.initial, refinement.refined]
-
-    before = None
-    if script_args.eval_seeds:
-        settings = settings_digest(
-            *(model_args.model_name_or_path, model_args.dtype, script_args, eval_rows),
-            *(training_args.eval_rollout(), training_args.task, training_args.think),
-        )
-        before = Refinement(*evaluate_once(output_dir / "before_training", settings, resuming, evaluations_before))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    after = run_evaluation("after training")
-    trainer.save_model(output_dir)
-    if before is None or not PartialState().is_main_process:
+    results = training.train_between_evaluations(run, trainer, evaluations)
+    if results is None:
         return
-    summary = {"before": before.summary(), "after": after.summary()}
-    temporary = output_dir / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, output_dir / "summary.json")
-    if training_args.report:
-        ReportStore(output_dir).save_comparison(
-            make_report_comparison(before.refined, after.refined, max_image_size=training_args.report_image_size)
-        )
-        write_report(output_dir)
-    save_picture(after, output_dir / "refined.png")
-    table = refinement_table({"before": (before.initial, before.refined), "after": (after.initial, after.refined)})
-    print(f"\n{table}\n\nModel, report.html, summary.json, metrics.jsonl and refined.png: {output_dir}")
+    before, after = results
+    training.save_scores(
+        run, {"before": summarize_refinement(*before), "after": summarize_refinement(*after)}, before[1], after[1]
+    )
+    initial, refined = after
+    training.save_picture(
+        run.output_dir / "refined.png",
+        [pair for pair in scored_pairs(initial.samples, refined.samples) if not pair[0].strict_pass],
+        categories=list(initial.categories),
+        headers=("flawed", "refined"),
+        caption=lambda old, new: f"{old.prompt} | {new.text}",
+        caption_width=420,
+    )
+    files = "Model, report.html, summary.json, metrics.jsonl and refined.png"
+    print(f"\n{refinement_table({'before': before, 'after': after})}\n\n{files}: {run.output_dir}")
 
 
 if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(DEFAULT_CONFIG), *sys.argv[1:]]
-    parser = TrlParser((ScriptArguments, AlphaGRPOConfig, ModelConfig))
+    parser = TrlParser((ReflectionArguments, AlphaGRPOConfig, ModelConfig))
     main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
-    # Threads of the communication backend that outlive the interpreter may abort the process.
-    PartialState().destroy_process_group()
+
+    from recipe_tools.processes import end_processes
+
+    end_processes()

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The arguments of sampling, the same in every recipe that only paints."""
+"""The arguments of sampling, the same in every recipe that only paints. They are parsed without importing a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.rollout.config import RolloutConfig
-from alphagrpo_ext.rollout.denoising import DenoisingConfig
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.rollout.config import RolloutConfig
 
 
 @dataclass
@@ -50,6 +51,10 @@ class SamplingArguments:
         Raises:
             `ValueError`: If an argument is out of range.
         """
+        from alphagrpo_ext.flow.guidance import GuidanceConfig
+        from alphagrpo_ext.rollout.config import RolloutConfig
+        from alphagrpo_ext.rollout.denoising import DenoisingConfig
+
         guidance = GuidanceConfig(
             self.cfg_text_scale, self.cfg_img_scale, tuple(self.cfg_interval), self.cfg_renorm_type
         )

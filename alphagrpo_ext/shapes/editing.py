@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Editing in the shapes world: a scene, one change to it, and the questions that tell whether it was made."""
+"""Editing in the shapes world: a scene, an instruction to change it, and questions that check the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from .prompts import NUMBERS, RELATIONS, holds, quality_questions
+from .prompts import COUNT_WORDS, RELATIONS, holds, quality_questions
 from .scene import COLORS, COLUMNS, ROWS, SHAPES, Scene, SceneObject, random_object, render
 
 
@@ -17,14 +17,12 @@ EDITS = ("color", "move", "add", "remove")
 
 
 def editing_rows(num_prompts: int, seed: int) -> list[dict[str, Any]]:
-    r"""
+    """
     Rows of an editing dataset, round robin over `EDITS`. No training teaches these instructions.
 
     Args:
-        num_prompts (`int`):
-            Number of rows.
-        seed (`int`):
-            Seed of scenes and edits.
+        num_prompts (`int`): Number of rows.
+        seed (`int`): Seed of scenes and edits.
 
     Returns:
         `list[dict]`: Rows with the columns `task`, `prompt` (the instruction), `image`, `category` (the edit),
@@ -35,8 +33,8 @@ def editing_rows(num_prompts: int, seed: int) -> list[dict[str, Any]]:
 
 
 def scene_questions(scene: Scene) -> list[dict[str, str]]:
-    """Questions that tell a scene of at most two objects of different shapes from others, up to where exactly they are."""
-    # By shape, so that a move which swaps the objects' order in the scene still asks the same way round.
+    """Questions that identify a scene of at most two objects of different shapes, except for their exact cells."""
+    # Sorted by shape, so that the questions do not depend on the order of the objects in the scene.
     objects = sorted(scene.objects, key=lambda obj: obj.shape)
     questions = [{"question": f"is there a {obj.color} {obj.shape} ?", "tag": "Existence"} for obj in objects]
     for first, second in itertools.pairwise(objects):
@@ -46,7 +44,7 @@ def scene_questions(scene: Scene) -> list[dict[str, str]]:
             if holds(relation, first.cell, second.cell)
         ]
     number = len(scene.objects)
-    count = "is there exactly one object" if number == 1 else f"are there exactly {NUMBERS[number]} objects"
+    count = "is there exactly one object" if number == 1 else f"are there exactly {COUNT_WORDS[number]} objects"
     questions.append({"question": f"{count} in the image ?", "tag": "Count"})
     questions.append({"question": f"is the background {scene.background} ?", "tag": "Environment"})
     return questions
@@ -55,7 +53,7 @@ def scene_questions(scene: Scene) -> list[dict[str, str]]:
 def _row(edit: str, rng: random.Random) -> dict[str, Any]:
     while True:
         before, instruction, after = _sample_edit(edit, rng)
-        # A move that breaks no relation asked for could not be told from none.
+        # The questions must be able to tell the edited scene from the original one.
         if not all(question in scene_questions(before) for question in scene_questions(after)):
             break
     return {

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from .prompts import NUMBERS, RELATIONS, noun
+from .prompts import COUNT_WORDS, RELATIONS, noun
 from .scene import (
     BACKGROUNDS,
     CELL_SIZE,
@@ -33,7 +33,7 @@ from .scene import (
 )
 
 
-# Squared RGB distance (channels in [0, 1]) from which on a pixel is simply wrong; palette colors are > 0.56 apart.
+# Squared RGB distance (channels in [0, 1]) from which a pixel counts as wrong. Palette colors are > 0.56 apart.
 _SATURATION = 0.25
 # In wrong pixels per cell. Shapes differ in >= 8 at all offsets, so a drawn scene is read with certainty.
 _CELL_TEMPERATURE = 1.4
@@ -67,7 +67,7 @@ _TEMPLATES = _template_masks()
 
 @dataclass(frozen=True)
 class SceneBelief:
-    r"""
+    """
     What the judge believes about a batch of B images. All values are probabilities.
 
     Args:
@@ -77,12 +77,10 @@ class SceneBelief:
             Probability that the cell (row, column) holds an object of this shape and color.
         empty (`np.ndarray` of shape `(B, 3, 3)`):
             Probability that the cell is empty; the rest to 1 is the probability that it holds something else.
-        geometry (`np.ndarray` of shape `(B,)`):
-            How well the worst object fits its shape; 0 without objects.
+        geometry (`np.ndarray` of shape `(B,)`): How well the worst object fits its shape; 0 without objects.
         texture (`np.ndarray` of shape `(B,)`):
             How close the pixels of the worst object are to its color; 0 without objects.
-        cleanness (`np.ndarray` of shape `(B,)`):
-            How close the pixels outside of objects are to the background.
+        cleanness (`np.ndarray` of shape `(B,)`): How close the pixels outside of objects are to the background.
     """
 
     background: np.ndarray
@@ -94,12 +92,11 @@ class SceneBelief:
 
 
 def analyze(images: np.ndarray) -> SceneBelief:
-    r"""
+    """
     Read a batch of images.
 
     Args:
-        images (`np.ndarray` of shape `(B, 24, 24, 3)`):
-            RGB images, `uint8`.
+        images (`np.ndarray` of shape `(B, 24, 24, 3)`): RGB images, `uint8`.
 
     Returns:
         `SceneBelief`: The beliefs about all images.
@@ -118,7 +115,7 @@ def analyze(images: np.ndarray) -> SceneBelief:
 
     background_cost = _append(backgrounds.mean(axis=(1, 2)), _UNKNOWN_BACKGROUND_COST)
     background = _softmax(-background_cost / _BACKGROUND_TEMPERATURE)[:, :-1]
-    # Objects are judged in front of the best background, so that a doubtful one is not held against them.
+    # Objects are judged in front of the most likely background, so that doubt about the background does not lower their score.
     best = background.argmax(axis=1)
     behind = np.take_along_axis(backgrounds, best[:, None, None, None], axis=-1)
 
@@ -130,7 +127,7 @@ def analyze(images: np.ndarray) -> SceneBelief:
     posterior = _softmax(-hypotheses / _CELL_TEMPERATURE)
     by_shape = posterior[..., :-2].reshape(len(images), GRID_SIZE, GRID_SIZE, len(COLORS), len(SHAPES), NUM_OFFSETS**2)
 
-    # The best reconstruction, softened: how much each cell is an object rather than empty, whatever its junk.
+    # Soft version of the best reconstruction: how likely each cell is an object rather than empty, if it is no junk.
     presence = _softmax(-hypotheses[..., :-1] / _CELL_TEMPERATURE)[..., :-1].sum(axis=-1)
     chosen = object_cost.argmin(axis=-1)
     color, template = np.divmod(chosen, len(_TEMPLATES))
@@ -151,16 +148,13 @@ def analyze(images: np.ndarray) -> SceneBelief:
 
 
 def answer(belief: SceneBelief, index: int, question: str) -> float | None:
-    r"""
+    """
     Answer one question about one image.
 
     Args:
-        belief (`SceneBelief`):
-            The beliefs about a batch of images.
-        index (`int`):
-            Index of the image in the batch.
-        question (`str`):
-            A question in one of the templates; case, and blanks around punctuation, do not matter.
+        belief (`SceneBelief`): The beliefs about a batch of images.
+        index (`int`): Index of the image in the batch.
+        question (`str`): A question in one of the templates; case, and blanks around punctuation, do not matter.
 
     Returns:
         `float` or `None`: P(yes) in [0, 1], or `None` for a question outside the templates.
@@ -203,7 +197,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _worst(costs: np.ndarray, presence: np.ndarray) -> np.ndarray:
-    """`exp(-cost)` of the worst cell of each image, a cell counting as much as an object is present in it."""
+    """`exp(-cost)` of the worst cell of each image. A cell counts in proportion to the probability of an object in it."""
     return (1 - presence * (1 - np.exp(-costs))).min(axis=-1)
 
 
@@ -225,7 +219,7 @@ def _has_color(belief: SceneBelief, index: int, shape: str, color: str) -> float
 
 
 def _count(belief: SceneBelief, index: int, count: int, shape: str | None, color: str | None) -> float:
-    # Whatever is not empty is an object, be it junk; but junk is no circle.
+    # A cell that is not empty holds an object, which may be junk. Junk has no shape.
     present = 1 - belief.empty[index] if shape is None else _probability(belief, index, shape, color)
     counts = np.array([1.0])
     for probability in present.ravel():
@@ -239,7 +233,7 @@ def _related(belief: SceneBelief, index: int, shape: str, relation: str, referen
     axis = 0 if relation in ("left of", "right of") else 1
     none_first = np.prod(1 - _probability(belief, index, shape), axis=axis)
     none_second = np.prod(1 - _probability(belief, index, reference), axis=axis)
-    # The first `shape` is in line i and a `reference` in a later line; these cells are disjoint, so this is exact.
+    # The first `shape` is in line i and a `reference` in a later line. These cells are disjoint, so the product is exact.
     return sum(
         np.prod(none_first[:i]) * (1 - none_first[i]) * (1 - np.prod(none_second[i + 1 :]))
         for i in range(GRID_SIZE - 1)
@@ -271,7 +265,7 @@ _ANSWERS = {
 _SHAPE = f"({'|'.join(SHAPES)})"
 _COLOR = f"({'|'.join(COLORS)})"
 _PLURALS = {noun(shape, count=2): shape for shape in SHAPES}
-_COUNTS = {word: count for count, word in NUMBERS.items()}
+_COUNTS = {word: count for count, word in COUNT_WORDS.items()}
 _PATTERNS = {
     "exists": rf"is there a (?:{_COLOR} )?{_SHAPE}",
     "has_color": rf"is the {_SHAPE} {_COLOR}",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The tiny BAGEL of the shapes world: its sizes, its tokenizer, its processor."""
+"""The tiny BAGEL of the shapes world: its configuration, tokenizer and processor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alphagrpo_ext.shapes.text import (
 
 
 PATCH_SIZE = 4
-SPECIAL_TOKENS = (
+TOKENIZER_SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<unk>",
     "<|im_start|>",
@@ -30,8 +30,8 @@ SPECIAL_TOKENS = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the shapes world; words are separated by blanks."""
-    words = [*SPECIAL_TOKENS, *vocabulary()]
+    """Build a tokenizer with one token per word of the shapes world. Words are separated by blanks."""
+    words = [*TOKENIZER_SPECIAL_TOKENS, *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -45,7 +45,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> BagelProcessor:
-    """Every image of the shapes world has the same size, for the autoencoder and for the vision tower."""
+    """Build a processor for images of one size, for the autoencoder and for the vision tower."""
     limits = {
         f"{tower}_{name}": value
         for tower in ("vae", "vit")
@@ -62,10 +62,10 @@ def build_processor() -> BagelProcessor:
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> BagelConfig:
     """
-    About two million parameters: BAGEL's architecture, two experts and all, over images of 6 x 6 latent tokens.
+    Make a configuration with about two million parameters: BAGEL's architecture, for images of 6 x 6 latent tokens.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): Gives vocabulary and delimiters.
+        tokenizer (`PreTrainedTokenizerFast`): Tokenizer with the vocabulary and the delimiters.
     """
     token_ids = tokenizer.get_vocab()
     return BagelConfig(

@@ -29,12 +29,11 @@ CATEGORIES = (
     "negative",
 )
 RELATIONS = ("left of", "right of", "above", "below")
-NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 SPLITS = ("train", "rare", "evaluation")
 
 RARE_FRACTION = 0.1
 EVALUATION_FRACTION = 0.25
-RARE_PRETRAINING_PROBABILITY = 0.03
 
 _FRAMES = (
     "{content} on a {background} background",
@@ -47,16 +46,13 @@ _CONVERSE = {"right of": "left of", "below": "above"}
 
 @dataclass(frozen=True)
 class ObjectRequest:
-    r"""
+    """
     Objects that a prompt asks for.
 
     Args:
-        shape (`str`):
-            One of `SHAPES`.
-        color (`str`, *optional*):
-            One of `COLORS`; any color will do when omitted.
-        count (`int`, *optional*, defaults to `1`):
-            How many of them, 1 to 4.
+        shape (`str`): One of `SHAPES`.
+        color (`str`, *optional*): One of `COLORS`. `None` allows any color.
+        count (`int`, *optional*, defaults to `1`): How many of them, 1 to 4.
     """
 
     shape: str
@@ -66,7 +62,7 @@ class ObjectRequest:
     @property
     def phrase(self) -> str:
         """The request as a noun phrase, e.g. `"a circle"` or `"three red circles"`."""
-        article = "a" if self.count == 1 else NUMBERS[self.count]
+        article = "a" if self.count == 1 else COUNT_WORDS[self.count]
         return f"{article} {noun(self.shape, self.color, self.count)}"
 
     def matches(self, obj: SceneObject) -> bool:
@@ -76,20 +72,15 @@ class ObjectRequest:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    r"""
+    """
     The meaning of a prompt. A scene is right if it holds the requested objects and no others.
 
     Args:
-        category (`str`):
-            One of `CATEGORIES`.
-        objects (`tuple[ObjectRequest, ...]`):
-            The requested objects, in the order in which the prompt names them.
-        background (`str`):
-            One of `BACKGROUNDS`.
-        relation (`str`, *optional*):
-            One of `RELATIONS`: where the first object is, seen from the second.
-        excluded (`str`, *optional*):
-            Shape that the image must not hold.
+        category (`str`): One of `CATEGORIES`.
+        objects (`tuple[ObjectRequest, ...]`): The requested objects, in the order in which the prompt names them.
+        background (`str`): One of `BACKGROUNDS`.
+        relation (`str`, *optional*): One of `RELATIONS`: where the first object is, seen from the second.
+        excluded (`str`, *optional*): Shape that the image must not hold.
     """
 
     category: str
@@ -153,14 +144,14 @@ def sample_prompt(spec: PromptSpec, rng: random.Random) -> str:
 
 
 def semantic_questions(spec: PromptSpec) -> list[dict[str, str]]:
-    """The yes/no questions that decide whether an image is what the prompt asks for; yes is always good."""
+    """The yes/no questions that decide whether an image is what the prompt asks for. Yes is always the good answer."""
     questions = []
     for request in spec.objects:
         named = request.color if spec.category in ("counting", "negative") else None
         questions.append(_question(f"is there a {noun(request.shape, named)} ?", "Existence"))
         if request.count > 1:
             name = noun(request.shape, request.color, request.count)
-            questions.append(_question(f"are there exactly {NUMBERS[request.count]} {name} ?", "Count"))
+            questions.append(_question(f"are there exactly {COUNT_WORDS[request.count]} {name} ?", "Count"))
         elif request.color is not None and named is None:
             questions.append(_question(f"is the {request.shape} {request.color} ?", "Attribute"))
     if spec.relation is not None:
@@ -172,13 +163,13 @@ def semantic_questions(spec: PromptSpec) -> list[dict[str, str]]:
     if total == 1:
         questions.append(_question("is there exactly one object in the image ?", "Count"))
     else:
-        questions.append(_question(f"are there exactly {NUMBERS[total]} objects in the image ?", "Count"))
+        questions.append(_question(f"are there exactly {COUNT_WORDS[total]} objects in the image ?", "Count"))
     questions.append(_question(f"is the background {spec.background} ?", "Environment"))
     return questions
 
 
 def quality_questions() -> list[dict[str, str]]:
-    """The yes/no questions about how well an image is drawn; the same for every prompt."""
+    """The yes/no questions about how well an image is drawn, which are the same for every prompt."""
     return [
         _question("is every shape complete and sharp ?", "Geometry"),
         _question("are all colors solid ?", "Texture"),
@@ -191,7 +182,7 @@ def _question(question: str, tag: str) -> dict[str, str]:
 
 
 def sample_scene(spec: PromptSpec, rng: random.Random) -> Scene:
-    """A right scene; cells, offsets and unspecified colors are drawn at random."""
+    """Draw a right scene with random cells and random colors where none are requested."""
     if spec.relation is None:
         cells = rng.sample(CELLS, len(spec.requested))
     else:
@@ -215,7 +206,7 @@ def satisfies(scene: Scene, spec: PromptSpec) -> bool:
 
 
 def sample_violation(scene: Scene, spec: PromptSpec, rng: random.Random) -> Scene:
-    """A corruption of a right `scene` that does not satisfy `spec`, e.g. as the flawed image to be refined."""
+    """Corrupt a right `scene` so that it does not satisfy `spec`, e.g. to get a flawed image that is refined."""
     while satisfies(corrupted := corrupt_scene(scene, rng), spec):
         pass
     return corrupted
@@ -269,14 +260,12 @@ def _combination_splits() -> dict[str, str]:
 
 @cache
 def specs_of(category: str, split: str) -> tuple[PromptSpec, ...]:
-    r"""
+    """
     All prompt meanings of a category whose combination lies in a split.
 
     Args:
-        category (`str`):
-            One of `CATEGORIES`.
-        split (`str`):
-            One of `SPLITS`.
+        category (`str`): One of `CATEGORIES`.
+        split (`str`): One of `SPLITS`.
 
     Returns:
         `tuple[PromptSpec, ...]`: The specs, in a fixed order.
@@ -294,27 +283,20 @@ def split_of(spec: PromptSpec) -> str:
 
 
 def sample_spec(rng: random.Random, split: str) -> PromptSpec:
-    """A spec of exactly this split (`"train"` is without `"rare"`), every category equally often."""
+    """Draw a spec of exactly this split (`"train"` is without `"rare"`), with equal probability of every category."""
     return rng.choice(specs_of(rng.choice(CATEGORIES), split))
 
 
-def sample_pretraining_spec(rng: random.Random) -> PromptSpec:
-    """A spec for pretraining: 97% from `"train"`, 3% from `"rare"`, every category equally often."""
-    return sample_spec(rng, "rare" if rng.random() < RARE_PRETRAINING_PROBABILITY else "train")
-
-
 def prompt_rows(split: str, num_prompts: int, seed: int) -> list[dict]:
-    r"""
+    """
     Rows of a prompt dataset, round robin over the categories.
 
     Args:
         split (`str`):
             `"train"` (the prompts of reinforcement learning: train and rare combinations alike), `"rare"` (the rare
             ones alone), or `"evaluation"` (combinations in neither pretraining nor reinforcement learning).
-        num_prompts (`int`):
-            Number of rows. A category whose prompts are exhausted starts again.
-        seed (`int`):
-            Seed of the order.
+        num_prompts (`int`): Number of rows. A category whose prompts are exhausted starts again.
+        seed (`int`): Seed of the order.
 
     Returns:
         `list[dict]`: Rows with the columns `prompt`, `category`, `combination`, `semantic_questions` and

@@ -41,22 +41,16 @@ CORRUPTIONS = ("color", "shape", "missing", "extra", "moved", "background")
 
 @dataclass(frozen=True, order=True)
 class SceneObject:
-    r"""
+    """
     One shape in one cell of the grid.
 
     Args:
-        row (`int`):
-            Row of the cell, 0 (top) to 2 (bottom).
-        col (`int`):
-            Column of the cell, 0 (left) to 2 (right).
-        shape (`str`):
-            One of `SHAPES`.
-        color (`str`):
-            One of `COLORS`.
-        dy (`int`, *optional*, defaults to `1`):
-            Offset of the 6x6 bitmap from the top of its cell in pixels, 0 to 2.
-        dx (`int`, *optional*, defaults to `1`):
-            Offset of the 6x6 bitmap from the left of its cell in pixels, 0 to 2.
+        row (`int`): Row of the cell, 0 (top) to 2 (bottom).
+        col (`int`): Column of the cell, 0 (left) to 2 (right).
+        shape (`str`): One of `SHAPES`.
+        color (`str`): One of `COLORS`.
+        dy (`int`, *optional*, defaults to `1`): Offset of the 6x6 bitmap from the top of its cell in pixels, 0 to 2.
+        dx (`int`, *optional*, defaults to `1`): Offset of the 6x6 bitmap from the left of its cell in pixels, 0 to 2.
     """
 
     row: int
@@ -82,14 +76,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    r"""
+    """
     At most four objects, each in its own cell, on a uniform background.
 
     Args:
         objects (`tuple[SceneObject, ...]`):
-            The objects; kept sorted by row and column, so that equal scenes compare equal.
-        background (`str`):
-            One of `BACKGROUNDS`.
+            The objects, which are kept sorted by row and column so that equal scenes compare equal.
+        background (`str`): One of `BACKGROUNDS`.
     """
 
     objects: tuple[SceneObject, ...]
@@ -129,19 +122,17 @@ def render(scene: Scene) -> Image.Image:
 def random_object(
     cell: tuple[int, int], rng: random.Random, shape: str | None = None, color: str | None = None
 ) -> SceneObject:
-    """An object in the middle of `cell`, whose shape and color are drawn at random where not given."""
+    """An object in the middle of `cell`. Its shape and color are drawn at random unless they are given."""
     return SceneObject(*cell, shape or rng.choice(SHAPES), color or rng.choice(tuple(COLORS)))
 
 
 def corrupt_scene(scene: Scene, rng: random.Random, kind: str | None = None) -> Scene:
-    r"""
-    Make one plausible error: the result always renders differently.
+    """
+    Make one plausible error. The result always renders differently.
 
     Args:
-        scene (`Scene`):
-            The scene to corrupt.
-        rng (`random.Random`):
-            Source of randomness.
+        scene (`Scene`): The scene to corrupt.
+        rng (`random.Random`): Source of randomness.
         kind (`str`, *optional*):
             One of `CORRUPTIONS`. Drawn among those that the scene admits when omitted; `"moved"` moves an object to a
             free cell or swaps two different ones.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is said about scenes: plans before drawing, reflections on a flawed image, and the words all texts use."""
+"""Texts about scenes: plans before drawing, reflections on a flawed image, and the vocabulary of all texts."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ def thought(scene: Scene) -> str:
 
 
 def parse_thought(text: str) -> Scene | None:
-    r"""
+    """
     Read the plan of a thought or of a reflection. Text around the `<think>` block does not matter.
 
     Args:
-        text (`str`):
-            Text that holds one `<think> ... </think>` block.
+        text (`str`): Text that holds one `<think> ... </think>` block.
 
     Returns:
         `Scene` or `None`: The planned scene with objects centered in their cells, or `None` where the text is not in
@@ -71,14 +70,12 @@ def reflection_request(prompt: str) -> str:
 
 
 def reflection(wrong: Scene, right: Scene) -> str:
-    r"""
+    """
     Name what is wrong with an image, then plan the repaired one, in at most 45 words.
 
     Args:
-        wrong (`Scene`):
-            What the image shows.
-        right (`Scene`):
-            What it shall show.
+        wrong (`Scene`): What the image shows.
+        right (`Scene`): What it shall show.
 
     Returns:
         `str`: E.g. `"<think> wrong : red circle top left must be blue ; plan : white : blue circle top left
@@ -90,7 +87,7 @@ def reflection(wrong: Scene, right: Scene) -> str:
 
 
 def is_reflection(text: str) -> bool:
-    """Whether a text is in the grammar of [`reflection`]: a verdict, then the plan of a possible scene, nothing else."""
+    """Whether a text is in the grammar of [`reflection`]: a verdict, then the plan of a possible scene, and nothing else."""
     words = text.split()
     if len(words) < 2 or (words[0], words[-1]) != ("<think>", "</think>") or parse_thought(text) is None:
         return False
@@ -106,18 +103,15 @@ def is_reflection(text: str) -> bool:
 
 
 def repair(wrong: Scene, spec: PromptSpec, rng: random.Random) -> Scene:
-    r"""
+    """
     The scene that satisfies `spec` and keeps as much of `wrong` as possible.
 
-    Objects are kept, then recolored or reshaped, then moved, then added; what is left over is removed.
+    Objects are kept, then recolored or reshaped, then moved, then added. Objects that remain are removed.
 
     Args:
-        wrong (`Scene`):
-            The scene to repair.
-        spec (`PromptSpec`):
-            What it shall satisfy.
-        rng (`random.Random`):
-            Source of randomness for what `spec` leaves open and `wrong` does not settle.
+        wrong (`Scene`): The scene to repair.
+        spec (`PromptSpec`): The prompt that the repaired scene satisfies.
+        rng (`random.Random`): Source of randomness for what neither `spec` nor `wrong` determines.
 
     Returns:
         `Scene`: The repaired scene; equal to `wrong` if that already satisfies `spec`.
@@ -142,7 +136,7 @@ def repair(wrong: Scene, spec: PromptSpec, rng: random.Random) -> Scene:
 
 
 def vocabulary() -> list[str]:
-    """The sorted set of all words that any text of the shapes world can hold."""
+    """The sorted list of all words that occur in texts of the shapes world."""
     return list(_vocabulary())
 
 
@@ -197,7 +191,7 @@ def _differences(wrong: Scene, right: Scene) -> list[str]:
     centered = [{replace(obj, dy=1, dx=1) for obj in scene.objects} for scene in (wrong, right)]
     surplus, lacking = sorted(centered[0] - centered[1]), sorted(centered[1] - centered[0])
     repainted, moved = [], []
-    # An object that only moved is said to be moved, even if the cell it left was filled by another one.
+    # An object that only moved is described as moved, even if another one is now in its old cell.
     for obj in list(surplus):
         target = next((other for other in lacking if (other.shape, other.color) == (obj.shape, obj.color)), None)
         if target is not None:
@@ -217,7 +211,7 @@ def _differences(wrong: Scene, right: Scene) -> list[str]:
 
 
 def _place(cells: list[tuple[int, int] | None], relation: str | None, rng: random.Random) -> Sequence[tuple[int, int]]:
-    """Give every object a cell: its own where it has one and the relation allows, else a random free one."""
+    """Give every object a cell: its own if it has one and the relation allows it, else a random free one."""
     if relation is None:
         free = [cell for cell in CELLS if cell not in cells]
         rng.shuffle(free)

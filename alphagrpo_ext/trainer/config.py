@@ -20,9 +20,12 @@ from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveConfig
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
-from alphagrpo_ext.trainer.rewards import RECTIFICATIONS, SELECTIONS
 
 
+RECTIFICATIONS = ("minimum", "initial", "off")
+"""Rules that lower the reward of a refinement which improved nothing."""
+SELECTIONS = ("lowest", "sampled")
+"""Ways to choose which of several initial images is refined."""
 ROLLOUT_POLICIES = ("policy", "reference")
 """The models that can sample the rollouts."""
 

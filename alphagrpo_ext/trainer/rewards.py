@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from alphagrpo_ext.trainer.step import RolloutStep
 
 
-RECTIFICATIONS = ("minimum", "initial", "off")
-SELECTIONS = ("lowest", "sampled")
-
-
 def judges_images(functions: Sequence[Callable]) -> torch.Tensor:
     """
     Which reward functions judge images, bool `(functions,)`: all but reward models, which read texts, and functions with a true

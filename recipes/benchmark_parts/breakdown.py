@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where the time of a training step goes."""
+"""Time of the phases of a training step."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from alphagrpo_ext.trainer import AlphaGRPOTrainer
 
 
 PHASES = ("context", "text", "denoising", "decoding", "judge", "forward", "backward", "optimizer", "rest")
-"""Prefill, sampling of thoughts, denoising, decoding of latents, rewards, the update's parts, and what is left."""
+"""Prefill, sampling of thoughts, denoising, decoding of latents, rewards, the parts of the update, and the rest."""
 
 
 @contextmanager
-def phases_of(trainer: AlphaGRPOTrainer) -> Iterator[Mapping[str, float]]:
+def phase_seconds(trainer: AlphaGRPOTrainer) -> Iterator[Mapping[str, float]]:
     """
-    In this context, the seconds that a trainer spends in each of [`PHASES`] but the rest are added up.
+    Measure how many seconds a trainer spends in each of [`PHASES`] but the rest while the context is open.
 
     Args:
-        trainer ([`AlphaGRPOTrainer`]): Of one process, without gradient accumulation.
+        trainer ([`AlphaGRPOTrainer`]): A trainer with one process and without gradient accumulation.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
-    # Only the outermost phase counts, so that no time is counted twice.
+    # Time counts for the outermost phase alone, so that none is counted twice.
     running: list[str] = []
 
     def timed(function: Callable[..., Any], phase: str) -> Callable[..., Any]:

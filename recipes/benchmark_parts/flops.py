@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Floating-point operations that a computation needs, counted from shapes: linear layers, and attention over what is seen."""
+"""Number of floating-point operations of a computation, counted from shapes: linear layers, and attention to visible tokens."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, visibility_mask
 
 
 def linear_flops(module: torch.nn.Module) -> int:
-    """Operations of one token in all linear layers of a module: a multiplication and an addition a weight."""
+    """Operations per token in all linear layers of a module: one multiplication and one addition per weight."""
     return sum(2 * layer.weight.numel() for layer in module.modules() if isinstance(layer, torch.nn.Linear))
 
 
 def token_flops(model: BagelModel) -> int:
-    """Of one token in all layers of the decoder, attention scores aside; both experts have the same sizes."""
+    """Operations per token in all layers of the decoder, without attention scores. Both experts have the same sizes."""
     return linear_flops(model.language_model.model.layers) // 2
 
 
 def pair_flops(model: BagelModel) -> int:
-    """Of one query and one key that it sees, in all layers: their score, and the weighted value."""
+    """Operations per pair of a query and a visible key, in all layers: their score, and the weighted value."""
     config = model.config.text_config
     return 4 * config.hidden_size * config.num_hidden_layers
 
 
 def training_flops(model: BagelModel, inputs: dict[str, torch.Tensor]) -> int:
     """
-    Of forward and backward of a packed micro-batch, the backward taken to be two forwards. Padding and pairs that do not
-    see each other do not count, nor does what an implementation computes twice.
+    Operations of forward and backward of a packed micro-batch. The backward counts as two forwards. Padding, pairs that do not see
+    each other, and what an implementation computes twice do not count.
 
     Args:
-        model ([`BagelModel`]): Its vision tower is frozen, and runs forward only.
-        inputs (`dict[str, torch.Tensor]`): Of a [`PackedBatch`].
+        model ([`BagelModel`]): The model. Its vision tower is frozen and has no backward.
+        inputs (`dict[str, torch.Tensor]`): Inputs of a [`PackedBatch`].
     """
     is_token = inputs["blocks"] != PADDING_BLOCK
     pairs = visibility_mask(*(inputs[name] for name in ("positions", "blocks", "horizons", "sequence_ids")))
@@ -51,15 +51,15 @@ def training_flops(model: BagelModel, inputs: dict[str, torch.Tensor]) -> int:
 
 def denoising_flops(model: BagelModel, context_tokens: list[int], num_latents: int, num_steps: int) -> int:
     """
-    Of denoising over cached contexts.
+    Operations of denoising with cached contexts.
 
     Args:
-        model ([`BagelModel`]): Predicts velocities.
-        context_tokens (`list[int]`): Tokens in the cache of every row, which is an image in a guidance branch.
-        num_latents (`int`): Latent tokens of an image.
-        num_steps (`int`): Steps that evaluate all rows.
+        model ([`BagelModel`]): The model.
+        context_tokens (`list[int]`): Cached tokens of every row. A row is one image in one guidance branch.
+        num_latents (`int`): Latent tokens per image.
+        num_steps (`int`): Number of steps that evaluate all rows.
     """
     tokens = num_latents + 2
     pairs = sum(tokens * (context + tokens) for context in context_tokens)
-    of_row = tokens * token_flops(model) + num_latents * (linear_flops(model.vae2llm) + linear_flops(model.llm2vae))
-    return num_steps * (len(context_tokens) * of_row + pairs * pair_flops(model))
+    row_flops = tokens * token_flops(model) + num_latents * (linear_flops(model.vae2llm) + linear_flops(model.llm2vae))
+    return num_steps * (len(context_tokens) * row_flops + pairs * pair_flops(model))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Ways to compute the same loss: the packed micro-batch, and what research codes do, one forward a trained step.
+Ways to compute the same loss: the packed micro-batch, and one forward per trained step as in research codebases.
 
-The step-by-step structures are given what they could have: guidance branches and trajectories run as one batch without
-padding to the longest branch, and with the same attention. They differ in what becomes of the contexts, which they do not
-share between branches and trajectories: each is built anew in each step, with or without a gradient, or once, without.
+The step-by-step structures get the benefit of the doubt: guidance branches and trajectories run as one batch, without padding to the
+longest branch and with the same attention, and texts are scored once. They do not share contexts between branches and trajectories.
+They differ in how often contexts are computed: in each step with a gradient, in each step without one, or once without one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from benchmark_parts.workload import GUIDANCE, without_windows
 @dataclass(frozen=True)
 class Update:
     """
-    What all structures compute: Flow-GRPO with a penalty on the images, and the mean log-probability of the texts.
+    The loss that all structures compute: Flow-GRPO with a penalty on the images, and the mean log-probability of the texts.
 
     Args:
-        model ([`BagelModel`]): In training mode.
-        trajectories (`list[Trajectory]`): One window each.
-        precision (`torch.dtype`): bf16 by autocast, or fp32.
+        model ([`BagelModel`]): The model, in training mode.
+        trajectories (`list[Trajectory]`): Trajectories with one window each.
+        precision (`torch.dtype`): `torch.float32`, or `torch.bfloat16` by autocast.
     """
 
     model: BagelModel
@@ -51,9 +51,9 @@ class Update:
         return self.trajectories[0].sampled_images[0].window.num_steps
 
     def image_loss(self, trajectories: list[Trajectory], batch: PackedBatch, output: PackedOutput) -> torch.Tensor:
-        """The share of an average over all trained steps that those of `trajectories` have."""
+        """Contribution of the trained steps in `trajectories` to the average over all trained steps."""
         scores = ImageScores.from_packed(trajectories, batch, output)
-        # At a ratio of 1 a loss does not show what its velocities are, and a penalty does.
+        # At a ratio of 1 the value of the clipped loss does not depend on the velocities. That of the penalty does.
         objective = OBJECTIVES.get("flow_grpo")(ObjectiveConfig(beta=0.1, kl_type="velocity"))
         advantages = torch.linspace(-1, 2, len(trajectories))
         output = objective(scores, advantages, ref_velocities=torch.zeros_like(scores.velocities))
@@ -64,7 +64,7 @@ class Update:
 
 
 def packed(update: Update, context_gradient: str) -> float:
-    """Everything in one forward: the library's way."""
+    """All steps in one forward, as in this library."""
     batch = update.model.pack(update.trajectories, GUIDANCE)
     with update.autocast():
         output = update.model(**batch.inputs, context_gradient=context_gradient)
@@ -73,8 +73,8 @@ def packed(update: Update, context_gradient: str) -> float:
     return loss.item()
 
 
-def with_own_pictures(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """The same trajectories, every guidance branch of which reads pictures that nothing else shares."""
+def with_copied_contexts(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Copy the guidance contexts of trajectories, so that no branch shares an image with another."""
     return [
         Trajectory(
             [
@@ -86,16 +86,16 @@ def with_own_pictures(trajectories: list[Trajectory]) -> list[Trajectory]:
     ]
 
 
-def pack_alone(model: BagelModel, trajectories: list[Trajectory]) -> PackedBatch:
-    """Packed so that no guidance branch shares its context."""
+def pack_unshared(model: BagelModel, trajectories: list[Trajectory]) -> PackedBatch:
+    """Pack trajectories so that no guidance branch shares its context."""
     return pack_trajectories(trajectories, model.guidance(GUIDANCE), model.config, shares_contexts=False)
 
 
 def rebuilt_with_gradient(update: Update) -> float:
-    """Each step with its contexts, all of it with gradient; the first step scores the texts as well."""
+    """One forward per step with its contexts, all with gradient. The first step also scores the texts."""
     total = 0.0
-    for part in split_window_steps(with_own_pictures(update.trajectories), 1):
-        batch = pack_alone(update.model, part)
+    for part in split_window_steps(with_copied_contexts(update.trajectories), 1):
+        batch = pack_unshared(update.model, part)
         with update.autocast():
             output = update.model(**batch.inputs)
         loss = update.image_loss(part, batch, output)
@@ -107,20 +107,20 @@ def rebuilt_with_gradient(update: Update) -> float:
 
 
 def rebuilt_without_gradient(update: Update) -> float:
-    """The contexts of each step anew, without gradient, and then the noised images over their keys and values."""
+    """In each step, compute the contexts without gradient, and then the noised images from their keys and values."""
     return _step_by_step(update, reuses_contexts=False)
 
 
 def cached_without_gradient(update: Update) -> float:
-    """The contexts once, without gradient, for all steps."""
+    """Compute the contexts once, without gradient, for all steps."""
     return _step_by_step(update, reuses_contexts=True)
 
 
 def _step_by_step(update: Update, reuses_contexts: bool) -> float:
     model, total = update.model, _text_alone(update)
     states: tuple[ContextStates, ...] | None = None
-    for part in split_window_steps(with_own_pictures(update.trajectories), 1):
-        batch = pack_alone(update.model, part)
+    for part in split_window_steps(with_copied_contexts(update.trajectories), 1):
+        batch = pack_unshared(update.model, part)
         layout = PackedLayout.from_inputs(batch.inputs)
         with update.autocast():
             embeddings = model.embed_sequences(batch.inputs)
@@ -145,7 +145,12 @@ def _run(
     embeddings: tuple[torch.Tensor, torch.Tensor],
     part: PackedLayout,
 ) -> torch.Tensor:
-    """Contexts, the first tokens of either expert, or copies, the last; the hidden states of their latents."""
+    """
+    Run the contexts, which are the first tokens of both experts, or the noised copies, which are the last ones.
+
+    Returns:
+        `torch.Tensor` of shape `(1, tokens, hidden)`: Hidden states of the generation expert.
+    """
     und, gen = embeddings
     positions = inputs["positions"].split([und.shape[1], gen.shape[1]], dim=1)
     tokens = []
@@ -169,35 +174,38 @@ def _text_alone(update: Update) -> float:
     return loss.item()
 
 
+PACKED = "packed, exact"
+"""Name of the structure that training uses."""
+
 STRUCTURES: dict[str, Callable[[Update], float]] = {
-    "packed, exact": lambda update: packed(update, "exact"),
+    PACKED: lambda update: packed(update, "exact"),
     "packed, detached": lambda update: packed(update, "detached"),
     "rebuilt with gradient": rebuilt_with_gradient,
     "rebuilt without gradient": rebuilt_without_gradient,
     "cached without gradient": cached_without_gradient,
 }
-"""Each takes an update, leaves gradients in the parameters and returns the loss."""
+"""Structures by name: each takes an update, leaves gradients in the parameters and returns the loss."""
 
-EXACT = ("packed, exact", "rebuilt with gradient")
-"""Structures the gradient of which goes through the context; that of the others does not."""
+EXACT = (PACKED, "rebuilt with gradient")
+"""Structures whose gradient flows through the context."""
 
 
 def num_tokens(batch: PackedBatch) -> tuple[int, int]:
-    """Tokens of contexts, and of all noised copies; what pads a batch does not count."""
+    """Number of tokens of contexts, and of noised copies, without padding."""
     blocks = batch.inputs["blocks"]
     contexts = (blocks < NOISED_BLOCK).sum().item()
     return contexts, (blocks < PADDING_BLOCK).sum().item() - contexts
 
 
 def token_costs(update: Update) -> dict[str, float]:
-    """Tokens that each structure pushes through the network, in forwards: a backward counts twice."""
+    """Number of tokens that each structure passes through the network. A backward counts as two forwards."""
     pack = update.model.pack
     shared, copies = num_tokens(pack(update.trajectories, GUIDANCE))
-    contexts, _ = num_tokens(pack_alone(update.model, update.trajectories))
+    contexts, _ = num_tokens(pack_unshared(update.model, update.trajectories))
     with_texts, _ = num_tokens(pack(without_windows(update.trajectories), GUIDANCE))
     steps = update.num_steps
     return {
-        "packed, exact": 3 * (shared + copies),
+        PACKED: 3 * (shared + copies),
         "packed, detached": 3 * (shared + copies),
         "rebuilt with gradient": 3 * (steps * contexts + copies),
         "rebuilt without gradient": steps * contexts + 3 * (with_texts + copies),
@@ -206,7 +214,7 @@ def token_costs(update: Update) -> dict[str, float]:
 
 
 def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference of two gradients over the norm of the second, all parameters taken together."""
+    """Norm of the difference of two gradients, relative to the norm of the second, over all parameters."""
     names = first.keys() | second.keys()
     difference = norm = 0.0
     for name in names:
@@ -218,7 +226,7 @@ def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 
 def gradient_of(update: Update, structure: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient of every parameter that has one."""
+    """Compute the loss of a structure and the gradient of every parameter that has one."""
     update.model.zero_grad()
     loss = STRUCTURES[structure](update)
     gradients = {name: p.grad.clone() for name, p in update.model.named_parameters() if p.grad is not None}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a benchmark found, as text, JSON and pictures."""
+"""Results of the benchmark as text, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """
-    One result.
+    One result of the benchmark.
 
     Args:
-        title (`str`): What was measured.
+        title (`str`): Title of the table.
         columns (`list[str]`): Headers.
-        rows (`list[list]`): Texts, numbers and [`Spread`]s.
-        note (`str`, *optional*): What to know about it.
-        draw (`Callable[[Table], Figure]`, *optional*): Makes a picture of it, with matplotlib.
+        rows (`list[list]`): Cells, which are texts, numbers or [`Spread`]s.
+        note (`str`, *optional*): Note under the table.
+        draw (`Callable[[ResultTable], Figure]`, *optional*): Draws the table with matplotlib.
     """
 
     title: str
     columns: list[str]
     rows: list[list[Any]]
     note: str = ""
-    draw: Callable[[Table], Figure] | None = None
+    draw: Callable[[ResultTable], Figure] | None = None
 
     def __str__(self) -> str:
         cells = [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in row] for row in self.rows]
@@ -51,10 +51,7 @@ class Table:
         return [row[place] for row in self.rows]
 
     def save_picture(self, folder: Path) -> Path | None:
-        """
-        Returns:
-            `Path`: `None` without a picture, or without matplotlib.
-        """
+        """Draw the table into a PNG file. Returns `None` if it has no picture or matplotlib is not installed."""
         if self.draw is None:
             return None
         try:
@@ -67,10 +64,10 @@ class Table:
         return path
 
 
-def bars_of(column: str) -> Callable[[Table], Figure]:
-    """Draws the figures under a header, a bar a row, with their least and greatest value."""
+def bars_of(column: str) -> Callable[[ResultTable], Figure]:
+    """Make a function that draws a column as one bar per row, with the smallest and largest value."""
 
-    def draw(table: Table) -> Figure:
+    def draw(table: ResultTable) -> Figure:
         from matplotlib.figure import Figure
 
         labels = [str(row[0]) for row in table.rows]
@@ -85,8 +82,8 @@ def bars_of(column: str) -> Callable[[Table], Figure]:
     return draw
 
 
-def curves(table: Table) -> Figure:
-    """Draws what a dimension costs: time and tokens, relative to the first value, a panel a dimension."""
+def curves(table: ResultTable) -> Figure:
+    """Draw time and tokens relative to the first value, with one panel per dimension."""
     from matplotlib.figure import Figure
 
     dimensions = [(name, list(rows)) for name, rows in groupby(table.rows, key=lambda row: row[0])]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What this trainer adds to TRL's: the same text network, prompts, completions and rewards in both."""
+"""What this package's trainer costs on top of TRL's, with the same text network, prompts, completions and rewards."""
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from typing import Any
@@ -13,11 +14,13 @@ from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.models.bagel import BagelConfig, BagelModel
 from alphagrpo_ext.shapes.model import build_processor
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from alphagrpo_ext.trainer.step import rollout_fields
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
-from benchmark_parts.workload import Size, build_benchmark_config
+from benchmark_parts.sizes import Size
+from benchmark_parts.workload import build_benchmark_config
 
 
 PROMPT_TOKENS = 32
@@ -25,16 +28,17 @@ BATCH_SIZE = 16
 
 
 def sample_ids(count: int, rng: random.Random, vocab_size: int) -> list[int]:
+    """Draw token ids that are not special."""
     return [rng.randrange(10, vocab_size) for _ in range(count)]
 
 
-def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """Differs within a group."""
+def sum_of_ids(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """A reward that differs within a group."""
     return [float(sum(ids) % 17) for ids in completion_ids]
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of every optimizer step."""
+    """Records the seconds of every optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -47,54 +51,77 @@ class StepTimes(TrainerCallback):
 
 
 class TextOnlyTrainer(AlphaGRPOTrainer):
-    """Its rollout is text that is made up, as that of the trainer that it is compared with."""
+    """The trainer with a rollout of random text, the same kind as that of the trainer that it is compared with."""
 
     thought_tokens = 64
 
-    def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+    def _sample_rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         rng = random.Random(self.state.global_step)
         vocab_size = self.model.config.text_config.vocab_size
-        self._trajectories = [
+        step = self._rollout_step
+        step.trajectories = [
             Trajectory(
                 [
                     TextSegment(sample_ids(PROMPT_TOKENS, rng, vocab_size)),
                     TextSegment(
-                        ids := sample_ids(self.thought_tokens, rng, vocab_size),
+                        sample_ids(self.thought_tokens, rng, vocab_size),
                         sampled=True,
                         ended=False,
-                        log_probs=[0.0] * len(ids),
+                        log_probs=[0.0] * self.thought_tokens,
                     ),
                 ]
             )
             for _ in prompts
         ]
-        return self._rollout_fields(self._trajectories)
+        step.texts = [[self.processing_class.decode(t.sampled_texts[0].content_ids)] for t in step.trajectories]
+        return rollout_fields(step.trajectories, step.texts, self._tokenizer.eos_token_id)
+
+
+def plain_model(config: BagelConfig, attention: str) -> Qwen3ForCausalLM:
+    """Build a Qwen3 with the sizes of a BAGEL's understanding expert."""
+    text = config.text_config
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            **{name: getattr(text, name) for name in (*sizes, "num_key_value_heads", "rms_norm_eps")},
+            head_dim=text.hidden_size // text.num_attention_heads,
+            attention_bias=True,
+            max_position_embeddings=text.max_position_embeddings,
+            tie_word_embeddings=False,
+            attn_implementation=attention,
+        )
+    )
+
+
+def random_completions(
+    prompts: list[Any], trainer: GRPOTrainer, vocab_size: int, num_tokens: int
+) -> dict[str, list[Any]]:
+    """TRL's `rollout_func` with random prompts and completions."""
+    rng = random.Random(trainer.state.global_step)
+    completions = [
+        (sample_ids(PROMPT_TOKENS, rng, vocab_size), sample_ids(num_tokens, rng, vocab_size)) for _ in prompts
+    ]
+    return {
+        "prompt_ids": [prompt for prompt, _ in completions],
+        "completion_ids": [ids for _, ids in completions],
+        "logprobs": [[0.0] * num_tokens for _ in completions],
+    }
 
 
 def build_trainers(size: Size, output_dir: str, steps: int, bf16: bool) -> dict[str, GRPOTrainer]:
     """
-    TRL's trainer of a Qwen3 of the sizes of a BAGEL's understanding expert, and ours of that BAGEL, both on one rollout of
-    made-up text a step. The generation expert has no part in it.
+    Build TRL's trainer of a Qwen3 and this package's trainer of a BAGEL whose understanding expert has the same sizes. Both train on
+    one rollout of random text per step, in which the generation expert takes no part.
 
     Args:
-        size ([`Size`]): Of the decoder, and of completions: `thought_tokens`.
-        output_dir (`str`): Where trainers want to write; they write nothing.
+        size ([`Size`]): Sizes of the decoder, and the number of tokens of a completion (`thought_tokens`).
+        output_dir (`str`): Output directory of the trainers, in which they write nothing.
         steps (`int`): Optimizer steps of a run.
         bf16 (`bool`): Whether to train under autocast.
     """
     processor = build_processor()
     config = build_benchmark_config(size)
     config._attn_implementation = size.attn_implementation
-    text = config.text_config
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    plain_config = Qwen3Config(
-        **{name: getattr(text, name) for name in (*sizes, "num_key_value_heads", "rms_norm_eps")},
-        head_dim=text.hidden_size // text.num_attention_heads,
-        attention_bias=True,
-        max_position_embeddings=text.max_position_embeddings,
-        tie_word_embeddings=False,
-        attn_implementation=size.attn_implementation,
-    )
     shared = {
         "output_dir": output_dir,
         "per_device_train_batch_size": BATCH_SIZE,
@@ -117,43 +144,32 @@ def build_trainers(size: Size, output_dir: str, steps: int, bf16: bool) -> dict[
     }
     dataset = Dataset.from_list([{"prompt": f"a red circle and {i} blue squares"} for i in range(8)])
 
-    def made_up(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        rng = random.Random(trainer.state.global_step)
-        completions = [
-            (sample_ids(PROMPT_TOKENS, rng, text.vocab_size), sample_ids(size.thought_tokens, rng, text.vocab_size))
-            for _ in prompts
-        ]
-        return {
-            "prompt_ids": [prompt for prompt, _ in completions],
-            "completion_ids": [ids for _, ids in completions],
-            "logprobs": [[0.0] * size.thought_tokens for _ in completions],
-        }
-
     torch.manual_seed(0)
     plain = GRPOTrainer(
-        model=Qwen3ForCausalLM(plain_config),
-        reward_funcs=reward,
+        model=plain_model(config, size.attn_implementation),
+        reward_funcs=sum_of_ids,
         args=GRPOConfig(**shared),
         train_dataset=dataset,
         processing_class=processor.tokenizer,
-        rollout_func=made_up,
+        rollout_func=functools.partial(
+            random_completions, vocab_size=config.text_config.vocab_size, num_tokens=size.thought_tokens
+        ),
     )
-    policy = BagelModel(config)
-    ours = TextOnlyTrainer(
-        model=policy,
-        reward_funcs=reward,
+    unified = TextOnlyTrainer(
+        model=BagelModel(config),
+        reward_funcs=sum_of_ids,
         args=AlphaGRPOConfig(
             **shared, image_height=size.image_size, image_width=size.image_size, sde_window_size=1, top_p=1.0
         ),
         train_dataset=dataset,
         processing_class=processor,
     )
-    ours.thought_tokens = size.thought_tokens
-    return {"GRPOTrainer": plain, "AlphaGRPOTrainer": ours}
+    unified.thought_tokens = size.thought_tokens
+    return {"GRPOTrainer": plain, "AlphaGRPOTrainer": unified}
 
 
 def step_seconds(trainer: GRPOTrainer) -> list[float]:
-    """Of a run, without its first step."""
+    """Train and return the seconds of every optimizer step but the first."""
     times = StepTimes()
     trainer.add_callback(times)
     try:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How much memory an update takes, before there is a machine to try it on.
+"""
+How much memory an update takes, estimated without a machine that could run it.
 
-Weights, gradients and optimizer states are counted. What the forward and backward need is found by running the model's
-own code over tensors that have a size and no contents, and adding up what is alive at each operation; so adapters,
-gradient checkpointing, guidance branches and the chunked head are in it as they are in training.
+Weights, gradients and optimizer states are counted. For the forward and backward, the model's own code runs on fake tensors, which
+have a size but no contents, and the storages that are alive at each operation are added up. So the estimate includes adapters,
+gradient checkpointing, guidance branches and the chunked head as training does.
 """
 
 from __future__ import annotations
@@ -21,118 +22,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
-from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import flow_timesteps
 from alphagrpo_ext.models.bagel.guidance import BRANCHES
-from alphagrpo_ext.models.contract import FAMILIES, LORA_TARGETS, UnifiedModel
+from alphagrpo_ext.models.contract import FAMILIES, UnifiedModel
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, TextSegment, Trajectory
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "eager")
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """
-    What an update does. The defaults are those of the paper's configuration for reasoning text-to-image.
-
-    Args:
-        lora_rank (`int`, *optional*, defaults to `32`):
-            Rank of the adapter; `None` trains all weights.
-        lora_targets (`str`, *optional*, defaults to `"both"`):
-            Which expert it is put on; see [`~alphagrpo_ext.trainer.AlphaGRPOConfig`].
-        batch_size (`int`, *optional*, defaults to `14`):
-            Trajectories a process trains on at once: `per_device_train_batch_size`.
-        prompt_tokens, thought_tokens (`int`, *optional*, defaults to `128` and `512`):
-            Length of given and of sampled text, in tokens.
-        context_images (`int`, *optional*, defaults to `0`):
-            Images that the policy is given, of the size that it paints: 1 in self-reflection.
-        height, width (`int`, *optional*, defaults to `512`):
-            Size of images, in pixels.
-        sde_window_size (`int`, *optional*, defaults to `10`):
-            Trained steps K of an image.
-        image_steps_per_forward (`int`, *optional*):
-            Most trained steps in one forward; `None` takes all.
-        num_branches (`int`, *optional*, defaults to `2`):
-            Guidance branches, 1 to 3. All trained steps are taken to be guided, which is the most there can be.
-        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            Whether the backward computes each layer anew.
-        attn_implementation (`str`, *optional*, defaults to `"flex_attention"`):
-            `"sdpa"` and `"eager"` store masks of pairs of tokens, and `"eager"` their scores as well.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Of the weights. Adapters are fp32.
-        autocast (`bool`, *optional*, defaults to `True`):
-            Whether operations run in bf16 whatever the type of the weights, as under `--bf16`.
-        with_reference (`bool`, *optional*, defaults to `False`):
-            Whether a copy of all weights stays for a KL; an adapter needs none.
-        num_shards (`int`, *optional*, defaults to `1`):
-            Processes that weights, gradients and optimizer states are spread over, as by FSDP2 and ZeRO-3. Under `autocast`
-            these keep trained weights, their gradients and moments in fp32, whatever `dtype` is.
-    """
-
-    lora_rank: int | None = 32
-    lora_targets: str = "both"
-    batch_size: int = 14
-    prompt_tokens: int = 128
-    thought_tokens: int = 512
-    context_images: int = 0
-    height: int = 512
-    width: int = 512
-    sde_window_size: int = 10
-    image_steps_per_forward: int | None = None
-    num_branches: int = 2
-    gradient_checkpointing: bool = True
-    attn_implementation: str = "flex_attention"
-    dtype: str = "bfloat16"
-    autocast: bool = True
-    with_reference: bool = False
-    num_shards: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "prompt_tokens", "sde_window_size", "num_shards", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        for name in ("lora_rank", "image_steps_per_forward"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or left out, but is {getattr(self, name)}")
-        if not 1 <= self.num_branches <= len(BRANCHES):
-            raise ValueError(f"num_branches must be 1 to {len(BRANCHES)}, but is {self.num_branches}")
-        for name, choices in (
-            ("attn_implementation", ATTENTION_IMPLEMENTATIONS),
-            ("lora_targets", LORA_TARGETS),
-            ("dtype", DTYPES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
-
-    @property
-    def steps_per_forward(self) -> int:
-        """Trained steps in the largest forward."""
-        return min(self.image_steps_per_forward or self.sde_window_size, self.sde_window_size)
-
-    @property
-    def guidance(self) -> GuidanceConfig:
-        """Guidance at all times, in `num_branches` branches."""
-        return GuidanceConfig(
-            text_scale=4.0 if self.num_branches > 1 else 1.0,
-            image_scale=2.0 if self.num_branches > 2 else 1.0,
-            interval=(0.0, 1.0),
-        )
+from recipe_tools.memory_settings import MemorySettings
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """
-    Bytes of one process at the peak of an update.
+    Memory of one process at the peak of an update, in bytes.
 
     Args:
-        weights (`int`): Of the model and its adapter.
-        gathered (`int`): Weights of other shards that are there for the time of their use; 0 without shards.
-        reference (`int`): Of the reference model.
-        gradients (`int`): Of what is trained.
-        optimizer (`int`): AdamW's two moments.
-        activations (`int`): The most that forward and backward have alive beside these.
+        weights (`int`): Weights of the model and its adapter.
+        gathered (`int`): Weights of other shards while they are in use; 0 without shards.
+        reference (`int`): Weights of the reference model.
+        gradients (`int`): Gradients of the trained weights.
+        optimizer (`int`): Two moments of AdamW per trained weight.
+        activations (`int`): Peak of what forward and backward keep alive besides these.
     """
 
     weights: int
@@ -150,10 +58,10 @@ class MemoryEstimate:
 
 class LiveBytes(TorchDispatchMode):
     """
-    Adds up the storages that operations make and that are still in use.
+    Adds up the storages that operations allocate and that are still in use.
 
     Args:
-        known (`Iterable[torch.Tensor]`): Tensors that are there already and do not count.
+        known (`Iterable[torch.Tensor]`): Tensors that exist before and do not count.
         ignored_sizes (`Iterable[int]`): Storages of these sizes, in bytes, do not count.
     """
 
@@ -186,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def example_trajectories(model: UnifiedModel, settings: MemorySettings) -> list[Trajectory]:
-    """Trajectories of the size that `settings` describes, with the trained steps of the largest forward."""
+    """Build trajectories of the size that `settings` describes, with the trained steps of the largest forward."""
     grid = (settings.height // model.latent_downsample, settings.width // model.latent_downsample)
     tokens, num_steps = grid[0] * grid[1], settings.steps_per_forward
     window = DenoisingWindow(
@@ -198,7 +106,7 @@ def example_trajectories(model: UnifiedModel, settings: MemorySettings) -> list[
     given: list[Any] = []
     for _ in range(settings.context_images):
         given.append(ImageSegment(torch.zeros(tokens, model.latent_channels), grid))
-        # The vision tower is frozen and keeps nothing: what the decoder reads of it is as long as a text.
+        # The vision tower is frozen and keeps no activations, so its tokens cost the decoder what text of the same length costs.
         given.append(TextSegment([0] * model.vision_tokens(settings.height, settings.width)))
     given.append(TextSegment([0] * settings.prompt_tokens))
     thought = (
@@ -215,8 +123,8 @@ def example_trajectories(model: UnifiedModel, settings: MemorySettings) -> list[
 
 
 def build_policy(config: PreTrainedConfig, settings: MemorySettings) -> tuple[UnifiedModel, torch.nn.Module]:
-    """The model that `config` describes as training sets it up: types, frozen parts, adapter, checkpointing."""
-    # Flex attention keeps what SDPA keeps, but for the mask.
+    """Build the model of a configuration as training sets it up: data types, frozen parts, adapter, checkpointing."""
+    # Flex attention keeps what SDPA keeps, except the mask.
     name = "eager" if settings.attn_implementation == "eager" else "sdpa"
     config = type(config).from_dict(config.to_dict())
     config._attn_implementation = name
@@ -228,18 +136,18 @@ def build_policy(config: PreTrainedConfig, settings: MemorySettings) -> tuple[Un
         parameter.data = parameter.data.to(torch.float32 if keep(parameter_name) else dtype)
     family.freeze_vision_tower(model)
     policy: torch.nn.Module = model
-    if settings.lora_rank is not None:
+    if settings.lora_rank:
         targets = family.lora_target_modules(settings.lora_targets)
         policy = get_peft_model(model, LoraConfig(r=settings.lora_rank, target_modules=targets))
     if settings.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        if settings.lora_rank is not None:
+        if settings.lora_rank:
             policy.enable_input_require_grads()
     return model, policy.train()
 
 
 def _leave_meta(module: torch.nn.Module) -> None:
-    """Put weights and buffers on the CPU, where mixed precision applies; in a fake mode they still have no contents."""
+    """Put weights and buffers on the CPU, where autocast applies; in a fake mode they still have no contents."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -265,29 +173,48 @@ def _mask_sizes(inputs: dict[str, torch.Tensor], dtypes: Iterable[torch.dtype]) 
 
 def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> MemoryEstimate:
     """
-    Memory of one process that trains a model.
+    Estimate the memory of one process that trains a model.
 
-    Rollouts need less and are not looked at, nor are what the process itself takes, communication buffers and what an
-    allocator loses to fragments: leave a tenth of a device free.
+    Rollouts need less and are not considered. The memory of the process itself, communication buffers and fragmentation are not
+    included: leave a tenth of a device free.
 
     Args:
-        config (`PreTrainedConfig`): Of a registered model family, e.g. a [`BagelConfig`].
-        settings ([`MemorySettings`]): What an update does.
+        config (`PreTrainedConfig`): Configuration of a registered model family, e.g. a [`BagelConfig`].
+        settings ([`MemorySettings`]): Settings of the update.
     """
     with torch.device("meta"):
         model, policy = build_policy(config, settings)
+    activations, layers = _run_update(model, policy, settings)
+    parameters = list(policy.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weights, shards = _num_bytes(parameters), settings.num_shards
+    in_training = _num_bytes(trained)
+    if shards > 1 and settings.autocast:
+        in_training = 4 * sum(parameter.numel() for parameter in trained)
+    return MemoryEstimate(
+        weights=(weights - _num_bytes(trained) + in_training) // shards,
+        # Embeddings and head stay gathered for the whole forward. Of the layers, one is used while the next one is gathered.
+        gathered=(weights - sum(layers) + 2 * max(layers)) * (shards - 1) // shards,
+        reference=_num_bytes(model.parameters()) // shards if settings.with_reference else 0,
+        gradients=in_training // shards,
+        optimizer=2 * in_training // shards,
+        activations=activations,
+    )
+
+
+def _run_update(model: UnifiedModel, policy: torch.nn.Module, settings: MemorySettings) -> tuple[int, list[int]]:
+    """Run forward and backward on fake tensors. Returns the peak of their activations and the size of each layer, in bytes."""
     batch = model.pack(example_trajectories(model, settings), settings.guidance)
     fake = FakeTensorMode()
     with fake:
         _leave_meta(policy)
-        # Sizes are read, and not computed with.
+        # The sizes in `buckets` are read as numbers.
         inputs = {n: t if n == "buckets" else fake.from_tensor(t) for n, t in batch.inputs.items()}
-        parameters = list(policy.parameters())
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         for parameter in trained:
-            # Gradients of the micro-batch before are there when the next one begins.
+            # The gradients of one micro-batch exist when the next one begins.
             parameter.grad = torch.zeros_like(parameter)
-        known = [*parameters, *policy.buffers(), *inputs.values(), *(parameter.grad for parameter in trained)]
+        known = [*policy.parameters(), *policy.buffers(), *inputs.values(), *(parameter.grad for parameter in trained)]
         dtype = torch.bfloat16 if settings.autocast else getattr(torch, settings.dtype)
         ignored = _mask_sizes(batch.inputs, {dtype}) if settings.attn_implementation == "flex_attention" else []
         with LiveBytes(known, ignored) as tracker:
@@ -299,17 +226,4 @@ def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> Memor
             loss.backward()
         peak = tracker.peak
         layers = [_num_bytes(layer.parameters()) for layer in model.family.sharded_layers(model)]
-    computed, shards = _num_bytes(parameters), settings.num_shards
-    root = computed - sum(layers)
-    in_training = _num_bytes(trained)
-    if shards > 1 and settings.autocast:
-        in_training = 4 * sum(parameter.numel() for parameter in trained)
-    return MemoryEstimate(
-        weights=(computed - _num_bytes(trained) + in_training) // shards,
-        # The embeddings and the head stay for all of the forward; of the layers, one is used while the next one comes.
-        gathered=(root + 2 * max(layers)) * (shards - 1) // shards,
-        reference=_num_bytes(model.parameters()) // shards if settings.with_reference else 0,
-        gradients=in_training // shards,
-        optimizer=2 * in_training // shards,
-        activations=peak,
-    )
+    return peak, layers

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from alphagrpo_ext.trainer.resume.checkpoint_folder import (
     asks_for_last,
     asks_to_resume,
@@ -127,6 +125,8 @@ def run_recipe(job: RayJob, checkpoint: str | None, num_workers: int) -> None:
     Raises:
         `RuntimeError`: If Accelerate does not see all workers.
     """
+    from transformers import TrainingArguments
+
     recipe = load_recipe(Path(job.recipe))
     arguments = [*with_config(recipe, job.arguments), "--output_dir", job.output_dir]
     parsed = make_parser(argument_types(recipe)).parse_args_and_config(arguments, fail_with_unknown_args=True)

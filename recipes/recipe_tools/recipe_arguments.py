@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import get_type_hints
 
 import yaml
-from transformers import TrainingArguments
 from trl import TrlParser
 
 
@@ -51,6 +50,8 @@ def load_recipe(path: Path) -> ModuleType:
     Raises:
         `ValueError`: If its `main` does not take a `TrainingArguments`, which means that it does not train.
     """
+    from transformers import TrainingArguments
+
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     # Annotations of its dataclasses are looked up by the name of their module.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from alphagrpo_ext.shapes import (
+from alphagrpo_ext.shapes.prompts import (
     CATEGORIES,
     SPLITS,
     PromptSpec,
@@ -14,8 +14,8 @@ from alphagrpo_ext.shapes import (
     quality_questions,
     semantic_questions,
     specs_of,
-    vocabulary,
 )
+from alphagrpo_ext.shapes.text import vocabulary
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecompositionError
 from reward_models.prompts.questions import PromptRecord, from_row
 

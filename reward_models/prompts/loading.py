@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
 from alphagrpo_ext.files import read_json_lines
-from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.shapes.prompts import build_dataset
 from reward_models.prompts.questions import TAGS, PromptRecord, from_row
 
 

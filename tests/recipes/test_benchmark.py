@@ -7,24 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from alphagrpo_ext.models.bagel.layout import BagelSequence
 from alphagrpo_ext.models.work import WorkCounter
 from benchmark_parts.flops import denoising_flops, token_flops, training_flops
+from benchmark_parts.sizes import SIZES
 from benchmark_parts.structures import (
     EXACT,
     STRUCTURES,
     Update,
     gradient_of,
     num_tokens,
-    pack_alone,
+    pack_unshared,
     relative_difference,
     token_costs,
 )
-from benchmark_parts.tables import Table, bars_of, curves
+from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.timing import Spread, ratio, time_interleaved
-from benchmark_parts.workload import GUIDANCE, SIZES, build_model, self_reflection_trajectories
+from benchmark_parts.workload import GUIDANCE, build_model, self_reflection_trajectories
 
 
 SMALLEST = replace(SIZES["bagel-shapes"], num_trajectories=2, num_steps=2)
@@ -67,7 +67,7 @@ def test_baselines_share_no_context(update: Update) -> None:
     expected = 0
     for context in contexts:
         expected += BagelSequence.from_segments(context, update.model.config).num_tokens
-    assert num_tokens(pack_alone(update.model, update.trajectories))[0] == expected
+    assert num_tokens(pack_unshared(update.model, update.trajectories))[0] == expected
     assert num_tokens(update.model.pack(update.trajectories, GUIDANCE))[0] < expected
 
 
@@ -94,7 +94,7 @@ def test_ratios_are_taken_within_a_repetition() -> None:
 
 def test_pictures_show_medians_and_extremes(tmp_path: Path) -> None:
     rows = [["slow", Spread(3.0, 2.0, 5.0)], ["fast", Spread(1.0, 0.5, 1.5)]]
-    bars = Table("Structures: a model, float32", ["structure", "seconds"], rows, draw=bars_of("seconds"))
+    bars = ResultTable("Structures: a model, float32", ["structure", "seconds"], rows, draw=bars_of("seconds"))
     assert bars.save_picture(tmp_path) == tmp_path / "structures_a_model_float32.png"
     (axes,) = bars.draw(bars).axes
     assert [bar.get_width() for bar in axes.patches] == [3.0, 1.0]
@@ -102,7 +102,7 @@ def test_pictures_show_medians_and_extremes(tmp_path: Path) -> None:
     assert axes.get_xlabel() == "seconds"
     (segments,) = axes.collections
     assert [path.vertices[:, 0].tolist() for path in segments.get_paths()] == [[2.0, 5.0], [0.5, 1.5]]
-    assert Table("none", ["a"], [["b"]]).save_picture(tmp_path) is None
+    assert ResultTable("none", ["a"], [["b"]]).save_picture(tmp_path) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["structures_a_model_float32.png"]
 
 
@@ -112,7 +112,9 @@ def test_scaling_has_a_panel_a_dimension() -> None:
         ["width", 128, Spread(4, 3, 6), 2.0],
         ["steps", 1, Spread(1, 1, 1), 1],
     ]
-    table = Table("Scaling", ["dimension", "value", "time to the first", "tokens to the first"], rows, draw=curves)
+    table = ResultTable(
+        "Scaling", ["dimension", "value", "time to the first", "tokens to the first"], rows, draw=curves
+    )
     width, steps = table.draw(table).axes
     assert [axes.get_xlabel() for axes in (width, steps)] == ["width", "steps"]
     times, tokens = (
@@ -129,7 +131,9 @@ def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision:
     from recipes import benchmark
 
     monkeypatch.setitem(SIZES, "smallest", SMALLEST)
-    args = benchmark.ScriptArguments(sizes=["smallest"], precision=precision, repetitions=1, output_dir=str(tmp_path))
+    args = benchmark.BenchmarkArguments(
+        sizes=["smallest"], precision=precision, repetitions=1, output_dir=str(tmp_path)
+    )
     tables = benchmark.main(args)
     saved = json.loads((tmp_path / "benchmark.json").read_text())
     assert saved["arguments"]["precision"] == precision
@@ -137,7 +141,7 @@ def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision:
     assert len(tables) == len(benchmark.PARTS)
     assert len(list(tmp_path.glob("*.png"))) == len(tables)
     differences = {row[0]: row[-2:] for row in saved["tables"][0]["rows"]}
-    tolerance = 1e-5 if args.dtype == torch.float32 else 3e-2
+    tolerance = 1e-5 if args.precision == "float32" else 3e-2
     for loss, gradient in differences.values():
         assert loss < tolerance
         assert gradient < tolerance
@@ -149,4 +153,4 @@ def test_unknown_names_are_refused(settings: dict) -> None:
 
     (name,) = settings
     with pytest.raises(ValueError, match=f"{name}: unknown"):
-        benchmark.ScriptArguments(**settings)
+        benchmark.BenchmarkArguments(**settings)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fastapi.responses import JSONResponse
 
-from alphagrpo_ext.shapes import prompt_rows
+from alphagrpo_ext.shapes.prompts import prompt_rows
 from reward_models.decomposition.record_file import RecordFile
 from reward_models.prompts.loading import load_prompts
 from reward_models.prompts.questions import from_row, load_records

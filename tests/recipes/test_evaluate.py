@@ -112,7 +112,7 @@ def test_images_of_a_file_are_edited(tmp_path: Path) -> None:
     [
         (("--modes", "refine"), "mode 'refine' and num_rounds go together"),
         (("--modes", "direct", "--num_rounds", "1"), "mode 'refine' and num_rounds go together"),
-        (("--modes", "painted"), "modes must be of"),
+        (("--modes", "painted"), "modes must be among"),
     ],
 )
 def test_modes_that_do_not_fit_are_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

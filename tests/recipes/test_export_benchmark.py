@@ -12,6 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from alphagrpo_ext.shapes.editing import editing_rows
+from recipe_tools import processes
 from reward_models.evaluation.kept_scores import KeptScores
 from reward_models.judges.shapes import ShapesJudge
 from support.recipe_modules import load_recipe, run_recipe
@@ -81,7 +82,7 @@ def test_geneval_is_painted_scored_and_goes_on_where_it_stopped(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded though nothing is left to paint")
 
-    monkeypatch.setattr(RECIPE, "load_model", fail)
+    monkeypatch.setattr(processes, "load_model", fail)
     run(*arguments, "--judge", "shapes", "--output_dir", out)
 
 

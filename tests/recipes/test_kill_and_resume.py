@@ -188,6 +188,7 @@ if MOMENT == "writing":
 else:
     os.replace = die_instead
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -14,7 +14,8 @@ import torch
 
 from alphagrpo_ext.models.bagel import BagelConfig
 from alphagrpo_ext.shapes.model import build_config, build_processor
-from recipe_tools.memory import LiveBytes, MemorySettings, estimate_memory
+from recipe_tools.memory import LiveBytes, estimate_memory
+from recipe_tools.memory_settings import MemorySettings
 
 
 TINY = MemorySettings(
@@ -29,7 +30,7 @@ TINY = MemorySettings(
     dtype="float32",
     autocast=False,
 )
-FULL = replace(TINY, lora_rank=None)
+FULL = replace(TINY, lora_rank=0)
 
 
 def tiny_config() -> BagelConfig:
@@ -89,8 +90,8 @@ def test_estimate_of_the_tiny_model(settings: MemorySettings) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"lora_rank": None}, id="full"),
-        pytest.param({"lora_rank": None, "gradient_checkpointing": False}, id="full, kept"),
+        pytest.param({"lora_rank": 0}, id="full"),
+        pytest.param({"lora_rank": 0, "gradient_checkpointing": False}, id="full, kept"),
         pytest.param({"lora_rank": 32}, id="LoRA"),
         pytest.param({"lora_rank": 32, "gradient_checkpointing": False, "dtype": "bfloat16"}, id="LoRA, kept, bf16"),
     ],
@@ -168,7 +169,7 @@ def test_only_what_is_alive_counts() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rank": 0}, "lora_rank must be at least 1 or left out, but is 0"),
+        ({"lora_rank": -1}, "lora_rank must not be negative, but is -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, but is 0"),
         ({"num_branches": 4}, "num_branches must be 1 to 3, but is 4"),
         ({"attn_implementation": "flash"}, "attn_implementation must be one of sdpa"),

@@ -15,6 +15,7 @@ from trl import TrlParser
 
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore
+from support.recipe_modules import load_recipe, run_recipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -55,17 +56,55 @@ def test_config_parses_with_its_recipe(config: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_recipe_has_help(recipe: Path) -> None:
+def test_recipe_has_help(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     # A folder, or a file where that is all there is; one that only computes something writes neither.
     option = "--model_name_or_path" if recipe.stem == "estimate_memory" else "--output"
-    assert option in run(recipe, "--help")
+    monkeypatch.setattr(sys, "argv", [str(recipe), "--help"])
+    try:
+        runpy.run_path(str(recipe), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code
+    assert option in capsys.readouterr().out
 
 
-def test_memory_of_the_packaged_model_is_estimated() -> None:
-    output = run(
-        *(ROOT / "recipes" / "estimate_memory.py", "--model_name_or_path", "bagel-shapes", "--height", "24"),
-        *("--width", "24", "--batch_size", "8", "--lora_rank", "0", "--num_shards", "2"),
-    )
+SHOW_HELP = """
+import contextlib, io, runpy, sys
+from pathlib import Path
+
+for path in map(Path, sys.argv[1:]):
+    sys.path.insert(0, str(path.parent))
+    sys.argv = [str(path), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+print(*sys.modules, sep="\\n")
+"""
+TRAINING = ("ray_train", "reasoning_t2i", "self_reflection")
+
+
+@pytest.mark.parametrize(
+    ("recipes", "unwanted"),
+    [
+        pytest.param([path for path in RECIPES if path.stem not in TRAINING], ("torch", "datasets"), id="others"),
+        # Configurations of trainers import PyTorch and PEFT, but no model has to be defined and no trainer.
+        pytest.param(
+            [path for path in RECIPES if path.stem in TRAINING],
+            (
+                *("datasets", "diffusers", "pandas", "transformers.trainer", "transformers.models.siglip"),
+                *("trl.trainer.grpo_trainer", "alphagrpo_ext.trainer.trainer", "alphagrpo_ext.models.bagel"),
+            ),
+            id="training",
+        ),
+    ],
+)
+def test_help_imports_nothing_that_it_does_not_need(recipes: list[Path], unwanted: tuple[str, ...]) -> None:
+    assert not set(unwanted) & set(run("-c", SHOW_HELP, *recipes).splitlines())
+
+
+def test_memory_of_the_packaged_model_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe("estimate_memory")
+    settings = {"height": 24, "width": 24, "batch_size": 8, "lora_rank": 0, "num_shards": 2}
+    recipe.main(recipe.EstimationArguments(model_name_or_path="bagel-shapes", **settings), show_overview=False)
+    output = capsys.readouterr().out
     header, _, row, *_ = output.splitlines()
     assert header == "| | weights | gathered | reference | gradients | optimizer | activations | total |"
     values = [float(value) for value in row.split("|")[2:-1]]
@@ -121,8 +160,10 @@ def test_self_reflection_runs_from_prompts_to_report(tmp_path: Path) -> None:
         assert min(picture.size) > 100
 
 
-def test_generate_writes_a_picture_a_step(tmp_path: Path) -> None:
-    run(ROOT / "recipes" / "generate.py", "--num_prompts", "2", "--num_rounds", "1", "--output_dir", tmp_path)
+def test_generate_writes_a_picture_per_round(tmp_path: Path) -> None:
+    recipe = load_recipe("generate")
+    options = ("--num_prompts", "2", "--num_rounds", "1", "--output_dir", tmp_path)
+    run_recipe(recipe, recipe.GenerationArguments, *options)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     for line in lines:
@@ -176,6 +217,7 @@ def write_and_stop(self, *args, **kwargs):
         raise Stop
 Path.write_text = write_and_stop
 sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except Stop:

@@ -16,15 +16,15 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.report.answers import parse_answers
-from alphagrpo_ext.shapes import (
+from alphagrpo_ext.shapes.prompts import (
     quality_questions,
-    render,
     sample_prompt,
     sample_scene,
     sample_spec,
     sample_violation,
     semantic_questions,
 )
+from alphagrpo_ext.shapes.scene import render
 from reward_models.dvreward import DVReward, JudgeFailedError, Score, batch_metrics, judge_metrics
 from reward_models.judges import Judge
 from reward_models.prompts.questions import from_row

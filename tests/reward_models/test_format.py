@@ -7,7 +7,8 @@ import random
 import pytest
 from trl.trainer.utils import get_callable_name
 
-from alphagrpo_ext.shapes import reflection, repair, sample_scene, sample_spec, sample_violation
+from alphagrpo_ext.shapes.prompts import sample_scene, sample_spec, sample_violation
+from alphagrpo_ext.shapes.text import reflection, repair
 from reward_models.format import (
     FORMATS,
     WANTED_VERDICT,

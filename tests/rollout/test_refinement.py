@@ -10,7 +10,7 @@ from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.rollout import Refinement, RolloutConfig, refine
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
-from alphagrpo_ext.shapes import Scene, SceneObject, render
+from alphagrpo_ext.shapes.scene import Scene, SceneObject, render
 
 
 ROWS = [{"prompt": prompt} for prompt in ("a red circle", "two yellow triangles", "a blue square")]

@@ -12,15 +12,9 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import sample_generator
-from alphagrpo_ext.shapes import (
-    parse_thought,
-    render,
-    sample_prompt,
-    sample_scene,
-    sample_spec,
-    sample_violation,
-    satisfies,
-)
+from alphagrpo_ext.shapes.prompts import sample_prompt, sample_scene, sample_spec, sample_violation, satisfies
+from alphagrpo_ext.shapes.scene import render
+from alphagrpo_ext.shapes.text import parse_thought
 from reward_models.format import ShapesReflectionFormat
 
 

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
-from alphagrpo_ext.shapes import answer_questions, strict_pass, vocabulary
 from alphagrpo_ext.shapes.editing import EDITS, editing_rows
+from alphagrpo_ext.shapes.judge import answer_questions, strict_pass
+from alphagrpo_ext.shapes.text import vocabulary
 from reward_models.prompts.questions import from_row
 
 

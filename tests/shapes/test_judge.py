@@ -6,24 +6,27 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from alphagrpo_ext.shapes import (
+from alphagrpo_ext.shapes.judge import analyze, answer, answer_questions, strict_pass
+from alphagrpo_ext.shapes.prompts import (
     SPLITS,
-    Scene,
-    SceneObject,
-    analyze,
-    answer,
-    answer_questions,
     quality_questions,
-    render,
-    render_array,
     sample_scene,
     sample_spec,
     sample_violation,
     satisfies,
     semantic_questions,
-    strict_pass,
 )
-from alphagrpo_ext.shapes.scene import BACKGROUNDS, CELL_SIZE, COLORS, SHAPE_SIZE, corrupt_scene
+from alphagrpo_ext.shapes.scene import (
+    BACKGROUNDS,
+    CELL_SIZE,
+    COLORS,
+    SHAPE_SIZE,
+    Scene,
+    SceneObject,
+    corrupt_scene,
+    render,
+    render_array,
+)
 
 
 def _questions(rows):

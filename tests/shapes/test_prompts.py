@@ -9,22 +9,16 @@ from dataclasses import replace
 
 import pytest
 
-from alphagrpo_ext.shapes import (
+from alphagrpo_ext.shapes.prompts import (
     CATEGORIES,
-    GENERATION_SYSTEM_PROMPT,
     SPLITS,
-    UNDERSTANDING_SYSTEM_PROMPT,
+    ObjectRequest,
     PromptSpec,
-    Scene,
     build_dataset,
-    parse_thought,
+    holds,
     prompt_rows,
     prompts_of,
     quality_questions,
-    reflection,
-    reflection_request,
-    repair,
-    sample_pretraining_spec,
     sample_prompt,
     sample_scene,
     sample_spec,
@@ -32,12 +26,18 @@ from alphagrpo_ext.shapes import (
     satisfies,
     semantic_questions,
     specs_of,
-    split_of,
+)
+from alphagrpo_ext.shapes.scene import CELLS, Scene, corrupt_scene
+from alphagrpo_ext.shapes.text import (
+    GENERATION_SYSTEM_PROMPT,
+    UNDERSTANDING_SYSTEM_PROMPT,
+    parse_thought,
+    reflection,
+    reflection_request,
+    repair,
     thought,
     vocabulary,
 )
-from alphagrpo_ext.shapes.prompts import ObjectRequest, holds
-from alphagrpo_ext.shapes.scene import CELLS, corrupt_scene
 
 
 SEMANTIC_TAGS = {"Existence", "Count", "Attribute", "Spatial", "Negative", "Environment"}
@@ -81,7 +81,7 @@ def test_rows_of_train_and_evaluation_are_disjoint():
 
 def test_splits_do_not_depend_on_the_hash_seed():
     code = (
-        "from alphagrpo_ext.shapes import prompt_rows;"
+        "from alphagrpo_ext.shapes.prompts import prompt_rows;"
         "print([row['prompt'] for row in prompt_rows('evaluation', 70, seed=3)])"
     )
     for hash_seed in ("1", "2"):
@@ -116,15 +116,6 @@ def test_rows_are_balanced_and_unique_until_exhausted(split):
 
 def test_dataset_has_the_rows():
     assert build_dataset("evaluation", 14, seed=0).to_list() == prompt_rows("evaluation", 14, seed=0)
-
-
-def test_pretraining_mixes_in_rare_combinations():
-    rng = random.Random(0)
-    specs = [sample_pretraining_spec(rng) for _ in range(4000)]
-    splits = Counter(map(split_of, specs))
-    assert set(splits) == {"train", "rare"}
-    assert splits["rare"] / len(specs) == pytest.approx(0.03, abs=0.01)
-    assert min(Counter(spec.category for spec in specs).values()) > 0.12 * len(specs)
 
 
 def test_sampled_scenes_are_right_and_violations_wrong():

@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 
-from alphagrpo_ext.shapes import Scene, SceneObject, corrupt_scene, render, render_array
 from alphagrpo_ext.shapes.prompts import sample_scene, sample_spec
 from alphagrpo_ext.shapes.scene import (
     BACKGROUNDS,
@@ -17,6 +16,11 @@ from alphagrpo_ext.shapes.scene import (
     NUM_OFFSETS,
     SHAPE_SIZE,
     SHAPES,
+    Scene,
+    SceneObject,
+    corrupt_scene,
+    render,
+    render_array,
 )
 
 

@@ -10,7 +10,8 @@ import torch
 
 from alphagrpo_ext.models.bagel import BagelConfig
 from alphagrpo_ext.objectives import OBJECTIVES, ImageScores, ObjectiveConfig
-from recipe_tools.memory import MemorySettings, build_policy, example_trajectories
+from recipe_tools.memory import build_policy, example_trajectories
+from recipe_tools.memory_settings import MemorySettings
 
 
 def status(name: str) -> int:

@@ -24,16 +24,9 @@ from PIL import Image
 from alphagrpo_ext.reward_client import client
 from alphagrpo_ext.reward_client.client import Label, decode_image, encode_image
 from alphagrpo_ext.reward_client.settings import PREFIX
-from alphagrpo_ext.shapes import (
-    IMAGE_SIZE,
-    ObjectRequest,
-    PromptSpec,
-    parse_thought,
-    prompts_of,
-    quality_questions,
-    render,
-    semantic_questions,
-)
+from alphagrpo_ext.shapes.prompts import ObjectRequest, PromptSpec, prompts_of, quality_questions, semantic_questions
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE, render
+from alphagrpo_ext.shapes.text import parse_thought
 from reward_models.dvreward import DVReward
 from reward_models.prompts.questions import from_row
 

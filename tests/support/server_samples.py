@@ -22,18 +22,16 @@ import httpx
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from alphagrpo_ext.shapes import (
-    IMAGE_SIZE,
-    parse_thought,
+from alphagrpo_ext.shapes.prompts import (
     quality_questions,
-    render,
     sample_prompt,
     sample_scene,
     sample_spec,
     sample_violation,
     semantic_questions,
-    thought,
 )
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE, render
+from alphagrpo_ext.shapes.text import parse_thought, thought
 from reward_models.dvreward import DVReward
 from reward_models.judges import Judge
 from reward_models.painters.base import ImageRequest, Painter, PainterArguments

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.objectives.regularizers import score_transitions
-from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.scoring import PackedScores
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel, BagelProcessor
 from alphagrpo_ext.objectives import ImageScores
-from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.scoring import PackedScores
 from alphagrpo_ext.trajectory import Trajectory

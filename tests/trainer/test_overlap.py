@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from PIL import Image
 
-from alphagrpo_ext.shapes import answer_questions
+from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from reward_models import DVReward, Judge
 

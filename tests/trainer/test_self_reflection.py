@@ -9,7 +9,8 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import TrainerCallback
 
-from alphagrpo_ext.shapes import Scene, SceneObject, build_dataset, render
+from alphagrpo_ext.shapes.prompts import build_dataset
+from alphagrpo_ext.shapes.scene import Scene, SceneObject, render
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from alphagrpo_ext.trainer.rewards import group_advantages
 from support.trainers import brightness

@@ -18,7 +18,7 @@ from alphagrpo_ext.flow.transitions import transition
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.objectives import ImageScores
-from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from reward_models.dvreward import DVReward
 from support.trainers import brightness

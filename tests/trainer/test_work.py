@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alphagrpo_ext.flow.timesteps import flow_timesteps
-from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from alphagrpo_ext.trajectory import ImageSegment, Segment, Trajectory
 from support.trainers import brightness

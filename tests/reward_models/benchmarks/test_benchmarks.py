@@ -14,8 +14,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from alphagrpo_ext.shapes import Scene, SceneObject, render
 from alphagrpo_ext.shapes.judge import answer_questions
+from alphagrpo_ext.shapes.scene import Scene, SceneObject, render
 from reward_models.benchmarks import BENCHMARKS, Benchmark, BenchmarkPrompt
 from reward_models.benchmarks.dpg_bench import tile, untile
 from reward_models.benchmarks.geneval import geneval_questions

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from alphagrpo_ext.shapes import CATEGORIES, prompt_rows
+from alphagrpo_ext.shapes.prompts import CATEGORIES, prompt_rows
 from reward_models.decomposition.base import DECOMPOSERS, DecomposerArguments, DecompositionError, failure_reason
 from reward_models.decomposition.shapes import ShapesDecomposer
 from reward_models.prompts.questions import from_row

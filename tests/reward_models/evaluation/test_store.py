@@ -13,7 +13,7 @@ from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
-from alphagrpo_ext.shapes import prompt_rows
+from alphagrpo_ext.shapes.prompts import prompt_rows
 from reward_models.dvreward import DVReward, JudgeFailedError
 from reward_models.evaluation.evaluate import evaluate, share_of_work
 from reward_models.evaluation.samples import Evaluation

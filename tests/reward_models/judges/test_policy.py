@@ -15,8 +15,9 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import sample_generator
-from alphagrpo_ext.shapes import answer_questions, prompt_rows, render, sample_scene, sample_spec, sample_violation
-from alphagrpo_ext.shapes.prompts import semantic_questions
+from alphagrpo_ext.shapes.judge import answer_questions
+from alphagrpo_ext.shapes.prompts import prompt_rows, sample_scene, sample_spec, sample_violation, semantic_questions
+from alphagrpo_ext.shapes.scene import render
 from reward_models.arguments import RewardArguments
 from reward_models.judges.policy import PolicyJudge
 

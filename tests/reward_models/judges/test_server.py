@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from alphagrpo_ext.reward_client.client import RewardServerError
-from alphagrpo_ext.shapes import answer_questions, render, sample_scene, sample_spec, semantic_questions
+from alphagrpo_ext.shapes.judge import answer_questions
+from alphagrpo_ext.shapes.prompts import sample_scene, sample_spec, semantic_questions
+from alphagrpo_ext.shapes.scene import render
 from reward_models.arguments import RewardArguments
 from reward_models.dvreward import DVReward
 from reward_models.judges.server import ServerJudge

@@ -15,7 +15,7 @@ from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import sample_generator
-from alphagrpo_ext.shapes import Scene, SceneObject, render
+from alphagrpo_ext.shapes.scene import Scene, SceneObject, render
 from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
-from alphagrpo_ext.shapes import build_dataset
+from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.resume.checkpoint_folder import (

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the packaged checkpoint is taught: to plan and paint, to answer yes or no, and to repair a wrong image.
+"""
+Examples of the pretraining: planning and painting, answering yes or no, and repairing a wrong image.
 
-Examples are deliberately imperfect: some images do not show what the prompt asks for, and some plans are wrong, so that
-the pretrained model errs in ways that a reward can correct.
+Some images do not show what the prompt asks for, and some plans are wrong, so that the pretrained model makes errors that a reward
+can correct.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from alphagrpo_ext.models.bagel.layout import BagelSequence, collate_sequences
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
-    sample_pretraining_spec,
+    PromptSpec,
     sample_prompt,
     sample_scene,
+    sample_spec,
     sample_violation,
     satisfies,
     semantic_questions,
@@ -33,22 +35,22 @@ from alphagrpo_ext.shapes.text import reflection, reflection_request, repair, th
 @dataclass(frozen=True)
 class PretrainingMixture:
     """
-    How many examples of each kind make a batch, and how wrong they are.
+    Number of examples of each kind in a batch, and shares of wrong ones.
 
     Args:
         direct, thought, answer, described_answer, reflection (`int`):
-            Text-to-image without thought, with thought, questions about an image, the same with a description of the
-            image before the answer, and repairs of a wrong image.
+            Numbers of: text-to-image without a thought, text-to-image with one, questions about an image, questions with a description
+            of the image before the answer, and repairs of a wrong image.
         wrong_image (`float`, *optional*, defaults to `0.2`):
-            Share of text-to-image examples whose image has an error that prompt and thought have not.
+            Share of text-to-image examples whose image has an error that is not in prompt and thought.
         wrong_thought (`float`, *optional*, defaults to `0.1`):
-            Share whose thought plans a wrong image, which is then painted as planned.
+            Share of examples whose thought plans a wrong image, which is painted as planned.
         condition_dropout (`float`, *optional*, defaults to `0.1`):
-            Share of images painted without their text, which guidance needs.
+            Share of images that are painted without their text, as guidance needs it.
         noise_copies (`int`, *optional*, defaults to `3`):
-            Noised copies of an image, each at a time of its own, that share one context.
+            Number of noised copies of an image. Each has a time of its own, and all share one context.
         timestep_shift (`float`, *optional*, defaults to `2.0`):
-            Shift of the times, logit-normal without it, towards noise: what a text decides is decided there.
+            Shift of the times towards noise, where the text decides what is painted. Without it they are logit-normal.
     """
 
     direct: int = 20
@@ -64,19 +66,28 @@ class PretrainingMixture:
 
 
 PAINTING = PretrainingMixture()
-"""Mostly painting: what the model is pretrained on."""
+"""Mostly painting."""
 
 GROUNDING = PretrainingMixture(direct=4, thought=16, answer=32, described_answer=24, reflection=20)
-"""Mostly looking: what ties words to images that are given, after the model has learned to paint."""
+"""Mostly questions and repairs, which tie words to given images after the model has learned to paint."""
+
+
+RARE_PROBABILITY = 0.03
+"""Probability of a prompt whose attribute combination is rare."""
 
 
 @dataclass(frozen=True)
 class _Example:
-    """Blocks before the painted image: strings are texts, scenes are images; `learned` marks the text with a loss."""
+    """Context (strings are texts, scenes are images), then the text `learned` and the image `target`, which have a loss."""
 
     context: tuple[str | Scene, ...]
     learned: str | None
     target: Scene | None
+
+
+def sample_pretraining_spec(rng: random.Random) -> PromptSpec:
+    """Draw a spec of the split `"train"`, or rarely of `"rare"`, with equal probability of every category."""
+    return sample_spec(rng, "rare" if rng.random() < RARE_PROBABILITY else "train")
 
 
 def _painting(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture, think: bool) -> _Example:
@@ -93,8 +104,8 @@ def _painting(rng: random.Random, processor: BagelProcessor, mixture: Pretrainin
 
 def _answering(rng: random.Random, processor: BagelProcessor, describe: bool) -> _Example:
     """
-    A question about an image of its prompt, right or wrong, with the answer `yes` or `no`, as often as each other. The
-    answer may follow a thought that says what the image shows.
+    Draw a question about an image, with the answer `yes` or `no` equally often. With `describe`, the answer follows a thought that
+    describes the image.
     """
     spec = sample_pretraining_spec(rng)
     shown = sample_scene(spec, rng)
@@ -131,7 +142,7 @@ def _reflecting(rng: random.Random, processor: BagelProcessor, mixture: Pretrain
 def sample_examples(
     rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture
 ) -> list[list[_Example]]:
-    """The examples of a batch, in parts of similar length, so that little is padded."""
+    """Draw the examples of a batch, in parts of similar length so that there is little padding."""
     paintings = [
         *(_painting(rng, processor, mixture, think=False) for _ in range(mixture.direct)),
         *(_painting(rng, processor, mixture, think=True) for _ in range(mixture.thought)),
@@ -144,21 +155,21 @@ def sample_examples(
     return [part for part in (paintings, answers, reflections) if part]
 
 
-def scenes_of(examples: Sequence[_Example]) -> list[Scene]:
-    """All scenes that the examples show or paint, each once."""
+def unique_scenes(examples: Sequence[_Example]) -> list[Scene]:
+    """Collect the scenes that the examples show or paint, each once."""
     blocks = [block for example in examples for block in (*example.context, example.target)]
     return list(dict.fromkeys(block for block in blocks if isinstance(block, Scene)))
 
 
 def sample_random_scene(rng: random.Random) -> Scene:
-    """Zero to four objects, anywhere in their cells, on any background: what the autoencoder must carry."""
+    """Draw zero to four objects, anywhere in their cells, on any background."""
     objects = [random_object(cell, rng) for cell in rng.sample(CELLS, rng.randint(0, 4))]
     shifted = [replace(obj, dy=rng.randrange(NUM_OFFSETS), dx=rng.randrange(NUM_OFFSETS)) for obj in objects]
     return Scene(tuple(shifted), rng.choice(list(BACKGROUNDS)))
 
 
 def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
-    """Pixels `(scenes, 3, height, width)` in [-1, 1]."""
+    """Render scenes to pixels in [-1, 1], shape `(scenes, 3, height, width)`."""
     pixels = torch.stack([torch.from_numpy(render_array(scene)) for scene in scenes])
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
@@ -166,11 +177,13 @@ def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
 @dataclass
 class PretrainingBatch:
     """
+    Examples as rows of tokens, with the targets of their losses.
+
     Args:
-        inputs (`dict[str, torch.Tensor]`): Result of [`collate_sequences`].
+        inputs (`dict[str, torch.Tensor]`): Output of [`collate_sequences`].
         text_index, text_targets (`torch.Tensor` of shape `(texts,)`):
-            Places in the flattened `input_ids` whose next token is learned, and that token.
-        velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*): Places of noised latents.
+            Positions in the flattened `input_ids` whose next token is learned, and that token.
+        velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*): Positions of noised latents.
         velocity_targets (`torch.Tensor` of shape `(copies, tokens, channels)`, *optional*): Noise minus image.
     """
 
@@ -179,6 +192,24 @@ class PretrainingBatch:
     text_targets: torch.Tensor
     velocity_index: torch.Tensor | None
     velocity_targets: torch.Tensor | None
+
+
+def _context_row(
+    example: _Example,
+    latents: dict[Scene, torch.Tensor],
+    grid: tuple[int, int],
+    processor: BagelProcessor,
+    config: BagelConfig,
+) -> BagelSequence:
+    row = BagelSequence(config)
+    for block in example.context:
+        if isinstance(block, str):
+            row.add_text(processor.encode_text(block))
+            continue
+        if example.target is not None:
+            row.add_latents(latents[block], grid)
+        row.add_pixels(scene_pixels([block])[0])
+    return row
 
 
 def build_batch(
@@ -191,24 +222,17 @@ def build_batch(
     generator: torch.Generator,
 ) -> PretrainingBatch:
     """
-    Lay examples out as rows.
+    Turn examples into rows of tokens.
 
     Args:
-        examples: What to learn.
+        examples (`Sequence[_Example]`): The examples.
         latents (`dict[Scene, torch.Tensor]`): Clean latents `(tokens, channels)` of every scene in the examples.
         grid (`tuple[int, int]`): Rows and columns of latent tokens.
         generator (`torch.Generator`): Draws times (logit-normal) and noise.
     """
     rows, texts, starts, targets = [], [], [], []
     for index, example in enumerate(examples):
-        row = BagelSequence(config)
-        for block in example.context:
-            if isinstance(block, str):
-                row.add_text(processor.encode_text(block))
-                continue
-            if example.target is not None:
-                row.add_latents(latents[block], grid)
-            row.add_pixels(scene_pixels([block])[0])
+        row = _context_row(example, latents, grid, processor, config)
         if example.learned is not None:
             ids = processor.encode_text(example.learned)
             start = row.add_text(ids)

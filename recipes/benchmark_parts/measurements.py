@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the benchmark measures: each function takes the name of a size and returns tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
+from alphagrpo_ext.shapes.prompts import build_dataset
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from benchmark_parts.breakdown import PHASES, phase_seconds
+from benchmark_parts.flops import denoising_flops, training_flops
+from benchmark_parts.sizes import Size
+from benchmark_parts.structures import (
+    EXACT,
+    PACKED,
+    STRUCTURES,
+    Update,
+    gradient_of,
+    relative_difference,
+    token_costs,
+)
+from benchmark_parts.tables import ResultTable, bars_of, curves
+from benchmark_parts.text_overhead import build_trainers, step_seconds
+from benchmark_parts.timing import Spread, matmul_functions, peak_bytes, ratio, time_interleaved
+from benchmark_parts.workload import GUIDANCE, build_image_processor, build_model, self_reflection_trajectories
+from reward_models.dvreward import DVReward
+
+
+if TYPE_CHECKING:
+    from benchmark import BenchmarkArguments
+
+
+def make_update(size: Size, dtype: torch.dtype) -> Update:
+    """Build the model of a size and a micro-batch of trajectories for it."""
+    model = build_model(size)
+    return Update(model, self_reflection_trajectories(model, size), dtype)
+
+
+def structure_calls(update: Update) -> dict[str, Callable[[], object]]:
+    """Wrap each structure as a function that starts without gradients."""
+
+    def call(name: str) -> Callable[[], object]:
+        def run() -> None:
+            update.model.zero_grad()
+            STRUCTURES[name](update)
+
+        return run
+
+    return {name: call(name) for name in STRUCTURES}
+
+
+def compare_structures(update: Update) -> dict[str, list[float]]:
+    """Relative difference of each structure's loss from the packed exact one, and of its gradient from the packed one of its kind."""
+    losses, differences, references = {}, {}, {}
+    for structure in STRUCTURES:
+        losses[structure], gradient = gradient_of(update, structure)
+        reference = references.setdefault(structure in EXACT, gradient)
+        differences[structure] = relative_difference(gradient, reference)
+    first = losses[PACKED]
+    return {s: [abs(loss - first) / abs(first), differences[s]] for s, loss in losses.items()}
+
+
+def measure_structures(name: str, args: BenchmarkArguments) -> list[ResultTable]:
+    """Compare the packed micro-batch with one forward per trained step."""
+    update = make_update(args.size(name), getattr(torch, args.precision))
+    differences = compare_structures(update)
+    costs, seconds = token_costs(update), time_interleaved(structure_calls(update), args.repetitions)
+    detached = "packed, detached"
+    rows = [
+        [
+            structure,
+            Spread.of(seconds[structure]),
+            *(
+                cell
+                for base in (PACKED, detached)
+                for cell in (ratio(seconds[structure], seconds[base]), costs[structure] / costs[base])
+            ),
+            *differences[structure],
+        ]
+        for structure in STRUCTURES
+    ]
+    columns = ["structure", "seconds"]
+    columns += [f"{what} to {base}" for base in ("exact", "detached") for what in ("time", "tokens")]
+    columns += ["difference of the loss", "of the gradient"]
+    note = "Each gradient is compared with that of the packed structure of its kind, exact or detached."
+    return [ResultTable(f"Structures: {name}, {args.precision}", columns, rows, note, bars_of("seconds"))]
+
+
+def measure_utilization(name: str, args: BenchmarkArguments) -> list[ResultTable]:
+    """Measure training and denoising as a fraction of the peak of the machine's matrix multiplications."""
+    size, dtype = args.size(name), getattr(torch, args.precision)
+    update = make_update(size, dtype)
+    model = update.model
+    inputs = model.pack(update.trajectories, GUIDANCE).inputs
+    group, num_latents = 4, size.grid[0] * size.grid[1]
+    steps = DenoisingConfig(num_timesteps=size.num_steps + 1, guidance=GUIDANCE)
+    contexts = [update.trajectories[0].segments[:3]]
+    contexts += [
+        update.trajectories[0].sampled_images[0].guidance_contexts[b] for b in model.guidance(GUIDANCE).branches[1:]
+    ]
+    with update.autocast():
+        cache = model.prefill(contexts, group, model.image_slots(size.grid))
+    noise = torch.randn(group, num_latents, model.latent_channels)
+
+    def paint() -> None:
+        with update.autocast():
+            denoise(model, cache, noise, size.grid, steps)
+
+    lengths = cache.prefix_mask.sum(dim=1).repeat_interleave(group).tolist()
+    flops = {
+        "training": training_flops(model, inputs),
+        "denoising": denoising_flops(model, lengths, num_latents, size.num_steps),
+    }
+    multiply = {f"matmul {n}": function for n, function in matmul_functions(dtype).items()}
+    timed = {"training": structure_calls(update)[PACKED], "denoising": paint}
+    seconds = time_interleaved({**timed, **multiply}, args.repetitions)
+    work = 2 * max(matmul_functions(dtype)) ** 3
+    peak = [work / min(values) for values in zip(*(seconds[n] for n in multiply), strict=True)]
+    rows = []
+    for what in timed:
+        rate = [flops[what] / value for value in seconds[what]]
+        rows.append(
+            [what, Spread.of(seconds[what]), flops[what] / 1e9, Spread.of(rate).scaled(1e-9), ratio(rate, peak)]
+        )
+    note = (
+        f"Peak in {args.precision}, {torch.get_num_threads()} thread(s): {Spread.of(peak).scaled(1e-9)} GFLOP/s, the "
+        "fastest square multiplication of each repetition."
+    )
+    columns = ["what", "seconds", "GFLOP", "GFLOP/s", "of the peak"]
+    return [ResultTable(f"Utilization: {name}, {args.precision}", columns, rows, note, bars_of("of the peak"))]
+
+
+def measure_scaling(name: str, args: BenchmarkArguments) -> list[ResultTable]:
+    """Measure time and memory of the packed micro-batch, with one dimension changed at a time."""
+    base = replace(args.size(name), released=False)
+    variants: dict[str, dict[int, Size]] = {
+        "group size": {n: replace(base, num_trajectories=n) for n in (1, 2, 4, 8)},
+        "trained steps": {n: replace(base, num_steps=n) for n in (1, 2, 4, 8)},
+        "thought tokens": {
+            n * base.thought_tokens: replace(base, thought_tokens=n * base.thought_tokens) for n in (1, 2, 4)
+        },
+        "image tokens": {
+            (n * base.grid[0]) ** 2 // 4: replace(base, image_size=base.image_size * n // 2) for n in (1, 2, 3)
+        },
+        "width": {
+            base.hidden_size * n // 2: replace(
+                base, hidden_size=base.hidden_size * n // 2, intermediate_size=base.intermediate_size * n // 2
+            )
+            for n in (1, 2, 4)
+        },
+    }
+    rows = []
+    for dimension, sizes in variants.items():
+        updates = {value: make_update(size, getattr(torch, args.precision)) for value, size in sizes.items()}
+        seconds = time_interleaved(
+            {str(value): structure_calls(update)[PACKED] for value, update in updates.items()}, args.repetitions
+        )
+        first = next(iter(updates))
+        for value, update in updates.items():
+            update.model.zero_grad()
+            memory = peak_bytes(update.model, lambda update=update: STRUCTURES[PACKED](update))
+            costs = [token_costs(updates[v])[PACKED] for v in (value, first)]
+            times = ratio(seconds[str(value)], seconds[str(first)])
+            rows.append([dimension, value, Spread.of(seconds[str(value)]), times, costs[0] / costs[1], memory / 2**20])
+    columns = ["dimension", "value", "seconds", "time to the first", "tokens to the first", "peak MiB of tensors"]
+    note = "Random weights. Memory is that of all tensors but the weights, gradients included."
+    return [ResultTable(f"Scaling: {name}, {args.precision}", columns, rows, note, curves)]
+
+
+def measure_text_overhead(name: str, args: BenchmarkArguments) -> list[ResultTable]:
+    """Compare a step of this trainer on text alone with one of TRL's."""
+    steps = 4
+    trainers = build_trainers(args.size(name), args.output_dir, steps, args.precision == "bfloat16")
+    seconds: dict[str, list[float]] = {trainer: [] for trainer in trainers}
+    for _ in range(args.repetitions):
+        for trainer_name, trainer in trainers.items():
+            seconds[trainer_name].append(min(step_seconds(trainer)))
+    rows = [[trainer, Spread.of(values), ratio(values, seconds["GRPOTrainer"])] for trainer, values in seconds.items()]
+    note = (
+        "A step on 16 random completions, with rewards and without generation, compared with a Qwen3 of the sizes of the "
+        "understanding expert. Of each run of 4 steps, the fastest one after the first counts."
+    )
+    columns = ["trainer", "seconds per step", "ratio"]
+    return [ResultTable(f"Text alone: {name}, {args.precision}", columns, rows, note, bars_of("seconds per step"))]
+
+
+def brightness(images: list[Any], **kwargs: Any) -> list[float]:
+    """A reward that takes almost no time. With a real judge, its time is added."""
+    return [sum(image.convert("L").histogram()[128:]) / (image.width * image.height) for image in images]
+
+
+def make_reflection_trainer(size: Size, reward: Callable, args: BenchmarkArguments) -> AlphaGRPOTrainer:
+    """Make a trainer of self-reflection for one micro-batch per step."""
+    return AlphaGRPOTrainer(
+        model=build_model(size),
+        processing_class=build_image_processor(size),
+        reward_funcs=reward,
+        args=AlphaGRPOConfig(
+            output_dir=args.output_dir,
+            task="self_reflection",
+            image_height=size.image_size,
+            image_width=size.image_size,
+            max_completion_length=size.thought_tokens,
+            num_timesteps=2 * size.num_steps + 1,
+            sde_window_size=size.num_steps,
+            sde_window_range=[0, 2 * size.num_steps],
+            cfg_text_scale=GUIDANCE.text_scale,
+            cfg_img_scale=GUIDANCE.image_scale,
+            cfg_interval=list(GUIDANCE.interval),
+            cfg_renorm_type=GUIDANCE.renorm_type,
+            per_device_train_batch_size=max(2, size.num_trajectories),
+            num_generations=max(2, size.num_trajectories),
+            max_steps=1 + args.repetitions,
+            bf16=args.precision == "bfloat16",
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=build_dataset("train", 64, seed=0),
+    )
+
+
+def measure_breakdown(name: str, args: BenchmarkArguments) -> list[ResultTable]:
+    """Measure which phases the time of a training step is spent in."""
+    size = args.size(name)
+    # The judge of the shapes world takes images of one size only.
+    reward = DVReward("shapes") if size.released else brightness
+    trainer = make_reflection_trainer(size, reward, args)
+    with phase_seconds(trainer) as seconds:
+        totals = step_seconds(trainer)
+    whole = sum(totals) * (1 + args.repetitions) / args.repetitions
+    parts = {phase: seconds.get(phase, 0.0) for phase in PHASES if phase != "rest"}
+    parts["rest"] = max(0.0, whole - sum(parts.values()))
+    rows = [[phase, 100 * value / sum(parts.values())] for phase, value in parts.items()]
+    note = f"{1 + args.repetitions} steps of self-reflection. Prefill and denoising of initial images count as such."
+    title, share = f"Time of a step: {name}, {args.precision}", "share of a step, %"
+    return [ResultTable(title, ["phase", share], rows, note, bars_of(share))]
+
+
+MEASUREMENTS: dict[str, Callable[[str, BenchmarkArguments], list[ResultTable]]] = {
+    "structures": measure_structures,
+    "utilization": measure_utilization,
+    "scaling": measure_scaling,
+    "text_overhead": measure_text_overhead,
+    "breakdown": measure_breakdown,
+}
+"""Measurements by the name of the part."""

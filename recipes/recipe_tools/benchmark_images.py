@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Images of a public benchmark: which of them are missing, how they are painted, and how a judge scores them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.files import write_text
+from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint
+from alphagrpo_ext.rollout.arguments import SamplingArguments
+from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
+from alphagrpo_ext.rollout.task import TASKS
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE
+from recipe_tools.processes import load_policy
+from reward_models.benchmarks import Benchmark, BenchmarkPrompt
+from reward_models.dvreward import DVReward, Score
+from reward_models.evaluation.kept_scores import KeptScores
+from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.settings_digest import settings_digest
+from reward_models.prompts.questions import PromptRecord
+
+
+if TYPE_CHECKING:
+    from export_benchmark import ExportArguments
+
+
+@dataclass(frozen=True)
+class MissingImages:
+    """
+    Images of a prompt that are still to be painted.
+
+    Args:
+        index (`int`): Position of the prompt in the benchmark.
+        prompt ([`BenchmarkPrompt`]): The prompt.
+        samples (`list[int]`): Numbers of its images that do not exist yet.
+    """
+
+    index: int
+    prompt: BenchmarkPrompt
+    samples: list[int]
+
+
+def claim_folder(args: ExportArguments) -> None:
+    """
+    Write into the output folder with which settings its images are made.
+
+    Raises:
+        `ValueError`: If it holds images that were made with other settings.
+    """
+    fingerprint = checkpoint_fingerprint(args.model_name_or_path)
+    sampling = [getattr(args, f.name) for f in fields(SamplingArguments)]
+    painting = (args.height, args.width, args.think, args.num_rounds, args.num_images, args.seed)
+    digest = settings_digest(args.benchmark, args.prompts, args.model_label, fingerprint, sampling, painting)
+    path = Path(args.output_dir) / "export.json"
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8"))["digest"] != digest:
+            raise ValueError(f"the images in {args.output_dir} were made with other settings: take another output_dir")
+        return
+    write_text(path, json.dumps({"digest": digest, "settings": asdict(args)}, indent=2) + "\n")
+
+
+def missing_batches(
+    benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], folder: Path, num_images: int, batch_size: int
+) -> Iterator[list[MissingImages]]:
+    """Yield what this process still has to paint, about `batch_size` images at a time."""
+    state, batch = PartialState(), []
+    for index in range(state.process_index, len(prompts), state.num_processes):
+        prompt = prompts[index]
+        samples = benchmark.missing(folder, prompt, num_images)
+        if batch and sum(len(job.samples) for job in batch) + len(samples) > batch_size:
+            yield batch
+            batch = []
+        if samples:
+            batch.append(MissingImages(index, prompt, samples))
+    if batch:
+        yield batch
+
+
+def image_size(row: Mapping[str, Any], processor: ProcessorMixin, args: ExportArguments) -> tuple[int, int]:
+    """Height and width, in pixels, of the image that is painted for a row."""
+    if args.height is not None:
+        return args.height, args.width
+    if row["image"] is None:
+        return IMAGE_SIZE, IMAGE_SIZE
+    return processor.resize_image(row["image"]).size[::-1]
+
+
+def paint(
+    painter: RolloutGenerator, refiner: RolloutGenerator, jobs: Sequence[MissingImages], args: ExportArguments
+) -> list[dict[int, Image.Image]]:
+    """
+    Paint the missing images of some prompts. The noise of an image depends on seed, prompt and number alone.
+
+    Args:
+        painter, refiner ([`RolloutGenerator`]): The policy, for first images and for rounds of reflection.
+        jobs (`Sequence[MissingImages]`): What to paint.
+        args ([`ExportArguments`]): Size, sampling and number of rounds.
+
+    Returns:
+        `list[dict[int, PIL.Image.Image]]`: The images of each prompt by their number.
+    """
+    sources = [job.prompt.image and job.prompt.image.decode() for job in jobs]
+    places = [(place, number) for place, job in enumerate(jobs) for number in job.samples]
+    rows: list[dict[str, Any]] = [{"prompt": jobs[p].prompt.prompt, "image": sources[p]} for p, _ in places]
+    # Images of the same size are painted together.
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(image_size(row, painter.processor, args), []).append(i)
+    for size, members in groups.items():
+        for turn in range(args.num_rounds + 1):
+            generators = [
+                sample_generator(f"export-{args.seed}-{number}", turn, jobs[place].index)
+                for place, number in (places[i] for i in members)
+            ]
+            trajectories = (refiner if turn else painter)([rows[i] for i in members], generators, args.rollout(*size))
+            for i, trajectory in zip(members, trajectories, strict=True):
+                rows[i] = {**rows[i], "image": trajectory.final_image}
+    images: list[dict[int, Image.Image]] = [{} for _ in jobs]
+    for (place, number), row in zip(places, rows, strict=True):
+        images[place][number] = row["image"]
+    return images
+
+
+async def score_new(
+    images: Sequence[Image.Image], records: Sequence[PromptRecord], reward: DVReward, settings: Any, kept: KeptScores
+) -> list[Score]:
+    """Score images. The judge is not asked about images whose scores were kept by an earlier run."""
+    keys = [settings_digest(settings, record, image) for image, record in zip(images, records, strict=True)]
+    new = [place for place, key in enumerate(keys) if kept.get(key) is None]
+    answers = await reward.score([images[place] for place in new], [records[place] for place in new])
+    for place, answer in zip(new, answers, strict=True):
+        kept.keep(keys[place], answer)
+    reward.check_failures(answers)
+    answered = dict(zip(new, answers, strict=True))
+    return [answered.get(place) or kept.get(key) for place, key in enumerate(keys)]
+
+
+async def score(
+    benchmark: Benchmark,
+    asked: Sequence[tuple[BenchmarkPrompt, PromptRecord]],
+    reward: DVReward,
+    args: ExportArguments,
+    kept: KeptScores,
+) -> Evaluation:
+    """Let the judge answer the questions about all images, about `batch_size` images at a time."""
+    folder, num_images = Path(args.output_dir) / "images", args.num_images or benchmark.num_images
+    num_prompts, samples = max(1, args.batch_size // num_images), []
+    async with aclosing(reward):
+        with tqdm(total=len(asked) * num_images, desc="scored") as progress:
+            for start in range(0, len(asked), num_prompts):
+                batch = asked[start : start + num_prompts]
+                images = [image for prompt, _ in batch for image in benchmark.load(folder, prompt, num_images)]
+                records = [record for _, record in batch for _ in range(num_images)]
+                scores = await score_new(images, records, reward, args.answer_settings(), kept)
+                for place, result in enumerate(scores):
+                    index, number = start + place // num_images, place % num_images
+                    prompt = asked[index][0]
+                    row = {"prompt": prompt.prompt, "category": prompt.category}
+                    sample = EvaluatedSample.from_score(row, index, number, "", None, result)
+                    samples.append(replace(sample, image_file=str(folder / benchmark.image_path(prompt, number))))
+                progress.update(len(scores))
+    return Evaluation(sorted(samples, key=lambda sample: (sample.seed, sample.index)))
+
+
+def paint_missing(benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], args: ExportArguments) -> None:
+    """Paint the missing images among this process' share. The model is loaded only if there are any."""
+    state, num_images = PartialState(), args.num_images or benchmark.num_images
+    folder = Path(args.output_dir) / "images"
+    share = len(range(state.process_index, len(prompts), state.num_processes)) * num_images
+    remaining = missing_batches(benchmark, prompts, folder, num_images, args.batch_size)
+    jobs = next(remaining, None)
+    if jobs is None:
+        return
+    model, processor = load_policy(args.model_name_or_path, args.dtype)
+    painter = RolloutGenerator(model, processor, TASKS.get(benchmark.task)(think=args.think))
+    refiner = RolloutGenerator(model, processor, TASKS.get("self_reflection")(think=True))
+    with tqdm(total=share, desc="painted", disable=not state.is_main_process) as progress:
+        while jobs:
+            for job, images in zip(jobs, paint(painter, refiner, jobs, args), strict=True):
+                benchmark.save(folder, job.prompt, images)
+            # Images that existed before count as done when the loop passes them.
+            progress.update((jobs[-1].index // state.num_processes + 1) * num_images - progress.n)
+            jobs = next(remaining, None)
+        progress.update(share - progress.n)

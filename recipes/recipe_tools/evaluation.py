@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Evaluation of a model in several stages, each of which is kept in a folder.
+
+A stage is kept by all that its scores depend on (weights, prompts, sampling, judge, and the stages before it), so an evaluation with
+a further model or round does not repeat the others.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
+from alphagrpo_ext.rollout.generator import RolloutGenerator
+from alphagrpo_ext.rollout.task import TASKS
+from alphagrpo_ext.shapes.editing import editing_rows
+from recipe_tools.evaluation_stages import EDITING, EvaluationStage
+from recipe_tools.processes import load_policy
+from reward_models.evaluation.evaluate import evaluate, share_of_work
+from reward_models.evaluation.samples import Evaluation
+from reward_models.evaluation.scores import NamedEvaluation
+from reward_models.evaluation.settings_digest import settings_digest
+from reward_models.evaluation.store import EvaluationStore
+from reward_models.evaluation.text_tables import refinement_table
+from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.rows import PromptRows
+
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationArguments
+
+
+def load_rows(task: str, eval_file: str | None, num_prompts: int) -> Sequence[dict[str, Any]]:
+    """
+    Load the rows to evaluate on.
+
+    Raises:
+        `ValueError`: If the task edits images and there are none.
+    """
+    if eval_file is None and task == EDITING:
+        return editing_rows(num_prompts, seed=0)
+    dataset = load_prompts(eval_file, "evaluation", num_prompts)
+    if task == EDITING:
+        if "image" not in dataset.column_names:
+            raise ValueError(f"{eval_file} has no images, which task '{EDITING}' needs: give rows an 'image'")
+    elif "image" in dataset.column_names:
+        dataset = dataset.remove_columns("image")
+    return PromptRows(dataset)
+
+
+def evaluate_model(
+    name: str,
+    stages: Sequence[EvaluationStage],
+    rows: Sequence[dict[str, Any]],
+    rows_digest: str,
+    args: EvaluationArguments,
+) -> list[NamedEvaluation]:
+    """
+    Evaluate a model in all stages. It is loaded only if an image is left to paint.
+
+    Args:
+        name (`str`): The model: a name, a folder, or an id on the Hub.
+        stages (`Sequence[EvaluationStage]`): The stages, each after the one whose images it refines.
+        rows (`Sequence[dict[str, Any]]`): Prompts with questions.
+        rows_digest (`str`): Digest of the rows.
+        args ([`EvaluationArguments`]): How to sample and score, and the output folder.
+    """
+    policy = functools.cache(functools.partial(load_policy, name, args.dtype))
+    config = args.rollout(args.image_size, args.image_size)
+    settings = [
+        *(checkpoint_fingerprint(name), args.dtype, rows_digest, config, args.answer_settings()),
+        *(args.eval_seeds, args.batch_size),
+    ]
+    seeds = range(args.eval_seeds)
+    evaluations: dict[str, Evaluation] = {}
+    for stage in stages:
+        folder = Path(args.output_dir) / "images" / model_label(name) / stage.mode.replace(" ", "_")
+        with EvaluationStore(folder, settings_digest(settings, stage.lineage)) as store:
+            evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
+            if evaluation is None:
+                reward = args.make_reward(policy())
+                reward.validate_image_size(args.image_size, args.image_size)
+                evaluation = evaluate(
+                    RolloutGenerator(*policy(), TASKS.get(stage.task)(think=stage.think)),
+                    rows,
+                    config,
+                    reward,
+                    seeds,
+                    args.batch_size,
+                    description=f"{name}, {stage.mode}",
+                    initial=evaluations[stage.source.mode] if stage.source else None,
+                    store=store,
+                )
+        evaluations[stage.mode] = evaluation
+    return [
+        NamedEvaluation(
+            name,
+            stage.mode,
+            evaluations[stage.mode],
+            evaluations[stage.lineage[0].mode] if stage.source else None,
+        )
+        for stage in stages
+    ]
+
+
+def print_rounds(results: Sequence[NamedEvaluation]) -> None:
+    """Print, for each model, how its refined images differ from its first ones."""
+    for name in dict.fromkeys(entry.model for entry in results):
+        rounds = {
+            entry.mode: (entry.initial, entry.evaluation) for entry in results if entry.model == name and entry.initial
+        }
+        if rounds:
+            print(f"\n{name}, from its first image\n{refinement_table(rounds)}")

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Settings of an update whose memory is estimated, which are also arguments of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.flow.guidance import GuidanceConfig
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "eager")
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """
+    Settings of an update; the help text of a field describes it. The defaults are those of the paper's configuration for reasoning
+    text-to-image. Adapters are fp32. All trained steps are counted as guided, which is the largest number that there can be.
+    """
+
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter; 0 trains all weights."})
+    lora_targets: str = field(
+        default="both", metadata={"help": "Expert that gets the adapter: 'both', 'generation' or 'understanding'."}
+    )
+    batch_size: int = field(
+        default=14, metadata={"help": "Trajectories per process and micro-batch (per_device_train_batch_size)."}
+    )
+    prompt_tokens: int = field(default=128, metadata={"help": "Length of given text, in tokens."})
+    thought_tokens: int = field(default=512, metadata={"help": "Length of sampled text, in tokens."})
+    context_images: int = field(
+        default=0, metadata={"help": "Number of images that the policy is given: 1 in self-reflection."}
+    )
+    height: int = field(default=512, metadata={"help": "Height of images, in pixels."})
+    width: int = field(default=512, metadata={"help": "Width of images, in pixels."})
+    sde_window_size: int = field(default=10, metadata={"help": "Number K of trained steps per image."})
+    image_steps_per_forward: int | None = field(
+        default=None, metadata={"help": "Largest number of trained steps in one forward. Default: all of them."}
+    )
+    num_branches: int = field(default=2, metadata={"help": "Number of guidance branches, 1 to 3."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Whether the backward computes each layer again."}
+    )
+    attn_implementation: str = field(
+        default="flex_attention",
+        metadata={
+            "help": "'flex_attention', 'sdpa' (which stores masks of pairs of tokens), or 'eager' (which also stores their scores)."
+        },
+    )
+    dtype: str = field(default="bfloat16", metadata={"help": "Data type of the weights."})
+    autocast: bool = field(
+        default=True, metadata={"help": "Whether operations run in bf16 for any type of the weights, as under --bf16."}
+    )
+    with_reference: bool = field(
+        default=False, metadata={"help": "Whether a copy of all weights is kept for a KL. An adapter needs none."}
+    )
+    num_shards: int = field(
+        default=1,
+        metadata={
+            "help": "Number of processes that share weights, gradients and optimizer states, as under FSDP2 and ZeRO-3. Under "
+            "autocast these keep trained weights, gradients and moments in fp32."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        from alphagrpo_ext.models.bagel.guidance import BRANCHES
+        from alphagrpo_ext.models.contract import LORA_TARGETS
+
+        for name in ("batch_size", "prompt_tokens", "sde_window_size", "num_shards", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must not be negative, but is {self.lora_rank}")
+        if self.image_steps_per_forward is not None and self.image_steps_per_forward < 1:
+            raise ValueError(
+                f"image_steps_per_forward must be at least 1 or left out, but is {self.image_steps_per_forward}"
+            )
+        if not 1 <= self.num_branches <= len(BRANCHES):
+            raise ValueError(f"num_branches must be 1 to {len(BRANCHES)}, but is {self.num_branches}")
+        for name, choices in (
+            ("attn_implementation", ATTENTION_IMPLEMENTATIONS),
+            ("lora_targets", LORA_TARGETS),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
+
+    @property
+    def steps_per_forward(self) -> int:
+        """Number of trained steps in the largest forward."""
+        return min(self.image_steps_per_forward or self.sde_window_size, self.sde_window_size)
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """Guidance at all times, with `num_branches` branches."""
+        from alphagrpo_ext.flow.guidance import GuidanceConfig
+
+        return GuidanceConfig(
+            text_scale=4.0 if self.num_branches > 1 else 1.0,
+            image_scale=2.0 if self.num_branches > 2 else 1.0,
+            interval=(0.0, 1.0),
+        )

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The processes of a recipe: their start, a model in each of them, and their end."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.models.loading import load_model
+
+
+def start_processes() -> PartialState:
+    """Connect the processes of a recipe that does not train; a trainer does this itself."""
+    # On a machine without an accelerator, processes find each other only if they are told to use the CPU.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def load_policy(name: str, dtype: str) -> tuple[UnifiedModel, ProcessorMixin]:
+    """Load a model that is not trained onto the device of this process."""
+    model, processor = load_model(name, dtype=dtype)
+    return model.to(PartialState().device).eval(), processor
+
+
+def end_processes() -> None:
+    """Disconnect the processes. Threads of Gloo that outlive the interpreter may abort it."""
+    PartialState().destroy_process_group()

@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pretraining of the packaged checkpoint `bagel-shapes`."""

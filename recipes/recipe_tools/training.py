@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+What recipes that train have in common: prompts, model and trainer, an evaluation before and after, and the files of both.
+
+A recipe calls these functions one after the other; what is its own (rewards, how a policy is evaluated, what is printed) stays
+in its file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers.processing_utils import ProcessorMixin
+from trl import ModelConfig, get_peft_config
+
+from alphagrpo_ext.files import atomic_path, write_text
+from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.report import ReportStore, write_report
+from alphagrpo_ext.rollout.generator import RolloutGenerator
+from alphagrpo_ext.rollout.task import Task
+from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
+from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
+from recipe_tools.contact_sheet import contact_sheet
+from reward_models.arguments import PromptArguments
+from reward_models.dvreward import DVReward
+from reward_models.evaluation.evaluate import evaluate
+from reward_models.evaluation.page import make_report_comparison
+from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.settings_digest import settings_digest
+from reward_models.evaluation.store import evaluate_once
+from reward_models.prompts.loading import load_prompts
+
+
+NUM_PICTURED = 8
+"""Prompts in the picture of a run, shared out to the categories."""
+
+
+@dataclass
+class TrainingRun:
+    """
+    What a run of a training recipe consists of.
+
+    Args:
+        script_args ([`~reward_models.arguments.PromptArguments`]): Prompts, judge and evaluations.
+        training_args ([`AlphaGRPOConfig`]): Arguments of the trainer.
+        model_args ([`~trl.ModelConfig`]): Model and adapter.
+        checkpoint (`Path`, *optional*): Where training continues.
+        train_dataset ([`~datasets.Dataset`]), eval_rows (`list[dict[str, Any]]`): Prompts of both kinds.
+        model ([`UnifiedModel`]), processor ([`~transformers.ProcessorMixin`]): The policy.
+        reward ([`DVReward`]): Reward of images, in training and in evaluations.
+    """
+
+    script_args: PromptArguments
+    training_args: AlphaGRPOConfig
+    model_args: ModelConfig
+    checkpoint: Path | None
+    train_dataset: Dataset
+    eval_rows: list[dict[str, Any]]
+    model: UnifiedModel
+    processor: ProcessorMixin
+    reward: DVReward
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training_args.output_dir)
+
+
+def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> TrainingRun:
+    """Load prompts, model and reward."""
+    # First, so that a checkpoint that cannot be resumed is reported before anything is loaded.
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
+    train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
+    # A list, because iterating decodes images and `to_list` does not.
+    eval_rows = list(load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts))
+    attention = model_args.attn_implementation
+    model, processor = load_model(
+        model_args.model_name_or_path,
+        dtype=model_args.dtype,
+        **({"attn_implementation": attention} if attention else {}),
+    )
+    reward = script_args.make_reward((model, processor))
+    return TrainingRun(
+        script_args, training_args, model_args, checkpoint, train_dataset, eval_rows, model, processor, reward
+    )
+
+
+def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -> AlphaGRPOTrainer:
+    """Make the trainer of a run, with an adapter if the arguments ask for one and with `metrics.jsonl`."""
+    # PEFT's causal language models have a `generate` of their own, which this policy does not have.
+    run.model_args.lora_task_type = None
+    preset = run.model.family.lora_target_modules(run.training_args.lora_targets)
+    run.model_args.lora_target_modules = run.model_args.lora_target_modules or preset
+    aggregation = run.script_args.aggregation
+    return AlphaGRPOTrainer(
+        model=run.model,
+        reward_funcs=list(reward_funcs),
+        args=run.training_args,
+        train_dataset=run.train_dataset,
+        processing_class=run.processor,
+        peft_config=get_peft_config(run.model_args),
+        callbacks=[
+            JsonLinesCallback(run.output_dir / "metrics.jsonl"),
+            *run.script_args.make_holdout_callbacks(aggregation, (run.model, run.processor)),
+        ],
+    )
+
+
+def evaluate_policy(
+    run: TrainingRun, policy: UnifiedModel, task: Task, description: str, initial: Evaluation | None = None
+) -> Evaluation:
+    """
+    Score the images that a policy paints for the evaluation prompts.
+
+    Args:
+        run ([`TrainingRun`]): Prompts, settings and reward.
+        policy ([`UnifiedModel`]): The trainer's gathered policy.
+        task ([`Task`]): How the policy is asked.
+        description (`str`): Label of the progress bar.
+        initial ([`Evaluation`], *optional*): Images that the policy refines.
+    """
+    return evaluate(
+        RolloutGenerator(policy, run.processor, task),
+        run.eval_rows,
+        run.training_args.eval_rollout(),
+        run.reward,
+        seeds=range(run.script_args.eval_seeds),
+        batch_size=run.script_args.eval_batch_size,
+        description=description,
+        initial=initial,
+    )
+
+
+def train_between_evaluations(
+    run: TrainingRun, trainer: AlphaGRPOTrainer, evaluations: Callable[[str], list[Evaluation]]
+) -> tuple[list[Evaluation], list[Evaluation]] | None:
+    """
+    Evaluate, train, evaluate again, and save the model.
+
+    Args:
+        run ([`TrainingRun`]): The run. A resumed run does not repeat its first evaluation.
+        trainer ([`AlphaGRPOTrainer`]): Its trainer.
+        evaluations (`Callable[[str], list[Evaluation]]`): Evaluates the policy; its argument says when.
+
+    Returns:
+        `tuple`: Evaluations before and after training; `None` if there are none, and in all processes but the main one.
+    """
+    script_args, training_args, model_args = run.script_args, run.training_args, run.model_args
+    before = after = None
+    if script_args.eval_seeds:
+        settings = settings_digest(
+            *(model_args.model_name_or_path, model_args.dtype, script_args, run.eval_rows),
+            *(training_args.eval_rollout(), training_args.task, training_args.think),
+        )
+        resuming = asks_to_resume(training_args.resume_from_checkpoint)
+        before = evaluate_once(
+            run.output_dir / "before_training", settings, resuming, lambda: evaluations("before training")
+        )
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    if script_args.eval_seeds:
+        after = evaluations("after training")
+    trainer.save_model(run.output_dir)
+    return (before, after) if before is not None and PartialState().is_main_process else None
+
+
+def save_scores(run: TrainingRun, summary: dict[str, Any], before: Evaluation, after: Evaluation) -> None:
+    """Write `summary.json` and, if the run has a report, the images before and after training into it."""
+    write_text(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if run.training_args.report:
+        comparison = make_report_comparison(before, after, max_image_size=run.training_args.report_image_size)
+        ReportStore(run.output_dir).save_comparison(comparison)
+        write_report(run.output_dir)
+
+
+def save_picture(
+    path: Path,
+    pairs: Sequence[tuple[EvaluatedSample, EvaluatedSample]],
+    categories: Sequence[str],
+    headers: tuple[str, str],
+    caption: Callable[[EvaluatedSample, EvaluatedSample], str],
+    caption_width: int = 260,
+) -> None:
+    """
+    Draw the images of some pairs of each category side by side, with their rewards.
+
+    Args:
+        path (`Path`): The PNG file.
+        pairs (`Sequence[tuple[EvaluatedSample, EvaluatedSample]]`): What to choose from; the first ones are taken.
+        categories (`Sequence[str]`): Categories in their order.
+        headers (`tuple[str, str]`): What the two images of a pair are.
+        caption (`Callable[[EvaluatedSample, EvaluatedSample], str]`): Makes the text beside a pair.
+        caption_width (`int`, *optional*, defaults to `260`): Width of the texts, in pixels.
+    """
+    chosen = []
+    for category in categories:
+        members = [pair for pair in pairs if pair[0].category == category]
+        chosen += members[: max(1, NUM_PICTURED // len(categories))]
+    rows = [
+        (caption(*pair), [(sample.load_image(), f"reward {sample.reward:.2f}") for sample in pair]) for pair in chosen
+    ]
+    sheet = contact_sheet(rows, headers, caption_width=caption_width)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
