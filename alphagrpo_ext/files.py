@@ -119,9 +119,13 @@ class JsonLinesFile:
         with self.locked():
             # Unbuffered, so that the operating system has the line when the write returns.
             self._file = open(self.path, "ab", buffering=0)
-            self._repair_last_line()
-            for where, row in read_json_lines(self.path):
-                self.read_row(row, where)
+            try:
+                self._repair_last_line()
+                for where, row in read_json_lines(self.path):
+                    self.read_row(row, where)
+            except BaseException:
+                self._file.close()
+                raise
             # The lock counts its holders: this one keeps it until the file is closed.
             self._lock.acquire()
         return self

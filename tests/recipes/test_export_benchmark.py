@@ -175,9 +175,10 @@ def test_edits_are_written_beside_their_originals_and_refined(
         for i, row in sorted(enumerate(rows), key=lambda entry: entry[1]["category"])
         for suffix in ("", "_SRCIMG")
     ]
-    sizes = [
-        Image.open(out / "images" / f"ours/fullset/{row['category']}/en/k{i}.png").size for i, row in enumerate(rows)
-    ]
+    sizes = []
+    for i, row in enumerate(rows):
+        with Image.open(out / "images" / f"ours/fullset/{row['category']}/en/k{i}.png") as image:
+            sizes.append(image.size)
     assert sizes[0] == (24, 24)
     assert sizes[1][0] > sizes[1][1]
     assert "1 of 2 prompts have questions" in capsys.readouterr().out

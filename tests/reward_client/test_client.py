@@ -191,10 +191,18 @@ def test_threads_share_a_client_and_loops_do_too(server, example) -> None:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
+    shared.close()
     assert painted == [server.paint(example.right).tobytes()] * 8
     across_loops = AsyncRewardClient(config)
+
+    async def generate() -> list[Image.Image]:
+        try:
+            return await across_loops.generate([PaintRequest("a")])
+        finally:
+            await across_loops.aclose()
+
     for _ in range(2):
-        assert len(asyncio.run(across_loops.generate([PaintRequest("a")]))) == 1
+        assert len(asyncio.run(generate())) == 1
 
 
 def test_label_is_read(example) -> None:

@@ -128,16 +128,22 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def load_file() -> Callable[[str], ModuleType]:
+def load_file() -> Iterator[Callable[[str], ModuleType]]:
     """Loads a file of the plug-in as OpenRLHF does: by path, under a name of its own."""
+    modules = []
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"loaded_{name}", PACKAGE / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        modules.append(module)
         return module
 
-    return load
+    yield load
+    for module in modules:
+        # OpenRLHF keeps the client of the reward file for as long as its process lives.
+        if hasattr(module, "_client") and module._client.cache_info().currsize:
+            module._client().close()
 
 
 @dataclass(frozen=True)

@@ -131,14 +131,11 @@ class PretrainingLoss(nn.Module):
         return text_loss / num_texts, image_loss / num_values
 
 
-def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: PretrainingArguments) -> float:
+def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: PretrainingArguments) -> None:
     """
     Train the vision tower and its connector alone, on answers and reflections about images.
 
     Nothing else changes, so a model that is given no image paints exactly as before.
-
-    Returns:
-        `float`: Cross-entropy of the last batch.
     """
     mixture = PretrainingMixture(
         direct=0, thought=0, answer=args.vision_answers, reflection=args.vision_answers // 4, condition_dropout=0.0,
@@ -163,7 +160,6 @@ def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: Pretr
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         progress.set_postfix(text=f"{loss.item():.3f}")
-    return loss.item()
 
 
 def sample_batches(

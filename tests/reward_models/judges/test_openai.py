@@ -172,14 +172,17 @@ def test_too_many_failures_stop_the_run() -> None:
     questions = [[{"question": QUESTIONS[0], "tag": "Existence"}]] * 4
 
     async def reward(judge: OpenAIJudge, log_metric: Callable[[str, float], None]) -> None:
-        await DVReward(judge)(
-            ["a cat"] * 4,
-            [""] * 4,
-            images=images,
-            semantic_questions=questions,
-            quality_questions=[[]] * 4,
-            log_metric=log_metric,
-        )
+        try:
+            await DVReward(judge)(
+                ["a cat"] * 4,
+                [""] * 4,
+                images=images,
+                semantic_questions=questions,
+                quality_questions=[[]] * 4,
+                log_metric=log_metric,
+            )
+        finally:
+            await judge.aclose()
 
     metrics: dict[str, float] = {}
     with faulty_endpoint(Faults(error=1.0)) as (endpoint, _):
