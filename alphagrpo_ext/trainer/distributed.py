@@ -70,7 +70,7 @@ def prepare_sharding(accelerator: Accelerator, gather_for_generation: bool) -> S
     How the policy is sharded, after [`check_sharding`] and [`use_uniform_precision`]. Called before the model is prepared.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        accelerator ([`~accelerate.Accelerator`]): Accelerator of the trainer.
         gather_for_generation (`bool`): TRL's `ds3_gather_for_generation`.
     """
     sharding = Sharding.of(accelerator)

@@ -72,7 +72,7 @@ def prepare_reference(reference: PreTrainedModel, accelerator: Accelerator, offl
 
     Args:
         reference (`PreTrainedModel`): A frozen model.
-        accelerator (`Accelerator`): Of the trainer.
+        accelerator (`Accelerator`): Accelerator of the trainer.
         offload (`bool`): Whether it stays in the host's memory; see [`visit_device`].
 
     Raises:
@@ -168,7 +168,7 @@ def add_reference_adapter(policy: PeftModel, accelerator: Accelerator) -> None:
 
     Args:
         policy ([`~peft.PeftModel`]): Not yet wrapped.
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        accelerator ([`~accelerate.Accelerator`]): Accelerator of the trainer.
 
     Raises:
         `ValueError`: Under DeepSpeed ZeRO-3, which leaves no process a parameter that could follow another.
@@ -198,7 +198,7 @@ def reference_state(
         reference (`torch.nn.Module`, *optional*): A model of its own, as [`prepare_reference`] returns it. `None` if the
             reference is an adapter of the policy.
         policy (`torch.nn.Module`): The policy.
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        accelerator ([`~accelerate.Accelerator`]): Accelerator of the trainer.
     """
     if reference is not None:
         return accelerator.get_state_dict(reference)
@@ -278,7 +278,7 @@ class SyncRefAdapterCallback(TrainerCallback):
     https://huggingface.co/papers/2404.09656). With `ref_model_sync_steps=1` it is an exponential moving average.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        accelerator ([`~accelerate.Accelerator`]): Accelerator of the trainer.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

@@ -32,8 +32,8 @@ class PackedScores:
 
     Args:
         log_probs, entropies (`torch.Tensor` of shape `(trajectories, longest text)`):
-            Of sampled tokens; 0 on padding.
-        images ([`ImageScores`], *optional*): Of the sampled images; `None` if no image has a window.
+            Scores of sampled tokens; 0 on padding.
+        images ([`ImageScores`], *optional*): Scores of the sampled images. `None` if no image has a window.
     """
 
     log_probs: torch.Tensor
@@ -49,7 +49,7 @@ class RolloutScores:
 
     Args:
         log_probs, entropies (`torch.Tensor` of shape `(trajectories, longest text)`):
-            Of sampled tokens; 0 on padding.
+            Scores of sampled tokens; 0 on padding.
         velocities (`list[torch.Tensor]`, *optional*):
             Guided velocities `(images of the trajectory, steps, tokens, channels)` of each trajectory, as a list, so that
             TRL shuffles and splits it. `None` if no image has a window.

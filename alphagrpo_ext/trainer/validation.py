@@ -68,7 +68,7 @@ def validated_tasks(
         args ([`AlphaGRPOConfig`]): Default task, settings of tasks, and size of images.
         reward_funcs (`Callable` or `list[Callable]`): As given to the trainer.
         named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
-        processor, model: Of the policy.
+        processor, model: Processor and model of the policy.
     """
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     validate_rewards(functions, named, args.image_height, args.image_width)
@@ -114,7 +114,7 @@ def validate_rows(
         dataset (`datasets.Dataset`): The rows. Images are not decoded.
         tasks (`Mapping[str, Task]`): By name, all that the rows mention.
         default (`str`): Task of rows that name none.
-        processor, model: Of the policy.
+        processor, model: Processor and model of the policy.
         config ([`RolloutConfig`]): Size of images, and the longest thought.
 
     Raises:
