@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,12 +139,28 @@ def load_agent(load_file: Callable[[str], ModuleType], server: Any, monkeypatch:
     return load
 
 
+def run_and_close(executor: Any, result: Awaitable[Any]) -> Any:
+    """Runs an executor in an event loop of its own and closes the connections, which OpenRLHF keeps open in its actors."""
+
+    async def run() -> Any:
+        try:
+            return await result
+        finally:
+            if isinstance(executor, agent.MultiTurnAgentExecutor):
+                await executor._client.aclose()
+
+    try:
+        return asyncio.run(run())
+    finally:
+        reward_file = getattr(getattr(executor, "reward_func", None), "__globals__", {})
+        if reward_file and reward_file["_client"].cache_info().currsize:
+            reward_file["_client"]().close()
+            reward_file["_client"].cache_clear()
+
+
 def execute(executor: Any, engine: LocalEngine, prompt: str, label: Any, max_length: int = 512, **params: Any) -> dict:
-    return asyncio.run(
-        executor.execute(
-            prompt, json.dumps(vars(label)), SamplingParams(**params), max_length, engine.tokenizer, engine
-        )
-    )
+    arguments = (prompt, json.dumps(vars(label)), SamplingParams(**params), max_length, engine.tokenizer, engine)
+    return run_and_close(executor, executor.execute(*arguments))
 
 
 def chat(*contents: str) -> list[dict[str, str]]:
@@ -305,7 +321,7 @@ def test_group_shares_nothing(engine, server, example, load_agent) -> None:
         episodes = (executor.execute(prompt, label, shared, 512, engine.tokenizer, engine) for _ in range(3))
         return await asyncio.gather(*episodes)
 
-    results = asyncio.run(group())
+    results = run_and_close(executor, group())
     assert [len(result["action_ranges"]) for result in results] == [2, 2, 2]
     assert all(result["observation_tokens"] == results[0]["observation_tokens"] for result in results)
     assert shared == SamplingParams()
