@@ -416,9 +416,10 @@ def test_flex_attention_in_packed_forward_and_rollout(
     assert {name for name, p in tiny_bagel.named_parameters() if p.grad is not None} == gradients.keys()
     for name, gradient in gradients.items():
         actual = tiny_bagel.get_parameter(name).grad
-        torch.testing.assert_close(
-            actual, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max() + 1e-3), msg=name
-        )
+        # A bias of all keys has no effect under a softmax. Its gradient is rounding, of a size that its weight's tells.
+        is_rounding = name.startswith("vit_model.") and name.endswith("k_proj.bias")
+        scale = gradients[name.replace(".bias", ".weight")] if is_rounding else gradient
+        torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-4 * float(scale.abs().max() + 1e-3), msg=name)
 
 
 def test_loaded_with_flex_attention(tiny_bagel: BagelModel, tmp_path: Path) -> None:
