@@ -456,6 +456,8 @@ class Family(ABC):
     """A file that a repository on the Hub has if it is in the released layout; see [`Family.matches`]."""
     hub_files: ClassVar[tuple[str, ...]] = ()
     """Files of such a repository that are downloaded."""
+    sampling_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of [`~alphagrpo_ext.rollout.pipeline.UnifiedPipeline`] that suit released checkpoints."""
 
     def matches(self, folder: Path) -> bool:
         """Whether a folder is in a layout of this family other than that of `save_pretrained`."""

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Painting with a policy in a few lines: `alphagrpo_ext.pipeline("bagel-shapes")("a red circle").images[0]`.
+
+The settings of sampling (size, steps, guidance, thoughts) are those that the checkpoint was trained with. The trainer
+writes them as `sampling` into the checkpoint's `generation_config.json`. A checkpoint without them has the family's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
+
+from alphagrpo_ext.models.adapters import adapter_base, is_adapter
+from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.models.loading import load_model, resolve_model_path
+from alphagrpo_ext.rollout.arguments import SamplingArguments
+from alphagrpo_ext.rollout.refinement import Refinement, refine
+
+
+SETTINGS_FILE = "generation_config.json"
+SETTINGS = ("height", "width", *(field.name for field in fields(SamplingArguments) if field.name != "dtype"))
+"""Settings of a pipeline: the size of images in pixels, and the arguments of [`SamplingArguments`]."""
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """
+    What a pipeline painted.
+
+    Args:
+        images (`list[PIL.Image.Image]`): The last image of each prompt.
+        texts (`list[str]`): What the policy wrote before it: its thought, or its reflection on the image before.
+        refinements (`list[Refinement]`): All images of each prompt with their texts, from the first to the last.
+    """
+
+    images: list[Image.Image]
+    texts: list[str]
+    refinements: list[Refinement]
+
+
+class UnifiedPipeline:
+    """
+    Paints prompts with a policy, and lets it refine its images.
+
+    Args:
+        model ([`UnifiedModel`]): The policy.
+        processor ([`~transformers.ProcessorMixin`]): Its processor.
+        settings (`Mapping[str, Any]`, *optional*): Default settings of sampling; names as in [`SETTINGS`].
+
+    Raises:
+        `ValueError`: If a setting is unknown.
+
+    Example:
+
+    ```python
+    >>> pipe = UnifiedPipeline.from_pretrained("bagel-shapes")
+    >>> output = pipe("a red circle on a white background", num_rounds=1, seed=0)
+    >>> output.images[0].save("circle.png")
+    ```
+    """
+
+    def __init__(
+        self, model: UnifiedModel, processor: ProcessorMixin, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.settings = {**model.family.sampling_settings, **(settings or {})}
+        _check_settings(self.settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | Path,
+        dtype: torch.dtype | str = torch.float32,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> UnifiedPipeline:
+        """
+        Load a model, its processor and its settings of sampling; arguments and errors as in
+        [`~alphagrpo_ext.models.loading.load_model`].
+        """
+        model, processor = load_model(model_name_or_path, dtype, revision, **kwargs)
+        return cls(model.eval(), processor, saved_settings(model_name_or_path, revision))
+
+    def to(self, *args: Any, **kwargs: Any) -> UnifiedPipeline:
+        """Move the model, as `torch.nn.Module.to` does. Returns the pipeline."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        *,
+        think: bool = True,
+        num_rounds: int = 0,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        **settings: Any,
+    ) -> PipelineOutput:
+        """
+        Paint prompts.
+
+        Args:
+            prompt (`str` or `Sequence[str]`): One prompt or several.
+            image (`PIL.Image.Image` or a sequence of them, *optional*):
+                An image per prompt that the policy refines in `num_rounds` rounds, instead of painting a first one.
+            think (`bool`, *optional*, defaults to `True`): Whether the policy writes a thought before the first image.
+            num_rounds (`int`, *optional*, defaults to `0`): Rounds in which it reflects on the image and repaints it.
+            num_images_per_prompt (`int`, *optional*, defaults to `1`): Images of each prompt, which follow each other.
+            seed (`int`, *optional*, defaults to `0`): Seed of all noise.
+            settings: Settings of sampling that replace the defaults; names as in [`SETTINGS`].
+
+        Raises:
+            `ValueError`: If a setting is unknown or out of range, or if images are given and do not match the prompts.
+        """
+        _check_settings(settings)
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, but is {num_images_per_prompt}")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
+        if image is not None:
+            images = [image] if isinstance(image, Image.Image) else list(image)
+            if len(images) != len(rows):
+                raise ValueError(f"{len(images)} images are given for {len(rows)} prompts")
+            if num_rounds < 1:
+                raise ValueError("a given image is refined: set num_rounds to at least 1")
+            rows = [{**row, "image": given} for row, given in zip(rows, images, strict=True)]
+        chosen = {**self.settings, **settings}
+        height, width = chosen.pop("height", None), chosen.pop("width", None)
+        if height is None or width is None:
+            raise ValueError(
+                "this checkpoint does not say which size its images have: set height and width, in pixels"
+            )
+        refinements = refine(
+            self.model,
+            self.processor,
+            [row for row in rows for _ in range(num_images_per_prompt)],
+            SamplingArguments(**chosen).rollout(height, width),
+            num_rounds=num_rounds,
+            think=think,
+            seed=seed,
+        )
+        last = [refinement.steps[-1] for refinement in refinements]
+        return PipelineOutput([step.image for step in last], [step.text for step in last], refinements)
+
+
+def pipeline(model: str | Path, **kwargs: Any) -> UnifiedPipeline:
+    """
+    A pipeline for a name, a folder or an id on the Hub; see [`UnifiedPipeline.from_pretrained`].
+
+    Example:
+
+    ```python
+    >>> import alphagrpo_ext
+
+    >>> pipe = alphagrpo_ext.pipeline("bagel-shapes")
+    >>> pipe("a red circle on a white background").images[0].size
+    (24, 24)
+    ```
+    """
+    return UnifiedPipeline.from_pretrained(model, **kwargs)
+
+
+def saved_settings(model_name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """
+    The settings of sampling that a checkpoint was saved with; those of an adapter's folder come before those of the model
+    that it was made for. Empty if there are none.
+    """
+    path = resolve_model_path(model_name_or_path, revision)
+    base = saved_settings(adapter_base(path), revision) if is_adapter(path) else {}
+    file = cached_file(path, SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return base
+    return base | json.loads(Path(file).read_text(encoding="utf-8")).get("sampling", {})
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    unknown = [name for name in settings if name not in SETTINGS]
+    if unknown:
+        raise ValueError(f"unknown settings of sampling: {', '.join(unknown)}; known are {', '.join(SETTINGS)}")
