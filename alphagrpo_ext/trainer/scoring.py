@@ -173,8 +173,10 @@ class ImageLoss:
         trajectories = inputs["trajectories"]
         window = next(image.window for t in trajectories for image in t.sampled_images if image.window)
         share = num_steps / window.num_steps
+        # A trajectory with several images weighs as much as one with a single image.
+        num_images = torch.bincount(scores.trajectory, minlength=len(trajectories))
         return ObjectiveOutput(
-            loss=share * output.loss.sum() / len(trajectories),
+            loss=share * (output.loss / num_images[scores.trajectory]).sum() / len(trajectories),
             metrics={name: share * value for name, value in output.metrics.items()},
         )
 

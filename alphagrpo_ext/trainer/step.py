@@ -87,11 +87,16 @@ class RolloutStep:
         group_size (`int`): Samples per prompt.
         trajectories (`list[Trajectory]`): One per row, once they are sampled.
         texts (`list[list[str]]`): Decoded sampled texts of each trajectory, one per turn.
-        initial_rewards (`list[float]`):
-            Reward of the image that each sample set out to refine; NaN where there is none.
+        initial_scores (`torch.Tensor` of shape `(samples, functions that judge images)`):
+            Rewards of the image that each sample set out to refine; NaN where there is none.
+        initial_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
+            Their weighted sum; NaN where one that counts is missing.
         image_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
-            Weighted sum of the rewards of images, before rectification; NaN where no function gave one.
-        rewards (`torch.Tensor` of shape `(samples of all processes, functions)`): Rewards after rectification.
+            Weighted sum of the rewards of images, before rectification; NaN where one is missing.
+        is_false_positive (`torch.Tensor` of shape `(samples of all processes,)`, bool):
+            Samples whose rewards rectification replaced.
+        rewards (`torch.Tensor` of shape `(samples of all processes, functions)`):
+            Rewards after rectification; NaN in all columns of a sample that is not trained on.
         image_advantages (`torch.Tensor` of shape `(samples,)`): Advantages of the images of this process.
         scores (`dict[str, RolloutScores]`):
             What a policy that is not trained makes of the trajectories: `"old"` is the policy that sampled them,
@@ -106,14 +111,13 @@ class RolloutStep:
     group_size: int
     trajectories: list[Trajectory] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
-    initial_rewards: list[float] = field(default_factory=list)
+    initial_scores: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    initial_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     image_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    is_false_positive: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     image_advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     scores: dict[str, RolloutScores] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.initial_rewards = self.initial_rewards or [float("nan")] * len(self.rows)
 
     @property
     def local(self) -> slice:

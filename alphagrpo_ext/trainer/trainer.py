@@ -39,7 +39,7 @@ from alphagrpo_ext.trainer.distributed import gathered_policy, prepare_sharding,
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
-from alphagrpo_ext.trainer.rewards import image_advantages, judge_step
+from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
@@ -213,8 +213,9 @@ class AlphaGRPOTrainer(GRPOTrainer):
             self._logs["extra"].clear()
         try:
             output = super()._generate_and_score_completions([reward_row(row) for row in step.rows])
-            functions, weights = self.reward_funcs, self.reward_weights
-            step.image_advantages = image_advantages(step, output["advantages"], functions, weights, self.args)
+            output["advantages"], step.image_advantages = joint_advantages(
+                step, output["advantages"], self.reward_funcs, self.reward_weights, self.args
+            )
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:
