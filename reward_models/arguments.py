@@ -76,6 +76,10 @@ class PromptArguments(HoldoutArguments, RewardArguments):
         default=2, metadata={"help": "Noise seeds per evaluation prompt. 0 skips the evaluations."}
     )
     eval_batch_size: int = field(default=128, metadata={"help": "Samples per batch of an evaluation."})
+    verbose_logs: bool = field(
+        default=False,
+        metadata={"help": "Print all metrics of a log, and not one line; metrics.jsonl has them in any case."},
+    )
 
     def __post_init__(self) -> None:
         RewardArguments.__post_init__(self)

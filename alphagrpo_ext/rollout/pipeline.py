@@ -4,12 +4,11 @@
 Painting with a policy in a few lines: `alphagrpo_ext.pipeline("bagel-shapes")("a red circle").images[0]`.
 
 The settings of sampling (size, steps, guidance, thoughts) are those that the checkpoint was trained with. The trainer
-writes them as `sampling` into the checkpoint's `generation_config.json`. A checkpoint without them has the family's.
+writes those of its evaluations as `sampling` into the model's configuration. A model without them has the family's.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,16 +17,13 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file
 
-from alphagrpo_ext.models.adapters import adapter_base, is_adapter
 from alphagrpo_ext.models.contract import UnifiedModel
-from alphagrpo_ext.models.loading import load_model, resolve_model_path
+from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.rollout.refinement import Refinement, refine
 
 
-SETTINGS_FILE = "generation_config.json"
 SETTINGS = ("height", "width", *(field.name for field in fields(SamplingArguments) if field.name != "dtype"))
 """Settings of a pipeline: the size of images in pixels, and the arguments of [`SamplingArguments`]."""
 
@@ -55,7 +51,8 @@ class UnifiedPipeline:
     Args:
         model ([`UnifiedModel`]): The policy.
         processor ([`~transformers.ProcessorMixin`]): Its processor.
-        settings (`Mapping[str, Any]`, *optional*): Default settings of sampling; names as in [`SETTINGS`].
+        settings (`Mapping[str, Any]`, *optional*):
+            Default settings of sampling, in place of the model's own; names as in [`SETTINGS`].
 
     Raises:
         `ValueError`: If a setting is unknown.
@@ -73,7 +70,8 @@ class UnifiedPipeline:
         self, model: UnifiedModel, processor: ProcessorMixin, settings: Mapping[str, Any] | None = None
     ) -> None:
         self.model, self.processor = model, processor
-        self.settings = {**model.family.sampling_settings, **(settings or {})}
+        own = getattr(model.config, "sampling", None) or {}
+        self.settings = {**model.family.sampling_settings, **own, **(settings or {})}
         _check_settings(self.settings)
 
     @classmethod
@@ -85,11 +83,10 @@ class UnifiedPipeline:
         **kwargs: Any,
     ) -> UnifiedPipeline:
         """
-        Load a model, its processor and its settings of sampling; arguments and errors as in
-        [`~alphagrpo_ext.models.loading.load_model`].
+        Load a model and its processor; arguments and errors as in [`~alphagrpo_ext.models.loading.load_model`].
         """
         model, processor = load_model(model_name_or_path, dtype, revision, **kwargs)
-        return cls(model.eval(), processor, saved_settings(model_name_or_path, revision))
+        return cls(model.eval(), processor)
 
     def to(self, *args: Any, **kwargs: Any) -> UnifiedPipeline:
         """Move the model, as `torch.nn.Module.to` does. Returns the pipeline."""
@@ -169,19 +166,6 @@ def pipeline(model: str | Path, **kwargs: Any) -> UnifiedPipeline:
     ```
     """
     return UnifiedPipeline.from_pretrained(model, **kwargs)
-
-
-def saved_settings(model_name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """
-    The settings of sampling that a checkpoint was saved with; those of an adapter's folder come before those of the model
-    that it was made for. Empty if there are none.
-    """
-    path = resolve_model_path(model_name_or_path, revision)
-    base = saved_settings(adapter_base(path), revision) if is_adapter(path) else {}
-    file = cached_file(path, SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return base
-    return base | json.loads(Path(file).read_text(encoding="utf-8")).get("sampling", {})
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:

@@ -213,9 +213,9 @@ class AlphaGRPOTrainer(GRPOTrainer):
             self._logs["extra"].clear()
         try:
             output = super()._generate_and_score_completions([reward_row(row) for row in step.rows])
-            output["advantages"], step.image_advantages = joint_advantages(
-                step, output["advantages"], self.reward_funcs, self.reward_weights, self.args
-            )
+            functions, weights = self.reward_funcs, self.reward_weights
+            advantages = joint_advantages(step, output["advantages"], functions, weights, self.args)
+            output["advantages"], step.image_advantages = advantages
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:

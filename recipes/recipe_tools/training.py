@@ -26,6 +26,7 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.task import Task
+from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
@@ -101,7 +102,7 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
     preset = run.model.family.lora_target_modules(run.training_args.lora_targets)
     run.model_args.lora_target_modules = run.model_args.lora_target_modules or preset
     aggregation = run.script_args.aggregation
-    return AlphaGRPOTrainer(
+    trainer = AlphaGRPOTrainer(
         model=run.model,
         reward_funcs=list(reward_funcs),
         args=run.training_args,
@@ -113,6 +114,26 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
             *run.script_args.make_holdout_callbacks(aggregation, (run.model, run.processor)),
         ],
     )
+    if not run.script_args.verbose_logs:
+        ConsoleCallback("Training", run_facts(run, trainer)).attach(trainer)
+    return trainer
+
+
+def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
+    """What the console says of a run before it starts."""
+    parameters = list(trainer.model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    args = run.training_args
+    samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "model": run.model_args.model_name_or_path,
+        "trained": f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
+        "task": args.task,
+        "rewards": f"{', '.join(trainer.reward_func_names)} (judge: {run.script_args.judge})",
+        "steps": f"{args.max_steps if args.max_steps > 0 else f'{args.num_train_epochs:g} epochs'} of {samples} samples",
+        "output": run.output_dir,
+        **({"report": run.output_dir / "report.html"} if args.report else {}),
+    }
 
 
 def evaluate_policy(
