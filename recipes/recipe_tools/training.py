@@ -10,6 +10,7 @@ in its file.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,23 +212,27 @@ def save_picture(
     caption_width: int = 260,
 ) -> None:
     """
-    Draw the images of some pairs of each category side by side, with their rewards.
+    Draw the images of some pairs of each category side by side, with their rewards and whether they pass strictly.
+
+    Pairs are drawn at random, always with the same seed, so that the picture shows what the table says.
 
     Args:
         path (`Path`): The PNG file.
-        pairs (`Sequence[tuple[EvaluatedSample, EvaluatedSample]]`): What to choose from; the first ones are taken.
+        pairs (`Sequence[tuple[EvaluatedSample, EvaluatedSample]]`): What to choose from.
         categories (`Sequence[str]`): Categories in their order.
         headers (`tuple[str, str]`): What the two images of a pair are.
         caption (`Callable[[EvaluatedSample, EvaluatedSample], str]`): Makes the text beside a pair.
         caption_width (`int`, *optional*, defaults to `260`): Width of the texts, in pixels.
     """
-    chosen = []
+    chosen, rng = [], random.Random(0)
     for category in categories:
         members = [pair for pair in pairs if pair[0].category == category]
-        chosen += members[: max(1, NUM_PICTURED // len(categories))]
-    rows = [
-        (caption(*pair), [(sample.load_image(), f"reward {sample.reward:.2f}") for sample in pair]) for pair in chosen
-    ]
+        chosen += rng.sample(members, min(len(members), max(1, NUM_PICTURED // len(categories))))
+    rows = [(caption(*pair), [(sample.load_image(), _picture_label(sample)) for sample in pair]) for pair in chosen]
     sheet = contact_sheet(rows, headers, caption_width=caption_width)
     with atomic_path(path) as temporary:
         sheet.save(temporary)
+
+
+def _picture_label(sample: EvaluatedSample) -> str:
+    return f"reward {sample.reward:.2f}, {'passes' if sample.strict_pass else 'fails'}"
