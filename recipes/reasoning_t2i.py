@@ -51,7 +51,7 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     from reward_models.evaluation.text_tables import comparison_table
 
     run = training.prepare_run(script_args, training_args, model_args)
-    trainer = training.make_trainer(run, [run.reward])
+    trainer = training.make_trainer(run, training.load_rewards(run))
     task = training_args.make_task(training_args.task)
 
     def evaluations(moment: str) -> list[Evaluation]:

@@ -106,7 +106,9 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     run = training.prepare_run(script_args, training_args, model_args)
     if script_args.train_tasks:
         run.train_dataset = assign_tasks(run.train_dataset, script_args.train_tasks)
-    trainer = training.make_trainer(run, [run.reward, *(FORMATS.get(name)() for name in script_args.formats)])
+    trainer = training.make_trainer(
+        run, [*training.load_rewards(run), *(FORMATS.get(name)() for name in script_args.formats)]
+    )
     painting = TASKS.get("reasoning_t2i")(think=False)
     refining = training_args.make_task(training_args.task)
 

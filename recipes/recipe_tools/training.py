@@ -10,9 +10,12 @@ in its file.
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,35 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
     if not run.script_args.verbose_logs:
         ConsoleCallback("Training", run_facts(run, trainer)).attach(trainer)
     return trainer
+
+
+def load_rewards(run: TrainingRun) -> list[Callable[..., Any]]:
+    """
+    The reward functions that `--reward` names, in its order.
+
+    Raises:
+        `ValueError`: If a name is neither `"dvreward"` nor a function that can be imported.
+    """
+    # Modules beside the command, as for `python -m`.
+    sys.path.insert(0, os.getcwd())
+    try:
+        return [run.reward if name == "dvreward" else _import_function(name) for name in run.script_args.reward]
+    finally:
+        sys.path.pop(0)
+
+
+def _import_function(name: str) -> Callable[..., Any]:
+    module, separator, function = name.rpartition(":") if ":" in name else name.rpartition(".")
+    if not separator:
+        raise ValueError(f"--reward {name}: give 'dvreward', or a function as module:function")
+    try:
+        value = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--reward {name}: {error}") from error
+    if not callable(value):
+        raise ValueError(f"--reward {name}: {function} is {type(value).__name__}, not a function")
+    # A class is made without arguments, as for a reward that keeps something between its calls.
+    return value() if isinstance(value, type) else value
 
 
 def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from recipe_tools.training import load_rewards
+
+
+def test_rewards_are_imported_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_rewards_of_a_test.py").write_text(
+        "def brightness(images, **kwargs):\n    return [0.5] * len(images)\n"
+        "class Kept:\n    def __call__(self, images, **kwargs):\n        return [1.0] * len(images)\n"
+        "NUMBER = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def load(*names: str) -> list:
+        return load_rewards(SimpleNamespace(reward="DVReward", script_args=SimpleNamespace(reward=list(names))))
+
+    judged, own, kept = load("dvreward", "own_rewards_of_a_test:brightness", "own_rewards_of_a_test.Kept")
+    assert judged == "DVReward"
+    assert own(images=[1, 2]) == [0.5, 0.5]
+    assert kept(images=[1]) == [1.0]
+    for name, message in (
+        ("brightness", "give 'dvreward', or a function as module:function"),
+        ("no_such_module_of_a_test:f", "No module named 'no_such_module_of_a_test'"),
+        ("own_rewards_of_a_test:f", "has no attribute 'f'"),
+        ("own_rewards_of_a_test:NUMBER", "NUMBER is int, not a function"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(name)
