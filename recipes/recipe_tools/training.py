@@ -219,11 +219,30 @@ def train_between_evaluations(
         before = evaluate_once(
             run.output_dir / "before_training", settings, resuming, lambda: evaluations("before training")
         )
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    except KeyboardInterrupt:
+        print(f"\n{how_to_go_on(run.output_dir)}")
+        # The status of a program that SIGINT ended.
+        sys.exit(130)
     if script_args.eval_seeds:
         after = evaluations("after training")
     trainer.save_model(run.output_dir)
     return (before, after) if before is not None and PartialState().is_main_process else None
+
+
+def how_to_go_on(output_dir: Path) -> str:
+    """What somebody who interrupted a run can do next."""
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if checkpoints:
+        return (
+            f"Interrupted. The last checkpoint is {checkpoints[-1]}: the same command with --resume_from_checkpoint last "
+            f"continues there."
+        )
+    return (
+        "Interrupted before the first checkpoint. With --save_strategy steps --save_steps 10 --resume_from_checkpoint last, "
+        "the same command starts a run and continues it."
+    )
 
 
 def save_scores(run: TrainingRun, summary: dict[str, Any], before: Evaluation, after: Evaluation) -> None:

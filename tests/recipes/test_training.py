@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipe_tools.training import load_rewards
+from recipe_tools.training import how_to_go_on, load_rewards
 
 
 def test_rewards_are_imported_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +31,12 @@ def test_rewards_are_imported_from_the_working_folder(tmp_path: Path, monkeypatc
     ):
         with pytest.raises(ValueError, match=message):
             load(name)
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+    assert how_to_go_on(tmp_path).startswith("Interrupted before the first checkpoint.")
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert f"{tmp_path / 'checkpoint-10'}: the same command with --resume_from_checkpoint last" in how_to_go_on(
+        tmp_path
+    )
