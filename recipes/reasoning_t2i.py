@@ -70,8 +70,10 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
         headers=("before", "after"),
         caption=lambda old, new: old.prompt,
     )
-    files = "Model, report.html, summary.json, metrics.jsonl and before_after.png"
-    print(f"\n{comparison_table(before, after)}\n\n{files}: {run.output_dir}")
+    table = comparison_table(before, after)
+    training.save_model_card(run, trainer, table, "before_after.png")
+    files = "Model, README.md, report.html, summary.json, metrics.jsonl and before_after.png"
+    print(f"\n{table}\n\n{files}: {run.output_dir}")
 
 
 if __name__ == "__main__":

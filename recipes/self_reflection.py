@@ -134,8 +134,10 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
         caption=lambda old, new: f"{old.prompt} | {new.text}",
         caption_width=420,
     )
-    files = "Model, report.html, summary.json, metrics.jsonl and refined.png"
-    print(f"\n{refinement_table({'before': before, 'after': after})}\n\n{files}: {run.output_dir}")
+    table = refinement_table({"before": before, "after": after})
+    training.save_model_card(run, trainer, table, "refined.png")
+    files = "Model, README.md, report.html, summary.json, metrics.jsonl and refined.png"
+    print(f"\n{table}\n\n{files}: {run.output_dir}")
 
 
 if __name__ == "__main__":

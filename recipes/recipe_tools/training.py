@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.contact_sheet import contact_sheet
+from recipe_tools.model_card import write_model_card
 from reward_models.arguments import PromptArguments
 from reward_models.dvreward import DVReward
 from reward_models.evaluation.evaluate import evaluate
@@ -229,6 +231,21 @@ def train_between_evaluations(
         after = evaluations("after training")
     trainer.save_model(run.output_dir)
     return (before, after) if before is not None and PartialState().is_main_process else None
+
+
+def save_model_card(run: TrainingRun, trainer: AlphaGRPOTrainer, table: str, picture: str) -> None:
+    """Write the model card of a run with a table of its evaluations and the name of its picture."""
+    prompt = run.eval_rows[0]["prompt"]
+    write_model_card(
+        run.output_dir,
+        run.model_args.model_name_or_path,
+        run.training_args.task,
+        command=shlex.join(["accelerate", "launch", *sys.argv]),
+        prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
+        facts={name: v for name, v in run_facts(run, trainer).items() if name not in ("output", "report")},
+        table=table,
+        picture=picture,
+    )
 
 
 def how_to_go_on(output_dir: Path) -> str:

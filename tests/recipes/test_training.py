@@ -4,7 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import ModelCard
 
+from recipe_tools.model_card import write_model_card
 from recipe_tools.training import how_to_go_on, load_rewards
 
 
@@ -40,3 +42,17 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     assert f"{tmp_path / 'checkpoint-10'}: the same command with --resume_from_checkpoint last" in how_to_go_on(
         tmp_path
     )
+
+
+@pytest.mark.parametrize(
+    ("base", "named"), [("bagel-shapes", None), ("ByteDance-Seed/BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT")]
+)
+def test_model_card_says_how_to_load_and_what_it_scores(tmp_path: Path, base: str, named: str | None) -> None:
+    write_model_card(
+        tmp_path, base, "reasoning_t2i", "accelerate launch x.py", "a cat", {"steps": 3}, "all 1 -> 2", "a.png"
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == named
+    assert card.data.library_name == "alphagrpo-ext"
+    for part in (f'alphagrpo_ext.pipeline("{tmp_path}")', 'pipe("a cat")', "all 1 -> 2", "(a.png)", "- steps: 3"):
+        assert part in card.content
