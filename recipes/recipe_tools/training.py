@@ -29,6 +29,7 @@ from alphagrpo_ext.files import atomic_path, write_text
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
+from alphagrpo_ext.report.model_card import write_model_card
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.task import Task
 from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback
@@ -37,7 +38,6 @@ from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.contact_sheet import contact_sheet
-from recipe_tools.model_card import write_model_card
 from reward_models.arguments import PromptArguments
 from reward_models.dvreward import DVReward
 from reward_models.evaluation.evaluate import evaluate

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import ModelCard
 
-from recipe_tools.model_card import write_model_card
+from alphagrpo_ext.report.model_card import write_model_card
 from recipe_tools.training import how_to_go_on, load_rewards
 
 
