@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from alphagrpo_ext.models.contract import UnifiedModel
@@ -43,6 +44,16 @@ class RolloutConfig:
     branches_per_thought: int = 1
 
     def __post_init__(self) -> None:
+        for name, is_valid, rule in (
+            ("height", self.height > 0, "be positive"),
+            ("width", self.width > 0, "be positive"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "not be negative"),
+            ("temperature", 0 <= self.temperature < math.inf, "be a finite number that is not negative"),
+            ("top_k", self.top_k >= 0, "not be negative"),
+            ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1"),
+        ):
+            if not is_valid:
+                raise ValueError(f"{name} must {rule}, but is {getattr(self, name)}")
         if self.branches_per_thought < 1:
             raise ValueError(f"branches_per_thought must be at least 1, but is {self.branches_per_thought}")
         if self.branches_per_thought > 1 and not (

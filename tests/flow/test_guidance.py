@@ -67,6 +67,9 @@ class TestPlainGuidance:
         alone = guidance.combine({name: v[:, :4] for name, v in self.VELOCITIES.items()})
         torch.testing.assert_close(guidance.combine(garbage, mask)[:, :4], alone)
 
-    def test_rejects_the_renormalisation_of_image_guidance(self):
-        with pytest.raises(ValueError, match="'text_channel' needs image guidance"):
-            PlainGuidance(GuidanceConfig(renorm_type="text_channel"))
+    def test_renormalisation_before_image_guidance_is_that_of_channels(self):
+        by_type = [
+            PlainGuidance(GuidanceConfig(4.0, renorm_type=name)).combine(self.VELOCITIES)
+            for name in ("text_channel", "channel")
+        ]
+        assert torch.equal(*by_type)
