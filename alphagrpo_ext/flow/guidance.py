@@ -49,6 +49,11 @@ class GuidanceConfig:
         if len(self.interval) != 2 or self.interval[0] > self.interval[1]:
             raise ValueError(f"interval must be (low, high) with low <= high, but is {self.interval}")
 
+    @property
+    def effective(self) -> GuidanceConfig:
+        """Settings with the same effect, which are equal for all settings without any: those that switch guidance off."""
+        return self if self.text_scale > 1 else GuidanceConfig(text_scale=1.0)
+
 
 @dataclass(frozen=True)
 class PlainGuidance:

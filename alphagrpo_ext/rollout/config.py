@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
+from alphagrpo_ext.rollout.settings import TaskSettings
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,6 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         for name, is_valid, rule in (
-            ("height", self.height > 0, "be positive"),
-            ("width", self.width > 0, "be positive"),
             ("max_new_tokens", self.max_new_tokens >= 0, "not be negative"),
             ("temperature", 0 <= self.temperature < math.inf, "be a finite number that is not negative"),
             ("top_k", self.top_k >= 0, "not be negative"),
@@ -64,10 +65,51 @@ class RolloutConfig:
                 f"thought and initial noise are the same"
             )
 
+    @classmethod
+    def from_settings(cls, settings: TaskSettings, batch_size: int | None = None) -> RolloutConfig:
+        """
+        Deterministic sampling with the settings of a task. What is `None` has the default of its field.
+
+        Args:
+            settings ([`TaskSettings`]): The settings, with a size of images.
+            batch_size (`int`, *optional*): As in the class.
+        """
+
+        def pick(**names: str) -> dict[str, Any]:
+            values = settings.given()
+            return {ours: values[name] for ours, name in names.items() if name in values}
+
+        guidance = pick(
+            text_scale="cfg_text_scale",
+            image_scale="cfg_img_scale",
+            interval="cfg_interval",
+            renorm_type="cfg_renorm_type",
+            renorm_min="cfg_renorm_min",
+        )
+        if "interval" in guidance:
+            guidance["interval"] = tuple(guidance["interval"])
+        schedule = pick(
+            num_timesteps="num_timesteps",
+            timestep_shift="timestep_shift",
+            ode_solver="ode_solver",
+            ode_steps="ode_steps",
+        )
+        thought = pick(max_new_tokens="max_completion_length", temperature="temperature", top_k="top_k", top_p="top_p")
+        denoising = DenoisingConfig(guidance=GuidanceConfig(**guidance), **schedule)
+        return cls(settings.image_height, settings.image_width, denoising=denoising, batch_size=batch_size, **thought)
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of painted images."""
         return self.height, self.width
+
+    @property
+    def effective(self) -> RolloutConfig:
+        """Settings that sample the same. Those that differ in nothing but guidance that is off are equal."""
+        guidance = self.denoising.guidance.effective
+        if guidance == self.denoising.guidance:
+            return self
+        return replace(self, denoising=replace(self.denoising, guidance=guidance))
 
     def deterministic(self) -> RolloutConfig:
         """These settings without a stochastic window, and so with one image per thought."""

@@ -162,7 +162,7 @@ class RolloutGenerator:
         batches: list[tuple[tuple[RolloutConfig, bool], list[range]]] = []
         for run in runs:
             row = rows[run.start]
-            way = (_row_config(row, config), self.task_of(row).think)
+            way = (_row_config(row, config).effective, self.task_of(row).think)
             alike = next((batch for other, batch in batches if other == way), None)
             if alike is None:
                 batches.append((way, [run]))

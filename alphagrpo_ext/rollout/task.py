@@ -30,6 +30,8 @@ TASKS: Registry = Registry(
 
 PAINTING_TASK = "reasoning_t2i"
 """The task that paints from a prompt alone; it also paints the images that other tasks refine."""
+REFLECTION_TASK = "self_reflection"
+"""The task that refines such an image."""
 
 
 class Task(ABC):

@@ -108,7 +108,7 @@ class PackedScorer:
         # accelerate's unwrapping asks which backends are installed, which takes longer than a small model's forward.
         unwrapped = model if isinstance(model, UnifiedModel) else self.accelerator.unwrap_model(model)
         settings = [self.args.for_task(trajectory.task) for trajectory in trajectories]
-        batch = unwrapped.pack(trajectories, _one_or_each([own.objective_guidance for own in settings]))
+        batch = unwrapped.pack(trajectories, _one_or_each([own.objective_guidance.effective for own in settings]))
         inputs = unwrapped.with_all_parts(batch.inputs) if self.runs_all_parts else batch.inputs
         device = self.accelerator.device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
