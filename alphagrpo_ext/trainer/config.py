@@ -439,15 +439,17 @@ class AlphaGRPOConfig(GRPOConfig):
         """Set the arguments that are settings of a task, and were not given, to those of the run's own task."""
         run_names = {f.name for f in fields(self)}
         self.task_settings = read_task_settings(self.task_settings, TASKS, TASK_SETTINGS, run_names)
-        self._given_names = [name for name in TASK_SETTINGS if getattr(self, name) is not None]
-        for name, value in self._resolved(self.task).items():
-            setattr(self, name, value)
+        self._given = {name: value for name in TASK_SETTINGS if (value := getattr(self, name)) is not None}
+        self._set_task_settings(self, self.task)
 
-    def _resolved(self, task: str) -> dict[str, Any]:
-        given = {name: getattr(self, name) for name in self._given_names}
+    def _set_task_settings(self, config: AlphaGRPOConfig, task: str) -> None:
+        """Write the settings of a task into this configuration or a copy of it."""
         overrides = self.task_settings.get(task, {})
-        values = resolve_settings(TASKS.get(task).settings, given, TASK_DEFAULTS, overrides, task == self.task)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        declared = TASKS.get(task).settings
+        values = resolve_settings(declared, self._given, TASK_DEFAULTS, overrides, is_main_task=task == self.task)
+        for name in TASK_SETTINGS:
+            value = values.get(name)
+            setattr(config, name, list(value) if isinstance(value, tuple | list) else value)
 
     def for_task(self, name: str | None) -> AlphaGRPOConfig:
         """
@@ -457,8 +459,7 @@ class AlphaGRPOConfig(GRPOConfig):
         if name is None or name == self.task:
             return self
         result = copy.copy(self)
-        for field_name, value in self._resolved(name).items():
-            setattr(result, field_name, value)
+        self._set_task_settings(result, name)
         return result
 
     def with_painting_task(self, names: Iterable[str]) -> list[str]:

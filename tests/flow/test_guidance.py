@@ -37,6 +37,13 @@ def test_settings_reject_bad_values(change, message):
         replace(GuidanceConfig(), **change)
 
 
+def test_settings_without_effect_are_equal():
+    off = [GuidanceConfig(1.0, 2.0, (0.0, 1.0), "text_channel"), GuidanceConfig(0.0)]
+    assert off[0].effective == off[1].effective != off[0]
+    on = GuidanceConfig(1.5, 2.0, (0.0, 1.0), "text_channel")
+    assert on.effective is on
+
+
 class TestPlainGuidance:
     VELOCITIES = dict(
         zip(("full", "negative"), torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0)), strict=True)
