@@ -52,11 +52,10 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
 
     run = training.prepare_run(script_args, training_args, model_args)
     trainer = training.make_trainer(run, training.load_rewards(run))
-    task = training_args.make_task(training_args.task)
 
     def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
-            return [training.evaluate_policy(run, policy, task, moment)]
+            return [training.evaluate_policy(run, policy, training_args.task, training_args.think, moment)]
 
     results = training.train_between_evaluations(run, trainer, evaluations)
     if results is None:

@@ -97,7 +97,7 @@ def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, 
 
 def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     # Here, so that `--help` does not import models and trainers.
-    from alphagrpo_ext.rollout import TASKS
+    from alphagrpo_ext.rollout.task import PAINTING_TASK
     from recipe_tools import training
     from reward_models.evaluation.scores import scored_pairs
     from reward_models.evaluation.text_tables import refinement_table
@@ -109,13 +109,13 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     trainer = training.make_trainer(
         run, [*training.load_rewards(run), *(FORMATS.get(name)() for name in script_args.formats)]
     )
-    painting = TASKS.get("reasoning_t2i")(think=False)
-    refining = training_args.make_task(training_args.task)
 
     def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
-            initial = training.evaluate_policy(run, policy, painting, f"{moment}: painting")
-            refined = training.evaluate_policy(run, policy, refining, f"{moment}: refining", initial)
+            initial = training.evaluate_policy(run, policy, PAINTING_TASK, False, f"{moment}: painting")
+            refined = training.evaluate_policy(
+                run, policy, training_args.task, training_args.think, f"{moment}: refining", initial
+            )
         return [initial, refined]
 
     results = training.train_between_evaluations(run, trainer, evaluations)

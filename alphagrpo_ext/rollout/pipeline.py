@@ -4,13 +4,14 @@
 Painting with a policy in a few lines: `alphagrpo_ext.pipeline("bagel-shapes")("a red circle").images[0]`.
 
 The settings of sampling (size, steps, guidance, thoughts) are those that the checkpoint was trained with. The trainer
-writes those of its evaluations as `sampling` into the model's configuration. A model without them has the family's.
+writes those of its evaluations, with the name of their task, as `sampling` into the model's configuration. A model without
+them has the family's. Another task keeps what it declares itself, as in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,10 @@ from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.rollout.arguments import SamplingArguments
+from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.refinement import Refinement, refine
-
-
-SETTINGS = ("height", "width", *(field.name for field in fields(SamplingArguments) if field.name != "dtype"))
-"""Settings of a pipeline: the size of images in pixels, and the arguments of [`SamplingArguments`]."""
+from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, resolve_settings
+from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class UnifiedPipeline:
         model ([`UnifiedModel`]): The policy.
         processor ([`~transformers.ProcessorMixin`]): Its processor.
         settings (`Mapping[str, Any]`, *optional*):
-            Default settings of sampling, in place of the model's own; names as in [`SETTINGS`].
+            Settings of sampling for every task, in place of the model's own; names as in [`TaskSettings`].
 
     Raises:
         `ValueError`: If a setting is unknown.
@@ -70,9 +69,10 @@ class UnifiedPipeline:
         self, model: UnifiedModel, processor: ProcessorMixin, settings: Mapping[str, Any] | None = None
     ) -> None:
         self.model, self.processor = model, processor
-        own = getattr(model.config, "sampling", None) or {}
-        self.settings = {**model.family.sampling_settings, **own, **(settings or {})}
-        _check_settings(self.settings)
+        saved = dict(getattr(model.config, "sampling", None) or model.family.sampling_settings)
+        self.task = saved.pop("task", PAINTING_TASK)
+        self.saved = _checked(saved)
+        self.settings = _checked(settings or {})
 
     @classmethod
     def from_pretrained(
@@ -92,6 +92,23 @@ class UnifiedPipeline:
         """Move the model, as `torch.nn.Module.to` does. Returns the pipeline."""
         self.model.to(*args, **kwargs)
         return self
+
+    def rollout(self, task: str, **settings: Any) -> RolloutConfig:
+        """
+        How a task is sampled.
+
+        Args:
+            task (`str`): Name of the task.
+            settings: Settings that replace the defaults.
+
+        Raises:
+            `ValueError`: If a setting is unknown or out of range, or if nothing says which size images have.
+        """
+        own = {**self.settings, **_checked(settings)}
+        values = resolve_settings(TASKS.get(task).settings, self.saved, {}, own, is_main_task=task == self.task)
+        if "image_height" not in values or "image_width" not in values:
+            raise ValueError("this model does not say which size its images have: set image_height and image_width")
+        return RolloutConfig.from_settings(TaskSettings(**values))
 
     def __call__(
         self,
@@ -115,12 +132,12 @@ class UnifiedPipeline:
             num_rounds (`int`, *optional*, defaults to `0`): Rounds in which it reflects on the image and repaints it.
             num_images_per_prompt (`int`, *optional*, defaults to `1`): Images of each prompt, which follow each other.
             seed (`int`, *optional*, defaults to `0`): Seed of all noise.
-            settings: Settings of sampling that replace the defaults; names as in [`SETTINGS`].
+            settings: Settings of sampling that replace the defaults; names as in [`TaskSettings`], e.g. `num_timesteps=20`.
 
         Raises:
             `ValueError`: If a setting is unknown or out of range, or if images are given and do not match the prompts.
         """
-        _check_settings(settings)
+        configs = {task: self.rollout(task, **settings) for task in (PAINTING_TASK, REFLECTION_TASK)}
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, but is {num_images_per_prompt}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -132,17 +149,11 @@ class UnifiedPipeline:
             if num_rounds < 1:
                 raise ValueError("a given image is refined: set num_rounds to at least 1")
             rows = [{**row, "image": given} for row, given in zip(rows, images, strict=True)]
-        chosen = {**self.settings, **settings}
-        height, width = chosen.pop("height", None), chosen.pop("width", None)
-        if height is None or width is None:
-            raise ValueError(
-                "this checkpoint does not say which size its images have: set height and width, in pixels"
-            )
         refinements = refine(
             self.model,
             self.processor,
             [row for row in rows for _ in range(num_images_per_prompt)],
-            SamplingArguments(**chosen).rollout(height, width),
+            configs,
             num_rounds=num_rounds,
             think=think,
             seed=seed,
@@ -168,7 +179,8 @@ def pipeline(model: str | Path, **kwargs: Any) -> UnifiedPipeline:
     return UnifiedPipeline.from_pretrained(model, **kwargs)
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    unknown = [name for name in settings if name not in SETTINGS]
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [name for name in settings if name not in SETTING_NAMES]
     if unknown:
-        raise ValueError(f"unknown settings of sampling: {', '.join(unknown)}; known are {', '.join(SETTINGS)}")
+        raise ValueError(f"unknown settings of sampling: {', '.join(unknown)}; known are {', '.join(SETTING_NAMES)}")
+    return dict(settings)

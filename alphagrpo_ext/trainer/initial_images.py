@@ -3,7 +3,7 @@
 """
 Stage 1 of self-reflection: the policy paints the images that its groups then refine.
 
-The policy paints without a thought and without noise. Every process paints for the prompts that it holds, the reward functions
+The policy paints without a thought and without noise, with the guidance, schedule and size of text-to-image. Every process paints for the prompts that it holds, the reward functions
 score the images as they score everything, and the image to refine is chosen among those of all processes by a generator that
 all of them share.
 """
@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
-from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
 from alphagrpo_ext.trainer.rewards import check_finite, complete_sum, judges_images, select_initial
 from alphagrpo_ext.trainer.step import RolloutStep, reward_row
 
@@ -154,10 +154,10 @@ def _paint(
     step: RolloutStep, generate: RolloutGenerator, indices: Sequence[int], num_images: int
 ) -> list[Image.Image]:
     """Paint `num_images` images for each row of `indices`, one row after the other."""
-    config = step.config.deterministic()
+    config = step.configs[PAINTING_TASK].deterministic()
     # There is no image yet whose absence could guide.
     guidance = replace(config.denoising.guidance, image_scale=1.0)
-    paint = RolloutGenerator(generate.model, generate.processor, TASKS.get("reasoning_t2i")(think=False))
+    paint = RolloutGenerator(generate.model, generate.processor, TASKS.get(PAINTING_TASK)(think=False))
     trajectories = paint(
         [step.rows[i] for i in indices for _ in range(num_images)],
         [

@@ -331,7 +331,8 @@ def share_advantages(advantages: torch.Tensor, step: RolloutStep) -> torch.Tenso
         `torch.Tensor`: `(samples,)`, or `(samples, tokens)` if a sample has more than one text. Samples without a reward keep 0
         and do not count.
     """
-    num_branches = step.config.branches_per_thought
+    # A setting of the run, the same for every task.
+    num_branches = next(iter(step.configs.values())).branches_per_thought
     if num_branches == 1:
         return advantages
     has_reward = ~step.rewards[step.local].isnan().all(dim=1)

@@ -14,7 +14,7 @@ import asyncio
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,7 @@ class RolloutStep:
     Args:
         rows (`list[dict[str, Any]]`):
             Dataset rows with their `task`, one per sample; the members of a group follow each other.
-        config ([`RolloutConfig`]): How the samples are generated.
+        configs (`dict[str, RolloutConfig]`): How the samples of each task are generated; see [`rollout_configs`].
         seed (`int` or `str`), index (`int`):
             Seed of the run and number of this rollout in it. All randomness of the rollout is derived from the two.
         offset (`int`): Position of the first sample among the samples of all processes.
@@ -104,7 +104,7 @@ class RolloutStep:
     """
 
     rows: list[dict[str, Any]]
-    config: RolloutConfig
+    configs: dict[str, RolloutConfig]
     seed: int | str
     index: int
     offset: int
@@ -155,13 +155,31 @@ def new_step(
     """
     rows = [{**row, "task": task_name(row, args.task)} for row in inputs]
     offset = process_index * len(rows)
+    names = dict.fromkeys(row["task"] for row in rows)
     if training_position is None:
-        return RolloutStep(rows, args.eval_rollout(), f"eval-{args.seed}", 0, offset, group_size)
+        return RolloutStep(rows, rollout_configs(args, names), f"eval-{args.seed}", 0, offset, group_size)
     global_step, micro_step = training_position
     # Several rollouts may serve one optimizer step; each has its own noise.
     accumulation = args.gradient_accumulation_steps
     index = global_step * accumulation + micro_step % accumulation
-    return RolloutStep(rows, args.train_rollout(global_step), args.seed, index, offset, group_size)
+    return RolloutStep(rows, rollout_configs(args, names, global_step), args.seed, index, offset, group_size)
+
+
+def rollout_configs(
+    args: AlphaGRPOConfig, names: Iterable[str], global_step: int | None = None
+) -> dict[str, RolloutConfig]:
+    """
+    How rows are sampled, by the name of their task.
+
+    Args:
+        args ([`AlphaGRPOConfig`]): Settings of the run and of its tasks.
+        names (`Iterable[str]`): Tasks. If one of them refines images of the policy, the task that paints them is added.
+        global_step (`int`, *optional*): Optimizer steps done; `None` in evaluation.
+    """
+    settings = {name: args.for_task(name) for name in args.with_painting_task(names)}
+    if global_step is None:
+        return {name: own.eval_rollout() for name, own in settings.items()}
+    return {name: own.train_rollout(global_step) for name, own in settings.items()}
 
 
 def start_judging(

@@ -119,9 +119,9 @@ class AlphaGRPOTrainer(GRPOTrainer):
             args.model_init_kwargs = None
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         processing_class = processing_class or load_processor(policy.config._name_or_path)
-        args.eval_rollout().grid(policy)
         named = named_datasets(train_dataset, eval_dataset)
         self.tasks = validated_tasks(args, reward_funcs, named, processing_class, policy)
+        policy.config.sampling = {"task": args.task, **args.eval_rollout().to_settings()}
         check_optimizer_is_made_here(args, optimizers[0])
         if args.freeze_vision_tower:
             policy.family.freeze_vision_tower(policy)
@@ -160,7 +160,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._add_own_callbacks()
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
         runs_all_parts = sharding.shards_parameters and len(self.tasks) > 1
-        self.scorer = PackedScorer(args, self.accelerator, self.temperature, runs_all_parts)
+        self.scorer = PackedScorer(args, self.accelerator, runs_all_parts)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)
         self.image_loss = ImageLoss(objective, args.image_loss_weight, self.accelerator)
 
@@ -237,7 +237,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             generate = RolloutGenerator(policy, self.processing_class, self.tasks)
             if any(task.paints_initial_image for task in self.tasks.values()):
                 paint_initial_images(step, generate, self.tasks, ImageRewards.from_trainer(self), self.args)
-            for part in generate.parts(step.rows, step.generators(), step.config):
+            for part in generate.parts(step.rows, step.generators(), step.configs):
                 start = len(step.trajectories)
                 start_judging(self.reward_funcs, part, step.rows[start : start + len(part)], loop)
                 step.trajectories += part

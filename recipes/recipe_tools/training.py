@@ -31,11 +31,12 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.report.model_card import write_model_card
 from alphagrpo_ext.rollout.generator import RolloutGenerator
-from alphagrpo_ext.rollout.task import Task
+from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
 from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
+from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.contact_sheet import contact_sheet
 from reward_models.arguments import PromptArguments
@@ -172,7 +173,12 @@ def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
 
 
 def evaluate_policy(
-    run: TrainingRun, policy: UnifiedModel, task: Task, description: str, initial: Evaluation | None = None
+    run: TrainingRun,
+    policy: UnifiedModel,
+    name: str,
+    think: bool,
+    description: str,
+    initial: Evaluation | None = None,
 ) -> Evaluation:
     """
     Score the images that a policy paints for the evaluation prompts.
@@ -180,14 +186,17 @@ def evaluate_policy(
     Args:
         run ([`TrainingRun`]): Prompts, settings and reward.
         policy ([`UnifiedModel`]): The trainer's gathered policy.
-        task ([`Task`]): How the policy is asked.
+        name (`str`): Name of the task, whose settings are those of evaluation.
+        think (`bool`): Whether the policy writes a thought before it paints.
         description (`str`): Label of the progress bar.
         initial ([`Evaluation`], *optional*): Images that the policy refines.
     """
+    args = run.training_args
+    task = TASKS.get(name)(think=think, num_reflection_rounds=args.num_reflection_rounds)
     return evaluate(
         RolloutGenerator(policy, run.processor, task),
         run.eval_rows,
-        run.training_args.eval_rollout(),
+        args.for_task(name).eval_rollout(),
         run.reward,
         seeds=range(run.script_args.eval_seeds),
         batch_size=run.script_args.eval_batch_size,
@@ -215,7 +224,8 @@ def train_between_evaluations(
     if script_args.eval_seeds:
         settings = settings_digest(
             *(model_args.model_name_or_path, model_args.dtype, script_args, run.eval_rows),
-            *(training_args.eval_rollout(), training_args.task, training_args.think),
+            rollout_configs(training_args, [training_args.task, PAINTING_TASK]),
+            *(training_args.task, training_args.think),
         )
         resuming = asks_to_resume(training_args.resume_from_checkpoint)
         before = evaluate_once(

@@ -175,7 +175,9 @@ def step_of(
     args = AlphaGRPOConfig("unused", num_generations=size, per_device_train_batch_size=size, bf16=False, **options)
     image = ImageSegment(torch.zeros(1, 1), (1, 1), sampled=True)
     rows = [{"prompt": "x", "task": task}] * len(rewards)
-    step = RolloutStep(rows, args.train_rollout(0), 0, 0, 0, size, trajectories=[Trajectory([image])] * len(rows))
+    step = RolloutStep(
+        rows, {task: args.train_rollout(0)}, 0, 0, 0, size, trajectories=[Trajectory([image])] * len(rows)
+    )
     if initial is not None:
         step.initial_scores = initial
     judge_step(step, rewards, functions, weights, {task: TASKS.get(task)(think=True)}, args, Accelerator(cpu=True))
