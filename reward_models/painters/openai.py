@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,9 +22,6 @@ from reward_models.painters.base import (
     PaintError,
     UnpaintableError,
 )
-
-
-logger = logging.getLogger(__name__)
 
 
 @PAINTERS.register("openai")
@@ -103,11 +99,7 @@ class OpenAIPainter(Painter):
         try:
             encoded = await self.endpoint.request(attempt)
         except (BadRequestError, UnprocessableEntityError) as error:
-            # This error is sent to clients of the server, and the endpoint's message is not for them.
-            logger.warning("%r refused a request: %s", self.endpoint, error)
-            raise UnpaintableError(
-                f"request {index}: the images endpoint refused it (status {error.status_code}); the painter's log says why"
-            ) from error
+            raise UnpaintableError(f"request {index}: the images endpoint refused it: {error}") from error
         except InvalidAnswerError as error:
             raise PaintError(f"request {index}: {error}") from error
         except (OpenAIError, TimeoutError) as error:

@@ -149,7 +149,12 @@ class RewardService:
             try:
                 return await painter.paint(requests)
             except UnpaintableError as error:
-                raise problem(422, str(error)) from error
+                if error.__cause__ is None:
+                    raise problem(422, str(error)) from error
+                # An endpoint refused the request, and its words are not for clients.
+                logger.warning("%s: %s", type(painter).__name__, str(error)[:1000])
+                place = str(error).partition(":")[0]
+                raise problem(422, f"{place}: the painter's endpoint refused it, the server's log says why") from error
             except Exception as error:
                 self.metrics.images_failed.inc(len(requests))
                 logger.warning("%s failed: %s: %s", type(painter).__name__, type(error).__name__, str(error)[:1000])

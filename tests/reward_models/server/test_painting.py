@@ -72,6 +72,15 @@ def test_a_painter_that_fails_is_reported(
     assert status == 422 or str(error) in caplog.text
 
 
+def test_what_an_endpoint_says_about_a_request_is_logged_and_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    error = UnpaintableError("request 0: the images endpoint refused it: key sk-123")
+    error.__cause__ = RuntimeError("400 Bad Request")
+    with running(None, FailingPainter(error), judge="shapes") as client:
+        detail = refusal(client.post("/generate", json={"items": [{"prompt": "x"}]}), 422)
+    assert detail == "request 0: the painter's endpoint refused it, the server's log says why"
+    assert "sk-123" in caplog.text
+
+
 def test_thought_that_is_too_long_for_the_policy_is_refused(shapes: httpx.Client) -> None:
     response = shapes.post("/generate", json={"items": [{"prompt": "x", "thought": "red " * 600}]})
     assert "request 0" in refusal(response, 422)
