@@ -17,6 +17,13 @@ python recipes/decompose_prompts.py --input prompts.txt --output questions.jsonl
     --base_url http://localhost:8000/v1 --model NAME
 ```
 
+The prompts of a public benchmark are read from the benchmark's own files:
+
+```bash
+python recipes/decompose_prompts.py --benchmark wise --input WISE/data_verified --output wise_questions.jsonl \\
+    --base_url http://localhost:8000/v1 --model NAME
+```
+
 `--dry_run` prints the questions of three prompts and writes nothing. The output has one line per prompt. The same command continues
 a run that was stopped, and tries the prompts again that failed, which are listed in `<output>.failed.jsonl`. The exit code is 0 if
 no prompt failed.
@@ -55,6 +62,13 @@ class DecompositionArguments(DecomposerArguments):
         default=None,
         metadata={"help": "Prompts: a text file, JSON lines, or a dataset. Default: prompts of the shapes world."},
     )
+    benchmark: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the benchmark whose own files `input` is, as for recipes/export_benchmark.py: 'geneval', 'dpg_bench', "
+            "'tiif_bench', 'wise', 'gedit_bench', or a registered one."
+        },
+    )
     output: str = field(
         default="runs/decompose_prompts/questions.jsonl", metadata={"help": "File for the questions, as JSON lines."}
     )
@@ -66,6 +80,10 @@ class DecompositionArguments(DecomposerArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.benchmark and not self.input:
+            raise ValueError(
+                f"input is missing: name the file, folder or dataset with the prompts of '{self.benchmark}'"
+            )
         if self.decomposer is None:
             self.decomposer = "openai" if self.input else "shapes"
         for name in ("max_concurrency", "limit", "max_failures_in_a_row"):
@@ -113,8 +131,13 @@ class FailedFile:
 
 def load_input(args: DecompositionArguments) -> list[str]:
     """Read all prompts, each once."""
+    from reward_models.benchmarks import BENCHMARKS
     from reward_models.prompts.loading import read_prompts
 
+    if args.benchmark is not None:
+        # The label names a model's images, of which there are none here.
+        texts = BENCHMARKS.get(args.benchmark)("none").texts(args.input)
+        return list(dict.fromkeys(texts))[: args.limit]
     if args.input is not None:
         return read_prompts(args.input)[: args.limit]
     rows = prompt_rows("train", args.limit or NUM_SHAPES_PROMPTS, seed=0)

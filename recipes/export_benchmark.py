@@ -27,6 +27,7 @@ The same command continues a run that was stopped: no image is painted again, an
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,9 @@ from reward_models.arguments import RewardArguments
 
 if TYPE_CHECKING:
     from reward_models.benchmarks import Benchmark, BenchmarkPrompt
+
+
+MAX_LISTED_ROWS = 20
 
 
 @dataclass
@@ -80,6 +84,13 @@ class ExportArguments(RewardArguments, SamplingArguments):
         default=None,
         metadata={"help": "Width of images, in pixels. Default: 24, or for an edited image that of the original."},
     )
+    skip_broken_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to leave out prompts whose image cannot be read, and to list them at the end. Default: nothing is "
+            "painted if there are any."
+        },
+    )
     batch_size: int = field(default=16, metadata={"help": "Images per batch, rounded to whole prompts."})
     seed: int = field(default=0, metadata={"help": "Seed of all noise."})
     judge: str = field(
@@ -101,7 +112,7 @@ class ExportArguments(RewardArguments, SamplingArguments):
                 raise ValueError(f"{name} must be at least {least}, but is {getattr(self, name)}")
 
 
-def score_images(benchmark: Benchmark, prompts: list[BenchmarkPrompt], args: ExportArguments) -> None:
+def score_images(benchmark: Benchmark, prompts: Iterable[BenchmarkPrompt], args: ExportArguments) -> None:
     """Let the judge answer the questions about all images, save the scores and print their table."""
     from recipe_tools.benchmark_images import score
     from recipe_tools.processes import load_policy
@@ -112,7 +123,8 @@ def score_images(benchmark: Benchmark, prompts: list[BenchmarkPrompt], args: Exp
 
     questions = {str(record.prompt): record for record in load_records(args.questions)} if args.questions else {}
     # Without the originals of edited images, which the judge does not see.
-    asked = [(replace(p, image=None), record) for p in prompts if (record := p.record(questions)) is not None]
+    prompts = [replace(prompt, image=None, original=None) for prompt in prompts]
+    asked = [(prompt, record) for prompt in prompts if (record := prompt.record(questions)) is not None]
     if not asked:
         print("No prompt has questions: make some with recipes/decompose_prompts.py and pass them as --questions.")
         return
@@ -125,25 +137,40 @@ def score_images(benchmark: Benchmark, prompts: list[BenchmarkPrompt], args: Exp
     print(f"\n{table}\n\n{len(asked)} of {len(prompts)} prompts have questions. Scores: {args.output_dir}")
 
 
+def list_broken_rows(broken: Mapping[int, str], args: ExportArguments) -> str:
+    """Name the prompts that cannot be read, one a line."""
+    lines = [f"  {error}" for error in list(broken.values())[:MAX_LISTED_ROWS]]
+    if len(broken) > MAX_LISTED_ROWS:
+        lines.append(f"  and {len(broken) - MAX_LISTED_ROWS} more")
+    return "\n".join([f"{len(broken)} rows of {args.prompts} cannot be read:", *lines])
+
+
 def main(args: ExportArguments) -> None:
     # Here, so that `--help` does not import models.
     from alphagrpo_ext.models.fingerprint import model_label
-    from recipe_tools.benchmark_images import claim_folder, paint_missing
+    from recipe_tools.benchmark_images import claim_folder, find_broken_rows, paint_missing
     from recipe_tools.processes import end_processes, start_processes
     from reward_models.benchmarks import BENCHMARKS
 
     state = start_processes()
     benchmark: Benchmark = BENCHMARKS.get(args.benchmark)(args.model_label or model_label(args.model_name_or_path))
     prompts = benchmark.prompts(args.prompts)
+    if args.height is not None:
+        benchmark.check_image_size(args.height, args.width)
+    broken = find_broken_rows(prompts)
+    if broken and not args.skip_broken_rows:
+        raise ValueError(f"{list_broken_rows(broken, args)}\nRepair them, or leave them out with --skip_broken_rows.")
     if state.is_main_process:
         claim_folder(args)
     state.wait_for_everyone()
-    paint_missing(benchmark, prompts, args)
+    paint_missing(benchmark, prompts, args, broken)
     state.wait_for_everyone()
     if state.is_main_process:
-        print(f"{len(prompts)} prompts are painted: {Path(args.output_dir) / 'images'}")
+        print(f"{len(prompts) - len(broken)} prompts are painted: {Path(args.output_dir) / 'images'}")
         if args.judge != "none":
-            score_images(benchmark, prompts, args)
+            score_images(benchmark, (prompts[i] for i in range(len(prompts)) if i not in broken), args)
+        if broken:
+            print(f"{list_broken_rows(broken, args)}\nThey are left out.")
     end_processes()
 
 

@@ -9,16 +9,6 @@ import torch
 from PIL import Image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB. Transparent pixels become white."""
-    if image.mode == "RGBA" or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, (255, 255, 255))
-        canvas.paste(image, mask=image.getchannel("A"))
-        return canvas
-    return image.convert("RGB")
-
-
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
     """Convert an image to pixels `(3, height, width)` in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))

@@ -9,6 +9,8 @@ from io import BytesIO
 
 from PIL import Image
 
+from alphagrpo_ext.images import to_rgb
+
 
 # Images up to this size are stored without loss, because the page enlarges their pixels.
 LOSSLESS_SIZE = 64
@@ -26,7 +28,8 @@ def data_url(image: Image.Image, max_size: int = 256) -> str:
     Returns:
         `str`: A `data:` URL: PNG for images of at most 64 pixels, WebP for larger ones.
     """
-    image = image.convert("RGB")
+    # A copy, because `thumbnail` changes the image itself.
+    image = to_rgb(image).copy()
     if max(image.size) > max_size:
         image.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
     buffer = BytesIO()

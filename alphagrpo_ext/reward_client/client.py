@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 
 from PIL import Image
 
+from alphagrpo_ext.images import read_image, to_rgb
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 
 
@@ -283,13 +284,13 @@ def read_scores(response: httpx.Response, count: int) -> list[ImageScore]:
 def encode_image(image: Image.Image) -> str:
     """Encode an image as PNG in base64, without transparency."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    to_rgb(image).save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def decode_image(data: str) -> Image.Image:
     """Decode a PNG in base64 to an RGB image."""
-    return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
+    return read_image(base64.b64decode(data, validate=True), formats=["PNG"])
 
 
 def retry_policy(config: ClientSettings) -> dict[str, Any]:

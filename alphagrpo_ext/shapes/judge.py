@@ -19,6 +19,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from alphagrpo_ext.images import to_rgb
+
 from .prompts import COUNT_WORDS, RELATIONS, noun
 from .scene import (
     BACKGROUNDS,
@@ -170,7 +172,7 @@ def answer_questions(image: Image.Image, questions: Sequence[str]) -> list[float
     """`answer` to several questions about one 24x24 image; raises a `ValueError` for an image of another size."""
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"`image` must be of size {(IMAGE_SIZE, IMAGE_SIZE)}, got {image.size}.")
-    belief = analyze(np.asarray(image.convert("RGB"))[None])
+    belief = analyze(np.asarray(to_rgb(image))[None])
     return [answer(belief, 0, question) for question in questions]
 
 

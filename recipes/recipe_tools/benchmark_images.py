@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 from transformers.processing_utils import ProcessorMixin
@@ -70,12 +71,45 @@ def claim_folder(args: ExportArguments) -> None:
     write_text(path, json.dumps({"digest": digest, "settings": asdict(args)}, indent=2) + "\n")
 
 
+def find_broken_rows(prompts: Sequence[BenchmarkPrompt]) -> dict[int, str]:
+    """
+    Read all prompts of a benchmark with their images. Several processes share the work.
+
+    Returns:
+        `dict[int, str]`: By the indices of prompts that cannot be read, what is wrong, in every process.
+    """
+    state, broken = PartialState(), {}
+    places = range(state.process_index, len(prompts), state.num_processes)
+    for index in tqdm(places, desc="read", delay=5, disable=not state.is_main_process):
+        where = f"row {index}"
+        try:
+            prompt = prompts[index]
+            where = f"row {index} ({prompt.key})"
+            for image in (prompt.image, prompt.original):
+                if image is not None:
+                    image.decode()
+        except (OSError, ValueError) as error:
+            broken[index] = str(error) if where in str(error) else f"{where}: {error}"
+    shares = gather_object([broken]) if state.num_processes > 1 else [broken]
+    return dict(sorted((index, error) for share in shares for index, error in share.items()))
+
+
 def missing_batches(
-    benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], folder: Path, num_images: int, batch_size: int
+    benchmark: Benchmark,
+    prompts: Sequence[BenchmarkPrompt],
+    folder: Path,
+    num_images: int,
+    batch_size: int,
+    left_out: Container[int] = (),
 ) -> Iterator[list[MissingImages]]:
-    """Yield what this process still has to paint, about `batch_size` images at a time."""
+    """
+    Yield what this process still has to paint, about `batch_size` images at a time. Prompts with the indices `left_out` are not
+    painted.
+    """
     state, batch = PartialState(), []
     for index in range(state.process_index, len(prompts), state.num_processes):
+        if index in left_out:
+            continue
         prompt = prompts[index]
         samples = benchmark.missing(folder, prompt, num_images)
         if batch and sum(len(job.samples) for job in batch) + len(samples) > batch_size:
@@ -179,12 +213,17 @@ async def score(
     return Evaluation(sorted(samples, key=lambda sample: (sample.seed, sample.index)))
 
 
-def paint_missing(benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], args: ExportArguments) -> None:
-    """Paint the missing images among this process' share. The model is loaded only if there are any."""
+def paint_missing(
+    benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], args: ExportArguments, left_out: Container[int] = ()
+) -> None:
+    """
+    Paint the missing images among this process' share, except for the prompts with the indices `left_out`. The model is loaded
+    only if there are any.
+    """
     state, num_images = PartialState(), args.num_images or benchmark.num_images
     folder = Path(args.output_dir) / "images"
     share = len(range(state.process_index, len(prompts), state.num_processes)) * num_images
-    remaining = missing_batches(benchmark, prompts, folder, num_images, args.batch_size)
+    remaining = missing_batches(benchmark, prompts, folder, num_images, args.batch_size, left_out)
     jobs = next(remaining, None)
     if jobs is None:
         return

@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image
 
+from alphagrpo_ext.images import read_image
 from alphagrpo_ext.registry import Registry
-from reward_models.files.image_decoding import EncodedImage
 from reward_models.files.image_files import load_image, save_image
 from reward_models.prompts.questions import PromptRecord, Question
 
@@ -42,6 +42,27 @@ BENCHMARKS = Registry(
 
 
 @dataclass(frozen=True)
+class StoredImage:
+    """
+    An image that is decoded when it is needed.
+
+    Args:
+        file (`Mapping[str, Any]`): `{"bytes", "path"}`, as `datasets.Image(decode=False)` returns it.
+    """
+
+    file: Mapping[str, Any]
+
+    def decode(self) -> Image.Image:
+        """
+        Decode the image; see [`~alphagrpo_ext.images.read_image`].
+
+        Raises:
+            `ValueError`: If it is missing or damaged.
+        """
+        return read_image(self.file)
+
+
+@dataclass(frozen=True)
 class BenchmarkPrompt:
     """
     One prompt of a benchmark.
@@ -55,8 +76,10 @@ class BenchmarkPrompt:
             Category, as the benchmark names it.
         questions (`tuple[Question, ...]`, *optional*, defaults to `()`):
             Yes/no questions from the benchmark's own metadata.
-        image ([`EncodedImage`], *optional*):
+        image ([`StoredImage`], *optional*):
             The image to edit.
+        original ([`StoredImage`], *optional*):
+            The image that the scorer compares an edited image with, if the benchmark has another one for it than `image`.
         metadata (`Mapping[str, Any]`, *optional*):
             The benchmark's own record, for a scorer that reads it.
     """
@@ -65,7 +88,8 @@ class BenchmarkPrompt:
     prompt: str
     category: str
     questions: tuple[Question, ...] = ()
-    image: EncodedImage | None = None
+    image: StoredImage | None = None
+    original: StoredImage | None = None
     metadata: Mapping[str, Any] | None = None
 
     def record(self, questions: Mapping[str, PromptRecord]) -> PromptRecord | None:
@@ -115,6 +139,26 @@ class Benchmark(ABC):
         Raises:
             `FileNotFoundError`: If the source does not exist.
             `ValueError`: If a prompt is malformed or a key occurs twice. The message names the file and the line or field.
+        """
+
+    def texts(self, source: str) -> list[str]:
+        """
+        Read the texts of the benchmark's prompts without their images.
+
+        Args:
+            source (`str`): As in [`~Benchmark.prompts`].
+        """
+        return [prompt.prompt for prompt in self.prompts(source)]
+
+    def check_image_size(self, height: int, width: int) -> None:  # noqa: B027
+        """
+        Check the size of the images before any of them is painted.
+
+        Args:
+            height, width (`int`): Size of an image, in pixels.
+
+        Raises:
+            `ValueError`: If the scorer cannot read images of this size. The default accepts every size.
         """
 
     @abstractmethod

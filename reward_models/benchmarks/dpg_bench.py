@@ -40,7 +40,7 @@ class DPGBench(Benchmark):
     no such dependencies, so they are ignored.
 
     The images of a prompt are tiles of one file `<folder>/<item_id>.png`, as `compute_dpg_bench.py` reads them: two rows of two,
-    row by row. Its `--resolution` is the side of a tile, and its `--pic-num` is the number of images.
+    row by row. Its `--resolution` is the side of a tile, so images must be square, and its `--pic-num` is the number of images.
     """
 
     num_images = 4
@@ -50,7 +50,7 @@ class DPGBench(Benchmark):
         if path.suffix == ".csv":
             texts, questions = _read_csv(path)
         else:
-            files = source_files(source, "*.txt")
+            files = source_files(str(path / "prompts") if (path / "prompts").is_dir() else source, "*.txt")
             texts = {file.stem: _read_text(file) for file in files}
             table = files[0].parent.parent / CSV_NAME
             questions = _read_csv(table)[1] if table.is_file() else {}
@@ -62,6 +62,13 @@ class DPGBench(Benchmark):
             source,
         )
 
+    def check_image_size(self, height: int, width: int) -> None:
+        if height != width:
+            raise ValueError(
+                f"DPG-Bench's scorer cuts square tiles, but the images are {height} pixels high and {width} wide: give the same "
+                "--height and --width"
+            )
+
     def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
         return f"{prompt.key}.png"
 
@@ -70,6 +77,8 @@ class DPGBench(Benchmark):
         return [] if (folder / self.image_path(prompt, 0)).exists() else list(range(num_images))
 
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
+        for image in images.values():
+            self.check_image_size(image.height, image.width)
         save_image(tile([images[i] for i in sorted(images)]), folder / self.image_path(prompt, 0))
 
     def load(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[Image.Image]:
@@ -81,8 +90,10 @@ def tile(images: Sequence[Image.Image]) -> Image.Image:
     Put images of equal size into one image, two per row. A single image is returned unchanged.
 
     Raises:
-        `ValueError`: If there are more than four images, which the scorer does not read.
+        `ValueError`: If there are more than four images, which the scorer does not read, or if their sizes differ.
     """
+    if len({image.size for image in images}) > 1:
+        raise ValueError(f"images of one prompt must have the same size, but have {[image.size for image in images]}")
     if len(images) > 4:
         raise ValueError(f"DPG-Bench takes at most 4 images per prompt, but num_images is {len(images)}")
     width, height = images[0].size
@@ -121,13 +132,17 @@ def _read_csv(path: Path) -> tuple[dict[str, str], dict[str, list[Question]]]:
     texts: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            where = f"{path}, item {row.get('item_id')!r}"
-            key = text_field(row, "item_id", where)
-            if row.get("text"):
-                texts.setdefault(key, row["text"].strip())
-            question = Question(text_field(row, "question_natural_language", where), _tag(row))
-            questions.setdefault(key, []).append(question)
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                where = f"{path}, line {reader.line_num}, item {row.get('item_id')!r}"
+                key = text_field(row, "item_id", where)
+                if (row.get("text") or "").strip():
+                    texts.setdefault(key, row["text"].strip())
+                question = Question(text_field(row, "question_natural_language", where), _tag(row))
+                questions.setdefault(key, []).append(question)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, after line {reader.line_num}: not a table in UTF-8 ({error})") from error
     return texts, questions
 
 

@@ -15,16 +15,17 @@ from reward_models.benchmarks.base import (
     BENCHMARKS,
     Benchmark,
     BenchmarkPrompt,
+    StoredImage,
     check_single_image,
     path_part,
     text_field,
 )
-from reward_models.files.image_decoding import ImageLimits
 from reward_models.files.image_files import save_image
-from reward_models.prompts.rows import encoded_image
 
 
 _TEXTS = ("task_type", "instruction_language", "key", "instruction")
+# What the model edits, and what the scorer compares with.
+_IMAGES = ("input_image_raw", "input_image")
 
 
 @BENCHMARKS.register("gedit_bench")
@@ -33,15 +34,16 @@ class GEditBench(Benchmark):
     GEdit-Bench (https://huggingface.co/papers/2504.17761).
 
     Prompts are the dataset `stepfun-ai/GEdit-Bench` or a folder with its files, with the columns `task_type`, `key`,
-    `instruction`, `instruction_language` and `input_image_raw`. Images are written as
+    `instruction`, `instruction_language`, `input_image` and `input_image_raw`. Images are written as
     `GEdit-Bench/generate_image_example.py` of https://github.com/stepfun-ai/Step1X-Edit writes them and the scorer reads them:
-    `<folder>/<model_label>/fullset/<task_type>/<instruction_language>/<key>.png`, one image per prompt, and the original as
-    `<key>_SRCIMG.png`. The metadata has no questions. To score the images by questions, decompose the instructions.
+    `<folder>/<model_label>/fullset/<task_type>/<instruction_language>/<key>.png`, one image per prompt. As there, the model edits
+    `input_image_raw`, and `input_image` is the original for the scorer, `<key>_SRCIMG.png`. If there is only one of the two
+    columns, it is both. The metadata has no questions. To score the images by questions, decompose the instructions.
     """
 
     task = "image_editing"
 
-    def prompts(self, source: str) -> Sequence[BenchmarkPrompt]:
+    def prompts(self, source: str) -> _GEditPrompts:
         try:
             dataset = load_dataset(source, split="train")
         except Exception as error:
@@ -50,12 +52,16 @@ class GEditBench(Benchmark):
             ) from error
         return _GEditPrompts(dataset, source)
 
+    def texts(self, source: str) -> list[str]:
+        return self.prompts(source).texts()
+
     def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
         check_single_image("GEdit-Bench", sample)
         return f"{self.model_label}/fullset/{prompt.key}.png"
 
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
-        save_image(prompt.image.decode(), folder / self.model_label / "fullset" / f"{prompt.key}_SRCIMG.png")
+        original = prompt.original or prompt.image
+        save_image(original.decode(), folder / self.model_label / "fullset" / f"{prompt.key}_SRCIMG.png")
         super().save(folder, prompt, images)
 
 
@@ -63,14 +69,19 @@ class _GEditPrompts(Sequence[BenchmarkPrompt]):
     """The prompts. The image of a prompt is read with it, because all images at once may not fit into memory."""
 
     def __init__(self, dataset: Dataset, source: str) -> None:
-        missing = [name for name in (*_TEXTS, "input_image_raw") if name not in dataset.column_names]
+        images = [name for name in _IMAGES if name in dataset.column_names]
+        missing = [name for name in _TEXTS if name not in dataset.column_names] or (() if images else _IMAGES[:1])
         if missing:
             raise ValueError(f"{source} has no column '{missing[0]}'; its columns are {dataset.column_names}")
-        columns = dataset.select_columns([*_TEXTS, "input_image_raw"])
-        self._dataset = columns.cast_column("input_image_raw", ImageFeature(decode=False))
+        columns = dataset.select_columns([*_TEXTS, *images])
+        self._texts = columns.select_columns(list(_TEXTS))
+        for name in images:
+            columns = columns.cast_column(name, ImageFeature(decode=False))
+        self._dataset = columns
+        self._images = images
         self._source = source
         keys: set[str] = set()
-        for index, row in enumerate(columns.select_columns(list(_TEXTS))):
+        for index, row in enumerate(self._texts):
             key = self._key(row, index)
             if key.casefold() in keys:
                 raise ValueError(f"{source}: two prompts have the key {key!r}")
@@ -85,12 +96,19 @@ class _GEditPrompts(Sequence[BenchmarkPrompt]):
         if not 0 <= index < len(self):
             raise IndexError(f"there is no prompt {index} of {len(self)}")
         row = self._dataset[index]
-        try:
-            image = encoded_image(row["input_image_raw"] or {}, ImageLimits())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self._where(index)}: input_image_raw: {error}") from error
+        files = []
+        for name in self._images:
+            if row[name] is None:
+                raise ValueError(f"{self._where(index)}: {name} is missing")
+            files.append(StoredImage(row[name]))
         category = f"{row['task_type']}/{row['instruction_language']}"
-        return BenchmarkPrompt(self._key(row, index), row["instruction"].strip(), category, image=image)
+        return BenchmarkPrompt(
+            self._key(row, index), row["instruction"].strip(), category, image=files[0], original=files[-1]
+        )
+
+    def texts(self) -> list[str]:
+        """The instructions. No image is read."""
+        return [text.strip() for text in self._texts["instruction"]]
 
     def _key(self, row: Mapping[str, str], index: int) -> str:
         where = self._where(index)

@@ -84,6 +84,9 @@ def _read_questions(folder: Path) -> dict[tuple[str, int], tuple[Question, ...]]
     for path in sorted(folder.glob("*.jsonl")):
         for number, (where, row) in enumerate(read_json_lines(path)):
             dimension = text_field(row, "type", where)
+            if "yn_question_list" not in row:
+                # Text in images is scored by reading it, without questions.
+                continue
             asked, answers = (_texts(row, f"yn_{name}_list", where) for name in ("question", "answer"))
             if len(asked) != len(answers):
                 raise ValueError(f"{where}: {len(asked)} questions but {len(answers)} answers")

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from reward_models.benchmarks.base import (
     BENCHMARKS,
     Benchmark,
@@ -17,20 +19,26 @@ from reward_models.benchmarks.base import (
 )
 
 
+TOPICS = ("cultural_common_sense", "natural_science", "spatio-temporal_reasoning")
+
+
 @BENCHMARKS.register("wise")
 class WISE(Benchmark):
     """
     WISE (https://huggingface.co/papers/2503.07265).
 
-    Prompts are the folder `data` of https://github.com/PKU-YuanGroup/WISE, or one of its files: a JSON array of
-    `{"prompt_id", "Prompt", "Explanation", "Category", "Subcategory"}`. Images go where its `gpt_eval.py` looks,
+    Prompts are a folder of https://github.com/PKU-YuanGroup/WISE, or one of its files: a JSON array of
+    `{"prompt_id", "Prompt", "Explanation", "Category", "Subcategory"}`. The folder is `data_verified`, or the `data` of the original
+    release. Read are the files of the benchmark's three topics, e.g. `natural_science_verified.json` or
+    `natural_science.json`. The same prompts in other words (`natural_science_rewrite.json`) or in one file (`merge.json`) are read
+    only if that file is named, or if the folder holds no other files. Images go where its `gpt_eval.py` looks,
     `<folder>/<prompt_id>.png`, one image per prompt. The metadata has no yes/no questions. To score the images by
     questions, decompose the prompts with `recipes/decompose_prompts.py`.
     """
 
     def prompts(self, source: str) -> list[BenchmarkPrompt]:
         prompts = []
-        for path in source_files(source, "*.json"):
+        for path in _prompt_files(source):
             for where, row in read_json_array(path):
                 prompt, category = text_field(row, "Prompt", where), text_field(row, "Category", where)
                 prompts.append(
@@ -41,3 +49,15 @@ class WISE(Benchmark):
     def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:
         check_single_image("WISE", sample)
         return f"{prompt.key}.png"
+
+
+def _prompt_files(source: str) -> list[Path]:
+    """The files of a folder that hold each prompt once, or the file itself."""
+    files = {path.name: path for path in source_files(source, "*.json")}
+    for suffix in ("", "_verified"):
+        found = [files[name] for topic in TOPICS if (name := f"{topic}{suffix}.json") in files]
+        if found:
+            return found
+    if "merge.json" in files:
+        return [files["merge.json"]]
+    return [path for name, path in files.items() if not name.endswith("_rewrite.json")] or list(files.values())

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reward_models.evaluation.samples import EvaluatedSample, samples_by_category
 from reward_models.evaluation.scores import NamedEvaluation, QuestionAnswer, answers_by_tag, scored_pairs
-from reward_models.evaluation.statistics import PairedDifference, paired_difference
+from reward_models.evaluation.statistics import PairedDifference, holm_p_values, paired_difference
 from reward_models.prompts.questions import PromptRecord
 
 
@@ -39,7 +39,8 @@ class ModelComparison:
     Args:
         baseline, model (`str`): Names of the models.
         mode (`str`): How the images were made.
-        differences (`list[ScoreDifference]`): Over all prompts, then by category, then by tag.
+        differences (`list[ScoreDifference]`):
+            Over all prompts, then by category, then by tag. Categories and tags have p-values with Holm's correction, too.
     """
 
     baseline: str
@@ -65,14 +66,48 @@ def compare_models(
     old, new = baseline.evaluation.samples, other.evaluation.samples
     if [(s.seed, s.index) for s in old] != [(s.seed, s.index) for s in new]:
         raise ValueError(f"{baseline.model} and {other.model} were evaluated on other prompts or noise seeds")
-    differences = [_group_difference("all", "all", old, new)]
-    new_groups = samples_by_category(new)
-    for name, group in samples_by_category(old).items():
-        differences.append(_group_difference("category", name, group, new_groups[name]))
+    total, *differences = _group_differences(old, new)
     new_answers = answers_by_tag(new, records)
     for (side, tag), answers in answers_by_tag(old, records).items():
         differences.append(_tag_difference(tag, answers, new_answers[side, tag]))
-    return ModelComparison(baseline.model, other.model, baseline.mode, differences)
+    return ModelComparison(baseline.model, other.model, baseline.mode, [total, *_corrected(differences)])
+
+
+def compare_categories(old: Sequence[EvaluatedSample], new: Sequence[EvaluatedSample]) -> list[ScoreDifference]:
+    """
+    Compare the samples of two evaluations of the same rows and noise seeds.
+
+    Returns:
+        `list[ScoreDifference]`: Over all prompts, then by category, in order of appearance.
+    """
+    total, *differences = _group_differences(old, new)
+    return [total, *_corrected(differences)]
+
+
+def _group_differences(old: Sequence[EvaluatedSample], new: Sequence[EvaluatedSample]) -> list[ScoreDifference]:
+    new_groups = samples_by_category(new)
+    return [
+        _group_difference("all", "all", old, new),
+        *(
+            _group_difference("category", name, group, new_groups[name])
+            for name, group in samples_by_category(old).items()
+        ),
+    ]
+
+
+def _corrected(differences: Sequence[ScoreDifference]) -> list[ScoreDifference]:
+    """Correct the p-values of several comparisons of one pair of models, for each metric."""
+    rewards = _with_holm([entry.reward for entry in differences])
+    pass_rates = _with_holm([entry.pass_rate for entry in differences])
+    return [
+        replace(entry, reward=reward, pass_rate=pass_rate)
+        for entry, reward, pass_rate in zip(differences, rewards, pass_rates, strict=True)
+    ]
+
+
+def _with_holm(differences: Sequence[PairedDifference]) -> list[PairedDifference]:
+    corrected = holm_p_values([difference.p_value for difference in differences])
+    return [replace(entry, holm_p_value=p_value) for entry, p_value in zip(differences, corrected, strict=True)]
 
 
 def _group_difference(

@@ -6,8 +6,17 @@ from __future__ import annotations
 
 from alphagrpo_ext.report import Comparison, ImagePair, ReportTurn, ScoreTable
 from alphagrpo_ext.report.thumbnails import data_url
-from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.comparisons import ScoreDifference, compare_categories
+from reward_models.evaluation.samples import CategoryScore, EvaluatedSample, Evaluation
 from reward_models.evaluation.scores import scored_pairs
+from reward_models.evaluation.statistics import PairedDifference
+from reward_models.evaluation.text_tables import (
+    FEW_PROMPTS_NOTE,
+    count_samples,
+    format_interval,
+    format_p_value,
+    has_few_prompts,
+)
 
 
 def make_report_comparison(
@@ -26,7 +35,8 @@ def make_report_comparison(
     scored = scored_pairs(before.samples, after.samples)
     changes = [new.reward - old.reward for old, new in scored]
     return Comparison(
-        table=_score_table(before, after),
+        # Of samples with both scores, so that a change is the difference of what it stands beside.
+        table=_score_table(Evaluation([old for old, _ in scored]), Evaluation([new for _, new in scored])),
         pairs=[_image_pair(*scored[place], max_image_size) for place in _places_to_show(changes, num_pairs)],
     )
 
@@ -55,17 +65,41 @@ def _image_pair(old: EvaluatedSample, new: EvaluatedSample, max_image_size: int)
 
 
 def _score_table(before: Evaluation, after: Evaluation) -> ScoreTable:
-    scores = [(name, old, after.categories[name]) for name, old in before.categories.items()]
+    total, *categories = compare_categories(before.samples, after.samples)
+    few = any(has_few_prompts(entry.reward.difference) for entry in (total, *categories))
+    change = ["change", "p", "p, Holm"]
     return ScoreTable(
-        header=["Category", "Samples", "Reward before", "after", "change", "Strict pass before", "after", "change"],
+        header=[
+            "Category",
+            f"Samples ({FEW_PROMPTS_NOTE})" if few else "Samples",
+            *("Reward before", "after", *change),
+            *("Strict pass before", "after", *change),
+        ],
         rows=[
             [
-                name.replace("_", " "),
-                str(old.num_samples),
-                *(f"{old.reward:.3f}", f"{new.reward:.3f}", f"{new.reward - old.reward:+.3f}"),
+                entry.name.replace("_", " "),
+                count_samples(entry.reward.difference),
+                *(f"{old.reward:.3f}", f"{new.reward:.3f}"),
+                *_change(entry.reward, "+.3f"),
                 *(f"{old.strict_pass_rate:.1%}", f"{new.strict_pass_rate:.1%}"),
-                f"{100 * (new.strict_pass_rate - old.strict_pass_rate):+.1f}",
+                *_change(entry.pass_rate, "+.1f", scale=100),
             ]
-            for name, old, new in [*scores, ("all", before.total, after.total)]
+            for entry in (*categories, total)
+            for old, new in [_scores(entry, before, after)]
         ],
+    )
+
+
+def _scores(entry: ScoreDifference, before: Evaluation, after: Evaluation) -> tuple[CategoryScore, CategoryScore]:
+    if entry.scope == "all":
+        return before.total, after.total
+    return before.categories[entry.name], after.categories[entry.name]
+
+
+def _change(difference: PairedDifference, form: str, scale: float = 1) -> tuple[str, str, str]:
+    """The change with its interval, its p-value, and that with Holm's correction for the number of categories."""
+    return (
+        format_interval(difference.difference, form, scale),
+        format_p_value(difference.p_value),
+        format_p_value(difference.holm_p_value),
     )

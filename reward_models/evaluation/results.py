@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,9 @@ from reward_models.prompts.questions import PromptRecord
 
 _METRICS = ("reward", "strict_pass_rate", "p_yes", "pass_rate")
 _BOUNDS = ("value", "low", "high")
+# Spreadsheets skip blanks before a formula, and take the wide forms of its first character, too.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\n]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def save_results(
@@ -110,13 +114,17 @@ def _summary_csv(evaluations: Sequence[EvaluationScores]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
+
+    def write(row: Mapping[str, Any]) -> None:
+        writer.writerow({name: _csv_cell(value) for name, value in row.items()})
+
     for entry in evaluations:
         for group in (entry.total, *entry.categories):
             metrics = {"reward": group.reward, "strict_pass_rate": group.strict_pass_rate}
-            writer.writerow(_summary_row(entry, group.scope, group, metrics))
+            write(_summary_row(entry, group.scope, group, metrics))
         for tag in entry.tags:
             metrics = {"p_yes": tag.p_yes, "pass_rate": tag.pass_rate}
-            writer.writerow(_summary_row(entry, f"{tag.side} tag", tag, metrics))
+            write(_summary_row(entry, f"{tag.side} tag", tag, metrics))
     return text.getvalue()
 
 
@@ -134,6 +142,15 @@ def _summary_row(
         "num_failed": score.num_failed,
         **{f"{name}_{bound}": getattr(metric, bound) for name, metric in metrics.items() for bound in _BOUNDS},
     }
+
+
+def _csv_cell(value: Any) -> Any:
+    """Put an apostrophe before a text that a spreadsheet would compute as a formula. Numbers stay numbers."""
+    if not isinstance(value, str):
+        return value
+    # The writer does not quote a carriage return, which readers take for the end of a line.
+    text = value.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
 def _mean(answers: Sequence[float | None]) -> float | None:

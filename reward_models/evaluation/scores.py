@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from alphagrpo_ext.report.records import REWARD_TOLERANCE
 from reward_models.dvreward import PASS_THRESHOLD
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation, samples_by_category
-from reward_models.evaluation.statistics import Estimate, bootstrap_mean
+from reward_models.evaluation.statistics import Estimate, bootstrap_mean, estimate_rate
 from reward_models.prompts.questions import PromptRecord, Question
 
 
@@ -212,7 +212,7 @@ def _group_score(scope: str, name: str, samples: Sequence[EvaluatedSample]) -> G
         scope=scope,
         name=name,
         reward=bootstrap_mean(prompts, [sample.reward for sample in scored]),
-        strict_pass_rate=bootstrap_mean(prompts, [sample.strict_pass for sample in scored]),
+        strict_pass_rate=estimate_rate(prompts, [sample.strict_pass for sample in scored]),
         num_failed=len(samples) - len(scored),
     )
 
@@ -224,6 +224,6 @@ def _tag_score(side: str, tag: str, answers: Sequence[QuestionAnswer]) -> TagSco
         side=side,
         name=tag,
         p_yes=bootstrap_mean(prompts, [answer.p_yes for answer in answered]),
-        pass_rate=bootstrap_mean(prompts, [answer.passed for answer in answered]),
+        pass_rate=estimate_rate(prompts, [answer.passed for answer in answered]),
         num_failed=len(answers) - len(answered),
     )

@@ -6,19 +6,27 @@ Uncertainty of a mean: intervals and paired tests over prompts.
 Samples of one prompt are not independent: they share its difficulty. So the bootstrap draws whole prompts, and the
 randomisation test changes the sign of whole prompts. If it drew samples, the interval of two noise seeds of 504 prompts would be
 as narrow as the interval of 1,008 prompts.
+
+Resampling says nothing if all resamples are equal, e.g. if every image passes. Then a rate has Wilson's interval, and another mean
+has none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 
 NUM_RESAMPLES = 10_000
+MIN_PROMPTS = 20
+"""With fewer prompts, an interval by resampling is too narrow."""
 # Largest number of values in a batch of resamples, so that a large benchmark fits into memory.
 _BATCH_ELEMENTS = 2**22
+# Larger than errors of rounding.
+_ZERO_WIDTH = 1e-12
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Estimate:
 
     Args:
         value (`float`, *optional*): Mean of all samples; `None` if there are none.
-        low, high (`float`, *optional*): Bounds of the interval; `None` if there are no samples.
+        low, high (`float`, *optional*): Bounds of the interval; `None` if there is none.
         num_prompts (`int`): Number of prompts with at least one sample.
         num_samples (`int`): Number of samples.
     """
@@ -50,10 +58,14 @@ class PairedDifference:
         p_value (`float`, *optional*):
             Probability of a difference at least this large, of either sign, if the true difference is zero; see
             [`sign_flip_p_value`]. `None` without pairs.
+        holm_p_value (`float`, *optional*):
+            The same with Holm's correction for the number of comparisons; see [`holm_p_values`]. `None` for a comparison that is
+            not one of several.
     """
 
     difference: Estimate
     p_value: float | None
+    holm_p_value: float | None = None
 
 
 def totals_by_prompt(prompts: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +93,8 @@ def bootstrap_mean(
 ) -> Estimate:
     """
     Compute a mean with the percentile interval of the cluster bootstrap: each resample draws prompts, with all their samples
-    (Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, sections 3.8 and 5.3).
+    (Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, sections 3.8 and 5.3). If all resamples are equal, as
+    with a single prompt, there is no interval.
 
     Args:
         prompts (`Sequence[int]`): The prompt of each value.
@@ -103,9 +116,9 @@ def bootstrap_mean(
         return Estimate(None, None, None, 0, 0)
     sums, counts = totals_by_prompt(prompts, values)
     mean, num_samples = float(sums.sum() / counts.sum()), int(counts.sum())
-    if len(sums) == 1:
-        # All resamples of a single prompt are equal.
-        return Estimate(mean, mean, mean, 1, num_samples)
+    if np.ptp(sums / counts) < _ZERO_WIDTH:
+        # All resamples are equal.
+        return Estimate(mean, None, None, len(sums), num_samples)
     interval = bootstrap(
         (sums, counts),
         lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
@@ -117,7 +130,66 @@ def bootstrap_mean(
         batch=max(_BATCH_ELEMENTS // len(sums), 1),
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high), len(sums), num_samples)
+    low, high = float(interval.low), float(interval.high)
+    if high - low < _ZERO_WIDTH:
+        return Estimate(mean, None, None, len(sums), num_samples)
+    return Estimate(mean, low, high, len(sums), num_samples)
+
+
+def estimate_rate(prompts: Sequence[int], passed: Sequence[bool], confidence: float = 0.95) -> Estimate:
+    """
+    Compute a rate with the interval of [`bootstrap_mean`], or with Wilson's interval if all resamples are equal, as if all samples
+    pass or none does. Wilson's interval counts prompts and not samples, because samples of one prompt are not independent
+    (https://doi.org/10.1080/01621459.1927.10502953).
+
+    Args:
+        prompts (`Sequence[int]`): The prompt of each sample.
+        passed (`Sequence[bool]`): Whether each sample passed.
+        confidence (`float`, *optional*, defaults to `0.95`): Confidence of the interval, in (0, 1).
+    """
+    estimate = bootstrap_mean(prompts, passed, confidence)
+    if estimate.value is None or estimate.low is not None:
+        return estimate
+    low, high = wilson_interval(estimate.value, estimate.num_prompts, confidence)
+    return replace(estimate, low=low, high=high)
+
+
+def wilson_interval(rate: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    Compute Wilson's interval of a rate.
+
+    Args:
+        rate (`float`): Observed rate, in [0, 1].
+        count (`int`): Number of independent observations.
+        confidence (`float`, *optional*, defaults to `0.95`): Confidence of the interval, in (0, 1).
+    """
+    from scipy.stats import norm
+
+    weight = float(norm.ppf((1 + confidence) / 2)) ** 2 / count
+    center = (rate + weight / 2) / (1 + weight)
+    margin = math.sqrt(weight * rate * (1 - rate) + weight**2 / 4) / (1 + weight)
+    return max(center - margin, 0.0), min(center + margin, 1.0)
+
+
+def holm_p_values(p_values: Sequence[float | None]) -> list[float | None]:
+    """
+    Correct p-values of several comparisons, so that the probability of any false rejection stays below the level
+    (Holm, *A Simple Sequentially Rejective Multiple Test Procedure*, 1979).
+
+    Args:
+        p_values (`Sequence[float | None]`): The p-values. `None` stands for a comparison that could not be made, and does not count.
+
+    Returns:
+        `list[float | None]`: The corrected p-values, in the same order.
+    """
+    places = sorted((place for place, p in enumerate(p_values) if p is not None), key=lambda place: p_values[place])
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(places):
+        # A larger p-value never becomes the smaller one.
+        largest = max(largest, min(1.0, (len(places) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def sign_flip_p_value(totals: np.ndarray, num_flips: int = NUM_RESAMPLES, seed: int = 0) -> float:

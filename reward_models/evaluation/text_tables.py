@@ -9,41 +9,54 @@ from collections.abc import Mapping, Sequence
 from reward_models.evaluation.comparisons import ModelComparison
 from reward_models.evaluation.samples import CategoryScore, Evaluation
 from reward_models.evaluation.scores import EvaluationScores, RefinementScore
-from reward_models.evaluation.statistics import Estimate, PairedDifference
+from reward_models.evaluation.statistics import MIN_PROMPTS, Estimate, PairedDifference
 
 
+FEW_PROMPTS_MARK = "*"
+FEW_PROMPTS_NOTE = f"* fewer than {MIN_PROMPTS} prompts: intervals by resampling are too narrow to rely on"
 _CHANGE_HEADER = f"{'reward':>18}{'':>9}{'strict pass':>18}{'':>9}"
 
 
 def score_table(evaluations: Sequence[EvaluationScores]) -> str:
-    """Scores of each evaluation by tag and by category, with their intervals."""
+    """Scores of each evaluation by tag and by category, with their intervals, and a note about rows of few prompts."""
     header = f"{'model':<24}{'mode':<12}{'category, tag':<24}{'n':>6}{'reward, P(yes)':>24}{'pass':>25}"
-    lines = [header, "-" * len(header)]
+    lines, few = [header, "-" * len(header)], False
     for entry in evaluations:
         groups = [(g.name, g.reward, g.strict_pass_rate) for g in (*entry.categories, entry.total)]
         tags = [(f"[{t.name}]", t.p_yes, t.pass_rate) for t in entry.tags]
         for name, value, pass_rate in [*tags, *groups]:
+            few |= has_few_prompts(value)
             lines.append(
                 f"{_shorten(entry.model, 23):<24}{_shorten(entry.mode, 11):<12}{_shorten(name, 23):<24}"
-                f"{value.num_samples:>6}{_interval(value, '.3f'):>24}{_interval(pass_rate, '.1%'):>25}"
+                f"{count_samples(value):>6}{format_interval(value, '.3f'):>24}{format_interval(pass_rate, '.1%'):>25}"
             )
         lines.append("-" * len(header))
-    return "\n".join(lines[:-1])
+    return "\n".join([*lines[:-1], *([FEW_PROMPTS_NOTE] if few else [])])
 
 
 def difference_table(comparison: ModelComparison) -> str:
-    """Differences between a model and the baseline, with intervals and p-values."""
+    """
+    Differences between a model and the baseline, with intervals, p-values, p-values with Holm's correction for the number of
+    categories and tags, and a note about rows of few prompts.
+    """
     title = f"{comparison.baseline} -> {comparison.model}, {comparison.mode}"
-    header = f"{'category, tag':<24}{'n':>6}{'reward, P(yes)':>28}{'p':>8}{'pass, in points':>26}{'p':>8}"
-    lines = [title, header, "-" * len(header)]
+    p_values = f"{'p':>8}{'p, Holm':>9}"
+    header = f"{'category, tag':<24}{'n':>6}{'reward, P(yes)':>28}{p_values}{'pass, in points':>26}{p_values}"
+    lines, few = [title, header, "-" * len(header)], False
     for entry in [*comparison.differences[1:], comparison.differences[0]]:
         name = f"[{entry.name}]" if entry.scope == "tag" else entry.name
         value, pass_rate = entry.reward.difference, entry.pass_rate.difference
+        few |= has_few_prompts(value)
         lines.append(
-            f"{_shorten(name, 23):<24}{value.num_samples:>6}{_interval(value, '+.3f'):>28}{_p_value(entry.reward):>8}"
-            f"{_interval(pass_rate, '+.1f', scale=100):>26}{_p_value(entry.pass_rate):>8}"
+            f"{_shorten(name, 23):<24}{count_samples(value):>6}{format_interval(value, '+.3f'):>28}{_p_values(entry.reward)}"
+            f"{format_interval(pass_rate, '+.1f', scale=100):>26}{_p_values(entry.pass_rate)}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *([FEW_PROMPTS_NOTE] if few else [])])
+
+
+def has_few_prompts(estimate: Estimate) -> bool:
+    """Whether an estimate is of too few prompts for its interval."""
+    return 0 < estimate.num_prompts < MIN_PROMPTS
 
 
 def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
@@ -85,12 +98,25 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
-def _interval(estimate: Estimate, form: str, scale: float = 1) -> str:
+def format_interval(estimate: Estimate, form: str, scale: float = 1) -> str:
+    """Format an estimate and its interval, if it has one."""
     if estimate.value is None:
         return "-"
+    if estimate.low is None:
+        return f"{scale * estimate.value:{form}}"
     value, low, high = (f"{scale * number:{form}}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
 
 
-def _p_value(difference: PairedDifference) -> str:
-    return "-" if difference.p_value is None else f"{difference.p_value:.4f}"
+def format_p_value(p_value: float | None) -> str:
+    """Format a p-value."""
+    return "-" if p_value is None else f"{p_value:.4f}"
+
+
+def count_samples(estimate: Estimate) -> str:
+    """Format the number of samples, with [`FEW_PROMPTS_MARK`] if they are of few prompts."""
+    return f"{estimate.num_samples}{FEW_PROMPTS_MARK if has_few_prompts(estimate) else ''}"
+
+
+def _p_values(difference: PairedDifference) -> str:
+    return f"{format_p_value(difference.p_value):>8}{format_p_value(difference.holm_p_value):>9}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from alphagrpo_ext.models.pixels import to_rgb
+from alphagrpo_ext.images import to_rgb
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")

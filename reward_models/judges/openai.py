@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from alphagrpo_ext.images import to_rgb
 from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
@@ -168,5 +169,5 @@ class OpenAIJudge(Judge):
 def png_bytes(image: Image.Image) -> bytes:
     """Encode an image as PNG, without transparency."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    to_rgb(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

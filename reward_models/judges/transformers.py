@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.images import to_rgb
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
 from reward_models.judges.yes_no import QUESTION_PROMPT, yes_no_token_ids, yes_probability_of_logits
@@ -95,7 +96,7 @@ class TransformersJudge(Judge):
             message = [{"role": "user", "content": content}]
             texts.append(self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
         batch = self.processor(
-            images=[[image.convert("RGB")]] * len(texts),
+            images=[[to_rgb(image)]] * len(texts),
             text=texts,
             padding=True,
             padding_side="left",

@@ -39,20 +39,11 @@ def main(args: ServerArguments) -> None:
     """Run the server until it is told to stop."""
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         require_extra(module, "server")
-    import uvicorn
-
     from reward_models.server.app import create_app
+    from reward_models.server.connections import serve
 
     configure_logging()
-    uvicorn.run(
-        create_app(args),
-        host=args.host,
-        port=args.port,
-        # The request log has a line per request already.
-        access_log=False,
-        ws="none",
-        timeout_graceful_shutdown=args.shutdown_timeout,
-    )
+    serve(create_app(args), args)
 
 
 if __name__ == "__main__":

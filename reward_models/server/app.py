@@ -11,7 +11,8 @@ The reward server as an ASGI application.
 
 A request passes these checks in order. If the environment variable `ALPHAGRPO_SERVER_KEY` is set, every request except
 `GET /health` must send that key as `Authorization: Bearer <key>` (else 401). A `POST` then needs a place in the queue (429),
-must finish before the deadline (504), and may not have too large a body (413). Only then is the body parsed (422).
+must finish before the deadline (504), and may have neither too many bytes nor too many JSON values (413). Only then is the
+body parsed (422). What a judge's or painter's endpoint says is logged and not sent to clients.
 [`~reward_models.server.arguments.ServerArguments`] holds the limits. An error has the form `{"detail": "..."}`.
 
 OpenRLHF sends no key with its remote reward. If the server has one, give OpenRLHF the file `alphagrpo_ext/openrlhf/reward_file.py`
@@ -45,6 +46,9 @@ from reward_models.server.protocol import (
 )
 from reward_models.server.request_log import RequestLog, ServerMetrics
 from reward_models.server.service import RewardService, problem
+
+
+_MAX_DESCRIBED_ERRORS = 100
 
 
 def create_app(args: ServerArguments, reward: DVReward | None = None, painter: Painter | None = None) -> FastAPI:
@@ -88,7 +92,7 @@ def create_app(args: ServerArguments, reward: DVReward | None = None, painter: P
         version=__version__,
         lifespan=lifespan,
         middleware=middleware,
-        exception_handlers={RequestValidationError: _explain_validation_error},
+        exception_handlers={RequestValidationError: _explain_validation_error, Exception: _hide_error},
         docs_url=None,
         redoc_url=None,
     )
@@ -133,8 +137,14 @@ def _operation_routes(metrics: ServerMetrics, **names: str) -> APIRouter:
     return router
 
 
+async def _hide_error(request: Request, _: Exception) -> Response:
+    """Answer a request that the server failed at. Uvicorn logs the error."""
+    return await http_exception_handler(request, problem(500, "the server failed, see its log"))
+
+
 async def _explain_validation_error(request: Request, error: RequestValidationError) -> Response:
     """Answer with the fields that are wrong, without repeating what was sent."""
     # The first part of a location is "body".
-    described = [f"{'.'.join(map(str, part['loc'][1:])) or 'the body'}: {part['msg']}" for part in error.errors()]
+    errors = error.errors()[:_MAX_DESCRIBED_ERRORS]
+    described = [f"{'.'.join(map(str, part['loc'][1:])) or 'the body'}: {part['msg']}" for part in errors]
     return await http_exception_handler(request, problem(422, "; ".join(described)))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -14,6 +15,11 @@ from reward_models.painters.base import PainterArguments
 
 
 KEY_VARIABLE = "ALPHAGRPO_SERVER_KEY"
+MAX_DEFAULT_CONNECTIONS = 1024
+# A question has about ten: its object, and names and values of its fields.
+_VALUES_PER_QUESTION = 32
+# So many take a few megabytes, and an error can still name the field that holds too many.
+_MIN_BODY_VALUES = 2**14
 
 
 @dataclass
@@ -22,7 +28,8 @@ class ServerArguments(RewardArguments, PainterArguments):
     Arguments of the reward server: the judge (see [`RewardArguments`]), the painter (see [`PainterArguments`]), the address,
     and the limits; the help text of a field describes it.
 
-    The limits bound the memory. The server holds at most `max_queue` bodies of `max_body_bytes`. A file of a few kilobytes
+    The limits bound the memory. The server holds at most `max_queue` bodies of `max_body_bytes`. A body is parsed only if it
+    holds about as many values as `max_items` and `max_questions` need. A file of a few kilobytes
     can decode to megabytes, so an image is decoded only when its turn comes: at most 64 images are decoded for the judge,
     and for the painter those of the requests that it works on (one for the policy, 16 for an endpoint).
     """
@@ -51,9 +58,19 @@ class ServerArguments(RewardArguments, PainterArguments):
     max_queue: int = field(
         default=64, metadata={"help": "Largest number of requests that run or wait; a further one gets 429."}
     )
+    max_connections: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of open connections; further ones are closed at once. Default: half of the number of files "
+            f"that the process may open (`ulimit -n`), at most {MAX_DEFAULT_CONNECTIONS}."
+        },
+    )
     request_timeout: float = field(
         default=150.0,
-        metadata={"help": "Seconds for a request, from its first byte; then it gets 504. OpenRLHF waits for 180."},
+        metadata={
+            "help": "Seconds for a request, from its first byte; then it gets 504. A connection that has sent no complete head "
+            "after that time is closed. OpenRLHF waits for 180."
+        },
     )
     shutdown_timeout: int = field(
         default=30, metadata={"help": "Seconds to finish running requests after the server is told to stop."}
@@ -61,12 +78,32 @@ class ServerArguments(RewardArguments, PainterArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_body_bytes", "max_items", "max_questions", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if not self.request_timeout > 0:
-            raise ValueError(f"request_timeout must be positive, but is {self.request_timeout}")
+        for name in ("max_body_bytes", "max_items", "max_questions", "max_queue", "max_connections"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, but is {value}")
+        if not 0 < self.request_timeout < math.inf:
+            raise ValueError(f"request_timeout must be positive and finite, but is {self.request_timeout}")
+        if self.shutdown_timeout < 0:
+            raise ValueError(f"shutdown_timeout must not be negative, but is {self.shutdown_timeout}")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must be between 0 and 65535, but is {self.port}")
         self.image_limits = ImageLimits(self.max_image_side, self.max_image_pixels)
+
+    @property
+    def connection_limit(self) -> int:
+        """`max_connections`, or its default."""
+        return self.max_connections or min(max(_max_open_files() // 2, 1), MAX_DEFAULT_CONNECTIONS)
+
+    @property
+    def max_record_values(self) -> int:
+        """Largest number of JSON values of one record, with room for fields that the server ignores."""
+        return _VALUES_PER_QUESTION * (self.max_questions + 1)
+
+    @property
+    def max_body_values(self) -> int:
+        """Largest number of JSON values of a body."""
+        return max(self.max_record_values * (self.max_items + 1), _MIN_BODY_VALUES)
 
 
 def server_key(host: str) -> str | None:
@@ -94,3 +131,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _max_open_files() -> int:
+    """Number of files that the process may open."""
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit that matters here.
+        return 2 * MAX_DEFAULT_CONNECTIONS
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2 * MAX_DEFAULT_CONNECTIONS if limit == resource.RLIM_INFINITY else limit

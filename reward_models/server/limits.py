@@ -15,9 +15,9 @@ from fastapi.routing import APIRoute
 from prometheus_client import Gauge
 from starlette.authentication import AuthenticationBackend, AuthenticationError
 from starlette.requests import ClientDisconnect, HTTPConnection
-from starlette.types import Message
 
 from reward_models.server.arguments import ServerArguments
+from reward_models.server.bodies import read_body
 from reward_models.server.request_log import CLIENT_CLOSED_REQUEST
 
 
@@ -82,7 +82,8 @@ class RequestQueue:
         self.length.inc()
         try:
             async with asyncio.timeout(self.args.request_timeout) as deadline:
-                return await handle(await _read_body(request, self.args.max_body_bytes))
+                bounded = await read_body(request, self.args.max_body_bytes, self.args.max_body_values)
+                return await handle(bounded)
         except ClientDisconnect:
             # Nobody receives this answer, but the log shows its status.
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -109,26 +110,3 @@ class QueuedRoute(APIRoute):
             return await request.app.state.queue.run(request, handle)
 
         return handle_in_queue
-
-
-async def _read_body(request: Request, max_bytes: int) -> Request:
-    """Return the request with its body in memory. A body is refused by its declared length, or as soon as it is too large."""
-    too_large = HTTPException(
-        413, f"the body has more than {max_bytes} bytes, which is the server's max_body_bytes: send fewer items"
-    )
-    # The HTTP parser accepts digits only.
-    if int(request.headers.get("content-length", 0)) > max_bytes:
-        raise too_large
-    num_bytes = 0
-
-    async def receive() -> Message:
-        nonlocal num_bytes
-        message = await request.receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > max_bytes:
-            raise too_large
-        return message
-
-    bounded = Request(request.scope, receive)
-    await bounded.body()
-    return bounded

@@ -11,6 +11,12 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from reward_models.endpoints.structured_output import UnicodeText
 
 
+MAX_TEXT_LENGTH = 2**17
+"""Largest number of characters of a prompt, a thought or a question. Models read less, and tokenizers take much memory for more."""
+
+BoundedText = Annotated[UnicodeText, Field(max_length=MAX_TEXT_LENGTH)]
+
+
 class StrictMessage(BaseModel):
     """Base class of requests: types are strict, and unknown fields are errors."""
 
@@ -21,7 +27,7 @@ class ScoreItem(StrictMessage):
     """An image to score."""
 
     image: UnicodeText = Field(description="PNG, JPEG or WebP file in base64, bare or as a data URL.")
-    prompt: UnicodeText = Field(description="Prompt of the image.")
+    prompt: BoundedText = Field(description="Prompt of the image.")
     # `from_row` checks these, because a type cannot express their rules.
     semantic_questions: Any = Field(description="List of {question, tag, is_valid?}, or that list as JSON.")
     quality_questions: Any = Field(description="Likewise.")
@@ -54,8 +60,8 @@ class ScoreResponse(BaseModel):
 class GenerateItem(StrictMessage):
     """An image to paint."""
 
-    prompt: UnicodeText = Field(description="Prompt of the image.")
-    thought: UnicodeText | None = Field(
+    prompt: BoundedText = Field(description="Prompt of the image.")
+    thought: BoundedText | None = Field(
         default=None, description="Text that the policy wrote before the image; with `image`, its reflection."
     )
     image: UnicodeText | None = Field(default=None, description="An image to refine, encoded as in ScoreItem.")
@@ -79,8 +85,8 @@ class RemoteRewardRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    query: Annotated[list[UnicodeText], FailFast()] = Field(description="Prompt and completion with special tokens.")
-    prompts: Annotated[list[UnicodeText], FailFast()] = Field(description="The prompts as the policy received them.")
+    query: Annotated[list[BoundedText], FailFast()] = Field(description="Prompt and completion with special tokens.")
+    prompts: Annotated[list[BoundedText], FailFast()] = Field(description="The prompts as the policy received them.")
     labels: Annotated[list[UnicodeText], FailFast()] = Field(
         description="Records as JSON: prompt, semantic_questions and quality_questions."
     )

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ from alphagrpo_ext.rollout.task import prompt_text
 from reward_models.endpoints.structured_output import check_unicode
 from reward_models.files.image_decoding import EncodedImage
 from reward_models.painters.base import ImageRequest
-from reward_models.prompts.questions import PromptRecord, from_row
+from reward_models.prompts.questions import TAGS, PromptRecord, from_row
 from reward_models.server.arguments import ServerArguments
-from reward_models.server.protocol import GenerateRequest, RemoteRewardRequest, ScoreRequest
+from reward_models.server.bodies import has_more_values
+from reward_models.server.protocol import MAX_TEXT_LENGTH, GenerateRequest, RemoteRewardRequest, ScoreRequest
 
 
 def read_score_request(request: ScoreRequest, limits: ServerArguments) -> list[tuple[EncodedImage, PromptRecord]]:
@@ -31,7 +32,7 @@ def read_score_request(request: ScoreRequest, limits: ServerArguments) -> list[t
     for i, item in enumerate(request.items):
         row = {name: getattr(item, name) for name in ("prompt", "semantic_questions", "quality_questions")}
         image = _read_image(item.image, limits, f"items[{i}].image")
-        pairs.append((image, _read_record(row, limits.max_questions, f"items[{i}]")))
+        pairs.append((image, _read_record(row, limits, f"items[{i}]")))
     return pairs
 
 
@@ -69,7 +70,7 @@ def read_reward_request(
     _check_length("query", request.query, limits.max_items)
     pairs = []
     for i, (query, prompt, label) in enumerate(zip(request.query, request.prompts, request.labels, strict=True)):
-        record = _read_label(label, limits.max_questions, f"labels[{i}]")
+        record = _read_label(label, limits, f"labels[{i}]")
         thought = extract_thought(query, prompt, f"query[{i}]")
         pairs.append((ImageRequest(_text_of_prompt(record.prompt, f"labels[{i}]"), thought), record))
     return pairs
@@ -85,31 +86,50 @@ def _read_image(text: str, limits: ServerArguments, where: str) -> EncodedImage:
         return EncodedImage.from_base64(text, limits.image_limits)
 
 
-def _read_label(label: str, max_questions: int, where: str) -> PromptRecord:
+def _read_label(label: str, limits: ServerArguments, where: str) -> PromptRecord:
+    _check_values(label, limits, where)
     try:
         row = json.loads(label)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} must be the JSON of a record with prompt, semantic_questions and quality_questions ({error})"
         ) from error
-    return _read_record(row, max_questions, where)
+    return _read_record(row, limits, where)
 
 
-def _read_record(row: Any, max_questions: int, where: str) -> PromptRecord:
+def _read_record(row: Any, limits: ServerArguments, where: str) -> PromptRecord:
+    for name in TAGS:
+        # Questions may be JSON in a string.
+        if isinstance(row, Mapping) and isinstance(row.get(name), str):
+            _check_values(row[name], limits, f"{where}: {name}")
     try:
         record = from_row(row, where)
     except RecursionError as error:
         raise ValueError(f"{where}: it is nested too deeply") from error
     questions = record.semantic_questions + record.quality_questions
-    if len(questions) > max_questions:
+    if len(questions) > limits.max_questions:
         raise ValueError(
             f"{where}: semantic_questions and quality_questions hold {len(questions)} questions, more than the "
-            f"{max_questions} that the server takes"
+            f"{limits.max_questions} that the server takes"
         )
     with _errors_name(f"{where}: a question"):
         for question in questions:
-            check_unicode(question.question)
+            _check_text(question.question)
     return record
+
+
+def _check_values(text: str, limits: ServerArguments, where: str) -> None:
+    if has_more_values(text.encode(errors="surrogatepass"), limits.max_record_values):
+        raise ValueError(
+            f"{where} is JSON with more than {limits.max_record_values} values, which is more than the server's "
+            f"max_questions={limits.max_questions} needs: send fewer questions, and only their fields"
+        )
+
+
+def _check_text(text: str) -> str:
+    if len(text) > MAX_TEXT_LENGTH:
+        raise ValueError(f"the text has {len(text)} characters, more than the {MAX_TEXT_LENGTH} that the server takes")
+    return check_unicode(text)
 
 
 def _text_of_prompt(prompt: Any, where: str) -> str:
@@ -120,7 +140,7 @@ def _text_of_prompt(prompt: Any, where: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{where}: prompt must be a text, or messages with one from the user")
     with _errors_name(f"{where}: prompt"):
-        return check_unicode(text)
+        return _check_text(text)
 
 
 @contextmanager

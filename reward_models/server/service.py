@@ -126,7 +126,15 @@ class RewardService:
             return await self._judge(await _decode(image, where), record)
 
     async def _judge(self, image: Image.Image, record: PromptRecord) -> Score:
-        (score,) = await self.reward.score([image], [record])
+        try:
+            (score,) = await self.reward.score([image], [record])
+        except Exception as error:
+            self.metrics.images_failed.inc()
+            logger.warning(
+                "%s failed: %s: %s", type(self.reward.judge).__name__, type(error).__name__, str(error)[:1000]
+            )
+            # A message of the judge's endpoint may hold paths and keys of others.
+            raise problem(503, "the judge failed: the server's log says why; try again") from error
         (self.metrics.images_failed if score.reward is None else self.metrics.images_scored).inc()
         return score
 
@@ -141,11 +149,16 @@ class RewardService:
             try:
                 return await painter.paint(requests)
             except UnpaintableError as error:
-                raise problem(422, str(error)) from error
+                if error.__cause__ is None:
+                    raise problem(422, str(error)) from error
+                # An endpoint refused the request, and its words are not for clients.
+                logger.warning("%s: %s", type(painter).__name__, str(error)[:1000])
+                place = str(error).partition(":")[0]
+                raise problem(422, f"{place}: the painter's endpoint refused it, the server's log says why") from error
             except Exception as error:
                 self.metrics.images_failed.inc(len(requests))
-                logger.warning("%s: %s: %s", type(painter).__name__, type(error).__name__, str(error)[:300])
-                raise problem(503, f"the painter failed ({type(error).__name__}: {error}): try again") from error
+                logger.warning("%s failed: %s: %s", type(painter).__name__, type(error).__name__, str(error)[:1000])
+                raise problem(503, "the painter failed: the server's log says why; try again") from error
 
 
 def problem(status: int, detail: str) -> HTTPException:

@@ -20,6 +20,7 @@ from reward_models.decomposition.record_file import RecordFile
 from reward_models.prompts.loading import load_prompts
 from reward_models.prompts.questions import from_row, load_records
 from support.chat_stub import ChatRequest, chat_stub, good_answer
+from support.recipe_modules import load_recipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,29 @@ def test_prompts_from_a_file_are_decomposed_once_each(tmp_path: Path) -> None:
         row = json.loads(line)
         assert list(row) == ["prompt", "semantic_questions", "quality_questions"]
         assert [question["is_valid"] for question in row["semantic_questions"]][-2:] == [True, False]
+
+
+def test_prompts_are_read_from_the_files_of_a_benchmark(tmp_path: Path) -> None:
+    recipe = load_recipe("decompose_prompts")
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg" / "1.txt").write_text("a cat,\nand a dog\n")
+    (tmp_path / "dpg" / "2.txt").write_text("a bird")
+    (tmp_path / "dpg" / "3.txt").write_text("a bird")
+    row = {"Explanation": "e", "Category": "c", "Subcategory": "s"}
+    wise = tmp_path / "natural_science.json"
+    wise.write_text(json.dumps([{"Prompt": f"riddle {i}", **row, "prompt_id": i} for i in (1, 2)], indent=4))
+    (tmp_path / "natural_science_rewrite.json").write_text(json.dumps([{"Prompt": "ice", **row, "prompt_id": 1}]))
+
+    def load(**arguments: Any) -> list[str]:
+        return recipe.load_input(recipe.DecompositionArguments(decomposer="shapes", **arguments))
+
+    assert load(benchmark="dpg_bench", input=str(tmp_path / "dpg")) == ["a cat,\nand a dog", "a bird"]
+    assert load(benchmark="wise", input=str(tmp_path)) == ["riddle 1", "riddle 2"]
+    assert load(benchmark="wise", input=str(wise), limit=1) == ["riddle 1"]
+    with pytest.raises(ValueError, match="unknown benchmark 'wize'. Did you mean 'wise'"):
+        load(benchmark="wize", input=str(wise))
+    with pytest.raises(ValueError, match="input is missing"):
+        load(benchmark="wise")
 
 
 def test_failures_are_listed_and_tried_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,56 @@ def test_edits_are_written_beside_their_originals_and_refined(
     assert sizes[0] == (24, 24)
     assert sizes[1][0] > sizes[1][1]
     assert "1 of 2 prompts have questions" in capsys.readouterr().out
+
+
+def write_edits(folder: Path) -> list[str]:
+    """Four rows of GEdit-Bench, the first of which has half an image and the third none. Returns their folders of edits."""
+    rows, buffer = editing_rows(4, seed=0), io.BytesIO()
+    rows[0]["image"].resize((96, 96)).save(buffer, "JPEG")
+    images = [{"bytes": buffer.getvalue()[:-200], "path": None}, rows[1]["image"], None, rows[3]["image"]]
+    columns = {
+        "task_type": [row["category"] for row in rows],
+        "key": [f"k{i}" for i in range(4)],
+        "instruction": [row["prompt"] for row in rows],
+        "instruction_language": ["en"] * 4,
+        "input_image": [row["image"] for row in rows],
+        "input_image_raw": images,
+    }
+    names = list(columns)
+    features = Features({n: Value("string") for n in names[:4]} | {n: ImageFeature() for n in names[4:]})
+    folder.mkdir()
+    Dataset.from_dict(columns, features).to_parquet(folder / "train.parquet")
+    return [row["category"] for row in rows]
+
+
+def test_broken_rows_are_named_before_anything_is_painted_or_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    categories, out = write_edits(tmp_path / "data"), tmp_path / "out"
+    arguments = ("--benchmark", "gedit_bench", "--prompts", tmp_path / "data", "--model_label", "ours", *QUICK)
+    with pytest.raises(ValueError, match="--skip_broken_rows") as raised:
+        run(*arguments, "--output_dir", out)
+    listed = str(raised.value).splitlines()
+    assert listed[0] == f"2 rows of {tmp_path / 'data'} cannot be read:"
+    assert f"row 0 ({categories[0]}/en/k0): the image cannot be decoded" in listed[1]
+    assert "row 2: input_image_raw is missing" in listed[2]
+    assert not out.exists()
+    run(*arguments, "--skip_broken_rows", "--output_dir", out)
+    painted = [f"ours/fullset/{categories[i]}/en/k{i}{end}.png" for i in (1, 3) for end in ("", "_SRCIMG")]
+    assert files(out / "images") == sorted(painted)
+    printed = capsys.readouterr().out
+    assert "2 prompts are painted" in printed and "row 2: input_image_raw is missing" in printed
+    run(*arguments, "--skip_broken_rows", "--judge", "shapes", "--output_dir", out)
+    assert "No prompt has questions" in capsys.readouterr().out
+
+
+def test_images_that_the_scorer_cannot_read_are_refused_before_they_are_painted(tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "stock1.txt").write_text("draw a red circle on a white background")
+    with pytest.raises(ValueError, match="square tiles"):
+        arguments = ("--benchmark", "dpg_bench", "--prompts", tmp_path / "prompts", "--height", "24", "--width", "48")
+        run(*arguments, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

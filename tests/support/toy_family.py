@@ -21,8 +21,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig, PlainGuidance
+from alphagrpo_ext.images import to_rgb
 from alphagrpo_ext.models import contract
-from alphagrpo_ext.models.pixels import image_to_tensor, to_rgb
+from alphagrpo_ext.models.pixels import image_to_tensor
 from alphagrpo_ext.models.token_sampling import sample_tokens
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory

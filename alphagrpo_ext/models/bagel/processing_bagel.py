@@ -12,9 +12,10 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.images import to_rgb
 from alphagrpo_ext.models.bagel.guidance import branch_context
 from alphagrpo_ext.models.contract import UnifiedProcessor
-from alphagrpo_ext.models.pixels import image_to_tensor, to_rgb
+from alphagrpo_ext.models.pixels import image_to_tensor
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
 

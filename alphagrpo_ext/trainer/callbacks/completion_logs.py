@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from alphagrpo_ext.images import to_rgb
 from alphagrpo_ext.rollout.task import prompt_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
@@ -117,7 +118,7 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
     left = 0
     for image in images:
-        sheet.paste(image.convert("RGB"), (left, 0))
+        sheet.paste(to_rgb(image), (left, 0))
         left += image.width
     return sheet
 

@@ -2,6 +2,7 @@
 
 
 import csv
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -44,10 +45,12 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def paint_and_load(benchmark: Benchmark, prompt: BenchmarkPrompt, folder: Path, num_images: int) -> None:
+def paint_and_load(
+    benchmark: Benchmark, prompt: BenchmarkPrompt, folder: Path, num_images: int, size: tuple[int, int] = (8, 6)
+) -> None:
     """Images are missing, then there, then read as they were written."""
     assert benchmark.missing(folder, prompt, num_images) == list(range(num_images))
-    images = {i: noise(i) for i in range(num_images)}
+    images = {i: noise(i, size) for i in range(num_images)}
     benchmark.save(folder, prompt, images)
     assert benchmark.missing(folder, prompt, num_images) == []
     loaded = benchmark.load(folder, prompt, num_images)
@@ -202,13 +205,39 @@ def test_dpg_bench_tiles_are_where_its_scorer_crops(tmp_path: Path, num_images: 
         assert sheet.crop(box).tobytes() == image.tobytes()
     assert [image.tobytes() for image in untile(sheet, num_images)] == [image.tobytes() for image in images]
     benchmark = make("dpg_bench")
-    paint_and_load(benchmark, BenchmarkPrompt("7", "a", "all"), tmp_path, num_images)
+    paint_and_load(benchmark, BenchmarkPrompt("7", "a", "all"), tmp_path, num_images, (6, 6))
     assert files(tmp_path) == ["7.png"]
 
 
 def test_dpg_bench_takes_no_fifth_image(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at most 4 images"):
-        make("dpg_bench").save(tmp_path, BenchmarkPrompt("7", "a", "all"), {i: noise(i) for i in range(5)})
+        make("dpg_bench").save(tmp_path, BenchmarkPrompt("7", "a", "all"), {i: noise(i, (6, 6)) for i in range(5)})
+
+
+def test_dpg_bench_takes_square_images_alone(tmp_path: Path) -> None:
+    benchmark, prompt = make("dpg_bench"), BenchmarkPrompt("7", "a", "all")
+    benchmark.check_image_size(24, 24)
+    for height, width in ((24, 16), (16, 24)):
+        with pytest.raises(ValueError, match=f"are {height} pixels high and {width} wide: give the same --height"):
+            benchmark.check_image_size(height, width)
+        with pytest.raises(ValueError, match="square tiles"):
+            benchmark.save(tmp_path, prompt, {0: noise(0, (width, height))})
+    with pytest.raises(ValueError, match="must have the same size"):
+        benchmark.save(tmp_path, prompt, {0: noise(0, (6, 6)), 1: noise(1, (8, 8))})
+    assert files(tmp_path) == []
+    for name in ALL:
+        if name != "dpg_bench":
+            make(name).check_image_size(24, 16)
+
+
+def test_dpg_bench_reads_the_folder_that_it_ships(tmp_path: Path) -> None:
+    folder, benchmark = write_dpg(tmp_path / "dpg_bench"), make("dpg_bench")
+    (folder / "prompts" / "partiprompts97.txt").write_text("a cat,\nand a dog\n")
+    assert sorted(benchmark.texts(str(folder))) == ["a cat,\nand a dog", "a red cube", "two dogs, a wall"]
+    assert benchmark.prompts(str(folder)) == benchmark.prompts(str(folder / "prompts"))
+    (folder / "dpg_bench.csv").write_bytes(b"item_id,text,question_natural_language\n1,a,\xff?\n")
+    with pytest.raises(ValueError, match="dpg_bench.csv, after line .*: not a table in UTF-8"):
+        benchmark.prompts(str(folder))
 
 
 def tiif_row(number: int) -> dict[str, Any]:
@@ -259,7 +288,51 @@ def test_wise_reads_arrays_and_writes_a_file_an_id(tmp_path: Path) -> None:
         benchmark.prompts(str(tmp_path / "data"))
 
 
-def write_gedit(folder: Path, **changes: Any) -> Path:
+WISE_TOPICS = ("cultural_common_sense", "natural_science", "spatio-temporal_reasoning")
+
+
+def write_wise(path: Path, text: str, *ids: int) -> None:
+    row = {"Explanation": "e", "Category": "Cultural knowledge", "Subcategory": "Festival"}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([{"Prompt": f"{text} {i}", **row, "prompt_id": i} for i in ids], indent=4))
+
+
+def test_wise_reads_the_folder_of_its_first_release(tmp_path: Path) -> None:
+    data = tmp_path / "WISE_legacy" / "data"
+    data.parent.mkdir()
+    for place, topic in enumerate(WISE_TOPICS):
+        write_wise(data / f"{topic}.json", "riddle", 400 * place + 1, 400 * place + 2)
+        # An id occurs twice in the real rewrites.
+        write_wise(data / f"{topic}_rewrite.json", "solution", 400 * place + 1, 400 * place + 1)
+    prompts = make("wise").prompts(str(data))
+    assert [(p.key, p.prompt) for p in prompts][:3] == [("1", "riddle 1"), ("2", "riddle 2"), ("401", "riddle 401")]
+    assert len(prompts) == 6
+    (one,) = make("wise").prompts(str(write_rewrite(data)))
+    assert one.prompt == "solution 9"
+
+
+def write_rewrite(folder: Path) -> Path:
+    write_wise(folder / "natural_science_rewrite.json", "solution", 9)
+    return folder / "natural_science_rewrite.json"
+
+
+def test_wise_reads_the_folder_of_its_verified_release(tmp_path: Path) -> None:
+    data = tmp_path / "data_verified"
+    for place, topic in enumerate(WISE_TOPICS):
+        write_wise(data / f"{topic}_verified.json", "riddle", place + 1)
+    write_wise(data / "merge.json", "riddle", 1, 2, 3)
+    expected = [(str(i), f"riddle {i}") for i in (1, 2, 3)]
+    for source in (data, data / "merge.json"):
+        assert [(p.key, p.prompt) for p in make("wise").prompts(str(source))] == expected
+    for topic in WISE_TOPICS:
+        (data / f"{topic}_verified.json").unlink()
+    write_rewrite(data)
+    assert [(p.key, p.prompt) for p in make("wise").prompts(str(data))] == expected
+    (data / "merge.json").unlink()
+    assert make("wise").texts(str(data)) == ["solution 9"]
+
+
+def write_gedit(folder: Path, without: str = "", **changes: Any) -> Path:
     columns = {
         "task_type": ["color_alter", "color_alter"],
         "key": ["a1b2", "a1b2"],
@@ -268,10 +341,13 @@ def write_gedit(folder: Path, **changes: Any) -> Path:
         "input_image_raw": [noise(0), noise(1)],
         "Intersection_exist": [True, True],
     } | changes
+    columns.pop(without, None)
     features = Features(
         {name: Value("string") for name in list(columns)[:4]}
-        | {"input_image_raw": ImageFeature(), "Intersection_exist": Value("bool")}
+        | {name: ImageFeature() for name in columns if "input_image" in name}
+        | {"Intersection_exist": Value("bool")}
     )
+    columns = {name: columns[name] for name in features}
     folder.mkdir()
     Dataset.from_dict(columns, features).to_parquet(folder / "train.parquet")
     return folder
@@ -292,6 +368,27 @@ def test_gedit_bench_writes_edited_image_and_original(tmp_path: Path) -> None:
         assert original.tobytes() == noise(1).tobytes()
 
 
+def test_gedit_bench_edits_the_raw_image_and_keeps_the_other_for_its_scorer(tmp_path: Path) -> None:
+    benchmark, folder = make("gedit_bench"), "my-model/fullset/color_alter/en"
+    data = write_gedit(tmp_path / "both", input_image=[noise(2), noise(3)])
+    prompt = benchmark.prompts(str(data))[0]
+    assert prompt.image.decode().tobytes() == noise(0).tobytes()
+    benchmark.save(tmp_path / "out", prompt, {0: noise(9)})
+    with Image.open(tmp_path / "out" / folder / "a1b2_SRCIMG.png") as original:
+        assert original.tobytes() == noise(2).tobytes()
+    data = write_gedit(tmp_path / "one", "input_image_raw", input_image=[noise(2), noise(3)])
+    prompt = benchmark.prompts(str(data))[0]
+    assert prompt.image.decode().tobytes() == prompt.original.decode().tobytes() == noise(2).tobytes()
+    with pytest.raises(ValueError, match="has no column 'input_image_raw'"):
+        benchmark.prompts(str(write_gedit(tmp_path / "none", "input_image_raw")))
+
+
+def test_texts_of_gedit_are_read_without_images(tmp_path: Path) -> None:
+    broken = {"bytes": b"x", "path": None}
+    data = write_gedit(tmp_path / "data", input_image_raw=[broken, None])
+    assert make("gedit_bench").texts(str(data)) == ["make it red", "变红"]
+
+
 @pytest.mark.parametrize("name", ["../../outside", "/etc", "a\\b", "..", "a\nb", ".hidden", "C:evil"])
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="row 1: key must be a name for a file"):
@@ -310,12 +407,22 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str
         make("dpg_bench").prompts(str(table))
 
 
-def test_image_of_a_benchmark_is_measured_before_it_is_decoded(tmp_path: Path) -> None:
-    prompts = make("gedit_bench").prompts(
-        str(write_gedit(tmp_path / "data", input_image_raw=[noise(0), Image.new("1", (4097, 1))]))
-    )
+def test_broken_images_of_a_benchmark_are_found_by_decoding(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    noise(0, (64, 64)).save(buffer, "JPEG")
+    half, nothing = {"bytes": buffer.getvalue()[:900], "path": None}, {"bytes": b"", "path": None}
+    folder = write_gedit(tmp_path / "data", input_image_raw=[noise(0), half], input_image=[nothing, noise(1)])
+    prompts = make("gedit_bench").prompts(str(folder))
     assert prompts[0].image.decode().size == (8, 6)
-    with pytest.raises(ValueError, match="row 1: input_image_raw: .*4097 x 1 pixels"):
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        prompts[1].image.decode()
+    with pytest.raises(ValueError, match="not a readable image"):
+        prompts[0].original.decode()
+
+
+def test_gedit_row_without_an_image_is_named(tmp_path: Path) -> None:
+    prompts = make("gedit_bench").prompts(str(write_gedit(tmp_path / "data", input_image_raw=[noise(0), None])))
+    with pytest.raises(ValueError, match="row 1: input_image_raw is missing"):
         prompts[1]
 
 

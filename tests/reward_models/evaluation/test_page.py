@@ -45,8 +45,25 @@ def test_samples_without_a_reward_are_left_out_of_the_pairs() -> None:
 def test_table_has_a_line_for_each_category_and_one_for_all() -> None:
     table = make_report_comparison(evaluation([0.2, 0.6]), evaluation([0.8, 0.4])).table
     assert len({len(row) for row in [table.header, *table.rows]}) == 1
-    assert table.rows == [
-        ["even", "1", "0.200", "0.800", "+0.600", "0.0%", "100.0%", "+100.0"],
-        ["odd", "1", "0.600", "0.400", "-0.200", "100.0%", "0.0%", "-100.0"],
-        ["all", "2", "0.400", "0.600", "+0.200", "50.0%", "50.0%", "+0.0"],
+    once = ["1.0000", "1.0000"]
+    assert table.rows[:2] == [
+        ["even", "1*", "0.200", "0.800", "+0.600", *once, "0.0%", "100.0%", "+100.0", *once],
+        ["odd", "1*", "0.600", "0.400", "-0.200", *once, "100.0%", "0.0%", "-100.0", *once],
     ]
+    assert table.rows[2][:4] == ["all", "2*", "0.400", "0.600"]
+    # The total is one comparison, so nothing is corrected.
+    assert table.rows[2][6] == table.rows[2][11] == "-"
+    assert table.header[1] == "Samples (* fewer than 20 prompts: intervals by resampling are too narrow to rely on)"
+
+
+def test_table_shows_intervals_and_corrected_p_values() -> None:
+    table = make_report_comparison(evaluation([0.4] * 50), evaluation([0.45 + 0.005 * i for i in range(50)])).table
+    even = dict(zip(table.header[2:7], table.rows[0][2:7], strict=True))
+    assert table.header[:2] == ["Category", "Samples"] and table.rows[0][:2] == ["even", "25"]
+    assert even["change"].startswith("+0.170 [+0.1") and even["change"].endswith("]")
+    assert float(even["p, Holm"]) == pytest.approx(2 * float(even["p"]), abs=1e-4)
+
+
+def test_table_counts_samples_with_both_scores() -> None:
+    table = make_report_comparison(evaluation([0.2, 0.6, 0.4]), evaluation([0.8, 0.4, None])).table
+    assert [row[:4] for row in table.rows][::2] == [["even", "1*", "0.200", "0.800"], ["all", "2*", "0.400", "0.600"]]

@@ -13,7 +13,7 @@ from reward_models.evaluation.comparisons import compare_models
 from reward_models.evaluation.results import save_results
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 from reward_models.evaluation.scores import NamedEvaluation, score_evaluation
-from reward_models.evaluation.statistics import bootstrap_mean, paired_difference
+from reward_models.evaluation.statistics import bootstrap_mean, holm_p_values, paired_difference
 from reward_models.evaluation.text_tables import difference_table, score_table
 from reward_models.prompts.questions import PromptRecord, Question
 
@@ -123,11 +123,79 @@ def test_category_without_scores_has_none() -> None:
     failed = Evaluation([replace(s, reward=None, strict_pass=None) for s in OLD.samples])
     scores = score_evaluation(replace(BASELINE, evaluation=failed), RECORDS)
     assert scores.total.reward.value is None
-    assert "-" in score_table([scores]).splitlines()[-1].split()
-    assert (
-        "-"
-        in difference_table(compare_models(BASELINE, replace(TRAINED, evaluation=failed), RECORDS)).splitlines()[-1]
+    # Above the note.
+    assert "-" in score_table([scores]).splitlines()[-2].split()
+    differences = difference_table(compare_models(BASELINE, replace(TRAINED, evaluation=failed), RECORDS))
+    assert differences.splitlines()[-2].split() == ["all", "0", *["-"] * 6]
+
+
+def test_rates_without_a_spread_have_wilsons_interval() -> None:
+    passing = Evaluation(
+        [replace(s, reward=1.0, strict_pass=True, semantic=(1.0,) * len(s.semantic)) for s in NEW.samples]
     )
+    scores = score_evaluation(replace(TRAINED, evaluation=passing), RECORDS)
+    rate = scores.total.strict_pass_rate
+    assert (rate.value, rate.high, rate.num_prompts) == (1.0, 1.0, 3)
+    assert rate.low == pytest.approx(0.4385, abs=1e-4)
+    assert (scores.total.reward.value, scores.total.reward.low, scores.total.reward.high) == (1.0, None, None)
+    assert score_table([scores]).splitlines()[-2].split()[-4:] == ["1.000", "100.0%", "[43.9%,", "100.0%]"]
+
+
+def test_categories_and_tags_have_corrected_p_values_and_a_note() -> None:
+    comparison = compare_models(BASELINE, TRAINED, RECORDS)
+    total, *others = comparison.differences
+    assert total.reward.holm_p_value is None and total.pass_rate.holm_p_value is None
+    for metric in ("reward", "pass_rate"):
+        plain = [getattr(entry, metric).p_value for entry in others]
+        assert [getattr(entry, metric).holm_p_value for entry in others] == holm_p_values(plain)
+    table = difference_table(comparison).splitlines()
+    assert table[1].split().count("Holm") == 2
+    assert table[-1].startswith("* fewer than 20 prompts")
+    assert "4*" in table[-2].split()
+
+
+def test_many_prompts_need_no_note() -> None:
+    records = [PromptRecord(f"p{i}", (Question("Red?", "Attribute"),), ()) for i in range(20)]
+    samples = [EvaluatedSample(i, 0, "all", f"p{i}", "", None, i / 20, i % 2 == 0, (i / 20,), ()) for i in range(20)]
+    named = NamedEvaluation("base", "thought", Evaluation(samples))
+    assert "fewer than" not in score_table([score_evaluation(named, records)])
+    assert "fewer than" in score_table([score_evaluation(replace(named, evaluation=Evaluation(samples[1:])), records)])
+
+
+FORMULAS = [
+    "=1+1",
+    "+1+1",
+    "-1+1",
+    "@SUM(1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "  =1",
+    "=cmd|' /C calc'!A0",
+    "\uff1d1",
+    "-",
+    "+",
+]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_texts_in_the_table_are_no_formulas(tmp_path: Path, text: str) -> None:
+    samples = [replace(s, category=text) for s in OLD.samples]
+    save_results(tmp_path, [NamedEvaluation(text, text, Evaluation(samples))], RECORDS, {})
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {rows[0]["model"], rows[0]["mode"], rows[1]["name"]} == {"'" + text.replace("\r", "\n")}
+    # The other files hold the text itself.
+    assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])["model"] == text
+
+
+@pytest.mark.parametrize("text", ["-5", "+0.25", "-1e-3", "a=b", "model-v2", "'quoted'", "1-2"])
+def test_other_texts_and_numbers_stay_as_they_are(tmp_path: Path, text: str) -> None:
+    save_results(tmp_path, [replace(BASELINE, model=text)], RECORDS, {})
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model"] for row in rows} == {text}
+    assert float(rows[0]["reward_value"]) == pytest.approx(0.48)
 
 
 def test_files_hold_everything(tmp_path: Path) -> None:

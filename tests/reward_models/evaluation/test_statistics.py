@@ -6,12 +6,18 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from reward_models.evaluation.statistics import (
     bootstrap_mean,
+    estimate_rate,
+    holm_p_values,
     paired_difference,
     sign_flip_p_value,
     totals_by_prompt,
+    wilson_interval,
 )
 
 
@@ -129,3 +135,54 @@ def test_paired_difference_is_narrower_than_its_parts() -> None:
     assert paired.difference.high - paired.difference.low < 0.4 * (alone.high - alone.low)
     assert paired.difference.low < paired.difference.value < paired.difference.high
     assert paired.p_value < 0.01
+
+
+@pytest.mark.parametrize("values", [[1.0] * 30, [0.0] * 30, [0.25] * 30, [0.7]])
+def test_mean_without_a_spread_has_no_interval(values: list[float]) -> None:
+    estimate = bootstrap_mean(range(len(values)), values)
+    assert (estimate.value, estimate.low, estimate.high) == (pytest.approx(values[0]), None, None)
+    assert paired_difference(range(len(values)), values).difference == estimate
+
+
+@pytest.mark.parametrize("count", [1, 5, 19, 200])
+def test_rate_without_a_spread_has_the_interval_of_its_prompts(count: int) -> None:
+    for passed in (True, False):
+        estimate = estimate_rate(np.repeat(np.arange(count), 4), [passed] * (4 * count))
+        expected = binomtest(count * passed, count).proportion_ci(method="wilson")
+        assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high))
+        assert estimate.high - estimate.low > 0
+        assert (estimate.value, estimate.num_prompts, estimate.num_samples) == (float(passed), count, 4 * count)
+    # Half of the samples of every prompt.
+    half = estimate_rate(np.repeat(np.arange(count), 2), [True, False] * count)
+    assert half.low < 0.5 < half.high
+
+
+def test_rate_with_a_spread_has_the_interval_of_the_bootstrap() -> None:
+    passed = [i % 3 == 0 for i in range(40)]
+    assert estimate_rate(range(40), passed) == bootstrap_mean(range(40), passed)
+    assert estimate_rate([], []) == bootstrap_mean([], [])
+
+
+@given(rate=st.integers(0, 40), count=st.integers(1, 40))
+def test_wilson_interval_is_that_of_scipy(rate: int, count: int) -> None:
+    rate = min(rate, count)
+    expected = binomtest(rate, count).proportion_ci(method="wilson")
+    assert wilson_interval(rate / count, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_corrected_p_values_equal_hand_computation() -> None:
+    # Holm's: 4 x .005, 3 x .011, then 2 x .02, and .04 is not made smaller than the one before.
+    assert holm_p_values([0.02, 0.005, None, 0.04, 0.011]) == pytest.approx([0.04, 0.02, None, 0.04, 0.033])
+    assert holm_p_values([0.6, 0.7]) == [1.0, 1.0]
+    assert holm_p_values([]) == [] and holm_p_values([None]) == [None]
+
+
+@given(st.lists(st.none() | st.floats(1e-6, 1.0), max_size=12))
+def test_correction_keeps_the_order_and_never_lowers(p_values: list[float | None]) -> None:
+    corrected = holm_p_values(p_values)
+    pairs = [(p, q) for p, q in zip(p_values, corrected, strict=True) if p is not None]
+    assert [q is None for q in corrected] == [p is None for p in p_values]
+    assert all(p <= q <= 1.0 for p, q in pairs)
+    assert [q for _, q in sorted(pairs)] == sorted(q for _, q in pairs)
+    if pairs:
+        assert min(pairs)[1] == pytest.approx(min(1.0, len(pairs) * min(pairs)[0]))

@@ -57,15 +57,28 @@ def test_painted_plans_are_what_the_judge_wants_to_see(shapes: httpx.Client) -> 
     ("error", "status", "message"),
     [
         (UnpaintableError("request 0: too long"), 422, "request 0: too long"),
-        (PaintError("request 0: out of paint"), 503, "out of paint"),
-        (ZeroDivisionError("oops"), 503, "ZeroDivisionError: oops"),
+        (PaintError("request 0: key sk-123 at http://10.0.0.7"), 503, "the painter failed: the server's log says why"),
+        (ZeroDivisionError("sk-123"), 503, "the painter failed: the server's log says why"),
     ],
 )
-def test_a_painter_that_fails_is_reported(error: Exception, status: int, message: str) -> None:
+def test_a_painter_that_fails_is_reported(
+    error: Exception, status: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with running(None, FailingPainter(error), judge="shapes") as client:
         for path, body in (("/generate", {"items": [{"prompt": "x"}]}), ("/get_reward", SAMPLE.reward_body())):
-            assert message in refusal(client.post(path, json=body), status)
+            detail = refusal(client.post(path, json=body), status)
+            assert message in detail and "sk-123" not in detail
         assert metric(client, "alphagrpo_images_failed_total") == (2 if status == 503 else 0)
+    assert status == 422 or str(error) in caplog.text
+
+
+def test_what_an_endpoint_says_about_a_request_is_logged_and_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    error = UnpaintableError("request 0: the images endpoint refused it: key sk-123")
+    error.__cause__ = RuntimeError("400 Bad Request")
+    with running(None, FailingPainter(error), judge="shapes") as client:
+        detail = refusal(client.post("/generate", json={"items": [{"prompt": "x"}]}), 422)
+    assert detail == "request 0: the painter's endpoint refused it, the server's log says why"
+    assert "sk-123" in caplog.text
 
 
 def test_thought_that_is_too_long_for_the_policy_is_refused(shapes: httpx.Client) -> None:

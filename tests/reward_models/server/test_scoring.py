@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reward_models.dvreward import DVReward
+from reward_models.dvreward import DVReward, Score
 from reward_models.files.image_decoding import EncodedImage
 from reward_models.prompts.questions import from_row
-from support.server_samples import SAMPLE, SAMPLES, YesJudge, encode, metric, running
+from reward_models.server.service import RewardService
+from support.server_samples import SAMPLE, SAMPLES, ScenePainter, YesJudge, encode, metric, refusal, running
 
 
 def test_score_is_that_of_the_reward_in_process(plain: httpx.Client) -> None:
@@ -86,3 +87,36 @@ def test_an_image_that_could_not_be_scored_has_no_reward_and_is_counted() -> Non
 
 def test_no_items_are_no_scores(plain: httpx.Client) -> None:
     assert plain.post("/score", json={"items": []}).json() == {"scores": []}
+
+
+def test_what_a_judge_says_about_its_failure_is_logged_and_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    class LeakingJudge(YesJudge):
+        async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
+            raise RuntimeError("key sk-123 at http://10.0.0.7")
+
+    class LeakingReward(DVReward):
+        async def score(self, *_: object) -> list[Score]:
+            raise RuntimeError("key sk-123 at http://10.0.0.7")
+
+    painter = ScenePainter()
+    for reward, status in ((DVReward(LeakingJudge()), 200), (LeakingReward(LeakingJudge()), 503)):
+        caplog.clear()
+        with running(reward, painter) as client:
+            scored = client.post("/score", json={"items": [SAMPLE.score_item()]})
+            rewarded = client.post("/get_reward", json=SAMPLE.reward_body())
+        assert (scored.status_code, rewarded.status_code) == (status, 503)
+        assert "sk-123" not in scored.text + rewarded.text
+        assert "sk-123" in caplog.text
+
+
+def test_a_fault_of_the_server_is_logged_and_not_sent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("key sk-123 at http://10.0.0.7")
+
+    monkeypatch.setattr(RewardService, "score", fail)
+    with running(judge="shapes") as client:
+        response = client.post("/score", json={"items": [SAMPLE.score_item()]})
+    assert "see its log" in refusal(response, 500) and "sk-123" not in response.text
+    assert "sk-123" in capsys.readouterr().err

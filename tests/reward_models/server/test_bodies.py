@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a body becomes in memory: bounded before it is parsed, wherever the bulk stands."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reward_models.server.bodies import has_more_values
+from reward_models.server.protocol import MAX_TEXT_LENGTH
+from support.server_samples import JSON, SAMPLE, refusal
+
+
+NUM_BYTES = 3_000_000
+BALLAST = {
+    "lists": "[" + "[]," * (NUM_BYTES // 3) + "[]]",
+    "objects": "[" + "{}," * (NUM_BYTES // 3) + "{}]",
+    "nested lists": "[" + "[[[[[[1]]]]]]," * (NUM_BYTES // 14) + "1]",
+    "nested objects": "[" + '{"a":{"b":{}}},' * (NUM_BYTES // 15) + "1]",
+    "numbers": "[" + "1000," * (NUM_BYTES // 5) + "1]",
+    "floats": "[" + "5e-9," * (NUM_BYTES // 5) + "1]",
+    "texts": "[" + '"\u0100",' * (NUM_BYTES // 5) + "1]",
+    "escapes": "[" + '"\\u0100",' * (NUM_BYTES // 9) + "1]",
+    "quotation marks": "[" + '"\\"\\\\",' * (NUM_BYTES // 7) + "1]",
+    "keys": "{" + ",".join(f'"k{i}":1' for i in range(NUM_BYTES // 11)) + "}",
+}
+
+
+def grown(text: str, before: str, ballast: str) -> str:
+    """JSON with a further field before another one."""
+    return text.replace(before, f'"ballast": {ballast}, {before}', 1)
+
+
+@pytest.mark.parametrize("ballast", BALLAST.values(), ids=BALLAST.keys())
+@pytest.mark.parametrize("before", ['"tag"', '"prompt"', '"items"'])
+def test_bulk_that_nobody_asked_for_is_refused_before_it_is_parsed(
+    shapes: httpx.Client, before: str, ballast: str
+) -> None:
+    body = grown(json.dumps({"items": [SAMPLE.score_item()]}), before, ballast).encode()
+    tracemalloc.start()
+    try:
+        response = shapes.post("/score", content=body, headers=JSON)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "values" in refusal(response, 413)
+    assert peak < 10 * len(body)
+
+
+@pytest.mark.parametrize("ballast", BALLAST.values(), ids=BALLAST.keys())
+@pytest.mark.parametrize("before", ['"tag"', '"prompt"'])
+def test_bulk_in_a_label_is_refused(shapes: httpx.Client, before: str, ballast: str) -> None:
+    body = SAMPLE.reward_body() | {"labels": [grown(json.dumps(SAMPLE.record), before, ballast)]}
+    assert "labels[0] is JSON with more than" in refusal(shapes.post("/get_reward", json=body), 422)
+
+
+def test_bulk_in_questions_that_are_text_is_refused(shapes: httpx.Client) -> None:
+    for name in ("semantic_questions", "quality_questions"):
+        changes = {name: BALLAST["lists"]}
+        response = shapes.post("/score", json={"items": [SAMPLE.score_item() | changes]})
+        assert f"items[0]: {name} is JSON with more than" in refusal(response, 422)
+        label = json.dumps(SAMPLE.record | changes)
+        response = shapes.post("/get_reward", json=SAMPLE.reward_body() | {"labels": [label]})
+        assert f"labels[0]: {name} is JSON with more than" in refusal(response, 422)
+
+
+def test_bulk_in_chunks_or_compressed_is_refused(shapes: httpx.Client) -> None:
+    body = grown(json.dumps({"items": [SAMPLE.score_item()]}), '"tag"', BALLAST["lists"]).encode()
+    parts = (body[i : i + 5000] for i in range(0, len(body), 5000))
+    assert "values" in refusal(shapes.post("/score", content=parts, headers=JSON), 413)
+    headers = JSON | {"content-encoding": "gzip"}
+    assert 400 <= shapes.post("/score", content=gzip.compress(body), headers=headers).status_code < 500
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_body_in_another_encoding_is_refused(shapes: httpx.Client, encoding: str) -> None:
+    body = json.dumps({"items": [SAMPLE.score_item()]}).encode(encoding)
+    assert "not in UTF-8" in refusal(shapes.post("/score", content=body, headers=JSON), 422)
+
+
+def test_fields_that_the_server_ignores_may_be_there(shapes: httpx.Client) -> None:
+    questions = [
+        question | {"type": "semantic", "scores": [0.5, 1]} for question in SAMPLE.record["semantic_questions"]
+    ]
+    item = SAMPLE.score_item() | {"semantic_questions": questions}
+    assert shapes.post("/score", json={"items": [item] * 8}).status_code == 200
+
+
+LONG = "a" * (MAX_TEXT_LENGTH + 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("/score", {"prompt": LONG}, "items.0.prompt"),
+        ("/score", {"semantic_questions": [{"question": LONG, "tag": "Count"}]}, "items[0]: a question: the text has"),
+        ("/generate", {"prompt": LONG}, "items.0.prompt"),
+        ("/generate", {"thought": LONG}, "items.0.thought"),
+        ("/get_reward", {"query": [LONG]}, "query.0"),
+        ("/get_reward", {"prompts": [LONG]}, "prompts.0"),
+        ("/get_reward", {"labels": [json.dumps(SAMPLE.record | {"prompt": LONG})]}, "labels[0]: prompt: the text has"),
+    ],
+)
+def test_length_of_a_text_is_bounded(shapes: httpx.Client, path: str, changes: dict[str, Any], message: str) -> None:
+    item = {"/score": SAMPLE.score_item(), "/generate": {"prompt": "x"}, "/get_reward": SAMPLE.reward_body()}[path]
+    body = item | changes if path == "/get_reward" else {"items": [item | changes]}
+    assert message in refusal(shapes.post(path, json=body), 422)
+
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(st.sampled_from('ab"\\[{,:}]\u0100\U0001f600'), max_size=6),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(st.sampled_from('a"\\,['), max_size=4), inner),
+    max_leaves=30,
+)
+
+
+def count_values(value: Any) -> int:
+    """Number of lists, objects, keys and scalars."""
+    if isinstance(value, list):
+        return 1 + sum(map(count_values, value))
+    if isinstance(value, dict):
+        return 1 + sum(1 + count_values(entry) for entry in value.values())
+    return 1
+
+
+@settings(deadline=None, database=None, derandomize=True, max_examples=300)
+@given(value=VALUES, ascii_only=st.booleans())
+def test_the_count_of_values_bounds_their_number(value: Any, ascii_only: bool) -> None:
+    text, number = json.dumps(value, ensure_ascii=ascii_only).encode(), count_values(value)
+    assert has_more_values(text, number // 4 - 1)
+    assert not has_more_values(text, 4 * number)
+
+
+@settings(deadline=None, database=None, derandomize=True, max_examples=300)
+@given(value=VALUES, end=st.text(st.sampled_from('\\"[]{},x'), max_size=8))
+def test_what_precedes_an_error_is_counted(value: Any, end: str) -> None:
+    number = count_values(value)
+    assert has_more_values((json.dumps([value, value])[:-1] + end).encode(), number // 4 - 1)
