@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from reward_models.judges.base import Judge
 from reward_models.judges.yes_no import YesNo, check_min_answer_mass, yes_no_of_logits, yes_no_token_ids
@@ -20,8 +20,10 @@ class LocalJudge(Judge):
     Base class of judges in this process.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of the model.
+        model (`Any`):
+            The model.
+        processor (`Any`):
+            Its processor, with a `tokenizer`.
         batch_size (`int`):
             Number of questions per forward.
         min_answer_mass (`float`):
@@ -31,13 +33,15 @@ class LocalJudge(Judge):
         `ValueError`: If an argument is out of range, or the vocabulary has no single token for yes or for no.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_size: int, min_answer_mass: float) -> None:
+    def __init__(self, model: Any, processor: Any, batch_size: int, min_answer_mass: float) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
         check_min_answer_mass(min_answer_mass)
+        self.model = model
+        self.processor = processor
         self.batch_size = batch_size
         self.min_answer_mass = min_answer_mass
-        self.yes_ids, self.no_ids = yes_no_token_ids(tokenizer)
+        self.yes_ids, self.no_ids = yes_no_token_ids(processor.tokenizer)
 
     @abstractmethod
     def readings(self, image: Image.Image, questions: Sequence[str]) -> list[YesNo]:

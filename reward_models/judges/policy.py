@@ -42,9 +42,7 @@ class PolicyJudge(LocalJudge):
         batch_size: int = 32,
         min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS,
     ) -> None:
-        super().__init__(processor.tokenizer, batch_size, min_answer_mass)
-        self.model = model
-        self.processor = processor
+        super().__init__(model, processor, batch_size, min_answer_mass)
 
     @classmethod
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> PolicyJudge:

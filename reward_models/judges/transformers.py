@@ -64,9 +64,7 @@ class TransformersJudge(LocalJudge):
         batch_size: int = 32,
         min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS,
     ) -> None:
-        super().__init__(processor.tokenizer, batch_size, min_answer_mass)
-        self.model = model.eval()
-        self.processor = processor
+        super().__init__(model.eval(), processor, batch_size, min_answer_mass)
         # None until two questions about an image have been answered in both ways.
         self._shares_prefix: bool | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
