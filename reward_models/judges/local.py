@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ class LocalJudge(Judge):
 
     def read_logits(self, logits: torch.Tensor) -> list[YesNo]:
         """Read logits of shape `(questions, vocabulary)`."""
-        return yes_no_of_logits(logits, self.yes_ids, self.no_ids)
+        tokens = [self.processor.tokenizer.decode([token_id]) for token_id in logits.argmax(dim=-1).tolist()]
+        readings = yes_no_of_logits(logits, self.yes_ids, self.no_ids)
+        return [replace(reading, token=token) for reading, token in zip(readings, tokens, strict=True)]
 
     def accept(self, questions: Sequence[str], readings: Sequence[YesNo]) -> list[float | None]:
         """Return P(yes) of each question, `None` where yes and no hold too little of the probability or it is NaN."""
@@ -61,8 +64,8 @@ class LocalJudge(Judge):
         for question, reading, answer in zip(questions, readings, answers, strict=True):
             if answer is None:
                 self.last_failure = (
-                    f"no answer to {question!r}: yes and no hold {reading.mass:.2g} of the probability of the first token, but "
-                    f"must hold min_answer_mass={self.min_answer_mass:g}"
+                    f"no answer to {question!r}: yes and no hold {reading.mass:.2g} of the probability of the first word, but "
+                    f"must hold judge_min_answer_mass={self.min_answer_mass:g}; the likeliest token is {reading.token!r}"
                 )
             else:
                 self._count_mass(reading.mass)

@@ -23,7 +23,7 @@ from transformers.processing_utils import ProcessorMixin
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES
 from reward_models.judges.local import LocalJudge
-from reward_models.judges.yes_no import DEFAULT_MIN_ANSWER_MASS, QUESTION_PROMPT, YesNo
+from reward_models.judges.yes_no import DEFAULT_MIN_ANSWER_MASS, QUESTION_PROMPT, YesNo, answer_start
 
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,15 @@ logger = logging.getLogger(__name__)
 SHARING_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.05
 """Largest difference of P(yes) at which sharing a prefix counts as exact, in fp32 and in lower precision."""
 
+MAX_LEAD_TOKENS = 8
+"""Number of tokens that may precede the yes or no."""
+
 
 @JUDGES.register("transformers")
 class TransformersJudge(LocalJudge):
     """
     Asks a vision-language model in this process. P(yes) comes from the next-token distribution over the whole vocabulary,
-    summed over all spellings of yes and of no.
+    summed over all spellings of yes and of no, at the first word of the answer.
 
     All questions about an image are answered in one forward pass that encodes the image once: the common prefix of the
     questions is computed alone, and its cache is shared. A model that does not support this gets padded batches.
@@ -87,17 +90,41 @@ class TransformersJudge(LocalJudge):
     def readings(self, image: Image.Image, questions: Sequence[str]) -> list[YesNo]:
         result: list[YesNo] = []
         for start in range(0, len(questions), self.batch_size):
-            inputs = self._inputs(image, questions[start : start + self.batch_size])
-            result += self._answer_batch(inputs)
+            result += self._read_batch(image, questions[start : start + self.batch_size])
         return result
 
-    def _inputs(self, image: Image.Image, questions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Model inputs with one row per question, padded on the left: `input_ids` of shape `(questions, tokens)` etc."""
+    def _read_batch(self, image: Image.Image, questions: Sequence[str]) -> list[YesNo]:
+        """Read the first word of each answer. Where a tag, a box or a line break comes first, the model continues from it."""
+        leads = [""] * len(questions)
+        result = self._answer_batch(self._inputs(image, questions, leads))
+        for _ in range(MAX_LEAD_TOKENS):
+            rows = [row for row, reading in enumerate(result) if self._precedes_answer(leads[row], reading)]
+            if not rows:
+                break
+            for row in rows:
+                leads[row] += result[row].token
+            inputs = self._inputs(image, [questions[row] for row in rows], [leads[row] for row in rows])
+            for row, reading in zip(rows, self._answer_batch(inputs), strict=True):
+                result[row] = reading
+        return result
+
+    def _precedes_answer(self, lead: str, reading: YesNo) -> bool:
+        if reading.answer(self.min_answer_mass) is not None or reading.token == self.processor.tokenizer.eos_token:
+            return False
+        text = lead + reading.token
+        return bool(reading.token) and answer_start(text) == len(text)
+
+    def _inputs(self, image: Image.Image, questions: Sequence[str], leads: Sequence[str]) -> dict[str, torch.Tensor]:
+        """
+        Model inputs with one row per question, padded on the left: `input_ids` of shape `(questions, tokens)` etc. A lead is
+        what the model has begun to answer.
+        """
         texts = []
-        for question in questions:
+        for question, lead in zip(questions, leads, strict=True):
             content = [{"type": "image"}, {"type": "text", "text": QUESTION_PROMPT.format(question=question)}]
             message = [{"role": "user", "content": content}]
-            texts.append(self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+            text = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            texts.append(text + lead)
         batch = self.processor(
             images=[[image.convert("RGB")]] * len(texts),
             text=texts,

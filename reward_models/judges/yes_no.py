@@ -74,10 +74,12 @@ class YesNo:
     Args:
         p_yes (`float`): Share of yes in the probability of both; NaN if it is not known.
         mass (`float`): Probability of both together; NaN if it is not known.
+        token (`str`, *optional*): The likeliest token, or the one that was written.
     """
 
     p_yes: float
     mass: float
+    token: str = ""
 
     def answer(self, min_answer_mass: float) -> float | None:
         """Return P(yes) in [0, 1], or `None` if yes and no hold less than `min_answer_mass` or nothing is known."""
