@@ -35,35 +35,29 @@ def without_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_module._Waits, "__call__", lambda self, state: 0.0)
 
 
-def ask(judge: OpenAIJudge, *questions: str) -> list[float | None]:
-    async def run() -> list[float | None]:
-        try:
-            return await judge.answer(IMAGE, questions or ("Is it red?",))
-        finally:
-            await judge.aclose()
-
-    return asyncio.run(run())
-
-
 @pytest.fixture(scope="module")
-def running() -> Iterator[ScriptedEndpoint]:
-    with scripted_endpoint(Reply({})) as endpoint:
-        yield endpoint
+def running() -> Iterator[tuple[ScriptedEndpoint, OpenAIEndpoint, asyncio.Runner]]:
+    """An endpoint, its client, and the event loop that holds the connections."""
+    with scripted_endpoint(Reply({})) as endpoint, asyncio.Runner() as runner:
+        client = OpenAIEndpoint(endpoint.url, "judge", max_retries=1)
+        yield endpoint, client, runner
+        runner.run(client.aclose())
 
 
 AnswerTo = Callable[..., tuple[float | None, OpenAIJudge, ScriptedEndpoint]]
 
 
 @pytest.fixture
-def answer_to(running: ScriptedEndpoint) -> AnswerTo:
+def answer_to(running: tuple[ScriptedEndpoint, OpenAIEndpoint, asyncio.Runner]) -> AnswerTo:
     """The answer that a judge reads in two tries, with the judge and the endpoint."""
+    endpoint, client, runner = running
 
     def run(reply: Any, **settings: Any) -> tuple[float | None, OpenAIJudge, ScriptedEndpoint]:
-        running.bodies.clear()
-        running.answer = reply if callable(reply) else lambda body, number: Reply(reply)
-        judge = OpenAIJudge(running.url, "judge", max_retries=1, **settings)
-        (answer,) = ask(judge)
-        return answer, judge, running
+        endpoint.bodies.clear()
+        endpoint.answer = reply if callable(reply) else lambda body, number: Reply(reply)
+        judge = OpenAIJudge(client, **settings)
+        (answer,) = runner.run(judge.answer(IMAGE, ["Is it red?"]))
+        return answer, judge, endpoint
 
     return run
 
