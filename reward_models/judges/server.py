@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label
+from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label, RewardServerError
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
@@ -61,7 +61,11 @@ class ServerJudge(Judge):
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         label = Label(_PROMPT, [{"question": question, "tag": _TAG} for question in questions], [])
-        (score,) = await self.client.score([image], [label])
+        try:
+            (score,) = await self.client.score([image], [label])
+        except RewardServerError as error:
+            self.last_failure = str(error)
+            raise
         return list(score.semantic)
 
     async def aclose(self) -> None:

@@ -19,7 +19,11 @@ class ShapesJudge(Judge):
     """
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
-        return answer_questions(image, questions)
+        answers = answer_questions(image, questions)
+        if None in answers:
+            unknown = questions[answers.index(None)]
+            self.last_failure = f"the judge 'shapes' answers only questions of the shapes world, not {unknown!r}"
+        return answers
 
     def validate_image_size(self, height: int, width: int) -> None:
         if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
