@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.reward_client.thought import extract_thought
-from alphagrpo_ext.rollout.task import prompt_text
 from reward_models.endpoints.structured_output import check_unicode
 from reward_models.files.image_decoding import EncodedImage
 from reward_models.painters.base import ImageRequest
