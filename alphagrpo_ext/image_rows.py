@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,23 +89,24 @@ def broken_images(dataset: Dataset) -> dict[int, str]:
     return broken
 
 
-def refuse_broken_images(broken: Mapping[int, str], advice: str) -> None:
+def refuse_broken_images(faults: Sequence[str], advice: str) -> None:
     """
     Raise an error that names the first rows with a broken image.
 
     Args:
-        broken (`Mapping[int, str]`): From [`broken_images`].
+        faults (`Sequence[str]`): What is broken, each with the name of its row.
         advice (`str`): What to do.
 
     Raises:
         `ValueError`: If there are any.
     """
-    if not broken:
-        return
-    faults = "; ".join(f"row {index}: {fault}" for index, fault in list(broken.items())[:_NUM_NAMED])
-    more = f"; and {len(broken) - _NUM_NAMED} more" if len(broken) > _NUM_NAMED else ""
-    rows = "the image of 1 row" if len(broken) == 1 else f"the images of {len(broken)} rows"
-    raise ValueError(f"{rows} cannot be read: {faults}{more}. {advice}")
+    if len(faults) == 1:
+        raise ValueError(f"{faults[0]}. {advice}")
+    if faults:
+        more = f"; and {len(faults) - _NUM_NAMED} more" if len(faults) > _NUM_NAMED else ""
+        raise ValueError(
+            f"the images of {len(faults)} rows cannot be read: {'; '.join(faults[:_NUM_NAMED])}{more}. {advice}"
+        )
 
 
 def _fault(image: Any) -> str | None:

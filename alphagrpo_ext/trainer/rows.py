@@ -143,10 +143,8 @@ def check_rows(dataset: datasets.Dataset, check: RowCheck, label: str) -> None:
         label, with_system, "have a system message, which the policy does not see: its processor has one of its own"
     )
     _announce(label, with_unused_image, "have an 'image', which their task does not look at")
-    try:
-        refuse_broken_images(broken_images(dataset), "Repair these files, or leave the rows out")
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from error
+    faults = [f"{label}, row {index}: {fault}" for index, fault in broken_images(dataset).items()]
+    refuse_broken_images(faults, "Repair the file, or leave the row out")
 
 
 def _announce(label: str, indices: Sequence[int], what: str) -> None:

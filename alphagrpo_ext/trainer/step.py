@@ -58,7 +58,8 @@ def with_images(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if given is None:
             result.append(row)
             continue
-        if given is not source and (type(given) is not type(source) or given != source):
+        is_same = given is source or isinstance(given, str | bytes | Mapping) and given == source
+        if not is_same:
             try:
                 source, image = given, read_image(given)
             except ValueError as error:

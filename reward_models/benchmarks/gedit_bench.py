@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from alphagrpo_ext.images import file_content
 from reward_models.benchmarks.base import (
     BENCHMARKS,
     Benchmark,
@@ -19,9 +20,8 @@ from reward_models.benchmarks.base import (
     path_part,
     text_field,
 )
-from reward_models.files.image_decoding import ImageLimits
+from reward_models.files.image_decoding import EncodedImage
 from reward_models.files.image_files import save_image
-from reward_models.prompts.rows import encoded_image
 
 
 _TEXTS = ("task_type", "instruction_language", "key", "instruction")
@@ -86,7 +86,7 @@ class _GEditPrompts(Sequence[BenchmarkPrompt]):
             raise IndexError(f"there is no prompt {index} of {len(self)}")
         row = self._dataset[index]
         try:
-            image = encoded_image(row["input_image_raw"] or {}, ImageLimits())
+            image = EncodedImage.from_bytes(file_content(row["input_image_raw"] or {}))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self._where(index)}: input_image_raw: {error}") from error
         category = f"{row['task_type']}/{row['instruction_language']}"

@@ -310,12 +310,13 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str
         make("dpg_bench").prompts(str(table))
 
 
-def test_image_of_a_benchmark_is_measured_before_it_is_decoded(tmp_path: Path) -> None:
+def test_image_of_a_benchmark_may_be_large_but_not_broken(tmp_path: Path) -> None:
+    broken = {"bytes": b"version https://git-lfs.github.com/spec/v1", "path": None}
     prompts = make("gedit_bench").prompts(
-        str(write_gedit(tmp_path / "data", input_image_raw=[noise(0), Image.new("1", (4097, 1))]))
+        str(write_gedit(tmp_path / "data", input_image_raw=[Image.new("1", (4097, 1)), broken]))
     )
-    assert prompts[0].image.decode().size == (8, 6)
-    with pytest.raises(ValueError, match="row 1: input_image_raw: .*4097 x 1 pixels"):
+    assert prompts[0].image.decode().size == (4097, 1)
+    with pytest.raises(ValueError, match="row 1: input_image_raw: .*Git-LFS pointer"):
         prompts[1]
 
 
