@@ -1,66 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The request in a dataset's `prompt`, a text or a conversation. What would be misread or dropped is refused."""
+"""The request in a dataset's `prompt`, a text or a conversation."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 
+logger = logging.getLogger(__name__)
+
 _SYSTEM_ROLES = ("system", "developer")
+_NO_TEXT = "prompt has no user message with text"
+_announced: set[str] = set()
 
 
 def prompt_text(prompt: Any) -> str:
     """
     Read the request in a dataset's `prompt`.
 
+    What the policy does not see of a conversation, which are messages before the last one, is announced once per process.
+
     Args:
         prompt (`str` or `list[dict]`):
-            The request, or a conversation that consists of one message of the user, which system messages may precede. The
-            content of the message is a text or a list of parts. Texts of several parts are joined with a space. A part
-            `{"type": "image"}` marks the place of the row's image and is left out.
+            The request, or a conversation that ends with the message of the user that holds it. The content of that message is a
+            text or a list of parts. Texts of several parts are joined with a space. A part `{"type": "image"}` marks the place of
+            the row's image and is left out.
 
     Raises:
-        `ValueError`: If there is no text, or if a part of the conversation would be dropped. The message names it.
+        `ValueError`: If there is no text, if the conversation does not end with the user's message, or if that message has a
+            part of another kind.
     """
     if isinstance(prompt, str):
         return _checked(prompt, "prompt is empty")
     if not isinstance(prompt, list | tuple):
         raise ValueError(f"prompt must be a string or a list of messages, got {type(prompt).__name__}")
-    if not prompt:
-        raise ValueError("prompt is empty")
     for message in prompt:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             found = list(message) if isinstance(message, Mapping) else repr(message)[:100]
-            raise ValueError(f"prompt: each message must have 'role' and 'content', but one is {found}")
-    messages = [message for message in prompt if message["role"] not in _SYSTEM_ROLES]
-    if not messages:
-        raise ValueError("prompt has no user message with text, but a system message alone")
-    if messages[-1]["role"] != "user":
+            raise ValueError(f"prompt: each message must have 'role' and 'content', but one has {found}")
+    roles = [message["role"] for message in prompt]
+    if "user" not in roles:
+        raise ValueError(f"{_NO_TEXT}; the roles of its messages are {roles}")
+    if roles[-1] != "user":
         raise ValueError(
-            f"prompt must end with the user's message, but ends with one of role '{messages[-1]['role']}': remove what follows "
-            f"the request"
+            f"prompt must end with the user's message, but ends with one of role '{roles[-1]}': remove what follows the request"
         )
-    if len(messages) > 1:
-        raise ValueError(
-            f"prompt has {len(messages) - 1} earlier messages ({', '.join(m['role'] for m in messages[:-1])}), which the policy "
-            f"cannot see: write the request as one message"
-        )
-    if prompt[-1] is not messages[-1]:
-        raise ValueError("prompt must end with the user's message, but ends with a system message")
-    return _checked(_content_text(messages[-1].get("content")), "prompt: the user's message has no text")
+    text = _checked(_content_text(prompt[-1].get("content")), _NO_TEXT)
+    if any(role in _SYSTEM_ROLES for role in roles):
+        _announce("a system message, which the policy does not see, because its processor has one of its own", text)
+    if any(role not in _SYSTEM_ROLES for role in roles[:-1]):
+        _announce("messages before the last one of the user, which the policy does not see", text)
+    return text
 
 
-def has_system_message(prompt: Any) -> bool:
-    """Whether a conversation has a system message. The policy does not see it, since its processor has one of its own."""
-    return not isinstance(prompt, str) and any(message.get("role") in _SYSTEM_ROLES for message in prompt)
+def _announce(what: str, text: str) -> None:
+    if what not in _announced:
+        _announced.add(what)
+        logger.warning("A prompt has %s (%r). Further prompts are not reported.", what, text[:80])
 
 
 def num_image_parts(prompt: Any) -> int:
-    """Number of places for images in a conversation that [`prompt_text`] has read."""
-    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
-    return sum(_kind(part) == "image" for content in contents if isinstance(content, list | tuple) for part in content)
+    """Number of places for images in the request of a conversation that [`prompt_text`] has read."""
+    content = None if isinstance(prompt, str) else prompt[-1].get("content")
+    return sum(_kind(part) == "image" for part in content) if isinstance(content, list | tuple) else 0
 
 
 def _checked(text: str, message: str) -> str:

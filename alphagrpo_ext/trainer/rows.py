@@ -13,7 +13,7 @@ import datasets
 
 from alphagrpo_ext.image_rows import broken_images, refuse_broken_images, refuse_images_column, undecoded_images
 from alphagrpo_ext.images import check_image
-from alphagrpo_ext.messages import has_system_message, num_image_parts, prompt_text
+from alphagrpo_ext.messages import num_image_parts, prompt_text
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.config import RolloutConfig
@@ -116,7 +116,7 @@ def check_rows(dataset: datasets.Dataset, check: RowCheck, label: str) -> None:
     """
     Check every row of a dataset, and that every image can be read; see [`RowCheck`] and [`broken_images`].
 
-    Says once how many rows have a system message or an image that the policy does not see.
+    Says how many rows have an image that their task does not look at.
 
     Args:
         dataset (`datasets.Dataset`): The rows.
@@ -129,27 +129,21 @@ def check_rows(dataset: datasets.Dataset, check: RowCheck, label: str) -> None:
     refuse_images_column(dataset.column_names, label)
     rows = undecoded_images(dataset)
     rows = rows.select_columns([name for name in ("prompt", "task", "image") if name in dataset.column_names])
-    with_system, with_unused_image = [], []
+    with_unused_image = []
     for index, row in enumerate(rows):
         try:
             check(row)
         except ValueError as error:
             raise ValueError(f"{label}, row {index}: {error}") from error
-        if has_system_message(row["prompt"]):
-            with_system.append(index)
         if check.ignores_image(row):
             with_unused_image.append(index)
-    _announce(
-        label, with_system, "have a system message, which the policy does not see: its processor has one of its own"
-    )
-    _announce(label, with_unused_image, "have an 'image', which their task does not look at")
+    if with_unused_image:
+        logger.warning(
+            "%s: %d rows (the first is row %d) have an 'image', which their task does not look at.",
+            *(label, len(with_unused_image), with_unused_image[0]),
+        )
     faults = [f"{label}, row {index}: {fault}" for index, fault in broken_images(dataset).items()]
     refuse_broken_images(faults, "Repair the file, or leave the row out")
-
-
-def _announce(label: str, indices: Sequence[int], what: str) -> None:
-    if indices:
-        logger.warning("%s: %d rows (the first is row %d) %s.", label, len(indices), indices[0], what)
 
 
 def stream_columns(stream: datasets.IterableDataset) -> Iterable[str]:
@@ -183,7 +177,6 @@ class _StreamCheck:
         self.label = label
         self.check = check
         self.validators = validators
-        self.announced = False
 
     def __call__(self, row: Mapping[str, Any], index: int) -> bool:
         where = f"{self.label}, row {index}"
@@ -200,11 +193,4 @@ class _StreamCheck:
             except ValueError as error:
                 # The function counts from the start of what it was given.
                 raise ValueError(f"{where}{str(error).removeprefix('row 0')}") from error
-        if not self.announced and has_system_message(row["prompt"]):
-            self.announced = True
-            logger.warning(
-                "%s has a system message, which the policy does not see: its processor has one of its own. Further rows are not "
-                "reported.",
-                where,
-            )
         return True

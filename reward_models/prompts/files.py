@@ -41,6 +41,8 @@ def file_kind(path: Path) -> FileKind:
     found = format_name(head)
     if found == "a Parquet file":
         return "parquet"
+    if found == "empty":
+        raise ValueError(f"{path} has no records: the file is empty")
     if found is not None:
         raise ValueError(f"{path}: the file is {found}")
     if path.suffix.lower() in (".yaml", ".yml", ".toml", ".py", ".arrow"):
@@ -176,7 +178,7 @@ def read_text(path: Path) -> str:
 
 def prompt_field(row: Any, where: str) -> Any:
     """
-    The prompt of a row of JSON: the row itself if it is a text, otherwise its field `prompt` or `Prompt`.
+    The field `prompt` or `Prompt` of a row of JSON.
 
     Raises:
         `ValueError`: If there is no such field.
@@ -184,9 +186,7 @@ def prompt_field(row: Any, where: str) -> Any:
     for name in ("prompt", "Prompt"):
         if isinstance(row, Mapping) and name in row:
             return row[name]
-    raise ValueError(
-        f"{where} has no field 'prompt'" + (f"; its fields are {list(row)}" if isinstance(row, Mapping) else "")
-    )
+    raise ValueError(f"{where} has no field 'prompt'")
 
 
 def _is_json_array(path: Path) -> bool:

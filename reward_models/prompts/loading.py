@@ -159,7 +159,11 @@ def _prompts_of_file(path: Path) -> list[tuple[str, Any]]:
     if kind == "text":
         lines = enumerate(read_text(path).split("\n"), start=1)
         return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
-    return [(where, row if isinstance(row, str) else prompt_field(row, where)) for where, row in read_rows(path)]
+    takes_texts = kind == "json array"
+    return [
+        (where, row if takes_texts and isinstance(row, str) else prompt_field(row, where))
+        for where, row in read_rows(path)
+    ]
 
 
 def _one_prompt(file: Path) -> str:
