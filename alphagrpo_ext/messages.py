@@ -73,7 +73,7 @@ def _checked(text: str, message: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"prompt has an unpaired surrogate ({error})") from error
+        raise ValueError("prompt: the text is not valid Unicode: it holds half a surrogate pair") from error
     return text
 
 

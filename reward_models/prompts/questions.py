@@ -186,7 +186,7 @@ def _parse_question(item: Any, field: str, where: str) -> Question:
     try:
         question.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: 'question' has an unpaired surrogate ({error})") from error
+        raise ValueError(f"{where}: the text is not valid Unicode: it holds half a surrogate pair") from error
     if not isinstance(is_valid, bool):
         raise ValueError(f"{where}: 'is_valid' must be true or false, got {is_valid!r}")
     return Question(question, tag, is_valid)

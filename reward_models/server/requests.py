@@ -47,7 +47,7 @@ def read_generate_request(
     _check_length("items", request.items, limits.max_items)
     return [
         (
-            ImageRequest(item.prompt, item.thought, seed=item.seed),
+            ImageRequest(_text_of_prompt(item.prompt, f"items[{i}]"), item.thought, seed=item.seed),
             None if item.image is None else _read_image(item.image, limits, f"items[{i}].image"),
         )
         for i, item in enumerate(request.items)
@@ -113,14 +113,8 @@ def _read_record(row: Any, max_questions: int, where: str) -> PromptRecord:
 
 
 def _text_of_prompt(prompt: Any, where: str) -> str:
-    try:
-        text = prompt_text(prompt)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: prompt must be a text, or messages with one from the user")
-    with _errors_name(f"{where}: prompt"):
-        return check_unicode(text)
+    with _errors_name(where):
+        return prompt_text(prompt)
 
 
 @contextmanager
