@@ -7,6 +7,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from alphagrpo_ext.ranges import (
+    AtLeastTwo,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveUnitFloat,
+    UnitFloat,
+    check_ranges,
+)
+
 
 if TYPE_CHECKING:
     from alphagrpo_ext.rollout.config import RolloutConfig
@@ -21,25 +31,30 @@ class SamplingArguments:
     """
 
     dtype: str = field(default="float32", metadata={"help": "Data type of the weights, e.g. 'bfloat16'."})
-    num_timesteps: int = field(default=11, metadata={"help": "Points of the denoising schedule."})
-    timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
+    num_timesteps: AtLeastTwo = field(default=11, metadata={"help": "Points of the denoising schedule."})
+    timestep_shift: PositiveFloat = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
     ode_solver: str = field(
         default="euler", metadata={"help": "Rule of the denoising steps: 'euler', 'ab2', 'dpmpp_2m'."}
     )
-    ode_steps: int | None = field(
+    ode_steps: PositiveInt | None = field(
         default=None, metadata={"help": "Number of denoising steps; those of the schedule by default."}
     )
     cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
     cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
-    cfg_interval: list[float] = field(
+    cfg_interval: list[UnitFloat] = field(
         default_factory=lambda: [0.4, 1.0], metadata={"help": "Half-open interval of guided times."}
     )
     cfg_renorm_type: str = field(default="global", metadata={"help": "'global', 'channel' or 'text_channel'."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Longest text, in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Temperature of texts; 0 takes the likeliest token."})
-    top_p: float = field(default=1.0, metadata={"help": "Share of the likeliest tokens that texts are drawn from."})
+    max_new_tokens: PositiveInt = field(default=48, metadata={"help": "Longest text, in tokens."})
+    temperature: NonNegativeFloat = field(
+        default=0.0, metadata={"help": "Temperature of texts; 0 takes the likeliest token."}
+    )
+    top_p: PositiveUnitFloat = field(
+        default=1.0, metadata={"help": "Share of the likeliest tokens that texts are drawn from."}
+    )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if len(self.cfg_interval) != 2:
             raise ValueError(f"cfg_interval takes two numbers, but is {self.cfg_interval}")
 

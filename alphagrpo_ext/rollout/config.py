@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveUnitFloat, check_ranges
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 
 
@@ -32,19 +34,18 @@ class RolloutConfig:
             noise of the window tells them apart.
     """
 
-    height: int
-    width: int
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    height: PositiveInt
+    width: PositiveInt
+    max_new_tokens: NonNegativeInt | None = 512
+    temperature: NonNegativeFloat = 1.0
+    top_k: Annotated[int, "[-1, inf)"] = 0
+    top_p: PositiveUnitFloat = 1.0
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
-    batch_size: int | None = None
-    branches_per_thought: int = 1
+    batch_size: PositiveInt | None = None
+    branches_per_thought: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        if self.branches_per_thought < 1:
-            raise ValueError(f"branches_per_thought must be at least 1, but is {self.branches_per_thought}")
+        check_ranges(self)
         if self.branches_per_thought > 1 and not (
             self.denoising.window_start is not None and self.denoising.window_size
         ):

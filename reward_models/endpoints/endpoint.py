@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from alphagrpo_ext.files import require_extra
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
 
 if TYPE_CHECKING:
@@ -67,19 +68,14 @@ class OpenAIEndpoint:
     base_url: str | None = None
     model: str | None = None
     api_key: str | None = field(default=None, repr=False)
-    max_concurrency: int = field(default=64, repr=False)
-    timeout: float = field(default=60.0, repr=False)
-    max_retries: int = field(default=8, repr=False)
+    max_concurrency: PositiveInt = field(default=64, repr=False)
+    timeout: PositiveFloat = field(default=60.0, repr=False)
+    max_retries: NonNegativeInt = field(default=8, repr=False)
 
     def __post_init__(self) -> None:
         require_extra("openai", "judge")
         require_extra("tenacity", "judge")
-        if self.max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, but is {self.max_concurrency}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout must be positive, but is {self.timeout}")
-        if self.max_retries < 0:
-            raise ValueError(f"max_retries must not be negative, but is {self.max_retries}")
+        check_ranges(self)
         self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, asyncio.Semaphore]] = (
             WeakKeyDictionary()
         )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from alphagrpo_ext.ranges import NonNegativeInt, check_ranges
 from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
@@ -63,10 +64,11 @@ class OpenAIJudge(Judge):
     endpoint: OpenAIEndpoint
     binary: bool = False
     image_first: bool = False
-    cache_size: int = 65536
+    cache_size: NonNegativeInt = 65536
     extra_body: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self._answers: OrderedDict[_ImageQuestion, float] = OrderedDict()
         self._asking: dict[tuple[asyncio.AbstractEventLoop, _ImageQuestion], asyncio.Task] = {}
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from reward_models.arguments import RewardArguments
 from reward_models.files.image_decoding import ImageLimits
 from reward_models.painters.base import PainterArguments
@@ -33,39 +35,36 @@ class ServerArguments(RewardArguments, PainterArguments):
             "help": f"Address to listen at. An address that other machines can reach needs a key in {KEY_VARIABLE}."
         },
     )
-    port: int = field(default=8001, metadata={"help": "Port to listen at."})
-    max_body_bytes: int = field(default=2**25, metadata={"help": "Largest body of a request; a larger one gets 413."})
-    max_image_side: int = field(
+    port: Annotated[int, "[0, 65535]"] = field(default=8001, metadata={"help": "Port to listen at."})
+    max_body_bytes: PositiveInt = field(
+        default=2**25, metadata={"help": "Largest body of a request; a larger one gets 413."}
+    )
+    max_image_side: PositiveInt = field(
         default=ImageLimits.max_side,
         metadata={"help": "Largest width and height of an image in a request, in pixels; a larger one gets 422."},
     )
-    max_image_pixels: int = field(
+    max_image_pixels: PositiveInt = field(
         default=ImageLimits.max_pixels,
         metadata={"help": "Largest number of pixels of an image in a request; a larger one gets 422."},
     )
-    max_items: int = field(default=64, metadata={"help": "Largest number of items per request; more get 422."})
-    max_questions: int = field(
+    max_items: PositiveInt = field(default=64, metadata={"help": "Largest number of items per request; more get 422."})
+    max_questions: PositiveInt = field(
         default=64,
         metadata={"help": "Largest number of questions per item, including those that are not valid; more get 422."},
     )
-    max_queue: int = field(
+    max_queue: PositiveInt = field(
         default=64, metadata={"help": "Largest number of requests that run or wait; a further one gets 429."}
     )
-    request_timeout: float = field(
+    request_timeout: PositiveFloat = field(
         default=150.0,
         metadata={"help": "Seconds for a request, from its first byte; then it gets 504. OpenRLHF waits for 180."},
     )
-    shutdown_timeout: int = field(
+    shutdown_timeout: NonNegativeInt = field(
         default=30, metadata={"help": "Seconds to finish running requests after the server is told to stop."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_body_bytes", "max_items", "max_questions", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if not self.request_timeout > 0:
-            raise ValueError(f"request_timeout must be positive, but is {self.request_timeout}")
         self.image_limits = ImageLimits(self.max_image_side, self.max_image_pixels)
 
 
