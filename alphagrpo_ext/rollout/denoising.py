@@ -19,7 +19,7 @@ import torch
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.solvers import ODE_SOLVERS, VelocityEvaluation
 from alphagrpo_ext.flow.timesteps import DenoisingPath, denoising_path, flow_timesteps
-from alphagrpo_ext.flow.transitions import TRANSITIONS, transition
+from alphagrpo_ext.flow.transitions import TRANSITIONS, check_densities, transition
 from alphagrpo_ext.models.contract import Cache, Guidance, UnifiedModel
 from alphagrpo_ext.ranges import (
     AtLeastTwo,
@@ -90,9 +90,16 @@ class DenoisingConfig:
             )
         ODE_SOLVERS.get(self.ode_solver)
         try:
-            self.path()
+            path = self.path()
         except ValueError as error:
             raise ValueError(f"ode_steps={self.ode_steps}: {error}") from error
+        if not torch.all(path.timesteps[1:] < path.timesteps[:-1]):
+            raise ValueError(
+                f"timestep_shift={self.timestep_shift} makes neighbouring times equal in fp32: take one nearer to 1"
+            )
+        if path.window:
+            times = path.timesteps[path.window.start : path.window.stop + 1]
+            check_densities(self.sde_type, times, self.noise_level)
 
     def path(self, device: torch.device | str | None = None) -> DenoisingPath:
         """The states of the path and the stochastic steps between them."""

@@ -387,6 +387,7 @@ class AlphaGRPOConfig(GRPOConfig):
         self.make_task(self.task)
         self._check_choices()
         self._check_bounds()
+        self._check_trains()
         OBJECTIVES.get(self.image_objective)(self.objective)
         if self.trains_forward_process and self.image_beta and self.image_kl_type == "mean":
             raise ValueError(
@@ -417,6 +418,15 @@ class AlphaGRPOConfig(GRPOConfig):
             bounds = getattr(self, name)
             if bounds is not None and len(bounds) != 2:
                 raise ValueError(f"{name} takes two numbers, but is {bounds}")
+
+    def _check_trains(self) -> None:
+        """Check that the loss is not 0 for every sample, which would train nothing without an error."""
+        if not (self.text_loss_weight or self.image_loss_weight):
+            raise ValueError("text_loss_weight and image_loss_weight are both 0, so nothing would be trained")
+        if not (self.image_loss_weight or self.think):
+            raise ValueError("image_loss_weight=0 and think=False leave neither images nor texts to train on")
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise ValueError(f"reward_weights={self.reward_weights} are all 0, so nothing would be trained")
 
     def _check_rollouts(self) -> None:
         """Check that every window that may be drawn, and the path of an evaluation, can be sampled."""
