@@ -372,9 +372,9 @@ class AlphaGRPOConfig(GRPOConfig):
         named_device = "ACCELERATE_TORCH_DEVICE" in os.environ
         self.use_cpu = self.use_cpu or not (torch.accelerator.is_available() or named_device)
         # Before, because TRL calculates with the numbers, and after, because it reads dictionaries from texts.
-        check_ranges(self, INHERITED_RANGES)
+        self.check_numbers()
         super().__post_init__()
-        check_ranges(self, INHERITED_RANGES)
+        self.check_numbers()
         if self.use_vllm or self.use_transformers_continuous_batching:
             raise ValueError(
                 "use_vllm and use_transformers_continuous_batching generate text only; AlphaGRPOTrainer samples text "
@@ -396,6 +396,10 @@ class AlphaGRPOConfig(GRPOConfig):
             )
         self._check_rollouts()
         self._check_branches()
+
+    def check_numbers(self) -> None:
+        """Raise `ValueError` at the first number that is not finite or out of its range; the message names the field."""
+        check_ranges(self, INHERITED_RANGES)
 
     def _check_choices(self) -> None:
         for name, choices in (

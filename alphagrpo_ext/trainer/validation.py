@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
+import torch
 
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import UnknownNameError
@@ -17,8 +18,48 @@ from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.step import task_name
 
 
+def check_trains(model: torch.nn.Module) -> None:
+    """Raise `ValueError` if all weights of a model are frozen."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "all weights of the model are frozen, so nothing would be trained: unfreeze some, or give the adapter as trainable "
+            "(is_trainable=True)"
+        )
+
+
+def check_not_empty(dataset: Any, name: str, least: int = 1) -> None:
+    """
+    Check that a dataset has rows, if it knows their number.
+
+    Args:
+        dataset: A dataset, or several by name.
+        name (`str`): What the message calls it.
+        least (`int`, *optional*, defaults to `1`): Fewest rows.
+
+    Raises:
+        `ValueError`: If there are fewer.
+    """
+    if isinstance(dataset, Mapping):
+        for key, member in dataset.items():
+            check_not_empty(member, f"{name}[{key!r}]", least)
+    elif hasattr(dataset, "__len__") and len(dataset) < least:
+        if not len(dataset):
+            raise ValueError(f"{name} is empty: it has no row to train or evaluate on")
+        raise ValueError(
+            f"{name} has {len(dataset)} rows, but a rollout takes {least} prompts, so nothing would be trained: lower "
+            f"per_device_train_batch_size or steps_per_generation, or give more rows"
+        )
+
+
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
-    """All datasets that are not streams, by a name for messages such as `"eval_dataset['hard']"`."""
+    """
+    All datasets that are not streams, by a name for messages such as `"eval_dataset['hard']"`.
+
+    Raises:
+        `ValueError`: If one is empty.
+    """
+    check_not_empty(train_dataset, "train_dataset")
+    check_not_empty(eval_dataset, "eval_dataset")
     named = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
@@ -61,8 +102,9 @@ def validated_tasks(
     model: UnifiedModel,
 ) -> dict[str, Task]:
     """
-    The tasks of all rows by name, after the checks of [`validate_rewards`] and [`validate_rows`]. Rows of a stream are checked
-    when they are read.
+    The tasks of all rows by name, after the checks of [`validate_rewards`] and [`validate_rows`], and of what the model can
+    paint. Rows of a stream are checked when they are read. The configuration is checked again, because its fields can be
+    written to after it was made.
 
     Args:
         args ([`AlphaGRPOConfig`]): Default task, settings of tasks, and size of images.
@@ -70,6 +112,10 @@ def validated_tasks(
         named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
         processor, model: Processor and model of the policy.
     """
+    args.check_numbers()
+    check_not_empty(named.get("train_dataset"), "train_dataset", args.generation_batch_size // args.num_generations)
+    args.eval_rollout().grid(model)
+    model.guidance(args.guidance)
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     validate_rewards(functions, named, args.image_height, args.image_width)
     names = dict.fromkeys(
