@@ -444,6 +444,10 @@ class Family(ABC):
     PEFT's `target_modules` for some of [`LORA_TARGETS`], at least `"both"`: regular expressions that match whole
     names.
     """
+    frozen_modules: ClassVar[tuple[str, ...]] = ()
+    """Names of the model's modules that are never trained, e.g. an autoencoder."""
+    vision_modules: ClassVar[tuple[str, ...]] = ()
+    """Names of the model's modules that only read images: vision tower and connector."""
     saved_files: ClassVar[tuple[str, ...]] = (
         "config.json",
         "model.safetensors",
@@ -520,4 +524,5 @@ class Family(ABC):
 
     def freeze_vision_tower(self, model: Any) -> None:
         """Exclude the modules that only read images from training. A family without a vision tower does nothing."""
-        return
+        for name in self.vision_modules:
+            model.get_submodule(name).requires_grad_(False)

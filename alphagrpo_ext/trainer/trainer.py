@@ -44,7 +44,7 @@ from alphagrpo_ext.trainer.rewards import image_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
-from alphagrpo_ext.trainer.validation import check_trains, named_datasets, validated_tasks
+from alphagrpo_ext.trainer.validation import check_trains, freeze_for_training, named_datasets, validated_tasks
 
 
 check_installed()
@@ -123,8 +123,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         named = named_datasets(train_dataset, eval_dataset)
         self.tasks = validated_tasks(args, reward_funcs, named, processing_class, policy)
         check_optimizer_is_made_here(args, optimizers[0])
-        if args.freeze_vision_tower:
-            policy.family.freeze_vision_tower(policy)
+        peft_config = freeze_for_training(policy, peft_config, args)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         has_reference = args.has_reference
         reference = references.frozen_copy(policy) if has_reference and not has_adapter else None
@@ -160,7 +159,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._resume = ExactResume(self)
         for callback in (self._resume, *own_callbacks(args, self.callback_handler.callbacks, self._logs)):
             self.add_callback(callback)
-        check_trains(self.model)
+        check_trains(self.model, args)
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
         runs_all_parts = sharding.shards_parameters and len(self.tasks) > 1
         self.scorer = PackedScorer(args, self.accelerator, self.temperature, runs_all_parts)

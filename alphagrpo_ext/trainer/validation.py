@@ -9,8 +9,11 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftConfig, PeftModel
 
+from alphagrpo_ext.models.adapters import fit_adapter_config, freeze_parts
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.ranges import check_ranges
 from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
@@ -18,8 +21,22 @@ from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.step import task_name
 
 
-def check_trains(model: torch.nn.Module) -> None:
-    """Raise `ValueError` if all weights of a model are frozen."""
+def freeze_for_training(
+    model: UnifiedModel, peft_config: PeftConfig | None, args: AlphaGRPOConfig
+) -> PeftConfig | None:
+    """Freeze what the arguments exclude from training, and fit the configuration of an adapter to the model."""
+    if args.freeze_vision_tower:
+        model.family.freeze_vision_tower(model)
+    if peft_config is None:
+        return None
+    check_ranges(peft_config)
+    return fit_adapter_config(peft_config, model, args.lora_targets, not args.freeze_vision_tower)
+
+
+def check_trains(model: torch.nn.Module, args: AlphaGRPOConfig) -> None:
+    """Freeze the parts of an adapted model that are not trained, and raise `ValueError` if all of its weights are frozen."""
+    if isinstance(model, PeftModel):
+        freeze_parts(model, not args.freeze_vision_tower)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "all weights of the model are frozen, so nothing would be trained: unfreeze some, or give the adapter as trainable "

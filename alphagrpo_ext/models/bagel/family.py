@@ -30,6 +30,8 @@ class BagelFamily(Family):
     model_class = BagelModel
     processor_class = BagelProcessor
     lora_presets = LORA_PRESETS
+    frozen_modules = ("vae",)
+    vision_modules = ("vit_model", "connector")
     hub_marker = "llm_config.json"
     hub_files = DOWNLOADED_FILES
 
@@ -59,7 +61,3 @@ class BagelFamily(Family):
 
     def sharded_layers(self, model: BagelModel) -> Sequence[torch.nn.Module]:
         return [*model.language_model.model.layers, *model.vit_model.vision_model.encoder.layers]
-
-    def freeze_vision_tower(self, model: BagelModel) -> None:
-        model.vit_model.requires_grad_(False)
-        model.connector.requires_grad_(False)
