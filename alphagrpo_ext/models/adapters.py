@@ -16,8 +16,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
 from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.models.finite import check_finite
 from alphagrpo_ext.models.saving import staged_folder
-from alphagrpo_ext.models.weight_files import read_shapes, shape_differences, summarize
+from alphagrpo_ext.models.weight_files import check_weight_file, read_shapes, shape_differences, summarize
 
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     if missing:
         raise FileNotFoundError(f"the adapter folder {folder} lacks {', '.join(missing)}")
     shapes = read_shapes(folder / ADAPTER_WEIGHTS)
+    check_weight_file(folder / ADAPTER_WEIGHTS)
     peft_config = PeftConfig.from_pretrained(str(folder))
     # Without this, PEFT warns if the base model was moved.
     peft_config.base_model_name_or_path = None
@@ -213,8 +215,10 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     Raises:
         `FileExistsError`: If `folder` has files.
         `OSError`: If the disk has no room.
+        `FloatingPointError`: If a weight is NaN or infinite; the message names it.
     """
     # Without the option, PEFT asks the Hub whether the vocabulary has grown.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_finite(state.items(), f"the adapter is not saved to {folder}")
     with staged_folder(folder, sum(tensor.nbytes for tensor in state.values())) as stage:
         model.save_pretrained(str(stage), save_embedding_layers=False)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from alphagrpo_ext.models.bagel.checkpoint import (
     load_released,
     load_released_processor,
 )
-from alphagrpo_ext.models.bagel.configuration_bagel import LORA_PRESETS, BagelConfig
+from alphagrpo_ext.models.bagel.configuration_bagel import LORA_PRESETS, BagelConfig, check_bagel_values
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.models.contract import FAMILIES, Family
@@ -47,6 +47,10 @@ class BagelFamily(Family):
         if kwargs.get("attn_implementation"):
             model.set_attn_implementation(kwargs["attn_implementation"])
         return model, processor
+
+    def check_config(self, values: Mapping[str, Any], source: Path) -> None:
+        super().check_config(values, source)
+        check_bagel_values(values, dict.fromkeys(("", "text_config", "vision_config", "vae_config"), source))
 
     def load_processor(self, path: str, revision: str | None = None) -> BagelProcessor:
         return (
