@@ -230,7 +230,9 @@ def check_bagel_values(values: Mapping[str, Any], sources: Mapping[str, Path]) -
     autoencoder = {**FLUX_VAE_CONFIG, **parts.get("vae_config", {})}
     channels, groups = autoencoder["block_out_channels"], autoencoder["norm_num_groups"]
     is_list = isinstance(channels, list | tuple) and 0 < len(channels) <= 16
-    if not is_list or not all(isinstance(n, int) and in_range(n, _WIDTH) and n % groups == 0 for n in channels):
+    if "vae_config" in parts and not (
+        is_list and all(isinstance(n, int) and in_range(n, _WIDTH) and n % groups == 0 for n in channels)
+    ):
         raise ValueError(
             f"vae_config.block_out_channels in {sources['vae_config']} must be up to 16 multiples of norm_num_groups={groups}, but "
             f"is {channels!r}"
