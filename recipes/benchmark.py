@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from trl import TrlParser
 
 from alphagrpo_ext.files import write_text
+from alphagrpo_ext.ranges import PositiveInt, check_ranges
 from benchmark_parts.sizes import SIZES, Size
 
 
@@ -50,8 +51,8 @@ class BenchmarkArguments:
         default_factory=lambda: ["bagel-shapes"], metadata={"help": "Models to measure: 'bagel-shapes' and '100m'."}
     )
     precision: str = field(default="float32", metadata={"help": "'float32', or 'bfloat16' by autocast."})
-    repetitions: int = field(default=5, metadata={"help": "Repetitions of everything that is timed."})
-    num_trajectories: int | None = field(
+    repetitions: PositiveInt = field(default=5, metadata={"help": "Repetitions of everything that is timed."})
+    num_trajectories: PositiveInt | None = field(
         default=None, metadata={"help": "Trajectories per micro-batch. Default: the number of the size."}
     )
     output_dir: str = field(default="runs/benchmark", metadata={"help": "Folder for benchmark.json and plots."})
@@ -64,10 +65,7 @@ class BenchmarkArguments:
         ):
             if unknown := [value for value in values if value not in known]:
                 raise ValueError(f"{name}: unknown {', '.join(unknown)}; available: {', '.join(known)}")
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions must be at least 1, but is {self.repetitions}")
-        if self.num_trajectories is not None and self.num_trajectories < 1:
-            raise ValueError(f"num_trajectories must be at least 1, but is {self.num_trajectories}")
+        check_ranges(self)
 
     def size(self, name: str) -> Size:
         """The size of this name, with the number of trajectories of the arguments."""

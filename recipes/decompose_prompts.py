@@ -43,6 +43,7 @@ from tqdm import tqdm
 from trl import TrlParser
 
 from alphagrpo_ext.files import FileInUseError, atomic_path, read_json_lines
+from alphagrpo_ext.ranges import PositiveInt
 from alphagrpo_ext.shapes.prompts import prompt_rows
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
 from reward_models.decomposition.record_file import RecordFile
@@ -72,8 +73,10 @@ class DecompositionArguments(DecomposerArguments):
     output: str = field(
         default="runs/decompose_prompts/questions.jsonl", metadata={"help": "File for the questions, as JSON lines."}
     )
-    limit: int | None = field(default=None, metadata={"help": "Number of prompts, from the start of the input."})
-    max_failures_in_a_row: int = field(
+    limit: PositiveInt | None = field(
+        default=None, metadata={"help": "Number of prompts, from the start of the input."}
+    )
+    max_failures_in_a_row: PositiveInt = field(
         default=200, metadata={"help": "Number of failures without a success in between after which the run stops."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the records of three prompts and write nothing."})
@@ -86,9 +89,6 @@ class DecompositionArguments(DecomposerArguments):
             )
         if self.decomposer is None:
             self.decomposer = "openai" if self.input else "shapes"
-        for name in ("max_concurrency", "limit", "max_failures_in_a_row"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from trl import TrlParser
 
+from alphagrpo_ext.ranges import PositiveInt
 from recipe_tools.memory_settings import MemorySettings
 
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 class EstimationArguments(MemorySettings):
     """Arguments of the estimate. The defaults are those of BAGEL-7B under the paper's settings, with one trajectory per micro-batch."""
 
-    batch_size: int = field(default=1, metadata=MemorySettings.__dataclass_fields__["batch_size"].metadata)
+    batch_size: PositiveInt = field(default=1, metadata=MemorySettings.__dataclass_fields__["batch_size"].metadata)
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model whose configuration is read. Default: the sizes of BAGEL-7B-MoT."}
     )

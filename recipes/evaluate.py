@@ -34,6 +34,7 @@ from pathlib import Path
 from trl import TrlParser
 
 from alphagrpo_ext.files import FileInUseError
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from recipe_tools.evaluation_stages import DIRECT, EDITING, PAINTING, REFINE, THOUGHT, make_stages
 from reward_models.arguments import RewardArguments
@@ -58,12 +59,14 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
             "shapes world."
         },
     )
-    num_eval_prompts: int = field(default=504, metadata={"help": "Number of prompts drawn from the shapes world."})
+    num_eval_prompts: PositiveInt = field(
+        default=504, metadata={"help": "Number of prompts drawn from the shapes world."}
+    )
     skip_broken_rows: bool = field(
         default=False,
         metadata={"help": "Leave out rows whose image cannot be read, and list them at the end, instead of stopping."},
     )
-    eval_seeds: int = field(default=2, metadata={"help": "Noise seeds per prompt."})
+    eval_seeds: PositiveInt = field(default=2, metadata={"help": "Noise seeds per prompt."})
     modes: list[str] | None = field(
         default=None,
         metadata={
@@ -71,9 +74,9 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
             "num_rounds rounds of reflection, each of which is scored). Default: 'thought', and 'refine' if there are rounds."
         },
     )
-    num_rounds: int = field(default=0, metadata={"help": "Number of rounds of reflection."})
-    image_size: int = field(default=24, metadata={"help": "Height and width of images, in pixels."})
-    batch_size: int = field(default=128, metadata={"help": "Samples per batch."})
+    num_rounds: NonNegativeInt = field(default=0, metadata={"help": "Number of rounds of reflection."})
+    image_size: PositiveInt = field(default=24, metadata={"help": "Height and width of images, in pixels."})
+    batch_size: PositiveInt = field(default=128, metadata={"help": "Samples per batch."})
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder for scores and images."})
 
     def __post_init__(self) -> None:
@@ -81,11 +84,6 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
         SamplingArguments.__post_init__(self)
         if self.task not in (PAINTING, EDITING):
             raise ValueError(f"task must be '{PAINTING}' or '{EDITING}', but is '{self.task}'")
-        for name in ("eval_seeds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if self.num_rounds < 0:
-            raise ValueError(f"num_rounds must not be negative, but is {self.num_rounds}")
         if self.modes is None:
             self.modes = [THOUGHT, REFINE] if self.num_rounds else [THOUGHT]
         unknown = [mode for mode in self.modes if mode not in (DIRECT, THOUGHT, REFINE)]

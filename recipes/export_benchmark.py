@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 from trl import TrlParser
 
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from reward_models.arguments import RewardArguments
 
@@ -69,18 +70,18 @@ class ExportArguments(RewardArguments, SamplingArguments):
         default=None,
         metadata={"help": "Name of the model for the benchmark's scorer. Default: made from --model_name_or_path."},
     )
-    num_images: int | None = field(
+    num_images: PositiveInt | None = field(
         default=None, metadata={"help": "Images per prompt. Default: as in the benchmark's protocol."}
     )
     think: bool = field(default=True, metadata={"help": "Whether the policy writes a thought before it paints."})
-    num_rounds: int = field(
+    num_rounds: NonNegativeInt = field(
         default=0, metadata={"help": "Number of rounds of reflection; the last image is exported."}
     )
-    height: int | None = field(
+    height: PositiveInt | None = field(
         default=None,
         metadata={"help": "Height of images, in pixels. Default: 24, or for an edited image that of the original."},
     )
-    width: int | None = field(
+    width: PositiveInt | None = field(
         default=None,
         metadata={"help": "Width of images, in pixels. Default: 24, or for an edited image that of the original."},
     )
@@ -91,7 +92,7 @@ class ExportArguments(RewardArguments, SamplingArguments):
             "painted if there are any."
         },
     )
-    batch_size: int = field(default=16, metadata={"help": "Images per batch, rounded to whole prompts."})
+    batch_size: PositiveInt = field(default=16, metadata={"help": "Images per batch, rounded to whole prompts."})
     seed: int = field(default=0, metadata={"help": "Seed of all noise."})
     judge: str = field(
         default="none", metadata={"help": "Judge that answers questions about the images; 'none' asks no questions."}
@@ -107,9 +108,6 @@ class ExportArguments(RewardArguments, SamplingArguments):
             raise ValueError("questions are answered by a judge: give one, e.g. --judge openai")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"give height and width, or neither, but they are {self.height} and {self.width}")
-        for name, least in (("num_images", 1), ("batch_size", 1), ("num_rounds", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, but is {getattr(self, name)}")
 
 
 def score_images(benchmark: Benchmark, prompts: Iterable[BenchmarkPrompt], args: ExportArguments) -> None:

@@ -21,20 +21,19 @@ from typing import Any
 from trl import TrlParser
 
 from alphagrpo_ext.files import write_text
+from alphagrpo_ext.ranges import AtLeastTwo, check_ranges
 
 
 @dataclass
 class MeasurementArguments:
     """Arguments of the measurement; the help text of a field describes it."""
 
-    num_prompts: int = field(default=504, metadata={"help": "Number of held-out prompts of an evaluation."})
-    num_groups: int = field(default=120, metadata={"help": "Number of groups of training rollouts."})
+    num_prompts: AtLeastTwo = field(default=504, metadata={"help": "Number of held-out prompts of an evaluation."})
+    num_groups: AtLeastTwo = field(default=120, metadata={"help": "Number of groups of training rollouts."})
     output_dir: str = field(default="runs/fewer_evaluations", metadata={"help": "Folder for fewer_evaluations.json."})
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_groups"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, but is {getattr(self, name)}")
+        check_ranges(self)
 
 
 def main(args: MeasurementArguments) -> None:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from trl import TrlParser
 
 from alphagrpo_ext.files import write_text
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from reward_models.arguments import RewardArguments
 
@@ -54,10 +55,12 @@ class GenerationArguments(RewardArguments, SamplingArguments):
     prompt_file: str | None = field(
         default=None, metadata={"help": "Prompts with questions, as JSON lines, instead of --prompts."}
     )
-    num_prompts: int = field(
+    num_prompts: PositiveInt = field(
         default=8, metadata={"help": "Number of prompts drawn from the shapes world if none are given."}
     )
-    num_rounds: int = field(default=2, metadata={"help": "Largest number of rounds of reflection; 0 only paints."})
+    num_rounds: NonNegativeInt = field(
+        default=2, metadata={"help": "Largest number of rounds of reflection; 0 only paints."}
+    )
     think: bool = field(
         default=True, metadata={"help": "Whether the policy writes a thought before it paints the first image."}
     )
@@ -70,9 +73,9 @@ class GenerationArguments(RewardArguments, SamplingArguments):
     keep_best: bool = field(
         default=False, metadata={"help": "Whether a round refines the best image so far instead of the last one."}
     )
-    height: int = field(default=24, metadata={"help": "Height of images, in pixels."})
-    width: int = field(default=24, metadata={"help": "Width of images, in pixels."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts per batch."})
+    height: PositiveInt = field(default=24, metadata={"help": "Height of images, in pixels."})
+    width: PositiveInt = field(default=24, metadata={"help": "Width of images, in pixels."})
+    batch_size: PositiveInt = field(default=16, metadata={"help": "Prompts per batch."})
     seed: int = field(default=0, metadata={"help": "Seed of all noise."})
     output_dir: str = field(default="runs/generate", metadata={"help": "Folder for images and texts."})
 
@@ -81,9 +84,6 @@ class GenerationArguments(RewardArguments, SamplingArguments):
         SamplingArguments.__post_init__(self)
         if self.prompts and self.prompt_file:
             raise ValueError("give prompts or prompt_file, not both")
-        for name in ("num_prompts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
 
 def load_prompt_rows(args: GenerationArguments) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from typing import Any
 from trl import TrlParser
 
 from alphagrpo_ext.files import write_text
+from alphagrpo_ext.ranges import PositiveInt, check_ranges
 
 
 # OpenRLHF replaces this text by an image.
@@ -46,7 +47,7 @@ class OpenRLHFPromptArguments:
         metadata={"help": "File of prompts with questions, as JSON lines. Default: prompts of the shapes world."},
     )
     split: str = field(default="train", metadata={"help": "Split of the shapes world: 'train' or 'evaluation'."})
-    num_prompts: int = field(default=1024, metadata={"help": "Number of prompts drawn from the shapes world."})
+    num_prompts: PositiveInt = field(default=1024, metadata={"help": "Number of prompts drawn from the shapes world."})
     template: str = field(
         default=(
             "Plan an image for this request: {prompt}\\nSay what it shows, where everything is and how it looks. The image "
@@ -58,8 +59,7 @@ class OpenRLHFPromptArguments:
     output_dir: str = field(default="runs/openrlhf", metadata={"help": "Folder in which `prompts.jsonl` is written."})
 
     def __post_init__(self) -> None:
-        if self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be at least 1, but is {self.num_prompts}")
+        check_ranges(self)
         if "{prompt}" not in self.template:
             raise ValueError(f"template must contain {{prompt}}, but is {self.template!r}")
         self.template = self.template.replace("\\n", "\n")

@@ -53,6 +53,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from alphagrpo_ext.files import require_extra
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt, check_ranges
 from recipe_tools.openrlhf_flags import JOINT, RENAMED, SWITCHES, FlagParser, translate_flags
 from recipe_tools.openrlhf_joint_flags import FlagError
 from recipe_tools.ray_job import ATTEMPTS_FILE, RayJob, choose_initial_checkpoint, describe_attempts, train_worker
@@ -90,16 +91,16 @@ class RayArguments:
         default="reasoning_t2i",
         metadata={"help": "Name of a recipe, or path of a file whose function `main` takes a `TrainingArguments`."},
     )
-    num_workers: int = field(default=1, metadata={"help": "Number of processes that train together."})
+    num_workers: PositiveInt = field(default=1, metadata={"help": "Number of processes that train together."})
     use_gpu: bool = field(default=False, metadata={"help": "Whether every worker has a GPU."})
-    cpus_per_worker: int = field(default=1, metadata={"help": "Number of CPUs that each worker reserves."})
+    cpus_per_worker: PositiveInt = field(default=1, metadata={"help": "Number of CPUs that each worker reserves."})
     ray_address: str | None = field(
         default=None,
         metadata={
             "help": "Cluster to run on, e.g. 'auto' or 'host:6379'. Default: the variable RAY_ADDRESS, or else this machine."
         },
     )
-    max_failures: int = field(
+    max_failures: NonNegativeInt = field(
         default=3, metadata={"help": "How often all workers are started again after one of them failed."}
     )
     include_dashboard: bool = field(
@@ -111,9 +112,7 @@ class RayArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("num_workers", 1), ("cpus_per_worker", 1), ("max_failures", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, but is {getattr(self, name)}")
+        check_ranges(self)
         for entry in self.environment:
             name, equals, _ = entry.partition("=")
             if not name or not equals:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt, UnitFloat
 from reward_models.dvreward import DVReward
 from reward_models.holdout.arguments import HoldoutArguments
 from reward_models.judges import JUDGES
@@ -28,7 +29,7 @@ class RewardArguments(JudgeArguments):
     The judge (see [`JudgeArguments`]), and how its answers become a reward; the help text of a field describes it.
     """
 
-    judge_max_failed_frac: float = field(
+    judge_max_failed_frac: UnitFloat = field(
         default=0.5,
         metadata={"help": "Share of a batch's images that may stay without a score. If more fail, the run stops."},
     )
@@ -72,20 +73,20 @@ class PromptArguments(HoldoutArguments, RewardArguments):
     eval_file: str | None = field(
         default=None, metadata={"help": "Evaluation prompts with questions, in the formats of train_file."}
     )
-    num_train_prompts: int = field(
+    num_train_prompts: PositiveInt = field(
         default=2048, metadata={"help": "Number of training prompts drawn from the shapes world."}
     )
-    num_eval_prompts: int = field(
+    num_eval_prompts: PositiveInt = field(
         default=504, metadata={"help": "Number of evaluation prompts drawn from the shapes world."}
     )
     skip_broken_rows: bool = field(
         default=False,
         metadata={"help": "Leave out rows whose image cannot be read, and list them at the end, instead of stopping."},
     )
-    eval_seeds: int = field(
+    eval_seeds: NonNegativeInt = field(
         default=2, metadata={"help": "Noise seeds per evaluation prompt. 0 skips the evaluations."}
     )
-    eval_batch_size: int = field(default=128, metadata={"help": "Samples per batch of an evaluation."})
+    eval_batch_size: PositiveInt = field(default=128, metadata={"help": "Samples per batch of an evaluation."})
     reward: list[str] = field(
         default_factory=lambda: ["dvreward"],
         metadata={

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from alphagrpo_ext.ranges import UnitFloat, check_ranges
+
 
 RENORM_TYPES = ("global", "channel", "text_channel")
 
@@ -37,15 +39,14 @@ class GuidanceConfig:
 
     text_scale: float = 4.0
     image_scale: float = 1.0
-    interval: tuple[float, float] = (0.4, 1.0)
+    interval: tuple[UnitFloat, UnitFloat] = (0.4, 1.0)
     renorm_type: str = "global"
-    renorm_min: float = 0.0
+    renorm_min: UnitFloat = 0.0
 
     def __post_init__(self) -> None:
         if self.renorm_type not in RENORM_TYPES:
             raise ValueError(f"unknown renorm_type '{self.renorm_type}', available: {', '.join(RENORM_TYPES)}")
-        if not 0 <= self.renorm_min <= 1:
-            raise ValueError(f"renorm_min must be in [0, 1], but is {self.renorm_min}")
+        check_ranges(self)
         if len(self.interval) != 2 or self.interval[0] > self.interval[1]:
             raise ValueError(f"interval must be (low, high) with low <= high, but is {self.interval}")
 

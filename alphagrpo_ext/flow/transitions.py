@@ -200,6 +200,34 @@ def transition(
     return TransitionOutput(next_latents, log_prob, mean, std)
 
 
+def check_densities(kind: str, timesteps: torch.Tensor, noise_level: float) -> None:
+    """
+    Check that all steps between consecutive times have a density, before anything is sampled.
+
+    Args:
+        kind (`str`): A name in `TRANSITIONS`.
+        timesteps (`torch.Tensor` of shape `(steps + 1,)`): Times of the states, falling.
+        noise_level (`float`): Noise level of the steps.
+
+    Raises:
+        `ValueError`: At the first step without a density; the message says what to change.
+    """
+    blank = torch.zeros(1, 1)
+    for t, t_next in zip(timesteps[:-1], timesteps[1:], strict=True):
+        _, std = TRANSITIONS[kind](blank, blank, t, t_next, noise_level)
+        # The density divides by the variance, which can be 0 in fp32 where the deviation is not.
+        if not (t_next < t and 0 < std.square() < torch.inf):
+            advice = (
+                "end the window before the last step of the schedule, or take sde_type='flow_sde'"
+                if kind == "flow_cps" and t_next == 0
+                else "take a noise_level and a timestep_shift nearer to 1"
+            )
+            raise ValueError(
+                f"a step of '{kind}' from t = {t:.4g} to t_next = {t_next:.4g} with noise_level {noise_level} has no density, "
+                f"because its standard deviation is {std.item():.3g}: {advice}"
+            )
+
+
 def _check_transition(
     kind: str,
     latents: torch.Tensor,

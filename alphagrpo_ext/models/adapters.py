@@ -5,15 +5,23 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
+from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.models.finite import check_finite
 from alphagrpo_ext.models.saving import staged_folder
-from alphagrpo_ext.models.weight_files import read_shapes, shape_differences, summarize
+from alphagrpo_ext.models.weight_files import check_weight_file, read_shapes, shape_differences, summarize
 
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -61,6 +69,7 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     if missing:
         raise FileNotFoundError(f"the adapter folder {folder} lacks {', '.join(missing)}")
     shapes = read_shapes(folder / ADAPTER_WEIGHTS)
+    check_weight_file(folder / ADAPTER_WEIGHTS)
     peft_config = PeftConfig.from_pretrained(str(folder))
     # Without this, PEFT warns if the base model was moved.
     peft_config.base_model_name_or_path = None
@@ -91,6 +100,110 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     return PeftModel.from_pretrained(model, str(folder))
 
 
+def fit_adapter_config(
+    config: PeftConfig, model: UnifiedModel, preset: str = "both", trains_vision_tower: bool = False
+) -> PeftConfig:
+    """
+    The configuration of a new adapter for a unified model, from one that was written for a language model. What differs is logged
+    once.
+
+    - `task_type` is left out: with one, PEFT expects the forward and the `generate` of a language model.
+    - Without `target_modules`, the adapter goes where the family's preset says.
+    - Modules that are not trained get no adapter and no trained copy, whatever names them: the autoencoder, and the vision tower
+      unless it is trained. So `target_modules="all-linear"` means all linear layers of the decoder.
+
+    Args:
+        config ([`~peft.PeftConfig`]): The user's configuration, which is not changed.
+        model ([`UnifiedModel`]): The model to adapt.
+        preset (`str`, *optional*, defaults to `"both"`): One of [`LORA_TARGETS`].
+        trains_vision_tower (`bool`, *optional*, defaults to `False`): Whether the vision tower may get an adapter.
+
+    Raises:
+        `ValueError`: If nothing is left of `modules_to_save`, or if an adapter is asked for on the head, which scores tokens.
+    """
+    config, family, notes = copy.deepcopy(config), model.family, []
+    if config.task_type is not None:
+        notes.append(f"task_type={str(getattr(config.task_type, 'value', config.task_type))!r} is left out")
+        config.task_type = None
+    if getattr(config, "target_modules", ...) is None and not getattr(config, "target_parameters", None):
+        config.target_modules = family.lora_target_modules(preset)
+        notes.append(f"target_modules are those of the preset {preset!r}")
+    parts = family.frozen_modules + (() if trains_vision_tower else family.vision_modules)
+    if parts and hasattr(config, "exclude_modules"):
+        targets = _adapted_modules(config, model)
+        left_out = [name for name in targets if _is_inside(name, parts)]
+        if left_out:
+            config.exclude_modules = _exclude_parts(config.exclude_modules, parts)
+            notes.append(
+                f"{len(left_out)} of {len(targets)} modules are in parts that are not trained and get no adapter"
+            )
+        head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), None)
+        if head in targets:
+            raise ValueError(
+                f"target_modules names {head}, which scores tokens: train it as a whole, by modules_to_save"
+            )
+    if getattr(config, "modules_to_save", None):
+        config.modules_to_save = _without_parts(config.modules_to_save, parts, model, notes)
+    if notes and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+        skipped = f" Not trained: {', '.join(parts)}." if parts else ""
+        logger.warning("The adapter's configuration is fitted to the model: %s.%s", "; ".join(notes), skipped)
+    return config
+
+
+def freeze_parts(model: PeftModel, trains_vision_tower: bool = False) -> None:
+    """
+    Freeze what an adapted model does not train, adapters within it included, e.g. biases that `bias="all"` has unfrozen.
+
+    Args:
+        model ([`~peft.PeftModel`]): The adapted model.
+        trains_vision_tower (`bool`, *optional*, defaults to `False`): Whether the vision tower stays as it is.
+    """
+    policy = model.get_base_model()
+    for name in policy.family.frozen_modules + (() if trains_vision_tower else policy.family.vision_modules):
+        policy.get_submodule(name).requires_grad_(False)
+
+
+def _is_inside(name: str, parts: Sequence[str]) -> bool:
+    """Whether a module is one of `parts` or in one of them."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def _adapted_modules(config: PeftConfig, model: PreTrainedModel) -> list[str]:
+    """Names of the modules that get an adapter."""
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        head = model.get_output_embeddings()
+        linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        config = copy.copy(config)
+        config.target_modules = set(linear)
+    # PEFT returns a match, a boolean or nothing, and for an excluded module an object that is false.
+    return [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+
+
+def _exclude_parts(excluded: Sequence[str] | str | None, parts: Sequence[str]) -> str:
+    """A regular expression of whole names: those that `exclude_modules` excludes already, and all in `parts`."""
+    patterns = [rf"(?:{'|'.join(map(re.escape, parts))})(?:\..*)?"]
+    if isinstance(excluded, str):
+        patterns.append(f"(?:{excluded})")
+    elif excluded:
+        patterns.append(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(excluded)))})")
+    return "|".join(patterns)
+
+
+def _without_parts(names: Sequence[str], parts: Sequence[str], model: PreTrainedModel, notes: list[str]) -> list[str]:
+    """`modules_to_save` without those in `parts`. PEFT takes them as the ends of names."""
+    found = [name for name, _ in model.named_modules() if any(name.endswith(end) for end in names)]
+    kept = [name for name in found if not _is_inside(name, parts)]
+    if found and not kept:
+        raise ValueError(
+            f"modules_to_save={list(names)} names only modules that are not trained ({', '.join(found[:3])}): leave it out, or "
+            f"set freeze_vision_tower=False for a vision tower"
+        )
+    if len(kept) == len(found):
+        return list(names)
+    notes.append(f"of modules_to_save, {', '.join(kept)} are trained")
+    return kept
+
+
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """
     Write an adapter without its model. The folder appears complete or not at all.
@@ -102,8 +215,10 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     Raises:
         `FileExistsError`: If `folder` has files.
         `OSError`: If the disk has no room.
+        `FloatingPointError`: If a weight is NaN or infinite; the message names it.
     """
     # Without the option, PEFT asks the Hub whether the vocabulary has grown.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_finite(state.items(), f"the adapter is not saved to {folder}")
     with staged_folder(folder, sum(tensor.nbytes for tensor in state.values())) as stage:
         model.save_pretrained(str(stage), save_embedding_layers=False)

@@ -28,6 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.preflight import check_finite_numbers, check_saved_model, check_vocabulary, read_json
 from alphagrpo_ext.models.weight_files import summarize
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.registry import Registry
@@ -452,6 +453,10 @@ class Family(ABC):
     PEFT's `target_modules` for some of [`LORA_TARGETS`], at least `"both"`: regular expressions that match whole
     names.
     """
+    frozen_modules: ClassVar[tuple[str, ...]] = ()
+    """Names of the model's modules that are never trained, e.g. an autoencoder."""
+    vision_modules: ClassVar[tuple[str, ...]] = ()
+    """Names of the model's modules that only read images: vision tower and connector."""
     saved_files: ClassVar[tuple[str, ...]] = (
         "config.json",
         "model.safetensors",
@@ -484,8 +489,12 @@ class Family(ABC):
             kwargs: Passed to `from_pretrained`, e.g. `attn_implementation`.
 
         Raises:
-            `ValueError`: If a weight is missing, left over or of another shape.
+            `ValueError`: If a weight is missing, left over, of another shape or type, NaN or infinite, or if the configuration has
+                an impossible value.
         """
+        if Path(path).is_dir():
+            self.check_config(read_json(Path(path) / "config.json"), Path(path) / "config.json")
+            check_saved_model(Path(path), self.model_class)
         model, info = self.model_class.from_pretrained(
             path, dtype=dtype, revision=revision, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
@@ -497,7 +506,19 @@ class Family(ABC):
         ]
         if problems:
             raise ValueError(f"the weights in {path} do not fit its configuration: {summarize(problems)}")
-        return model, self.load_processor(path, revision)
+        processor = self.load_processor(path, revision)
+        check_vocabulary(processor.tokenizer, model.config.get_text_config().vocab_size, path)
+        return model, processor
+
+    def check_config(self, values: Mapping[str, Any], source: Path) -> None:
+        """
+        Check the values of a `config.json` before a configuration is made from them. A family with sizes or scales of its own adds
+        their ranges.
+
+        Raises:
+            `ValueError`: If a value is impossible; the message names field and file.
+        """
+        check_finite_numbers(values, source)
 
     def load_processor(self, path: str, revision: str | None = None) -> ProcessorMixin:
         """Load the processor alone, from a `path` as for [`Family.load`]."""
@@ -530,4 +551,5 @@ class Family(ABC):
 
     def freeze_vision_tower(self, model: Any) -> None:
         """Exclude the modules that only read images from training. A family without a vision tower does nothing."""
-        return
+        for name in self.vision_modules:
+            model.get_submodule(name).requires_grad_(False)

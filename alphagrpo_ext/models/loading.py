@@ -8,7 +8,6 @@ folder without one, or with a type that nobody registered, belongs to the family
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.models.adapters import adapter_base, is_adapter, load_adapter
 from alphagrpo_ext.models.contract import FAMILIES, Family, UnifiedModel
+from alphagrpo_ext.models.preflight import read_json, weight_files
 from alphagrpo_ext.models.weight_files import read_shapes
 
 
@@ -83,20 +83,18 @@ def _families() -> Iterator[Family]:
 
 def _model_type(config: str | Path) -> str | None:
     """The `model_type` in a `config.json`."""
-    return json.loads(Path(config).read_text(encoding="utf-8")).get("model_type")
+    return read_json(config).get("model_type")
 
 
 def _check_saved_files(folder: Path, names: Sequence[str]) -> None:
     missing = [name for name in names if not (folder / name).exists()]
-    weights, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if "model.safetensors" in missing and index.exists():
-        missing.remove("model.safetensors")
-        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing += [name for name in weights if not (folder / name).exists()]
+    weights = weight_files(folder)
+    missing = [name for name in missing if name != "model.safetensors"]
+    missing += [path.name for path in weights if not path.exists()]
     if missing:
         raise FileNotFoundError(f"the checkpoint folder {folder} lacks {', '.join(missing)}")
-    for name in weights:
-        read_shapes(folder / name)
+    for path in weights:
+        read_shapes(path)
 
 
 def _download(name: str, revision: str | None) -> str:

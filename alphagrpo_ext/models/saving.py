@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.models.finite import check_finite
+
 
 def check_output_folder(folder: str | Path) -> None:
     """Raise `FileExistsError` if `folder` has files, or is one."""
@@ -104,7 +106,9 @@ def save_model(
     Raises:
         `FileExistsError`: If `folder` has files.
         `OSError`: If the disk has no room.
+        `FloatingPointError`: If a weight is NaN or infinite; the message names it.
     """
+    check_finite(model.state_dict().items(), f"the model is not saved to {folder}")
     with staged_folder(folder, state_bytes(model)) as stage:
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         processor.save_pretrained(stage)

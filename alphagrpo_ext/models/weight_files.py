@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
+
+from alphagrpo_ext.models.finite import check_finite, is_finite
 
 
 # The map is renewed after this many bytes, because its pages count as memory of the process until it is closed.
@@ -32,6 +34,40 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
+
+
+def check_weight_file(path: str | Path, floating: Container[str] | None = None) -> None:
+    """
+    Check types and values of the tensors of a safetensors file. At most [`REMAP_BYTES`] of it are mapped at once.
+
+    Args:
+        path (`str` or `Path`): The file.
+        floating (`Container[str]`, *optional*): Names of the tensors that must be floating point; all by default.
+
+    Raises:
+        `ValueError`: If a tensor has another type, or a value that is NaN or infinite; the message names tensor and file.
+    """
+    names = list(read_shapes(path))
+    while names:
+        mapped_bytes = 0
+        with safe_open(path, framework="pt") as file:
+            while names and mapped_bytes < REMAP_BYTES:
+                name = names.pop(0)
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in DTYPE_NAMES.values():
+                    if floating is None or name in floating:
+                        raise ValueError(
+                            f"{name} in {path} is of type {dtype}, but weights must be of type {', '.join(DTYPE_NAMES.values())}: "
+                            f"a quantized model must be converted first"
+                        )
+                    continue
+                tensor = file.get_tensor(name)
+                mapped_bytes += tensor.nbytes
+                if not is_finite(tensor):
+                    raise ValueError(
+                        f"{name} in {path} has values that are NaN or infinite: copy or download it again, or take an earlier "
+                        f"checkpoint"
+                    )
 
 
 def read_tensors(path: str | Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -70,10 +106,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None
 
     Raises:
         `ValueError`: If a tensor has another type; the message names it.
+        `FloatingPointError`: If a tensor has a value that is NaN or infinite; the message names it.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is of type {tensor.dtype}, but weights must be floating point")
+    check_finite(tensors.items(), f"{path} is not written")
     # Wide types first, so that every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, DTYPE_NAMES[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

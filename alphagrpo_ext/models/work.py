@@ -89,8 +89,10 @@ class WorkCounter:
             for model in models:
                 model.work = None
 
-    def clear(self) -> None:
-        """Set all counts to 0."""
+    def take(self) -> dict[str, float]:
+        """The counts as in `metrics`; they start again from 0."""
+        metrics = self.metrics()
         self.tokens.clear()
         self.evaluations.clear()
         self.padding = 0
+        return metrics

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 
 from alphagrpo_ext.models.contract import Guidance, PackedBatch, PackedOutput
+from alphagrpo_ext.ranges import NonNegativeFloat, PositiveFloat, check_ranges
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import Trajectory
 
@@ -165,12 +166,15 @@ class ObjectiveConfig:
     """
 
     sde_type: str = "flow_sde"
-    noise_level: float = 0.7
-    epsilon: float = 1e-5
-    beta: float = 0.0
+    noise_level: PositiveFloat = 0.7
+    epsilon: PositiveFloat = 1e-5
+    beta: NonNegativeFloat = 0.0
     kl_type: str = "mean"
-    advantage_clip: float = 5.0
-    nft_beta: float = 1.0
+    advantage_clip: PositiveFloat = 5.0
+    nft_beta: PositiveFloat = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass

@@ -44,8 +44,6 @@ class DiffusionNFT(ImageObjective):
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)
-        if config.nft_beta <= 0:
-            raise ValueError(f"nft_beta must be positive, but is {config.nft_beta}")
 
     def __call__(
         self,

@@ -7,6 +7,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from alphagrpo_ext.ranges import (
+    AtLeastTwo,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveUnitFloat,
+    UnitFloat,
+    check_ranges,
+)
 from alphagrpo_ext.rollout.settings import TaskSettings, read_task_settings, resolve_settings
 
 
@@ -41,16 +50,16 @@ class SamplingArguments:
     """
 
     dtype: str = field(default="float32", metadata={"help": "Data type of the weights, e.g. 'bfloat16'."})
-    num_timesteps: int | None = field(
+    num_timesteps: AtLeastTwo | None = field(
         default=None, metadata={"help": "Points of the denoising schedule; 11 by default."}
     )
-    timestep_shift: float | None = field(
+    timestep_shift: PositiveFloat | None = field(
         default=None, metadata={"help": "Shift of the schedule towards noise; 1.0 by default."}
     )
     ode_solver: str | None = field(
         default=None, metadata={"help": "Rule of the denoising steps: 'euler', the default, 'ab2' or 'dpmpp_2m'."}
     )
-    ode_steps: int | None = field(
+    ode_steps: PositiveInt | None = field(
         default=None, metadata={"help": "Number of denoising steps; those of the schedule by default."}
     )
     cfg_text_scale: float | None = field(
@@ -63,7 +72,7 @@ class SamplingArguments:
             "guidance of text it is off."
         },
     )
-    cfg_interval: list[float] | None = field(
+    cfg_interval: list[UnitFloat] | None = field(
         default=None,
         metadata={
             "help": "Half-open interval (low, high] of guided times. By default 0.4 1.0, in tasks that refine or edit 0.0 1.0."
@@ -75,11 +84,13 @@ class SamplingArguments:
             "help": "'global', 'channel' or 'text_channel'. By default 'global', in tasks that refine or edit 'text_channel'."
         },
     )
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest text, in tokens; 48 by default."})
-    temperature: float | None = field(
+    max_new_tokens: PositiveInt | None = field(
+        default=None, metadata={"help": "Longest text, in tokens; 48 by default."}
+    )
+    temperature: NonNegativeFloat | None = field(
         default=None, metadata={"help": "Temperature of texts; 0, the default, takes the likeliest token."}
     )
-    top_p: float | None = field(
+    top_p: PositiveUnitFloat | None = field(
         default=None, metadata={"help": "Share of the likeliest tokens that texts are drawn from; 1.0 by default."}
     )
     task_settings: dict[str, Any] | str | None = field(
@@ -92,6 +103,7 @@ class SamplingArguments:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.cfg_interval is not None and len(self.cfg_interval) != 2:
             raise ValueError(f"cfg_interval takes two numbers, but is {self.cfg_interval}")
         if self.task_settings:

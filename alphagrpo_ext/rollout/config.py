@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveUnitFloat, check_ranges
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.settings import TaskSettings
 
@@ -36,27 +36,18 @@ class RolloutConfig:
             noise of the window tells them apart.
     """
 
-    height: int
-    width: int
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    height: PositiveInt
+    width: PositiveInt
+    max_new_tokens: NonNegativeInt | None = 512
+    temperature: NonNegativeFloat = 1.0
+    top_k: Annotated[int, "[-1, inf)"] = 0
+    top_p: PositiveUnitFloat = 1.0
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
-    batch_size: int | None = None
-    branches_per_thought: int = 1
+    batch_size: PositiveInt | None = None
+    branches_per_thought: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        for name, is_valid, rule in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "not be negative"),
-            ("temperature", 0 <= self.temperature < math.inf, "be a finite number that is not negative"),
-            ("top_k", self.top_k >= 0, "not be negative"),
-            ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1"),
-        ):
-            if not is_valid:
-                raise ValueError(f"{name} must {rule}, but is {getattr(self, name)}")
-        if self.branches_per_thought < 1:
-            raise ValueError(f"branches_per_thought must be at least 1, but is {self.branches_per_thought}")
+        check_ranges(self)
         if self.branches_per_thought > 1 and not (
             self.denoising.window_start is not None and self.denoising.window_size
         ):

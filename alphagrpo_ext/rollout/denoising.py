@@ -19,8 +19,16 @@ import torch
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.solvers import ODE_SOLVERS, VelocityEvaluation
 from alphagrpo_ext.flow.timesteps import DenoisingPath, denoising_path, flow_timesteps
-from alphagrpo_ext.flow.transitions import TRANSITIONS, transition
+from alphagrpo_ext.flow.transitions import TRANSITIONS, check_densities, transition
 from alphagrpo_ext.models.contract import Cache, Guidance, UnifiedModel
+from alphagrpo_ext.ranges import (
+    AtLeastTwo,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveUnitFloat,
+    check_ranges,
+)
 from alphagrpo_ext.trajectory import DenoisingWindow
 
 
@@ -55,20 +63,19 @@ class DenoisingConfig:
             Times of noised copies of a deterministically painted image. The objective trains on these copies.
     """
 
-    num_timesteps: int = 50
-    timestep_shift: float = 3.0
+    num_timesteps: AtLeastTwo = 50
+    timestep_shift: PositiveFloat = 3.0
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     sde_type: str = "flow_sde"
-    noise_level: float = 0.7
-    window_start: int | None = None
-    window_size: int = 0
+    noise_level: PositiveFloat = 0.7
+    window_start: NonNegativeInt | None = None
+    window_size: NonNegativeInt = 0
     ode_solver: str = "euler"
-    ode_steps: int | None = None
-    forward_times: tuple[float, ...] = ()
+    ode_steps: PositiveInt | None = None
+    forward_times: tuple[PositiveUnitFloat, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, but is {self.num_timesteps}")
+        check_ranges(self)
         if self.sde_type not in TRANSITIONS:
             raise ValueError(f"unknown sde_type '{self.sde_type}', available: {', '.join(TRANSITIONS)}")
         if self.window_start is not None and self.forward_times:
@@ -83,9 +90,16 @@ class DenoisingConfig:
             )
         ODE_SOLVERS.get(self.ode_solver)
         try:
-            self.path()
+            path = self.path()
         except ValueError as error:
             raise ValueError(f"ode_steps={self.ode_steps}: {error}") from error
+        if not torch.all(path.timesteps[1:] < path.timesteps[:-1]):
+            raise ValueError(
+                f"timestep_shift={self.timestep_shift} makes neighbouring times equal in fp32: take one nearer to 1"
+            )
+        if path.window:
+            times = path.timesteps[path.window.start : path.window.stop + 1]
+            check_densities(self.sde_type, times, self.noise_level)
 
     def path(self, device: torch.device | str | None = None) -> DenoisingPath:
         """The states of the path and the stochastic steps between them."""

@@ -25,10 +25,11 @@ from PIL import Image
 
 from alphagrpo_ext.flow.forward_process import forward_windows
 from alphagrpo_ext.models.contract import Cache, UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.models.finite import is_finite, names_not_finite
 from alphagrpo_ext.models.pixels import tensor_to_image
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.denoising import denoise
-from alphagrpo_ext.rollout.task import Task
+from alphagrpo_ext.rollout.task import Task, prompt_text
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 
 
@@ -189,6 +190,7 @@ class RolloutGenerator:
             sampled, cache = self._take_turn(turn, [generators[i] for i in turn.members], cache)
             turn_index += 1
             for i, new in zip(turn.members, sampled, strict=True):
+                _check_finite(new, rows[i], i, self.model)
                 segments[i] += new
             turn = self._next_turn(rows, turn, turn_index, segments)
         return {i: Trajectory(segments[i], rows[i].get("task")) for i in members}
@@ -287,3 +289,27 @@ class RolloutGenerator:
             ImageSegment(latents[i].cpu(), grid, image=tensor_to_image(pixels[i]), sampled=True, window=windows[i])
             for i in range(len(generators))
         ]
+
+
+def _check_finite(sampled: Sequence[Segment], row: Mapping[str, Any], index: int, model: UnifiedModel) -> None:
+    """
+    Check what the policy sampled in a turn. All of it is in the memory of the host already.
+
+    Raises:
+        `FloatingPointError`: If log-probabilities or latents are NaN or infinite; the message names the row, and the weights
+            that are not finite.
+    """
+    for segment in sampled:
+        is_text = isinstance(segment, TextSegment)
+        if all(map(math.isfinite, segment.log_probs or ())) if is_text else is_finite(segment.latents):
+            continue
+        weights = names_not_finite(model.named_parameters())
+        cause = (
+            f"these weights are NaN or infinite: {', '.join(weights[:5])}{', ...' if len(weights) > 5 else ''}"
+            if weights
+            else "all weights are finite, so its activations overflow: check precision, temperature and guidance"
+        )
+        raise FloatingPointError(
+            f"the policy sampled {'a text whose log-probabilities' if is_text else 'an image whose latents'} are not finite, "
+            f"in row {index} ({prompt_text(row['prompt'])[:80]!r}): {cause}"
+        )

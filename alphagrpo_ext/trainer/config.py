@@ -18,12 +18,38 @@ from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import draw_window, window_starts
 from alphagrpo_ext.models.contract import CONTEXT_GRADIENTS, LORA_TARGETS
 from alphagrpo_ext.objectives.base import OBJECTIVES, ObjectiveConfig
+from alphagrpo_ext.ranges import (
+    AtLeastTwo,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveUnitFloat,
+    UnitFloat,
+    check_ranges,
+)
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
 from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, read_task_settings, resolve_settings
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
 
 
+INHERITED_RANGES = {
+    name: interval
+    for interval, names in {
+        "[1, inf)": "gradient_accumulation_steps per_device_eval_batch_size num_generations_eval generation_batch_size "
+        "steps_per_generation num_iterations ref_model_sync_steps ddp_timeout",
+        "[0, inf)": "warmup_steps adam_epsilon max_grad_norm logging_steps eval_steps eval_delay save_steps "
+        "dataloader_num_workers beta epsilon",
+        "(0, inf)": "num_train_epochs temperature repetition_penalty delta",
+        "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor",
+        "[0, 1]": "min_p ref_model_mixup_alpha top_entropy_quantile",
+        "[-1, inf)": "max_steps top_k",
+        f"[0, {2**32 - 1}]": "seed data_seed",
+    }.items()
+    for name in names.split()
+}
+"""Ranges of numbers that TRL and Transformers define. Numbers that are not named here must be finite."""
 RECTIFICATIONS = ("minimum", "initial", "off")
 """Rules that lower the reward of a refinement which improved nothing."""
 SELECTIONS = ("lowest", "sampled")
@@ -71,23 +97,23 @@ class AlphaGRPOConfig(GRPOConfig):
     Each argument is described once, by the help text of its field, which `--help` shows.
     """
 
-    per_device_train_batch_size: int = field(
+    per_device_train_batch_size: PositiveInt = field(
         default=14,
         metadata={"help": "Trajectories per process in a micro-batch. The default is one group."},
     )
-    num_generations: int = field(
+    num_generations: AtLeastTwo = field(
         default=14,
         metadata={"help": "Trajectories sampled per prompt: the size of a group, at least 2."},
     )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
-    max_completion_length: int | None = field(
+    learning_rate: NonNegativeFloat = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
+    weight_decay: NonNegativeFloat = field(default=1e-4, metadata={"help": "Weight decay."})
+    max_completion_length: NonNegativeInt | None = field(
         default=None, metadata={"help": "Longest thought, in tokens; 512 by default."}
     )
-    temperature: float | None = field(
+    temperature: PositiveFloat | None = field(
         default=None, metadata={"help": "Temperature of thoughts that are sampled for training; 1.0 by default."}
     )
-    top_p: float | None = field(
+    top_p: PositiveUnitFloat | None = field(
         default=None, metadata={"help": "Nucleus of thoughts that are sampled for training; 0.8 by default."}
     )
     top_k: int | None = field(
@@ -109,7 +135,9 @@ class AlphaGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Whether to disable dropout, which would make rollout and training disagree."},
     )
-    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range of the ratio of text."})
+    epsilon_high: NonNegativeFloat | None = field(
+        default=0.28, metadata={"help": "Upper clip range of the ratio of text."}
+    )
 
     task: str = field(
         default="reasoning_t2i",
@@ -141,32 +169,32 @@ class AlphaGRPOConfig(GRPOConfig):
     )
 
     # Parameters that control rollouts
-    image_height: int | None = field(
+    image_height: PositiveInt | None = field(
         default=None, metadata={"help": "Height of painted images, in pixels; 512 by default."}
     )
-    image_width: int | None = field(
+    image_width: PositiveInt | None = field(
         default=None, metadata={"help": "Width of painted images, in pixels; 512 by default."}
     )
-    num_timesteps: int | None = field(
+    num_timesteps: AtLeastTwo | None = field(
         default=None,
         metadata={
             "help": "Points of the denoising schedule, 16 by default: without ode_steps, the network is evaluated "
             "num_timesteps - 1 times."
         },
     )
-    timestep_shift: float | None = field(
+    timestep_shift: PositiveFloat | None = field(
         default=None, metadata={"help": "Shift of the schedule towards noise; 3.0 by default."}
     )
     sde_type: str = field(
         default="flow_sde",
         metadata={"help": "Transition inside the window: 'flow_sde' or 'flow_cps'."},
     )
-    noise_level: float = field(default=0.7, metadata={"help": "Noise level of the stochastic steps."})
-    sde_window_size: int = field(
+    noise_level: PositiveFloat = field(default=0.7, metadata={"help": "Noise level of the stochastic steps."})
+    sde_window_size: PositiveInt = field(
         default=10,
         metadata={"help": "Number of stochastic steps of an image, which are the trained ones."},
     )
-    sde_window_range: list[int] = field(
+    sde_window_range: list[NonNegativeInt] = field(
         default_factory=lambda: [0, 11],
         metadata={"help": "First step that may be trained, and the step after the last one that may."},
     )
@@ -179,7 +207,7 @@ class AlphaGRPOConfig(GRPOConfig):
             "help": "Guidance scale of images; at most 1 is off. By default 1.0, in tasks that refine or edit 2.0."
         },
     )
-    cfg_interval: list[float] | None = field(
+    cfg_interval: list[UnitFloat] | None = field(
         default=None,
         metadata={
             "help": "Half-open interval (low, high] of shifted times that are guided. By default 0.4 1.0, in tasks that "
@@ -193,7 +221,7 @@ class AlphaGRPOConfig(GRPOConfig):
             "that refine or edit 'text_channel'."
         },
     )
-    cfg_renorm_min: float | None = field(
+    cfg_renorm_min: UnitFloat | None = field(
         default=None, metadata={"help": "Least factor of the renormalisation; 1 is off. 0.0 by default."}
     )
     ode_solver: str | None = field(
@@ -204,7 +232,7 @@ class AlphaGRPOConfig(GRPOConfig):
             "and where guidance is switched on or off."
         },
     )
-    ode_steps: int | None = field(
+    ode_steps: PositiveInt | None = field(
         default=None,
         metadata={
             "help": "Steps outside the window in total, shared between the stretches before and after it in proportion to"
@@ -212,7 +240,7 @@ class AlphaGRPOConfig(GRPOConfig):
             "evaluations wherever the window lies. Those of the schedule by default."
         },
     )
-    branches_per_thought: int = field(
+    branches_per_thought: PositiveInt = field(
         default=1,
         metadata={
             "help": "Images painted after each thought of a group, which then has num_generations / branches_per_thought "
@@ -222,19 +250,19 @@ class AlphaGRPOConfig(GRPOConfig):
             "only."
         },
     )
-    rollout_batch_size: int | None = field(
+    rollout_batch_size: PositiveInt | None = field(
         default=None,
         metadata={"help": "Samples that a process generates at once; its whole share by default."},
     )
 
     # Parameters that control self-reflection
-    num_reflection_rounds: int = field(
+    num_reflection_rounds: PositiveInt = field(
         default=1,
         metadata={
             "help": "Rounds in which the policy reflects and paints again. Every round sees the image before it."
         },
     )
-    num_initial_images: int = field(
+    num_initial_images: PositiveInt = field(
         default=1,
         metadata={
             "help": "Images that every process paints for each of its prompts, without a thought and deterministically. "
@@ -265,21 +293,21 @@ class AlphaGRPOConfig(GRPOConfig):
     )
 
     # Parameters that control evaluation
-    eval_num_timesteps: int | None = field(
+    eval_num_timesteps: AtLeastTwo | None = field(
         default=None,
         metadata={"help": "num_timesteps in evaluation, where all steps are deterministic; 50 by default."},
     )
     eval_ode_solver: str | None = field(
         default=None, metadata={"help": "ode_solver in evaluation; 'euler' by default."}
     )
-    eval_ode_steps: int | None = field(
+    eval_ode_steps: PositiveInt | None = field(
         default=None,
         metadata={
             "help": "Steps of the whole path in evaluation, whatever eval_num_timesteps is; eval_num_timesteps - 1 by "
             "default."
         },
     )
-    eval_timestep_shift: float | None = field(
+    eval_timestep_shift: PositiveFloat | None = field(
         default=None,
         metadata={
             "help": "timestep_shift in evaluation; the training value by default, which need not suit another number of "
@@ -294,14 +322,14 @@ class AlphaGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "cfg_img_scale in evaluation; the training value by default."},
     )
-    eval_cfg_interval: list[float] | None = field(
+    eval_cfg_interval: list[UnitFloat] | None = field(
         default=None,
         metadata={"help": "cfg_interval in evaluation; the training value by default."},
     )
-    eval_temperature: float | None = field(
+    eval_temperature: NonNegativeFloat | None = field(
         default=None, metadata={"help": "Temperature of thoughts in evaluation; 0.3 by default."}
     )
-    eval_top_p: float | None = field(
+    eval_top_p: PositiveUnitFloat | None = field(
         default=None, metadata={"help": "Nucleus of thoughts in evaluation; 1.0 by default."}
     )
 
@@ -313,34 +341,34 @@ class AlphaGRPOConfig(GRPOConfig):
             "images and answers. Its data is in output_dir/report."
         },
     )
-    report_steps: int = field(
+    report_steps: PositiveInt = field(
         default=10,
         metadata={"help": "Steps between rollouts that the report shows, and the fewest between two writes of it."},
     )
-    report_num_trajectories: int = field(
+    report_num_trajectories: PositiveInt = field(
         default=240,
         metadata={
             "help": "Most trajectories in the report: the newest, up to half of them, the first, and the most informative"
             " in between."
         },
     )
-    report_image_size: int = field(
+    report_image_size: PositiveInt = field(
         default=256,
         metadata={"help": "Longest side of an image in the report, in pixels."},
     )
 
     # Parameters that control training
     image_objective: str = field(default="flow_grpo", metadata={"help": "Objective of images; a registered one."})
-    text_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of text."})
-    image_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of images."})
-    image_epsilon: float = field(
+    text_loss_weight: NonNegativeFloat = field(default=1.0, metadata={"help": "Weight of the loss of text."})
+    image_loss_weight: NonNegativeFloat = field(default=1.0, metadata={"help": "Weight of the loss of images."})
+    image_epsilon: PositiveFloat = field(
         default=1e-5,
         metadata={
             "help": "Clip range of the ratio of images, whose log-probability is an average over the image. Text has "
             "epsilon and epsilon_high."
         },
     )
-    image_beta: float = field(default=0.0, metadata={"help": "KL coefficient of images. Text has beta."})
+    image_beta: NonNegativeFloat = field(default=0.0, metadata={"help": "KL coefficient of images. Text has beta."})
     image_kl_type: str = field(
         default="mean",
         metadata={
@@ -348,8 +376,10 @@ class AlphaGRPOConfig(GRPOConfig):
             "sync_ref_model the reference is an exponential moving average of the policy, with an adapter too."
         },
     )
-    image_advantage_clip: float = field(default=5.0, metadata={"help": "Largest absolute advantage of an image."})
-    forward_time_interval: list[float] = field(
+    image_advantage_clip: PositiveFloat = field(
+        default=5.0, metadata={"help": "Largest absolute advantage of an image."}
+    )
+    forward_time_interval: list[UnitFloat] = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={
             "help": "Interval, before the shift, from which objectives of the forward process ('diffusion_nft', 'awm') "
@@ -357,21 +387,21 @@ class AlphaGRPOConfig(GRPOConfig):
             " without guidance, so sde_window_range, sde_type and noise_level have no effect on them."
         },
     )
-    nft_beta: float = field(
+    nft_beta: PositiveFloat = field(
         default=1.0,
         metadata={
             "help": "Share of the current policy in DiffusionNFT's implicit policies. The rest is the policy that "
             "sampled."
         },
     )
-    generation_learning_rate: float | None = field(
+    generation_learning_rate: NonNegativeFloat | None = field(
         default=None,
         metadata={
             "help": "Learning rate of the parameters that only the generation of images uses; learning_rate by default. "
             "The scheduler scales both."
         },
     )
-    image_steps_per_forward: int | None = field(
+    image_steps_per_forward: PositiveInt | None = field(
         default=None,
         metadata={
             "help": "Most trained steps of an image in one packed forward; all by default. A smaller number needs less "
@@ -400,7 +430,7 @@ class AlphaGRPOConfig(GRPOConfig):
             "like the sampling policy of DiffusionNFT. Ratios and old velocities are then those of the reference."
         },
     )
-    ref_model_decay_ramp: float | None = field(
+    ref_model_decay_ramp: PositiveFloat | None = field(
         default=None,
         metadata={
             "help": "With sync_ref_model, how much the share of itself that the reference keeps rises per step, until it "
@@ -415,7 +445,10 @@ class AlphaGRPOConfig(GRPOConfig):
         named_device = "ACCELERATE_TORCH_DEVICE" in os.environ
         self.use_cpu = self.use_cpu or not (torch.accelerator.is_available() or named_device)
         self._resolve_own_task()
+        # Before, because TRL calculates with the numbers, and after, because it reads dictionaries from texts.
+        self.check_numbers()
         super().__post_init__()
+        self.check_numbers()
         if self.use_vllm or self.use_transformers_continuous_batching:
             raise ValueError(
                 "use_vllm and use_transformers_continuous_batching generate text only; AlphaGRPOTrainer samples text "
@@ -424,6 +457,7 @@ class AlphaGRPOConfig(GRPOConfig):
         self.make_task(self.task)
         self._check_choices()
         self._check_bounds()
+        self._check_trains()
         OBJECTIVES.get(self.image_objective)(self.objective)
         if self.trains_forward_process and self.image_beta and self.image_kl_type == "mean":
             raise ValueError(
@@ -479,10 +513,15 @@ class AlphaGRPOConfig(GRPOConfig):
         if settings is self:
             return
         try:
+            settings.check_numbers()
             settings._check_bounds()
             settings._check_rollouts()
         except ValueError as error:
             raise ValueError(f"task '{name}': {error}") from error
+
+    def check_numbers(self) -> None:
+        """Raise `ValueError` at the first number that is not finite or out of its range; the message names the field."""
+        check_ranges(self, INHERITED_RANGES)
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -501,22 +540,19 @@ class AlphaGRPOConfig(GRPOConfig):
                 )
 
     def _check_bounds(self) -> None:
-        at_least_1 = ("num_initial_images", "image_steps_per_forward", "report_steps", "report_num_trajectories")
-        positive = ("ref_model_decay_ramp", "noise_level", "image_epsilon", "image_advantage_clip")
-        not_negative = ("generation_learning_rate", "text_loss_weight", "image_loss_weight", "image_beta")
-        for names, is_valid, rule in (
-            ((*at_least_1, "report_image_size"), lambda value: value >= 1, "be at least 1"),
-            (positive, lambda value: value > 0, "be positive"),
-            (not_negative, lambda value: value >= 0, "not be negative"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_valid(value):
-                    raise ValueError(f"{name} must {rule}, but is {value}")
         for name in ("sde_window_range", "cfg_interval", "eval_cfg_interval", "forward_time_interval"):
             bounds = getattr(self, name)
             if bounds is not None and len(bounds) != 2:
                 raise ValueError(f"{name} takes two numbers, but is {bounds}")
+
+    def _check_trains(self) -> None:
+        """Check that the loss is not 0 for every sample, which would train nothing without an error."""
+        if not (self.text_loss_weight or self.image_loss_weight):
+            raise ValueError("text_loss_weight and image_loss_weight are both 0, so nothing would be trained")
+        if not (self.image_loss_weight or self.think):
+            raise ValueError("image_loss_weight=0 and think=False leave neither images nor texts to train on")
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise ValueError(f"reward_weights={self.reward_weights} are all 0, so nothing would be trained")
 
     def _check_rollouts(self) -> None:
         """Check that every thought, every window that may be drawn, and the path of an evaluation can be sampled."""

@@ -31,11 +31,12 @@ from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.objectives.base import OBJECTIVES
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.trainer import reference as references
-from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images, completions_callbacks
-from alphagrpo_ext.trainer.callbacks.report import ReportCallback
+from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images
+from alphagrpo_ext.trainer.callbacks.own_callbacks import own_callbacks
 from alphagrpo_ext.trainer.callbacks.rollout_event import announce_rollout
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.distributed import gathered_policy, prepare_sharding, sum_over_processes
+from alphagrpo_ext.trainer.finite_steps import FiniteSteps, check_trained_weights
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
@@ -43,7 +44,7 @@ from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
-from alphagrpo_ext.trainer.validation import checked_datasets
+from alphagrpo_ext.trainer.validation import check_trains, checked_datasets, freeze_for_training
 
 
 check_installed()
@@ -123,8 +124,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self.tasks = rows.tasks
         policy.config.sampling = {"task": args.task, **args.eval_rollout().to_settings()}
         check_optimizer_is_made_here(args, optimizers[0])
-        if args.freeze_vision_tower:
-            policy.family.freeze_vision_tower(policy)
+        peft_config = freeze_for_training(policy, peft_config, args)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         has_reference = args.has_reference
         reference = references.frozen_copy(policy) if has_reference and not has_adapter else None
@@ -157,29 +157,22 @@ class AlphaGRPOTrainer(GRPOTrainer):
             self.ref_model = references.prepare_reference(reference, self.accelerator, args.offload_ref_model)
         if args.sync_ref_model and has_reference:
             self.add_callback(references.follow_policy(self.model, self.ref_model, self.accelerator))
-        self._add_own_callbacks()
+        self._resume = ExactResume(self)
+        for callback in (self._resume, *own_callbacks(args, self.callback_handler.callbacks, self._logs)):
+            self.add_callback(callback)
+        check_trains(self.model, args)
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
         runs_all_parts = sharding.shards_parameters and len(self.tasks) > 1
         self.scorer = PackedScorer(args, self.accelerator, runs_all_parts)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)
         self.image_loss = ImageLoss(objective, args.image_loss_weight, self.accelerator)
-
-    def _add_own_callbacks(self) -> None:
-        self._resume = ExactResume(self)
-        self.add_callback(self._resume)
-        if self.args.report:
-            self.add_callback(ReportCallback())
-        if self.args.log_completions:
-            for callback in completions_callbacks(self.callback_handler.callbacks, self._logs):
-                self.add_callback(callback)
+        self._finite_steps = FiniteSteps(self.accelerator, processing_class)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        is_new = self.optimizer is None
+        is_new, model = self.optimizer is None, self.model if model is None else model
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.generation_learning_rate is not None:
-            model = self.model if model is None else model
-            policy = self.accelerator.unwrap_model(model)
-            set_generation_learning_rate(optimizer, model, policy, self.args.generation_learning_rate)
+        if is_new and (learning_rate := self.args.generation_learning_rate) is not None:
+            set_generation_learning_rate(optimizer, model, self.accelerator.unwrap_model(model), learning_rate)
         return optimizer
 
     @contextmanager
@@ -192,9 +185,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with self.stopwatch.micro_batch(), self._work.of(*self._counted_models):
             output = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._append_metrics(self.stopwatch.take())
-            self._append_metrics(sum_over_processes(self._work.metrics(), self.accelerator))
-            self._work.clear()
+            self._append_metrics(self.stopwatch.take() | sum_over_processes(self._work.take(), self.accelerator))
         return output
 
     def _append_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -298,14 +289,19 @@ class AlphaGRPOTrainer(GRPOTrainer):
             text_loss = super()._compute_loss(model, inputs)
         finally:
             self._loss_scores = None
-        loss = self.args.text_loss_weight * text_loss
-        if scores.images is None:
-            return loss
-        outputs.insert(0, self.image_loss(scores.images, inputs))
-        self._append_metrics(self.image_loss.metrics(outputs))
-        # The gradient of the other parts is there already, so only the value of their loss is added.
-        image_loss = sum([output.loss.detach() for output in outputs[1:]], outputs[0].loss)
-        return loss + self.args.image_loss_weight * (image_loss / accumulation_steps)
+        losses = {"texts": self.args.text_loss_weight * text_loss}
+        if scores.images is not None:
+            outputs.insert(0, self.image_loss(scores.images, inputs))
+            self._append_metrics(self.image_loss.metrics(outputs))
+            # The gradient of the other parts is there already, so only the value of their loss is added.
+            image_loss = sum([output.loss.detach() for output in outputs[1:]], outputs[0].loss)
+            losses["images"] = self.args.image_loss_weight * (image_loss / accumulation_steps)
+        if self.model.training:
+            self._finite_steps.add(losses, scores, inputs, self.state.global_step)
+        return sum(losses.values())
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
+        return self._finite_steps.checked_norm(super()._get_grad_norm(model, grad_norm), self.state.global_step)
 
     # Checkpoints and resume; see `resume/exact_resume.py`.
 
@@ -344,6 +340,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
         # The upload goes on in the background, so it has to read from where the checkpoint stays.
         if not self._resume.is_saving:
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        check_trained_weights(self.model, state_dict)
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         with self._resume.saved_checkpoint(Path(self._get_output_dir(trial))):

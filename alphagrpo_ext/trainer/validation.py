@@ -10,8 +10,12 @@ from functools import partial
 from typing import Any
 
 import datasets
+import torch
+from peft import PeftConfig, PeftModel
 
+from alphagrpo_ext.models.adapters import fit_adapter_config, freeze_parts
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.ranges import check_ranges
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
@@ -19,8 +23,62 @@ from alphagrpo_ext.trainer.rows import RowCheck, check_rows, readable_rows, stre
 from alphagrpo_ext.trainer.step import rollout_configs
 
 
+def freeze_for_training(
+    model: UnifiedModel, peft_config: PeftConfig | None, args: AlphaGRPOConfig
+) -> PeftConfig | None:
+    """Freeze what the arguments exclude from training, and fit the configuration of an adapter to the model."""
+    if args.freeze_vision_tower:
+        model.family.freeze_vision_tower(model)
+    if peft_config is None:
+        return None
+    check_ranges(peft_config)
+    return fit_adapter_config(peft_config, model, args.lora_targets, not args.freeze_vision_tower)
+
+
+def check_trains(model: torch.nn.Module, args: AlphaGRPOConfig) -> None:
+    """Freeze the parts of an adapted model that are not trained, and raise `ValueError` if all of its weights are frozen."""
+    if isinstance(model, PeftModel):
+        freeze_parts(model, not args.freeze_vision_tower)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "all weights of the model are frozen, so nothing would be trained: unfreeze some, or give the adapter as trainable "
+            "(is_trainable=True)"
+        )
+
+
+def check_not_empty(dataset: Any, name: str, least: int = 1) -> None:
+    """
+    Check that a dataset has rows, if it knows their number.
+
+    Args:
+        dataset: A dataset, or several by name.
+        name (`str`): What the message calls it.
+        least (`int`, *optional*, defaults to `1`): Fewest rows.
+
+    Raises:
+        `ValueError`: If there are fewer.
+    """
+    if isinstance(dataset, Mapping):
+        for key, member in dataset.items():
+            check_not_empty(member, f"{name}[{key!r}]", least)
+    elif hasattr(dataset, "__len__") and len(dataset) < least:
+        if not len(dataset):
+            raise ValueError(f"{name} is empty: it has no row to train or evaluate on")
+        raise ValueError(
+            f"{name} has {len(dataset)} rows, but a rollout takes {least} prompts, so nothing would be trained: lower "
+            f"per_device_train_batch_size or steps_per_generation, or give more rows"
+        )
+
+
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
-    """All datasets that are not streams, by a name for messages such as `"eval_dataset['hard']"`."""
+    """
+    All datasets that are not streams, by a name for messages such as `"eval_dataset['hard']"`.
+
+    Raises:
+        `ValueError`: If one is empty.
+    """
+    check_not_empty(train_dataset, "train_dataset")
+    check_not_empty(eval_dataset, "eval_dataset")
     named = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         named |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
@@ -81,7 +139,8 @@ def checked_datasets(
 ) -> CheckedDatasets:
     """
     Check every row of every dataset: by the reward functions (see [`validate_rewards`]), and by [`RowCheck`]. The rows of a stream
-    are checked when they are read, and an error names their position.
+    are checked when they are read, and an error names their position. The numbers of the configuration are checked again, because
+    its fields can be written to after it was made.
 
     Args:
         args ([`AlphaGRPOConfig`]): Default task, settings of tasks, and size of images.
@@ -92,6 +151,8 @@ def checked_datasets(
     Raises:
         `ValueError`: At the first row that fails. The message names the dataset and the row.
     """
+    args.check_numbers()
+    check_not_empty(train_dataset, "train_dataset", args.generation_batch_size // args.num_generations)
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     named = named_datasets(train_dataset, eval_dataset)
     given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]

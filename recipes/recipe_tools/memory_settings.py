@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt, check_ranges
 
 
 if TYPE_CHECKING:
@@ -23,25 +25,27 @@ class MemorySettings:
     text-to-image. Adapters are fp32. All trained steps are counted as guided, which is the largest number that there can be.
     """
 
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter; 0 trains all weights."})
+    lora_rank: NonNegativeInt = field(default=32, metadata={"help": "Rank of the adapter; 0 trains all weights."})
     lora_targets: str = field(
         default="both", metadata={"help": "Expert that gets the adapter: 'both', 'generation' or 'understanding'."}
     )
-    batch_size: int = field(
+    batch_size: PositiveInt = field(
         default=14, metadata={"help": "Trajectories per process and micro-batch (per_device_train_batch_size)."}
     )
-    prompt_tokens: int = field(default=128, metadata={"help": "Length of given text, in tokens."})
-    thought_tokens: int = field(default=512, metadata={"help": "Length of sampled text, in tokens."})
-    context_images: int = field(
+    prompt_tokens: PositiveInt = field(default=128, metadata={"help": "Length of given text, in tokens."})
+    thought_tokens: NonNegativeInt = field(default=512, metadata={"help": "Length of sampled text, in tokens."})
+    context_images: NonNegativeInt = field(
         default=0, metadata={"help": "Number of images that the policy is given: 1 in self-reflection."}
     )
-    height: int = field(default=512, metadata={"help": "Height of images, in pixels."})
-    width: int = field(default=512, metadata={"help": "Width of images, in pixels."})
-    sde_window_size: int = field(default=10, metadata={"help": "Number K of trained steps per image."})
-    image_steps_per_forward: int | None = field(
+    height: PositiveInt = field(default=512, metadata={"help": "Height of images, in pixels."})
+    width: PositiveInt = field(default=512, metadata={"help": "Width of images, in pixels."})
+    sde_window_size: PositiveInt = field(default=10, metadata={"help": "Number K of trained steps per image."})
+    image_steps_per_forward: PositiveInt | None = field(
         default=None, metadata={"help": "Largest number of trained steps in one forward. Default: all of them."}
     )
-    num_branches: int = field(default=2, metadata={"help": "Number of guidance branches, 1 to 3."})
+    num_branches: Annotated[int, "[1, 3]"] = field(
+        default=2, metadata={"help": "Number of guidance branches, 1 to 3."}
+    )
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Whether the backward computes each layer again."}
     )
@@ -58,7 +62,7 @@ class MemorySettings:
     with_reference: bool = field(
         default=False, metadata={"help": "Whether a copy of all weights is kept for a KL. An adapter needs none."}
     )
-    num_shards: int = field(
+    num_shards: PositiveInt = field(
         default=1,
         metadata={
             "help": "Number of processes that share weights, gradients and optimizer states, as under FSDP2 and ZeRO-3. Under "
@@ -67,20 +71,9 @@ class MemorySettings:
     )
 
     def __post_init__(self) -> None:
-        from alphagrpo_ext.models.bagel.guidance import BRANCHES
         from alphagrpo_ext.models.contract import LORA_TARGETS
 
-        for name in ("batch_size", "prompt_tokens", "sde_window_size", "num_shards", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must not be negative, but is {self.lora_rank}")
-        if self.image_steps_per_forward is not None and self.image_steps_per_forward < 1:
-            raise ValueError(
-                f"image_steps_per_forward must be at least 1 or left out, but is {self.image_steps_per_forward}"
-            )
-        if not 1 <= self.num_branches <= len(BRANCHES):
-            raise ValueError(f"num_branches must be 1 to {len(BRANCHES)}, but is {self.num_branches}")
+        check_ranges(self)
         for name, choices in (
             ("attn_implementation", ATTENTION_IMPLEMENTATIONS),
             ("lora_targets", LORA_TARGETS),

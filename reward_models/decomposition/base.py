@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
+from alphagrpo_ext.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from alphagrpo_ext.registry import Registry
 from reward_models.endpoints.endpoint import parse_extra_body
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
@@ -71,13 +72,13 @@ class DecomposerArguments:
     model: str | None = field(
         default=None, metadata={"help": "Name of the model at the endpoint. Default: the only one that it serves."}
     )
-    max_concurrency: int = field(default=64, metadata={"help": "Prompts that are decomposed concurrently."})
-    timeout: float = field(default=120.0, metadata={"help": "Seconds for one try of a request."})
-    max_retries: int = field(default=8, metadata={"help": "Further tries of a request."})
-    max_tokens: int = field(
+    max_concurrency: PositiveInt = field(default=64, metadata={"help": "Prompts that are decomposed concurrently."})
+    timeout: PositiveFloat = field(default=120.0, metadata={"help": "Seconds for one try of a request."})
+    max_retries: NonNegativeInt = field(default=8, metadata={"help": "Further tries of a request."})
+    max_tokens: NonNegativeInt = field(
         default=4096, metadata={"help": "Longest answer, in tokens. 0 leaves the limit to the endpoint."}
     )
-    temperature: float = field(
+    temperature: NonNegativeFloat = field(
         default=0.3, metadata={"help": "Temperature of the answers. At 0 a retry may get the same answer again."}
     )
     max_answer_bytes: int = field(
@@ -93,6 +94,7 @@ class DecomposerArguments:
 
     def __post_init__(self) -> None:
         self.extra_body = parse_extra_body("extra_body", self.extra_body)
+        check_ranges(self)
 
 
 class Decomposer(ABC):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from alphagrpo_ext.files import require_extra
+from alphagrpo_ext.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
 from reward_models.endpoints.answers import (
     ACCEPTED_ENCODINGS,
@@ -104,23 +104,16 @@ class OpenAIEndpoint:
     base_url: str | None = None
     model: str | None = None
     api_key: str | None = field(default=None, repr=False)
-    max_concurrency: int = field(default=64, repr=False)
-    timeout: float = field(default=60.0, repr=False)
-    max_retries: int = field(default=8, repr=False)
-    max_wait: float = field(default=300.0, repr=False)
-    max_answer_bytes: int = field(default=2**20, repr=False)
+    max_concurrency: PositiveInt = field(default=64, repr=False)
+    timeout: PositiveFloat = field(default=60.0, repr=False)
+    max_retries: NonNegativeInt = field(default=8, repr=False)
+    max_wait: NonNegativeFloat = field(default=300.0, repr=False)
+    max_answer_bytes: PositiveInt = field(default=2**20, repr=False)
 
     def __post_init__(self) -> None:
         require_extra("openai", "judge")
         require_extra("tenacity", "judge")
-        for name in ("max_concurrency", "max_answer_bytes"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"timeout must be positive and finite, but is {self.timeout}")
-        for name in ("max_retries", "max_wait"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative and must be finite, but is {getattr(self, name)}")
+        check_ranges(self)
         self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, asyncio.Semaphore]] = (
             WeakKeyDictionary()
         )

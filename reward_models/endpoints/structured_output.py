@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from alphagrpo_ext.ranges import NonNegativeFloat, PositiveInt, check_ranges
 from reward_models.endpoints.answers import ChatChoice
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError, describe_mismatch
@@ -78,16 +79,13 @@ class StructuredChat:
     """
 
     endpoint: OpenAIEndpoint
-    max_tokens: int | None = None
-    temperature: float = 0.0
+    max_tokens: PositiveInt | None = None
+    temperature: NonNegativeFloat = 0.0
     extra_body: dict[str, Any] | None = None
     takes_schema: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1 or None, but is {self.max_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, but is {self.temperature}")
+        check_ranges(self)
 
     async def ask(
         self,

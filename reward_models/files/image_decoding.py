@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from alphagrpo_ext.images import open_image, read_image
+from alphagrpo_ext.ranges import PositiveInt, check_ranges
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -34,13 +35,11 @@ class ImageLimits:
         `ValueError`: If a limit is less than 1.
     """
 
-    max_side: int = 4096
-    max_pixels: int = 2**22
+    max_side: PositiveInt = 4096
+    max_pixels: PositiveInt = 2**22
 
     def __post_init__(self) -> None:
-        for name in ("max_side", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        check_ranges(self)
 
     def check(self, width: int, height: int) -> None:
         """

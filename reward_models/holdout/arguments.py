@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 from dataclasses import Field, dataclass, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+from alphagrpo_ext.ranges import check_ranges
 from reward_models.dvreward import DVReward
 from reward_models.judges import JUDGES
 from reward_models.judges.arguments import JudgeArguments
@@ -20,7 +21,7 @@ def _holdout_field(judge_field: Field) -> tuple[str, Any, Field]:
     """The same argument for the hold-out judge."""
     help_text = f"Of the hold-out judge: {judge_field.metadata['help']}"
     value = field(default=judge_field.default, metadata={"help": help_text})
-    return f"holdout_{judge_field.name}", get_type_hints(JudgeArguments)[judge_field.name], value
+    return f"holdout_{judge_field.name}", get_type_hints(JudgeArguments, include_extras=True)[judge_field.name], value
 
 
 _HoldoutJudgeArguments = make_dataclass(
@@ -47,14 +48,13 @@ class HoldoutArguments(_HoldoutJudgeArguments):
     holdout_judge: str | None = field(
         default=None, metadata={"help": "Judge of a reward that is logged and not trained on, e.g. 'policy'."}
     )
-    holdout_window: int = field(
+    holdout_window: Annotated[int, "[4, inf)"] = field(
         default=20,
         metadata={"help": "Number of logs over which training and hold-out reward are compared, at least 4."},
     )
 
     def __post_init__(self) -> None:
-        if self.holdout_window < 4:
-            raise ValueError(f"holdout_window must be at least 4, but is {self.holdout_window}")
+        check_ranges(self)
         if self.holdout_judge is not None:
             self.holdout_judge_extra_body = self._judge_arguments().judge_extra_body
 

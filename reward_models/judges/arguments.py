@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat, check_ranges
 from reward_models.endpoints.endpoint import parse_extra_body
 
 
@@ -35,15 +36,15 @@ class JudgeArguments:
             "e.g. http://localhost:8001."
         },
     )
-    judge_max_concurrency: int = field(
+    judge_max_concurrency: PositiveInt = field(
         default=64, metadata={"help": "Largest number of questions that the endpoint answers concurrently."}
     )
-    judge_timeout: float = field(default=60.0, metadata={"help": "Seconds for one try of a question."})
-    judge_max_retries: int = field(default=8, metadata={"help": "Further tries of a question."})
-    judge_max_answer_bytes: int = field(
+    judge_timeout: PositiveFloat = field(default=60.0, metadata={"help": "Seconds for one try of a question."})
+    judge_max_retries: NonNegativeInt = field(default=8, metadata={"help": "Further tries of a question."})
+    judge_max_answer_bytes: PositiveInt = field(
         default=2**20, metadata={"help": "Largest size of the endpoint's answer, before and after decompression."}
     )
-    judge_min_answer_mass: float = field(
+    judge_min_answer_mass: UnitFloat = field(
         default=0.5,
         metadata={
             "help": "Smallest probability that yes and no must hold together, in [0, 1]. With less there is no answer."
@@ -67,7 +68,8 @@ class JudgeArguments:
             '{"temperature": null}.'
         },
     )
-    judge_batch_size: int = field(default=32, metadata={"help": "Questions per batch of a local judge."})
+    judge_batch_size: PositiveInt = field(default=32, metadata={"help": "Questions per batch of a local judge."})
 
     def __post_init__(self) -> None:
         self.judge_extra_body = parse_extra_body("judge_extra_body", self.judge_extra_body)
+        check_ranges(self)

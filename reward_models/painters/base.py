@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from alphagrpo_ext.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat, check_ranges
 from alphagrpo_ext.registry import Registry
 
 
@@ -78,19 +79,21 @@ class PainterArguments:
         metadata={"help": "Name or folder of the policy, or name of the model at the endpoint."},
     )
     painter_dtype: str = field(default="float32", metadata={"help": "Data type of the policy's weights."})
-    painter_batch_size: int = field(default=16, metadata={"help": "Images per batch of the policy."})
+    painter_batch_size: PositiveInt = field(default=16, metadata={"help": "Images per batch of the policy."})
     painter_base_url: str | None = field(
         default=None,
         metadata={"help": "OpenAI-compatible endpoint of the painter 'openai', e.g. http://localhost:8000/v1."},
     )
-    painter_max_concurrency: int = field(
+    painter_max_concurrency: PositiveInt = field(
         default=16, metadata={"help": "Largest number of images that the endpoint paints concurrently."}
     )
-    painter_timeout: float = field(
+    painter_timeout: PositiveFloat = field(
         default=120.0, metadata={"help": "Seconds for one try of an image at the endpoint."}
     )
-    painter_max_retries: int = field(default=2, metadata={"help": "Further tries of an image at the endpoint."})
-    painter_max_answer_bytes: int = field(
+    painter_max_retries: NonNegativeInt = field(
+        default=2, metadata={"help": "Further tries of an image at the endpoint."}
+    )
+    painter_max_answer_bytes: PositiveInt = field(
         default=2**25,
         metadata={
             "help": "Largest size of the endpoint's answer, which holds one image, before and after decompression."
@@ -104,16 +107,18 @@ class PainterArguments:
             '{"response_format": null}.'
         },
     )
-    image_height: int = field(default=24, metadata={"help": "Height of painted images, in pixels."})
-    image_width: int = field(default=24, metadata={"help": "Width of painted images, in pixels."})
-    num_timesteps: int = field(default=11, metadata={"help": "Number of points of the policy's denoising schedule."})
-    timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
+    image_height: PositiveInt = field(default=24, metadata={"help": "Height of painted images, in pixels."})
+    image_width: PositiveInt = field(default=24, metadata={"help": "Width of painted images, in pixels."})
+    num_timesteps: AtLeastTwo = field(
+        default=11, metadata={"help": "Number of points of the policy's denoising schedule."}
+    )
+    timestep_shift: PositiveFloat = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
     cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
     cfg_img_scale: float | None = field(
         default=None,
         metadata={"help": "Guidance scale of images; at most 1 is off. By default 1.0, and 2.0 to refine an image."},
     )
-    cfg_interval: list[float] | None = field(
+    cfg_interval: list[UnitFloat] | None = field(
         default=None,
         metadata={
             "help": "Half-open interval (low, high] of guided times. By default 0.4 1.0, and 0.0 1.0 to refine an image."
@@ -133,6 +138,9 @@ class PainterArguments:
             "or a mapping in YAML. They win over the argument of that name, which holds for both."
         },
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def make_painter(self) -> Painter | None:
         """

@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from reward_models.arguments import RewardArguments
 from reward_models.files.image_decoding import ImageLimits
 from reward_models.painters.base import PainterArguments
@@ -40,54 +41,46 @@ class ServerArguments(RewardArguments, PainterArguments):
             "help": f"Address to listen at. An address that other machines can reach needs a key in {KEY_VARIABLE}."
         },
     )
-    port: int = field(default=8001, metadata={"help": "Port to listen at."})
-    max_body_bytes: int = field(default=2**25, metadata={"help": "Largest body of a request; a larger one gets 413."})
-    max_image_side: int = field(
+    port: Annotated[int, "[0, 65535]"] = field(default=8001, metadata={"help": "Port to listen at."})
+    max_body_bytes: PositiveInt = field(
+        default=2**25, metadata={"help": "Largest body of a request; a larger one gets 413."}
+    )
+    max_image_side: PositiveInt = field(
         default=ImageLimits.max_side,
         metadata={"help": "Largest width and height of an image in a request, in pixels; a larger one gets 422."},
     )
-    max_image_pixels: int = field(
+    max_image_pixels: PositiveInt = field(
         default=ImageLimits.max_pixels,
         metadata={"help": "Largest number of pixels of an image in a request; a larger one gets 422."},
     )
-    max_items: int = field(default=64, metadata={"help": "Largest number of items per request; more get 422."})
-    max_questions: int = field(
+    max_items: PositiveInt = field(default=64, metadata={"help": "Largest number of items per request; more get 422."})
+    max_questions: PositiveInt = field(
         default=64,
         metadata={"help": "Largest number of questions per item, including those that are not valid; more get 422."},
     )
-    max_queue: int = field(
+    max_queue: PositiveInt = field(
         default=64, metadata={"help": "Largest number of requests that run or wait; a further one gets 429."}
     )
-    max_connections: int | None = field(
+    max_connections: PositiveInt | None = field(
         default=None,
         metadata={
             "help": "Largest number of open connections; further ones are closed at once. Default: half of the number of files "
             f"that the process may open (`ulimit -n`), at most {MAX_DEFAULT_CONNECTIONS}."
         },
     )
-    request_timeout: float = field(
+    request_timeout: PositiveFloat = field(
         default=150.0,
         metadata={
             "help": "Seconds for a request, from its first byte; then it gets 504. A connection that has sent no complete head "
             "after that time is closed. OpenRLHF waits for 180."
         },
     )
-    shutdown_timeout: int = field(
+    shutdown_timeout: NonNegativeInt = field(
         default=30, metadata={"help": "Seconds to finish running requests after the server is told to stop."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_body_bytes", "max_items", "max_questions", "max_queue", "max_connections"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
-        if not 0 < self.request_timeout < math.inf:
-            raise ValueError(f"request_timeout must be positive and finite, but is {self.request_timeout}")
-        if self.shutdown_timeout < 0:
-            raise ValueError(f"shutdown_timeout must not be negative, but is {self.shutdown_timeout}")
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"port must be between 0 and 65535, but is {self.port}")
         self.image_limits = ImageLimits(self.max_image_side, self.max_image_pixels)
 
     @property

@@ -134,7 +134,7 @@ def test_path_without_window_has_as_many_steps() -> None:
     ("settings", "message"),
     [
         ({"ode_solver": "heun"}, "unknown ODE solver 'heun'.*ab2, dpmpp_2m, euler"),
-        ({"ode_steps": 0}, "ode_steps=0: 0 steps are too few"),
+        ({"ode_steps": 0}, "ode_steps must be at least 1"),
         ({"ode_steps": 1, "window_start": 4, "window_size": 2}, "ode_steps=1: .* 2 stretches outside the window"),
         ({"ode_steps": 3, "window_start": 0, "window_size": 10}, "the window is the whole path"),
     ],

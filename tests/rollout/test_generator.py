@@ -175,7 +175,7 @@ def test_thought_is_part_of_the_image_context(
     ("size", "message"),
     [
         ({"height": 22}, "height=22"),
-        ({"width": 0}, "width=0"),
+        ({"width": 0}, "width must be at least 1, but is 0"),
         ({"width": 30}, "width=30"),
         ({"height": 48}, "48 x 24 pixels has 12 x 6 latent tokens"),
     ],

@@ -16,11 +16,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config, SiglipVisionConfig
 from transformers.utils import logging
 
-from alphagrpo_ext.models.bagel.configuration_bagel import FLUX_VAE_CONFIG, BagelConfig
+from alphagrpo_ext.models.bagel.configuration_bagel import FLUX_VAE_CONFIG, BagelConfig, check_bagel_values
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
+from alphagrpo_ext.models.preflight import check_vocabulary, read_json
 from alphagrpo_ext.models.saving import staged_folder, state_bytes
 from alphagrpo_ext.models.weight_files import (
+    check_weight_file,
     read_shapes,
     read_tensors,
     shape_differences,
@@ -120,13 +122,6 @@ def _empty_model(config: BagelConfig) -> BagelModel:
         return BagelModel(config)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): copy or download it again") from error
-
-
 def _shape(shapes: Shapes, name: str, file: str) -> tuple[int, ...]:
     if name not in shapes:
         raise ValueError(f"{file} lacks {name}, from which sizes of the model are read")
@@ -166,10 +161,12 @@ def config_from_released(folder: str | Path, shapes: Shapes, vae_shapes: Shapes)
         `ValueError`: If a file is damaged, a weight that tells a size is missing, or the tokenizer does not fit.
     """
     folder = Path(folder)
-    llm_config, vit_config = _read_json(folder / "llm_config.json"), _read_json(folder / "vit_config.json")
+    sources = {"text_config": folder / "llm_config.json", "vision_config": folder / "vit_config.json"}
+    llm_config, vit_config = (read_json(path) for path in sources.values())
     for name, values, field in (("llm", llm_config, "vocab_size"), ("vit", vit_config, "num_hidden_layers")):
         if field not in values:
             raise ValueError(f"{folder / name}_config.json lacks {field}")
+    check_bagel_values({"text_config": llm_config, "vision_config": vit_config}, sources)
     # The reference unties the heads and drops the last layer of the vision tower after reading.
     llm_config["tie_word_embeddings"] = False
     vit_config["num_hidden_layers"] -= 1
@@ -217,7 +214,8 @@ def load_released(folder: str | Path, dtype: torch.dtype | None = torch.float32)
 
     Raises:
         `FileNotFoundError`: If a file is missing; the message names it.
-        `ValueError`: If a file is truncated or damaged, or if a weight is missing, left over or of another shape.
+        `ValueError`: If a file is truncated or damaged, if a weight is missing, left over, of another shape or type, NaN or
+            infinite, or if a configuration has an impossible value.
     """
     folder = Path(folder)
     check_released_files(folder)
@@ -231,13 +229,17 @@ def load_released(folder: str | Path, dtype: torch.dtype | None = torch.float32)
         problems += shape_differences(expected, actual, file)
     if problems:
         raise ValueError(f"the weights in {folder} do not fit its configuration: {summarize(problems)}")
+    for file in shapes:
+        check_weight_file(folder / file)
+    processor = load_released_processor(folder)
+    check_vocabulary(processor.tokenizer, config.text_config.vocab_size, folder)
     model.load_state_dict(_read_state(folder, tensors, model, dtype), strict=True, assign=True)
     # The rotary frequencies are not in a checkpoint, so they are still on the meta device.
     model.language_model.model.rotary_emb = type(model.language_model.model.rotary_emb)(config.text_config)
     model.vae.requires_grad_(False)
     # PEFT writes the first of these names, TRL reads the second.
     model.name_or_path = model.config._name_or_path = str(folder)
-    return model.eval(), load_released_processor(folder)
+    return model.eval(), processor
 
 
 def _read_state(
@@ -328,7 +330,7 @@ def _write_processor(processor: BagelProcessor, folder: Path) -> None:
     tokenizer = processor.tokenizer
     tokenizer.backend_tokenizer.model.save(str(folder))
     path = folder / "tokenizer_config.json"
-    settings = _read_json(path)
+    settings = read_json(path)
     for key in ("backend", "is_local", "local_files_only"):
         settings.pop(key, None)
     settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])

@@ -4,9 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
+
+from alphagrpo_ext.models.preflight import check_finite_numbers
+from alphagrpo_ext.ranges import check_number, in_range
 
 
 # The FLUX autoencoder in Diffusers' spelling; BAGEL's loader hard-codes the same numbers.
@@ -138,3 +143,102 @@ class BagelConfig(PreTrainedConfig):
     @property
     def vision_patches_per_side(self) -> int:
         return self.vision_config.image_size // self.vision_config.patch_size
+
+
+_WIDTH, _DEPTH, _COUNT, _ID = "[1, 1048576]", "[1, 1000]", "[1, 1024]", "[0, inf)"
+WHOLE_RANGES: dict[str, dict[str, str]] = {
+    "text_config": {
+        "vocab_size": "[1, 16777216]",
+        "hidden_size": _WIDTH,
+        "intermediate_size": _WIDTH,
+        "num_hidden_layers": _DEPTH,
+        "num_attention_heads": _COUNT,
+        "num_key_value_heads": _COUNT,
+        "head_dim": _WIDTH,
+        "max_position_embeddings": "[1, inf)",
+    },
+    "vision_config": {
+        "hidden_size": _WIDTH,
+        "intermediate_size": _WIDTH,
+        "num_hidden_layers": _DEPTH,
+        "num_attention_heads": _COUNT,
+        "num_channels": "[3, 3]",
+        "image_size": "[1, 65536]",
+        "patch_size": "[1, 65536]",
+    },
+    "vae_config": {
+        "in_channels": "[3, 3]",
+        "out_channels": "[3, 3]",
+        "layers_per_block": _COUNT,
+        "latent_channels": _WIDTH,
+        "norm_num_groups": _WIDTH,
+    },
+    "": {
+        "latent_patch_size": _COUNT,
+        "max_latent_size": "[1, 65536]",
+        "bos_token_id": _ID,
+        "eos_token_id": _ID,
+        "image_start_token_id": _ID,
+        "image_end_token_id": _ID,
+    },
+}
+"""Ranges of whole numbers by part of a [`BagelConfig`]. The upper bounds keep a damaged file from taking all memory."""
+FLOAT_RANGES: dict[str, dict[str, str]] = {
+    "text_config": {"rms_norm_eps": "(0, 1)", "rope_theta": "(1, inf)", "attention_dropout": "[0, 1)"},
+    "vision_config": {"layer_norm_eps": "(0, 1)", "attention_dropout": "[0, 1)"},
+    "vae_config": {"scaling_factor": "(0, inf)", "shift_factor": "(-inf, inf)"},
+}
+DIVISORS = (
+    ("text_config", "hidden_size", "num_attention_heads"),
+    ("text_config", "num_attention_heads", "num_key_value_heads"),
+    ("vision_config", "hidden_size", "num_attention_heads"),
+    ("vision_config", "image_size", "patch_size"),
+)
+"""Part, and two of its fields of which the first is a multiple of the second."""
+
+
+def check_bagel_values(values: Mapping[str, Any], sources: Mapping[str, Path]) -> None:
+    """
+    Check the values of a configuration file before a [`BagelConfig`] is made from them. A field that is missing has its default.
+
+    Args:
+        values (`Mapping[str, Any]`): Its contents, with the parts `text_config`, `vision_config` and `vae_config`.
+        sources (`Mapping[str, Path]`): The file of each part; `""` is the part of everything else.
+
+    Raises:
+        `ValueError`: If a value is impossible; the message names field and file.
+    """
+    parts = {name: values.get(name) or {} if name else values for name in sources}
+    for part, fields in parts.items():
+        check_finite_numbers(fields, sources[part], part)
+        prefix = f"{part}." if part else ""
+        rope = fields.get("rope_parameters") or {}
+        given = {"rope_theta": rope.get("rope_theta"), **fields}
+        for is_whole, ranges in ((True, WHOLE_RANGES), (False, FLOAT_RANGES)):
+            for name, interval in ranges.get(part, {}).items():
+                value = given.get(name)
+                if value is None:
+                    continue
+                if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
+                    kind = "whole number" if is_whole else "number"
+                    raise ValueError(f"{prefix}{name} in {sources[part]} must be a {kind}, but is {value!r}")
+                check_number(f"{prefix}{name} in {sources[part]}", value, interval)
+    for part, multiple, divisor in DIVISORS:
+        whole, by = (parts.get(part, {}).get(name) for name in (multiple, divisor))
+        if whole and by and whole % by and not (multiple == "hidden_size" and parts[part].get("head_dim")):
+            raise ValueError(f"{part}.{multiple}={whole} in {sources[part]} is no multiple of {divisor}={by}")
+    autoencoder = {**FLUX_VAE_CONFIG, **parts.get("vae_config", {})}
+    channels, groups = autoencoder["block_out_channels"], autoencoder["norm_num_groups"]
+    is_list = isinstance(channels, list | tuple) and 0 < len(channels) <= 16
+    if "vae_config" in parts and not (
+        is_list and all(isinstance(n, int) and in_range(n, _WIDTH) and n % groups == 0 for n in channels)
+    ):
+        raise ValueError(
+            f"vae_config.block_out_channels in {sources['vae_config']} must be up to 16 multiples of norm_num_groups={groups}, but "
+            f"is {channels!r}"
+        )
+    vocab_size = parts.get("text_config", {}).get("vocab_size")
+    for name in ("bos_token_id", "eos_token_id", "image_start_token_id", "image_end_token_id"):
+        token_id = parts.get("", {}).get(name)
+        if vocab_size and token_id is not None and token_id >= vocab_size:
+            raise ValueError(f"{name}={token_id} in {sources['']} is beyond the vocabulary of {vocab_size} tokens")

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from alphagrpo_ext.models.bagel.checkpoint import (
     load_released,
     load_released_processor,
 )
-from alphagrpo_ext.models.bagel.configuration_bagel import LORA_PRESETS, BagelConfig
+from alphagrpo_ext.models.bagel.configuration_bagel import LORA_PRESETS, BagelConfig, check_bagel_values
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.models.contract import FAMILIES, Family
@@ -30,6 +30,8 @@ class BagelFamily(Family):
     model_class = BagelModel
     processor_class = BagelProcessor
     lora_presets = LORA_PRESETS
+    frozen_modules = ("vae",)
+    vision_modules = ("vit_model", "connector")
     hub_marker = "llm_config.json"
     hub_files = DOWNLOADED_FILES
     # Those of BAGEL's own demonstration.
@@ -57,6 +59,10 @@ class BagelFamily(Family):
             model.set_attn_implementation(kwargs["attn_implementation"])
         return model, processor
 
+    def check_config(self, values: Mapping[str, Any], source: Path) -> None:
+        super().check_config(values, source)
+        check_bagel_values(values, dict.fromkeys(("", "text_config", "vision_config", "vae_config"), source))
+
     def load_processor(self, path: str, revision: str | None = None) -> BagelProcessor:
         return (
             load_released_processor(Path(path)) if is_released_layout(path) else super().load_processor(path, revision)
@@ -70,7 +76,3 @@ class BagelFamily(Family):
 
     def sharded_layers(self, model: BagelModel) -> Sequence[torch.nn.Module]:
         return [*model.language_model.model.layers, *model.vit_model.vision_model.encoder.layers]
-
-    def freeze_vision_tower(self, model: BagelModel) -> None:
-        model.vit_model.requires_grad_(False)
-        model.connector.requires_grad_(False)
