@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 
@@ -56,3 +59,31 @@ def set_generation_learning_rate(
         groups += [{**group, "params": own, "lr": learning_rate}] if own else []
     # The trainer logs the rate of the first group, which is the understanding expert's if that is trained.
     optimizer.param_groups[:] = groups
+
+
+def base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Initial learning rate of every parameter group of an optimizer, before a scheduler scales it."""
+    return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+
+
+def replace_base_rates(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float]
+) -> None:
+    """
+    Give an optimizer and a scheduler whose states were restored new initial learning rates. The scheduler stays at its step, and
+    its own factor of that step applies at once.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`):
+            Its scheduler, possibly wrapped. One that is not a `LambdaLR` is left as it is.
+        rates (`Sequence[float]`): Initial learning rate of every parameter group, in their order.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(scheduler, LambdaLR):
+        return
+    scheduler.base_lrs = list(rates)
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, rate, factor in zip(optimizer.param_groups, rates, factors, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

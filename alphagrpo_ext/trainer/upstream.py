@@ -103,6 +103,7 @@ SEAMS: tuple[Seam, ...] = (
         _push_from_checkpoint="checkpoint_folder",
         _run_epoch="model, epoch, ...",
     ),
+    *_seams("torch.optim.lr_scheduler.LRScheduler", attributes=("_last_lr",)),
     *_seams("accelerate.state.GradientState", _set_sync_gradients="sync_gradients"),
     *_seams("torch.distributed.fsdp.FSDPModule", _get_fsdp_state=""),
     *_seams(
