@@ -111,7 +111,7 @@ def record_files(folder: Path, on_each_node: bool = False) -> dict[str, FileReco
     """
     is_needed = processes.node() == 0 or on_each_node
     sizes = file_sizes(folder, MANIFEST_NAME) if is_needed else {}
-    own = checksums(folder, processes.share(pieces(sizes)))
+    own = checksums(folder, processes.node_share(pieces(sizes)))
     found = {}
     for node, part in processes.gathered((processes.node(), own)):
         found |= part if node == processes.node() else {}
@@ -157,7 +157,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {path} cannot be read: {error}") from error
+        raise DamagedCheckpointError(
+            f"the checkpoint {folder} is damaged: {MANIFEST_NAME} cannot be read: {error}"
+        ) from error
     faults = list(shape_faults(folder, manifest.files, MANIFEST_NAME))
     name = _CHECKPOINT.fullmatch(folder.name)
     if name and int(name[1]) != manifest.step:
@@ -179,7 +181,7 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
         `DamagedCheckpointError`: If a file differs, in any process. The message names it.
     """
     stamp = signature(folder, manifest.files)
-    own = [] if stamp in _compared else list(content_faults(folder, manifest.files, processes.share))
+    own = [] if stamp in _compared else list(content_faults(folder, manifest.files, processes.node_share))
     _raise_faults(folder, [fault for faults in processes.gathered(own) for fault in faults])
     _compared.add(stamp)
 
@@ -240,8 +242,14 @@ def publish(staged: Path, final: Path) -> None:
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
-def _complete_checkpoints(output_dir: Path) -> Iterator[Path]:
-    """Checkpoints that are complete by the names and sizes of their files, the one that was written last first."""
+def complete_checkpoints(output_dir: Path) -> Iterator[Path]:
+    """
+    Find checkpoints that are complete by the names and sizes of their files, the one that was written last first. Their contents
+    are not read. Those that are incomplete are skipped with a warning.
+
+    Args:
+        output_dir (`Path`): Folder of a run.
+    """
     for path in sorted(output_dir.glob(f"{INCOMPLETE_NAME}/*")):
         logger.warning("%s was not completed and is not used: the run was stopped while it wrote it", path)
     complete: list[tuple[float, int, Path]] = []
@@ -268,7 +276,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         output_dir (`str` or `Path`): Folder of a run.
     """
     # The main process names the candidates, so that all processes compare the same ones in the same order.
-    own = list(_complete_checkpoints(Path(output_dir))) if processes.is_main() else []
+    own = list(complete_checkpoints(Path(output_dir))) if processes.is_main() else []
     for path in processes.gathered(own)[0]:
         try:
             check_checkpoint(path)

@@ -61,7 +61,6 @@ from alphagrpo_ext.trainer.resume.setting_kinds import SettingKind
 from alphagrpo_ext.trainer.resume.settings import (
     Change,
     changes,
-    changes_rates,
     check_changes,
     config_settings,
     given_settings,
@@ -219,7 +218,8 @@ class ExactResume(TrainerCallback):
         state.compute_steps(trainer.args, state.max_steps)
         if any(change.name in ("metric_for_best_model", "greater_is_better") for change in self.changes):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        if changes_rates(self.changes) and self._base_rates is not None:
+        if self._base_rates is not None:
+            # The same numbers as restored, unless a setting of the learning rate or of the length is new.
             replace_base_rates(trainer.optimizer, trainer.lr_scheduler, self._base_rates)
 
     def on_train_begin(

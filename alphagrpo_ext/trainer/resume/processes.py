@@ -61,7 +61,7 @@ def node() -> int:
     return dist.get_rank() // _local_world()[1] if is_distributed() else 0
 
 
-def share(work: Sequence[T]) -> Sequence[T]:
+def node_share(work: Sequence[T]) -> Sequence[T]:
     """What this process does of the work of its node."""
     index, count = _local_world()
     return work[index::count]

@@ -101,7 +101,5 @@ SETTING_KINDS: dict[str, SettingKind] = {
 }
 """Kind of every field of [`AlphaGRPOConfig`], and of what a trainer is given beside it."""
 
-RATE_SETTINGS = (*_RATES.split(), *_LENGTH.split())
-"""Settings that the learning rate of the next step depends on."""
 SAVED_RATE_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 """Values of `lr_scheduler_type` whose rate is a state of its own, which a new setting cannot replace."""

@@ -18,12 +18,7 @@ from peft import PeftConfig, PeftModel
 
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.resume.setting_kinds import (
-    RATE_SETTINGS,
-    SAVED_RATE_SCHEDULERS,
-    SETTING_KINDS,
-    SettingKind,
-)
+from alphagrpo_ext.trainer.resume.setting_kinds import SAVED_RATE_SCHEDULERS, SETTING_KINDS, SettingKind
 
 
 SETTINGS_NAME = "settings.json"
@@ -215,11 +210,6 @@ def check_changes(checkpoint: Path, found: list[Change]) -> None:
             f"{'; '.join(str(change) for change in fixed)}. Resume with the values that it had, or start a new run from its "
             f"weights with model_name_or_path"
         )
-
-
-def changes_rates(found: list[Change]) -> bool:
-    """Whether the learning rate of the next step depends on one of the changes."""
-    return any(change.name in RATE_SETTINGS for change in found)
 
 
 def _differing_entries(before: Any, now: Any) -> tuple[Any, Any]:
