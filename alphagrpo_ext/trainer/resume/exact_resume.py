@@ -44,7 +44,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from alphagrpo_ext.models.saving import check_free_space
 from alphagrpo_ext.trainer.distributed import Sharding
-from alphagrpo_ext.trainer.learning_rates import base_rates, replace_base_rates
+from alphagrpo_ext.trainer.learning_rates import GroupRate, group_rates, replace_group_rates
 from alphagrpo_ext.trainer.reference import load_reference_state, reference_state
 from alphagrpo_ext.trainer.resume import processes
 from alphagrpo_ext.trainer.resume.checkpoint_folder import (
@@ -129,7 +129,7 @@ class ExactResume(TrainerCallback):
         self.is_saving = False
         self.started_at = 0.0
         self.seconds_before = 0.0
-        self._base_rates: list[float] | None = None
+        self._rates: list[GroupRate] | None = None
         self._settings: dict[str, Any] | None = None
 
     @contextmanager
@@ -154,6 +154,7 @@ class ExactResume(TrainerCallback):
             self.started_at, self.seconds_before = time.time(), 0.0
             if self.trainer.optimizer is not None:
                 self.remember_rates(self.trainer.optimizer)
+            self._current_settings()
             self.changes = [] if self.checkpoint is None else self.check(self.checkpoint)
             check_room(self.trainer.model, args)
             if self.checkpoint is None:
@@ -187,13 +188,12 @@ class ExactResume(TrainerCallback):
                 f"the checkpoint {checkpoint} holds a model alone, since save_only_model was set: start a new run from "
                 f"its weights with model_name_or_path"
             )
-        found = changes(read_settings_file(checkpoint) or {}, self.settings)
+        found = changes(read_settings_file(checkpoint) or {}, self._current_settings())
         check_changes(checkpoint, found)
         return found
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the run, as its main process has them. All processes first ask for them together, before training."""
+    def _current_settings(self) -> dict[str, Any]:
+        """The settings of the run, as its main process has them before it first trains. All processes ask for them together."""
         if self._settings is None:
             trainer = self.trainer
             given = given_settings(
@@ -209,8 +209,8 @@ class ExactResume(TrainerCallback):
 
     def remember_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the initial learning rates of an optimizer when it is first seen, before a checkpoint replaces them."""
-        if self._base_rates is None:
-            self._base_rates = base_rates(optimizer)
+        if self._rates is None:
+            self._rates = group_rates(optimizer)
 
     def _apply_changes(self, state: TrainerState) -> None:
         """Let new settings replace what Transformers restores from a checkpoint."""
@@ -218,9 +218,9 @@ class ExactResume(TrainerCallback):
         state.compute_steps(trainer.args, state.max_steps)
         if any(change.name in ("metric_for_best_model", "greater_is_better") for change in self.changes):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        if self._base_rates is not None:
+        if self._rates is not None:
             # The same numbers as restored, unless a setting of the learning rate or of the length is new.
-            replace_base_rates(trainer.optimizer, trainer.lr_scheduler, self._base_rates)
+            replace_group_rates(trainer.optimizer, trainer.lr_scheduler, self._rates)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -294,7 +294,7 @@ class ExactResume(TrainerCallback):
             trainer.state.best_model_checkpoint = str(final)
         if args.should_save:
             trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            write_settings(staged, self.settings)
+            write_settings(staged, self._settings)
         trainer.accelerator.wait_for_everyone()
         files = record_files(staged, args.save_on_each_node)
         if args.should_save:
@@ -333,12 +333,15 @@ class ExactResume(TrainerCallback):
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / REFERENCE_NAME)
 
 
-def check_resume(trainer: AlphaGRPOTrainer, checkpoint: Path) -> None:
+def check_run(trainer: AlphaGRPOTrainer, checkpoint: Path | None) -> None:
     """
-    Check before anything is done that a trainer can go on from a checkpoint, as its `train` does; see [`ExactResume.check`].
+    Check what `train` checks, before anything else is done: that there is room on the disk, and that the trainer can go on from a
+    checkpoint; see [`check_room`] and [`ExactResume.check`].
 
     Args:
         trainer ([`AlphaGRPOTrainer`]): Before training.
-        checkpoint (`Path`): From [`resolve_checkpoint`].
+        checkpoint (`Path`, *optional*): From [`resolve_checkpoint`].
     """
-    trainer._resume.check(checkpoint)
+    check_room(trainer.model, trainer.args)
+    if checkpoint is not None:
+        trainer._resume.check(checkpoint)

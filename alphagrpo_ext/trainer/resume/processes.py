@@ -73,15 +73,24 @@ def end_with_launcher() -> None:
 
     Only a parent that is `accelerate launch`, `torchrun` or DeepSpeed's launcher counts; a shell may end. It does nothing on
     other systems than Linux.
+
+    Raises:
+        `SystemExit`: If `torchrun`, or `accelerate launch` with several processes, has died since it started this process.
     """
     parent = os.getppid()
-    try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return
-    if not any(os.path.basename(part) in _LAUNCHERS or part in _LAUNCHER_MODULES for part in command[:4]):
+    if parent == 1 and "TORCHELASTIC_RUN_ID" in os.environ and not _is_launcher(parent):
+        raise SystemExit("the launcher of this process has ended, and so does the process")
+    if not _is_launcher(parent):
         return
     # Checkpoints are complete or absent at every moment, so nothing is lost by an end without notice.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(os.path.basename(part) in _LAUNCHERS or part in _LAUNCHER_MODULES for part in command[:4])

@@ -219,6 +219,23 @@ def test_rates_of_both_experts_are_applied(make: MakeTrainer) -> None:
             )
 
 
+def test_the_rate_of_an_optimizer_that_is_passed_is_applied(
+    make: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel]
+) -> None:
+    def passed(name: str, rate: float) -> AlphaGRPOTrainer:
+        model = make_shapes_bagel()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+        return make(
+            name, max_steps=2, model=model, arguments={"optimizers": (optimizer, None)}, freeze_vision_tower=False
+        )
+
+    whole = passed("run", 1e-3)
+    whole.train()
+    resumed = passed("again", 1e-2)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-1"))
+    assert rates(resumed) == [1e-3, 0.5e-2]
+
+
 def test_a_schedule_with_a_state_of_its_own_cannot_change(make: MakeTrainer, run_folder: Path) -> None:
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
     with pytest.raises(ChangedSettingsError, match="lr_scheduler_type was 'linear' and is 'reduce_lr_on_plateau'"):
