@@ -3,7 +3,8 @@
 """
 Files that survive a killed process, and optional dependencies with an error that names the extra that installs them.
 
-A file is either replaced as a whole ([`atomic_path`]), or it is a [`JsonLinesFile`] that grows by whole lines.
+A file is either replaced as a whole ([`atomic_path`]), or it is a [`JsonLinesFile`] that grows by whole lines. A folder of many
+files has one writer at a time ([`FolderLock`]).
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +89,116 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not valid JSON ({error})") from error
             yield where, value
+
+
+class FolderInUseError(RuntimeError):
+    """Raised when another process writes to the folder."""
+
+
+@dataclass
+class _HeldLock:
+    descriptor: int
+    process: int
+    num_holders: int = 1
+
+
+class FolderLock:
+    """
+    Keeps other processes from writing to a folder. It is released when its process ends in whatever way.
+
+    Within a process the lock counts its holders, so that a run and its trainer both take it. The lock is a POSIX record lock on
+    the file `run.lock` of the folder, which is gone after a release and says which process holds it. Unlike `flock`, it is not
+    inherited by forked processes, which may outlive their parent for a moment, and network file systems pass it on where they
+    have a lock service. A file system without locks is not protected, which is logged.
+
+    Args:
+        folder (`str` or `Path`): The folder. It is created.
+    """
+
+    name = "run.lock"
+    patience: ClassVar[float] = 5.0
+    """Seconds to wait for another process, which may have been killed and be about to end."""
+    _held: ClassVar[dict[Path, _HeldLock]] = {}
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder.resolve() / self.name
+
+    def acquire(self) -> None:
+        """
+        Take the lock, or count one more holder of this process.
+
+        Raises:
+            [`FolderInUseError`]: If another process holds it. The message names the folder and the process.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + self.patience
+        while True:
+            with self._guard:
+                held = self._held.get(self.path)
+                # A forked process has its parent's table, but not its locks.
+                if held is not None and held.process == os.getpid():
+                    held.num_holders += 1
+                    return
+                descriptor = self._open_locked()
+                if descriptor is not None:
+                    self._held[self.path] = _HeldLock(descriptor, os.getpid())
+                    return
+            if time.monotonic() > deadline:
+                raise FolderInUseError(
+                    f"the folder {self.folder} is being written to by {self._holder()}: wait for it, stop it, or name "
+                    f"another output_dir"
+                )
+            time.sleep(0.1)
+
+    def release(self) -> None:
+        """Count one holder less, and let other processes in after the last one."""
+        with self._guard:
+            held = self._held[self.path]
+            held.num_holders -= 1
+            if held.num_holders:
+                return
+            del self._held[self.path]
+            # Before the lock is released, so that the file is never that of the next holder.
+            self.path.unlink(missing_ok=True)
+            os.close(held.descriptor)
+
+    def _open_locked(self) -> int | None:
+        """A descriptor that holds the lock; `None` if another process has it."""
+        import fcntl
+
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            logger.warning(
+                "%s: the file system has no locks (%s), so nothing keeps a second run away", self.folder, error
+            )
+            return descriptor
+        # The holder before may have removed the file after it was opened here.
+        if not self._is_named(descriptor):
+            os.close(descriptor)
+            return None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        return descriptor
+
+    def _is_named(self, descriptor: int) -> bool:
+        """Whether a descriptor is that of the file that has the lock's name now."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _holder(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace") or "another process"
+        except OSError:
+            return "another process"
 
 
 class FileInUseError(RuntimeError):

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 from trl import ModelConfig, TrlParser
 
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.resume.sole_writer import writes_alone
 from reward_models.arguments import PromptArguments
 
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"
 
 
+@writes_alone
 def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     # Here, so that `--help` does not import models and trainers.
     from recipe_tools import training

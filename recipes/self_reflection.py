@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from trl import ModelConfig, TrlParser
 
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.resume.sole_writer import writes_alone
 from reward_models.arguments import PromptArguments
 
 
@@ -95,6 +96,7 @@ def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, 
     }
 
 
+@writes_alone
 def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     # Here, so that `--help` does not import models and trainers.
     from alphagrpo_ext.rollout.task import PAINTING_TASK

@@ -122,6 +122,11 @@ class DVReward:
         # By the id of an image. The entry keeps the image alive, so that the id stays unique.
         self._started: dict[int, tuple[Image.Image, PromptRecord, asyncio.Task[Score]]] = {}
 
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        """What a reward depends on, which a run that resumes keeps as it was."""
+        return {"judge": type(self.judge).__name__, "aggregation": self.aggregation}
+
     async def __call__(
         self,
         prompts: Sequence[Any],

@@ -41,6 +41,12 @@ class Sharding:
         """Whether a process holds only a part of each parameter, so that all processes must run the same modules together."""
         return self.zero_stage == 3 or self.fsdp_version is not None
 
+    def describe(self) -> str:
+        """Name of the sharding, e.g. `"ZeRO 2"`."""
+        if self.fsdp_version is not None:
+            return f"FSDP {self.fsdp_version}"
+        return f"ZeRO {self.zero_stage}" if self.zero_stage else "none"
+
 
 def check_sharding(sharding: Sharding, gather_for_generation: bool) -> None:
     """

@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 
@@ -56,3 +60,47 @@ def set_generation_learning_rate(
         groups += [{**group, "params": own, "lr": learning_rate}] if own else []
     # The trainer logs the rate of the first group, which is the understanding expert's if that is trained.
     optimizer.param_groups[:] = groups
+
+
+@dataclass(frozen=True)
+class GroupRate:
+    """
+    The initial learning rate of a parameter group, before a scheduler scales it.
+
+    Args:
+        rate (`float`): The rate.
+        is_empty (`bool`): Whether the group has no parameters. DeepSpeed leaves out such groups.
+    """
+
+    rate: float
+    is_empty: bool
+
+
+def group_rates(optimizer: torch.optim.Optimizer) -> list[GroupRate]:
+    """Initial learning rate of every parameter group of an optimizer."""
+    return [GroupRate(group.get("initial_lr", group["lr"]), not group["params"]) for group in optimizer.param_groups]
+
+
+def replace_group_rates(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[GroupRate]
+) -> None:
+    """
+    Give an optimizer and a scheduler whose states were restored new initial learning rates. The scheduler stays at its step, and
+    its own factor of that step applies at once.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer.
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`):
+            Its scheduler, possibly wrapped. One that is not a `LambdaLR` is left as it is.
+        rates (`Sequence[GroupRate]`): From [`group_rates`], before the states were restored.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(scheduler, LambdaLR):
+        return
+    groups = optimizer.param_groups
+    chosen = [group.rate for group in rates if len(groups) == len(rates) or not group.is_empty]
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, rate, factor in zip(groups, chosen, factors, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor
+    scheduler.base_lrs = chosen
+    scheduler._last_lr = [group["lr"] for group in groups]

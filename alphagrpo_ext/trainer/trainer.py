@@ -173,6 +173,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         optimizer = super().create_optimizer(model)
         if is_new and (learning_rate := self.args.generation_learning_rate) is not None:
             set_generation_learning_rate(optimizer, model, self.accelerator.unwrap_model(model), learning_rate)
+        self._resume.remember_rates(optimizer)
         return optimizer
 
     @contextmanager
@@ -306,9 +307,9 @@ class AlphaGRPOTrainer(GRPOTrainer):
     # Checkpoints and resume; see `resume/exact_resume.py`.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in [`~transformers.Trainer`]; see [`resolve_checkpoint`] for what can be resumed from, and for errors."""
-        checkpoint = self._resume.begin(resume_from_checkpoint)
-        return super().train(checkpoint and str(checkpoint), *args, **kwargs)
+        """As in [`~transformers.Trainer`]; see [`ExactResume.run`] for what can be resumed from, and for errors."""
+        with self._resume.run(resume_from_checkpoint) as checkpoint:
+            return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
         if skip_scheduler and self._resume.checkpoint is not None:

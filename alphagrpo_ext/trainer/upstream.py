@@ -105,6 +105,7 @@ SEAMS: tuple[Seam, ...] = (
         _run_epoch="model, epoch, ...",
         _save="output_dir, state_dict",
     ),
+    *_seams("torch.optim.lr_scheduler.LRScheduler", attributes=("_last_lr",)),
     *_seams("accelerate.state.GradientState", _set_sync_gradients="sync_gradients"),
     *_seams("torch.distributed.fsdp.FSDPModule", _get_fsdp_state=""),
     *_seams(

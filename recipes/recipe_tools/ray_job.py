@@ -21,6 +21,7 @@ from typing import Any
 from alphagrpo_ext.trainer.resume.checkpoint_folder import (
     asks_for_last,
     asks_to_resume,
+    complete_checkpoints,
     last_checkpoint,
     read_manifest,
 )
@@ -66,7 +67,8 @@ def choose_initial_checkpoint(output_dir: Path, resume_from: str | None) -> str 
         `ValueError`: If a restart would continue from another checkpoint in the output directory.
         `DamagedCheckpointError`: If the checkpoint that is named is not complete or does not exist.
     """
-    last = last_checkpoint(output_dir)
+    # Contents are not read here: the workers share that work.
+    last = next(complete_checkpoints(output_dir), None)
     if not asks_to_resume(resume_from):
         if last is not None:
             raise ValueError(
@@ -104,22 +106,18 @@ def train_worker(config: Mapping[str, Any]) -> None:
     # On a cluster that copies the working directory to each node, the worker is already in its copy.
     if Path(job.directory).is_dir():
         os.chdir(job.directory)
-    last = last_checkpoint(job.output_dir)
-    checkpoint = job.initial_checkpoint if last is None else str(last)
     context = ray.train.get_context()
-    if context.get_world_rank() == 0:
-        with (Path(job.run_dir) / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "resumed_from": checkpoint}) + "\n")
-    run_recipe(job, checkpoint, context.get_world_size())
+    run_recipe(job, context.get_world_rank(), context.get_world_size())
 
 
-def run_recipe(job: RayJob, checkpoint: str | None, num_workers: int) -> None:
+def run_recipe(job: RayJob, rank: int, num_workers: int) -> None:
     """
-    Run the recipe's `main` in this worker.
+    Run the recipe's `main` in this worker, from the last checkpoint in the output directory or else from the initial one. The
+    first worker notes the attempt.
 
     Args:
         job ([`RayJob`]): The job.
-        checkpoint (`str`, *optional*): Checkpoint to continue from.
+        rank (`int`): Position of this worker.
         num_workers (`int`): Number of workers.
 
     Raises:
@@ -136,6 +134,12 @@ def run_recipe(job: RayJob, checkpoint: str | None, num_workers: int) -> None:
             f"accelerate sees {training_args.world_size} of {num_workers} workers, so that each would train alone: is a variable "
             "of accelerate (ACCELERATE_...) set on this node?"
         )
+    # Here, where the workers are connected and share the work of reading it.
+    last = last_checkpoint(job.output_dir)
+    checkpoint = job.initial_checkpoint if last is None else str(last)
+    if rank == 0:
+        with (Path(job.run_dir) / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "resumed_from": checkpoint}) + "\n")
     training_args.resume_from_checkpoint = checkpoint
     recipe.main(*parsed)
 

@@ -136,13 +136,16 @@ def whole(
 @pytest.mark.slow
 @pytest.mark.low_priority
 @pytest.mark.invariant
-@pytest.mark.parametrize(("recipe", "num_processes"), [("reasoning_t2i", 1), ("self_reflection", 1)])
+@pytest.mark.parametrize(
+    ("recipe", "num_processes"), [("reasoning_t2i", 1), ("self_reflection", 1), ("reasoning_t2i", 2)]
+)
 def test_killed_at_random_moments(recipe: str, num_processes: int, whole: Whole, tmp_path: Path) -> None:
-    rng = random.Random(recipe)
+    """With several processes it is the launcher that is killed, and its workers end with it."""
+    rng = random.Random(f"{recipe}{num_processes}")
     attempts = num_kills = 0
     folder = tmp_path / "run-0"
     while True:
-        process = start(recipe, folder)
+        process = start(recipe, folder, num_processes)
         if num_kills < NUM_KILLS:
             if num_kills == 2:
                 moment = rng.uniform(0, whole.startup)

@@ -10,8 +10,12 @@ still to be trained on, and losses and metrics since the last log. So a checkpoi
 of a generation. The order of prompts goes on in the epoch where it was. Noise, windows and sampled text depend on seed and
 position alone.
 
-A checkpoint is written in the folder `incomplete` of `output_dir` and moved to its place when it is complete. If the disk has no
-room for it, the run stops before it writes anything.
+A checkpoint is written in the folder `incomplete` of `output_dir` and moved to its place when it is complete. It holds a checksum
+of every file, and a run resumes only from files that are as they were written. If the disk has no room for a checkpoint and the
+final model, the run does not begin; if it has no room for a later checkpoint, it stops before it writes that.
+
+A checkpoint holds the settings of its run. A run that resumes with others is refused if they cannot change, and says which it
+applies if they can; `setting_kinds.py` lists both. While it trains, a run holds the lock of its `output_dir`.
 
 Not restored: the table of `log_completions` until the next rollout, and what reward functions keep for themselves.
 """
@@ -19,6 +23,7 @@ Not restored: the table of `log_completions` until the next rollout, and what re
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -32,27 +37,44 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import set_seed
 from datasets import IterableDataset
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from alphagrpo_ext.models.saving import check_free_space
+from alphagrpo_ext.trainer.distributed import Sharding
+from alphagrpo_ext.trainer.learning_rates import GroupRate, group_rates, replace_group_rates
 from alphagrpo_ext.trainer.reference import load_reference_state, reference_state
+from alphagrpo_ext.trainer.resume import processes
 from alphagrpo_ext.trainer.resume.checkpoint_folder import (
     INCOMPLETE_NAME,
     publish,
     read_manifest,
+    record_files,
     resolve_checkpoint,
     write_manifest,
 )
+from alphagrpo_ext.trainer.resume.disk_space import check_room, checkpoint_bytes
 from alphagrpo_ext.trainer.resume.rollout_buffer import load_rollouts, save_rollouts
+from alphagrpo_ext.trainer.resume.setting_kinds import SettingKind
+from alphagrpo_ext.trainer.resume.settings import (
+    Change,
+    changes,
+    check_changes,
+    config_settings,
+    given_settings,
+    read_settings_file,
+    write_settings,
+)
+from alphagrpo_ext.trainer.resume.sole_writer import sole_writer
 
 
 if TYPE_CHECKING:
     from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
+
+logger = logging.getLogger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 REFERENCE_NAME = "reference_model.safetensors"
@@ -102,47 +124,110 @@ class ExactResume(TrainerCallback):
     def __init__(self, trainer: AlphaGRPOTrainer) -> None:
         self.trainer = trainer
         self.checkpoint: Path | None = None
+        self.changes: list[Change] = []
         self.sampler: Sampler | None = None
         self.is_saving = False
         self.started_at = 0.0
         self.seconds_before = 0.0
+        self._rates: list[GroupRate] | None = None
+        self._settings: dict[str, Any] | None = None
 
-    def begin(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+    @contextmanager
+    def run(self, resume_from_checkpoint: str | bool | None) -> Iterator[Path | None]:
         """
-        Choose and check the checkpoint that training goes on from.
+        Hold the lock of the output folder during the block, in which the trainer trains, and yield the checkpoint that it goes on
+        from.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): See [`resolve_checkpoint`].
 
         Raises:
-            `DamagedCheckpointError`: If the checkpoint that is named is not complete.
+            `FolderInUseError`: If another run writes to the folder.
+            `DamagedCheckpointError`: If the checkpoint that is named is not complete, or damaged.
+            [`ChangedSettingsError`]: If a setting differs that cannot change.
+            `ValueError`: If the checkpoint was saved by another number of processes, or without the state of training.
+            `OSError`: If the disk has no room for a checkpoint and the final model.
+        """
+        args = self.trainer.args
+        with sole_writer(args.output_dir):
+            self.checkpoint = resolve_checkpoint(resume_from_checkpoint, args.output_dir)
+            self.started_at, self.seconds_before = time.time(), 0.0
+            if self.trainer.optimizer is not None:
+                self.remember_rates(self.trainer.optimizer)
+            self._current_settings()
+            self.changes = [] if self.checkpoint is None else self.check(self.checkpoint)
+            check_room(self.trainer.model, args)
+            if self.checkpoint is None:
+                # The order of prompts must not depend on an evaluation before training, which a restarted run may have kept.
+                set_seed(args.seed, device_specific=True)
+            elif said := [str(change) for change in self.changes if change.kind is SettingKind.FREE]:
+                if processes.is_main():
+                    logger.warning("the run goes on with other settings than it had: %s", "; ".join(said))
+            yield self.checkpoint
+
+    def check(self, checkpoint: Path) -> list[Change]:
+        """
+        Check that the trainer can go on from a checkpoint, and return the settings that differ. All processes call it together.
+
+        Args:
+            checkpoint (`Path`): A checkpoint that is complete.
+
+        Raises:
+            [`ChangedSettingsError`]: If a setting differs that cannot change.
             `ValueError`: If it was saved by another number of processes, or without the state of training.
         """
         args = self.trainer.args
-        self.checkpoint = resolve_checkpoint(resume_from_checkpoint, args.output_dir)
-        self.started_at, self.seconds_before = time.time(), 0.0
-        if self.checkpoint is None:
-            # The order of prompts must not depend on an evaluation before training, which a restarted run may have kept.
-            set_seed(args.seed, device_specific=True)
-            return None
-        num_processes = read_manifest(self.checkpoint).num_processes
+        num_processes = read_manifest(checkpoint).num_processes
         if num_processes != args.world_size:
             raise ValueError(
-                f"the checkpoint {self.checkpoint} was saved by {num_processes} processes, but {args.world_size} are "
+                f"the checkpoint {checkpoint} was saved by {num_processes} processes, but {args.world_size} are "
                 f"running: launch as many to resume, or start a new run from its weights with model_name_or_path"
             )
-        if not progress_path(self.checkpoint, args.process_index).is_file():
+        if not progress_path(checkpoint, args.process_index).is_file():
             raise ValueError(
-                f"the checkpoint {self.checkpoint} holds a model alone, since save_only_model was set: start a new run from "
+                f"the checkpoint {checkpoint} holds a model alone, since save_only_model was set: start a new run from "
                 f"its weights with model_name_or_path"
             )
-        return self.checkpoint
+        found = changes(read_settings_file(checkpoint) or {}, self._current_settings())
+        check_changes(checkpoint, found)
+        return found
+
+    def _current_settings(self) -> dict[str, Any]:
+        """The settings of the run, as its main process has them before it first trains. All processes ask for them together."""
+        if self._settings is None:
+            trainer = self.trainer
+            given = given_settings(
+                model=trainer.accelerator.unwrap_model(trainer.model),
+                reference=trainer.ref_model,
+                train_dataset=trainer.train_dataset,
+                reward_funcs=trainer.reward_funcs,
+                reward_names=trainer.reward_func_names,
+                sharding=Sharding.of(trainer.accelerator).describe(),
+            )
+            self._settings = processes.gathered({**config_settings(trainer.args), **given})[0]
+        return self._settings
+
+    def remember_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note the initial learning rates of an optimizer when it is first seen, before a checkpoint replaces them."""
+        if self._rates is None:
+            self._rates = group_rates(optimizer)
+
+    def _apply_changes(self, state: TrainerState) -> None:
+        """Let new settings replace what Transformers restores from a checkpoint."""
+        trainer = self.trainer
+        state.compute_steps(trainer.args, state.max_steps)
+        if any(change.name in ("metric_for_best_model", "greater_is_better") for change in self.changes):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        if self._rates is not None:
+            # The same numbers as restored, unless a setting of the learning rate or of the length is new.
+            replace_group_rates(trainer.optimizer, trainer.lr_scheduler, self._rates)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.checkpoint is None:
             return
+        self._apply_changes(state)
         trainer = self.trainer
         path = progress_path(self.checkpoint, args.process_index)
         progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
@@ -194,7 +279,7 @@ class ExactResume(TrainerCallback):
         trainer, args = self.trainer, self.trainer.args
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         staged = run_dir / INCOMPLETE_NAME / final.name
-        check_free_space(run_dir, checkpoint_bytes(trainer.model, args.save_only_model))
+        check_free_space(run_dir, checkpoint_bytes(trainer.model, args))
         if args.should_save:
             shutil.rmtree(staged.parent, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
@@ -207,10 +292,13 @@ class ExactResume(TrainerCallback):
             self._save_progress(staged)
         if trainer.state.best_model_checkpoint and Path(trainer.state.best_model_checkpoint) == staged:
             trainer.state.best_model_checkpoint = str(final)
-        trainer.accelerator.wait_for_everyone()
         if args.should_save:
             trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            write_manifest(staged, trainer.state.global_step, args.world_size)
+            write_settings(staged, self._settings)
+        trainer.accelerator.wait_for_everyone()
+        files = record_files(staged, args.save_on_each_node)
+        if args.should_save:
+            write_manifest(staged, trainer.state.global_step, args.world_size, files)
             publish(staged, final)
         trainer.accelerator.wait_for_everyone()
         if args.push_to_hub:
@@ -245,13 +333,15 @@ class ExactResume(TrainerCallback):
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / REFERENCE_NAME)
 
 
-def checkpoint_bytes(model: torch.nn.Module, save_only_model: bool) -> int:
-    """Smallest size of a checkpoint in bytes: saved weights, and two moments in fp32 of each weight that is trained."""
-    num_bytes = 0
-    for parameter in model.parameters():
-        # A shard of DeepSpeed has no elements of its own.
-        elements = getattr(parameter, "ds_numel", parameter.numel())
-        is_saved = parameter.requires_grad or not isinstance(model, PeftModel)
-        num_bytes += is_saved * elements * parameter.element_size()
-        num_bytes += (parameter.requires_grad and not save_only_model) * 2 * 4 * elements
-    return num_bytes
+def check_run(trainer: AlphaGRPOTrainer, checkpoint: Path | None) -> None:
+    """
+    Check what `train` checks, before anything else is done: that there is room on the disk, and that the trainer can go on from a
+    checkpoint; see [`check_room`] and [`ExactResume.check`].
+
+    Args:
+        trainer ([`AlphaGRPOTrainer`]): Before training.
+        checkpoint (`Path`, *optional*): From [`resolve_checkpoint`].
+    """
+    check_room(trainer.model, trainer.args)
+    if checkpoint is not None:
+        trainer._resume.check(checkpoint)
