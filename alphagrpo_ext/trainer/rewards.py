@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from trl.trainer.utils import nanstd
 
 from alphagrpo_ext.rollout.task import Task
+from alphagrpo_ext.trainer.reward_functions import reward_attribute
 
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 def judges_images(functions: Sequence[Callable]) -> torch.Tensor:
     """
     Which reward functions judge images, bool `(functions,)`: all but reward models, which read texts, and functions with a true
-    attribute `text_only`.
+    attribute `text_only` (see [`reward_attribute`]).
     """
-    is_text_only = [isinstance(f, torch.nn.Module) or getattr(f, "text_only", False) for f in functions]
+    is_text_only = [isinstance(f, torch.nn.Module) or bool(reward_attribute(f, "text_only")) for f in functions]
     return ~torch.tensor(is_text_only)
 
 

@@ -14,6 +14,7 @@ from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.reward_functions import listed, preflight_rewards, reward_hooks
 from alphagrpo_ext.trainer.step import task_name
 
 
@@ -32,7 +33,7 @@ def validate_rewards(
 ) -> None:
     """
     Ask reward functions to check the datasets and the size of images, if they have a `validate_dataset` or a
-    `validate_image_size`.
+    `validate_image_size`; see [`reward_attribute`] for where they are looked up.
 
     Args:
         functions (`Sequence[Callable]`): Reward functions.
@@ -42,15 +43,14 @@ def validate_rewards(
     Raises:
         `ValueError`: If a function refuses a dataset; the message begins with its name.
     """
-    for function in functions:
-        if validate := getattr(function, "validate_dataset", None):
-            for name, dataset in named.items():
-                try:
-                    validate(dataset)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-        if validate := getattr(function, "validate_image_size", None):
-            validate(height, width)
+    for validate in reward_hooks(functions, "validate_dataset"):
+        for name, dataset in named.items():
+            try:
+                validate(dataset)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    for validate in reward_hooks(functions, "validate_image_size"):
+        validate(height, width)
 
 
 def validated_tasks(
@@ -61,8 +61,8 @@ def validated_tasks(
     model: UnifiedModel,
 ) -> dict[str, Task]:
     """
-    The tasks of all rows by name, after the checks of [`validate_rewards`] and [`validate_rows`]. Rows of a stream are checked
-    when they are read.
+    The tasks of all rows by name, after the checks of [`validate_rewards`], [`validate_rows`] and [`preflight_rewards`]. Rows of
+    a stream are checked when they are read.
 
     Args:
         args ([`AlphaGRPOConfig`]): Default task, settings of tasks, and size of images.
@@ -70,7 +70,7 @@ def validated_tasks(
         named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
         processor, model: Processor and model of the policy.
     """
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    functions = listed(reward_funcs)
     validate_rewards(functions, named, args.image_height, args.image_width)
     names = dict.fromkeys(
         [args.task, *(name for dataset in named.values() for name in task_names(dataset, args.task))]
@@ -78,6 +78,8 @@ def validated_tasks(
     tasks = {name: args.make_task(name) for name in names}
     for dataset in named.values():
         validate_rows(dataset, tasks, args.task, processor, model, args.eval_rollout())
+    # Last, because it may wait for another machine.
+    preflight_rewards(functions, args.image_height, args.image_width)
     return tasks
 
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
+from reward_models.endpoints.preflight import ask_in_time
 from reward_models.judges.arguments import JudgeArguments
-from reward_models.judges.base import JUDGES, Judge
+from reward_models.judges.base import JUDGES, PREFLIGHT_QUESTION, Judge
 from reward_models.judges.yes_no import QUESTION_PROMPT, read_plain_answer, yes_probability
 
 
@@ -60,6 +61,8 @@ class OpenAIJudge(Judge):
             otherwise thinks before it answers.
     """
 
+    is_light = True
+
     endpoint: OpenAIEndpoint
     binary: bool = False
     image_first: bool = False
@@ -84,13 +87,16 @@ class OpenAIJudge(Judge):
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         # Compression takes milliseconds, which would block the event loop.
         png = await asyncio.to_thread(png_bytes, image)
-        digest = hashlib.sha256(png).digest()
-        url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        digest, url = hashlib.sha256(png).digest(), _png_url(png)
         first: list[float | None] = []
         if self.image_first:
             first = [await self._answer_one(url, digest, questions[0])]
         rest = await asyncio.gather(*(self._answer_one(url, digest, question) for question in questions[len(first) :]))
         return first + rest
+
+    async def preflight(self, image: Image.Image, seconds: float) -> None:
+        # Not through the cache, which a blank image has no place in.
+        await ask_in_time(self.endpoint, lambda: self._ask(_png_url(png_bytes(image)), PREFLIGHT_QUESTION), seconds)
 
     async def aclose(self) -> None:
         loop = asyncio.get_running_loop()
@@ -114,6 +120,7 @@ class OpenAIJudge(Judge):
             # If this caller is cancelled, other callers still get the answer.
             probability = await asyncio.shield(self._asking[slot])
         except Exception as error:
+            self.last_failure = f"{self.endpoint.base_url}: {type(error).__name__}: {error}"
             logger.warning("no answer to %r: %s: %s", question, type(error).__name__, str(error)[:300])
             return None
         self._answers[key] = probability
@@ -163,6 +170,11 @@ class OpenAIJudge(Judge):
                 f"{candidates[0].token!r}: a model that thinks first must be told not to (judge_extra_body)"
             )
         return probability
+
+
+def _png_url(png: bytes) -> str:
+    """A PNG file as a URL that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def png_bytes(image: Image.Image) -> bytes:

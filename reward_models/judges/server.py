@@ -4,21 +4,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
-from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label
+from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label, RewardServerError
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 from reward_models.judges.arguments import JudgeArguments
-from reward_models.judges.base import JUDGES, Judge
+from reward_models.judges.base import JUDGES, PREFLIGHT_QUESTION, Judge
 from reward_models.prompts.questions import SEMANTIC_TAGS
 
 
 # The server passes only the questions to its judge. Prompt and tag have to be valid, but do not matter.
 _PROMPT, _TAG = "an image", SEMANTIC_TAGS[0]
+_PREFLIGHT_RETRIES = 2
 
 
 @JUDGES.register("server")
@@ -43,6 +45,8 @@ class ServerJudge(Judge):
         `ImportError`: If `httpx` is not installed.
     """
 
+    is_light = True
+
     def __init__(self, base_url: str, max_concurrency: int = 64, timeout: float = 60.0, max_retries: int = 8) -> None:
         config = ClientSettings(
             server_url=base_url.rstrip("/"),
@@ -63,6 +67,23 @@ class ServerJudge(Judge):
         label = Label(_PROMPT, [{"question": question, "tag": _TAG} for question in questions], [])
         (score,) = await self.client.score([image], [label])
         return list(score.semantic)
+
+    async def preflight(self, image: Image.Image, seconds: float) -> None:
+        # Few tries, so that the time is enough for all of them where the server refuses or is out of reach.
+        settings = self.client.config.model_copy(update={"timeout": seconds, "max_retries": _PREFLIGHT_RETRIES})
+        client = AsyncRewardClient(settings)
+        label = Label(_PROMPT, [{"question": PREFLIGHT_QUESTION, "tag": _TAG}], [])
+        try:
+            async with asyncio.timeout(seconds):
+                await client.score([image], [label])
+        except TimeoutError as error:
+            raise RewardServerError(
+                f"the reward server at {settings.server_url} did not answer in {seconds} s"
+            ) from error
+        except RewardServerError as error:
+            raise RewardServerError(f"{error}. The address is judge_base_url, without a path") from error
+        finally:
+            await client.aclose()
 
     async def aclose(self) -> None:
         await self.client.aclose()
