@@ -193,6 +193,19 @@ class DVReward:
         """
         validate_dataset(dataset, self.judge.validate_question)
 
+    def validate_named(self, datasets: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        """
+        Check several datasets by name; see [`~DVReward.validate_dataset`].
+
+        Raises:
+            `ValueError`: As there. The message begins with the name of the dataset.
+        """
+        for name, dataset in datasets.items():
+            try:
+                self.validate_dataset(dataset)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
     def validate_image_size(self, height: int, width: int) -> None:
         """
         Check that the judge can read images of this size, in pixels.

@@ -70,6 +70,9 @@ def evaluate_model(
         args ([`EvaluationArguments`]): How to sample and score, and the output folder.
     """
     policy = functools.cache(functools.partial(load_policy, name, args.dtype))
+    size = (args.image_size, args.image_size)
+    named_rows = {f"eval_file {args.eval_file}": rows.undecoded if isinstance(rows, PromptRows) else rows}
+    checked_reward = functools.cache(lambda: args.make_checked_reward(named_rows, [size], policy))
     config = args.rollout(args.image_size, args.image_size)
     settings = [
         *(checkpoint_fingerprint(name), args.dtype, rows_digest, config, args.answer_settings()),
@@ -82,8 +85,8 @@ def evaluate_model(
         with EvaluationStore(folder, settings_digest(settings, stage.lineage)) as store:
             evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
             if evaluation is None:
-                reward = args.make_reward(policy())
-                reward.validate_image_size(args.image_size, args.image_size)
+                # Before the model is loaded.
+                reward = checked_reward()
                 evaluation = evaluate(
                     RolloutGenerator(*policy(), TASKS.get(stage.task)(think=stage.think)),
                     rows,

@@ -19,6 +19,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alphagrpo_ext.trainer.reward_functions import preflight_rewards
 from reward_models.dvreward import DVReward
 from reward_models.prompts.questions import from_row
 
@@ -38,7 +39,7 @@ class HoldoutCallback(TrainerCallback):
     Scores the images of every training rollout with a hold-out reward, and logs `holdout/reward`, `holdout/strict_pass` and
     `holdout/failed_frac`. If no image can be scored, it logs the last of these alone, and training continues.
 
-    It warns when the training reward rises while the hold-out reward falls, once per episode.
+    Before training, its judge is asked one question; see [`DVReward.preflight`]. It warns when the training reward rises while the hold-out reward falls, once per episode.
 
     Args:
         reward ([`DVReward`]): The hold-out reward.
@@ -50,6 +51,11 @@ class HoldoutCallback(TrainerCallback):
         self.window = window
         self._diverging = False
         self._runner: asyncio.Runner | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        preflight_rewards([self.reward], args.image_height, args.image_width)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

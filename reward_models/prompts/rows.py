@@ -28,6 +28,11 @@ class PromptRows(Sequence[dict[str, Any]]):
         has_images = isinstance(dataset.features.get("image"), Image)
         self._dataset = dataset.cast_column("image", Image(decode=False)) if has_images else dataset
 
+    @property
+    def undecoded(self) -> Dataset:
+        """The dataset itself, whose images are not decoded."""
+        return self._dataset
+
     def __len__(self) -> int:
         return len(self._dataset)
 
