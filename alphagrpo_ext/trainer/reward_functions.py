@@ -61,14 +61,27 @@ def reward_hooks(functions: Sequence[Any], name: str) -> list[Callable]:
     return hooks
 
 
+def judging_starts(functions: Sequence[Any]) -> list[Callable]:
+    """The distinct coroutine methods `start(images, rows)`. An object's method `start` of another form has another purpose."""
+    return [
+        start
+        for start in reward_hooks(functions, "start")
+        if inspect.iscoroutinefunction(start) and _takes_two(inspect.signature(start))
+    ]
+
+
 def reward_name(function: Any) -> str:
     """Name of a reward function in metrics and messages: its `__name__`, or the name of the innermost object's class."""
-    owners = list(_owners(function, set()))
-    for owner in owners:
-        name = getattr(owner, "__name__", None)
-        if isinstance(name, str) and name != "__call__":
+    calls = list(_calls(function))
+    wrappers = [call for call in calls if hasattr(call, "__wrapped__")]
+    # What a decorator calls its own function remains where the decorated object has no name.
+    decorator_names = {call.__code__.co_name for call in wrappers if hasattr(call, "__code__")}
+    for call in calls:
+        name = getattr(call, "__name__", None)
+        is_decorators = name in decorator_names and call in wrappers
+        if isinstance(name, str) and name != "__call__" and not is_decorators:
             return name
-    return type(owners[-1]).__name__
+    return type(calls[-1]).__name__
 
 
 def trl_reward_functions(functions: Any) -> Any:
@@ -138,16 +151,28 @@ def preflight_rewards(functions: Sequence[Any], height: int, width: int) -> None
 _MISSING = object()
 
 
+def _takes_two(signature: inspect.Signature) -> bool:
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
 def _calls(function: Any) -> Iterator[Any]:
-    """Yield a function and what it calls in the end, from the outside: through `partial` and `functools.wraps`."""
+    """Yield a function and what it calls, from the outside: through `partial`, `functools.wraps` and `__call__`."""
     seen: set[int] = set()
     while id(function) not in seen:
         seen.add(id(function))
         yield function
-        inner = function.func if isinstance(function, functools.partial) else getattr(function, "__wrapped__", None)
-        if inner is None:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        elif inspect.ismethod(function) and function.__name__ == "__call__":
+            function = function.__self__
+        else:
             return
-        function = inner
 
 
 def _owners(function: Any, seen: set[int]) -> Iterator[Any]:

@@ -11,7 +11,6 @@ TRL buffers, shuffles and splits.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 
 from alphagrpo_ext.rollout.generator import RolloutConfig, sample_generator
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.reward_functions import reward_hooks
+from alphagrpo_ext.trainer.reward_functions import judging_starts
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
@@ -176,9 +175,10 @@ def start_judging(
         loop (`asyncio.AbstractEventLoop`, *optional*): Runs them; TRL starts it if a function is asynchronous.
     """
     images = [trajectory.final_image for trajectory in trajectories]
-    for start in reward_hooks(functions, "start"):
-        if loop is not None and inspect.iscoroutinefunction(start):
-            asyncio.run_coroutine_threadsafe(start(images, [reward_row(row) for row in rows]), loop)
+    if loop is None:
+        return
+    for start in judging_starts(functions):
+        asyncio.run_coroutine_threadsafe(start(images, [reward_row(row) for row in rows]), loop)
 
 
 def rollout_fields(
