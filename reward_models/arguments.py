@@ -14,7 +14,13 @@ from reward_models.judges import JUDGES
 from reward_models.judges.arguments import JudgeArguments
 
 
-_CANNOT_CHANGE_ANSWERS = ("judge_max_concurrency", "judge_timeout", "judge_max_retries", "judge_max_failed_frac")
+_CANNOT_CHANGE_ANSWERS = (
+    "judge_max_concurrency",
+    "judge_timeout",
+    "judge_max_retries",
+    "judge_max_answer_bytes",
+    "judge_max_failed_frac",
+)
 
 
 @dataclass

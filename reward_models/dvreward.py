@@ -153,7 +153,7 @@ class DVReward:
                 `answers` (see [`format_answers`]).
             log_metric (`Callable`, *optional*):
                 TRL's logger of metrics. Under the function's name: see [`batch_metrics`]; under `judge`: see
-                [`judge_metrics`].
+                [`judge_metrics`], and `answer_mass`, the mean of `p_yes + p_no` over the answers of a judge with probabilities.
 
         Returns:
             `list[float | None]`: Rewards in [0, 1]; `None` for an image that could not be scored.
@@ -178,6 +178,9 @@ class DVReward:
                 log_metric(f"{self.__name__}/{metric}", value)
             for metric, value in judge_metrics(scores).items():
                 log_metric(f"judge/{metric}", value)
+            answer_mass = self.judge.take_answer_mass()
+            if answer_mass is not None:
+                log_metric("judge/answer_mass", answer_mass)
         self.check_failures(scores)
         if log_extra is not None:
             for column, values in _columns(scores, records).items():
@@ -322,7 +325,7 @@ class DVReward:
         num_failed = sum(score.reward is None for score in judged)
         if num_failed <= self.max_failed_frac * len(judged):
             return
-        cause = self._last_cause or "single questions have no answer, see the log"
+        cause = self._last_cause or self.judge.last_failure or "single questions failed"
         raise JudgeFailedError(
             f"{type(self.judge).__name__} left {num_failed} of {len(judged)} images without a score, more than "
             f"judge_max_failed_frac={self.max_failed_frac} allows ({cause})"

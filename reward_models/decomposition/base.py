@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alphagrpo_ext.registry import Registry
-from reward_models.endpoints.endpoint import InvalidAnswerError, parse_extra_body
+from reward_models.endpoints.endpoint import parse_extra_body
+from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
 from reward_models.prompts.questions import PromptRecord
 
 
@@ -40,14 +41,11 @@ class DecompositionError(ValueError):
 
 def failure_reason(error: Exception) -> str:
     """Return the kind of a failure in a few words, so that failures can be counted by kind."""
-    if isinstance(error, DecompositionError):
+    if isinstance(error, DecompositionError | EndpointError):
         return error.reason
     if isinstance(error, InvalidAnswerError):
         return "unusable answer"
-    if isinstance(error, TimeoutError):
-        return "timeout"
-    status_code = getattr(error, "status_code", None)
-    return type(error).__name__ if status_code is None else f"HTTP status {status_code}"
+    return "timeout" if isinstance(error, TimeoutError) else type(error).__name__
 
 
 @dataclass
@@ -82,8 +80,15 @@ class DecomposerArguments:
     temperature: float = field(
         default=0.3, metadata={"help": "Temperature of the answers. At 0 a retry may get the same answer again."}
     )
+    max_answer_bytes: int = field(
+        default=2**20, metadata={"help": "Largest size of the endpoint's answer, before and after decompression."}
+    )
     extra_body: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further fields of a request to the endpoint, as JSON."}
+        default=None,
+        metadata={
+            "help": "Further fields of a request to the endpoint, as JSON. A field that is null is left out, e.g. "
+            '{"temperature": null}.'
+        },
     )
 
     def __post_init__(self) -> None:

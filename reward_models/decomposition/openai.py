@@ -10,7 +10,8 @@ from dataclasses import replace
 from reward_models.decomposition.answers import CRITERIA, Facts, QualityQuestions, Verdict, Verdicts
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, DecompositionError
 from reward_models.decomposition.requests import facts_request, quality_request, verification_request
-from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
+from reward_models.endpoints.endpoint import OpenAIEndpoint
+from reward_models.endpoints.errors import InvalidAnswerError
 from reward_models.endpoints.structured_output import StructuredChat
 from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, PromptRecord, Question
 
@@ -37,6 +38,7 @@ class OpenAIDecomposer(Decomposer):
             max_concurrency=args.max_concurrency,
             timeout=args.timeout,
             max_retries=args.max_retries,
+            max_answer_bytes=args.max_answer_bytes,
         )
         return cls(StructuredChat(endpoint, args.max_tokens or None, args.temperature, args.extra_body))
 

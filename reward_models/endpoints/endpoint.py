@@ -5,33 +5,63 @@ Client of an endpoint that speaks OpenAI's protocol: vLLM, SGLang, or OpenAI its
 
 The retries are one policy of `tenacity` around the official client, whose own retries are switched off. Those have no
 deadline for a whole try, so a server that answers byte by byte would hold a request for ever, and they accept an answer
-that cannot be read as final.
+that cannot be read as final. Bodies are read by [`bounded_body`] and [`parse_body`].
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
 import os
-from collections.abc import Awaitable, Callable
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from alphagrpo_ext.files import require_extra
+from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
+from reward_models.endpoints.answers import (
+    ACCEPTED_ENCODINGS,
+    ChatAnswers,
+    ChatChoice,
+    PaintedImages,
+    ServedModels,
+    bounded_body,
+    parse_body,
+)
+from reward_models.endpoints.dialects import CHAT_OPTIONS, IMAGE_OPTIONS, Dialect, request_fields
+from reward_models.endpoints.errors import (
+    EndpointError,
+    InvalidAnswerError,
+    ThrottledWarning,
+    innermost_message,
+    server_message,
+    status_hint,
+    status_message,
+    without_password,
+)
 
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
-    from openai.types.chat import ChatCompletion
+    from openai import APIStatusError, AsyncOpenAI
     from tenacity import RetryCallState
 
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 
-class InvalidAnswerError(ValueError):
-    """The endpoint answered, but not with what was asked for. Another try may succeed."""
+OPENAI_URL = "https://api.openai.com/v1"
+_TRANSIENT_STATUS_CODES = (408, 409, 425, 429)
+_REFUSED_FIELD_STATUS_CODES = (400, 422)
+# A list of models only improves a message.
+_SECONDS_FOR_MODELS = 5.0
 
 
 @dataclass(eq=False)
@@ -39,9 +69,10 @@ class OpenAIEndpoint:
     """
     An OpenAI-compatible endpoint, reached through the official asynchronous client.
 
-    A request is retried after a timeout, a refused or broken connection, a status code of 408, 409, 429 or at least 500,
+    A request is retried after a timeout, a refused or broken connection, a status code of 408, 409, 425, 429 or at least 500,
     and an answer that is not what was asked for. The wait between two tries grows exponentially with jitter, or is the
-    time that the server names. Any other 4xx status code is an error of the request and is raised at once.
+    time that the server names. Any other 4xx status code is an error of the request and is raised at once, but for a refused
+    field that has another form: it is sent in that form from then on. See [`Dialect`].
 
     One object can be used from several event loops: each gets its own connection pool.
 
@@ -59,6 +90,12 @@ class OpenAIEndpoint:
             Seconds for one try, from connecting to the last byte.
         max_retries (`int`, *optional*, defaults to `8`):
             Further tries of a request.
+        max_wait (`float`, *optional*, defaults to `300.0`):
+            Seconds that a request waits in all because the server asks for it by `Retry-After`. A request that would have to
+            wait longer fails at once. So a request ends after at most `(max_retries + 1) * timeout + max_wait` seconds and
+            the back-off, which is at most 4.5 seconds per retry.
+        max_answer_bytes (`int`, *optional*, defaults to `1048576`):
+            Largest size of an answer, as it is sent and after decompression.
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -70,71 +107,92 @@ class OpenAIEndpoint:
     max_concurrency: int = field(default=64, repr=False)
     timeout: float = field(default=60.0, repr=False)
     max_retries: int = field(default=8, repr=False)
+    max_wait: float = field(default=300.0, repr=False)
+    max_answer_bytes: int = field(default=2**20, repr=False)
 
     def __post_init__(self) -> None:
         require_extra("openai", "judge")
         require_extra("tenacity", "judge")
-        if self.max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, but is {self.max_concurrency}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout must be positive, but is {self.timeout}")
-        if self.max_retries < 0:
-            raise ValueError(f"max_retries must not be negative, but is {self.max_retries}")
+        for name in ("max_concurrency", "max_answer_bytes"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be positive and finite, but is {self.timeout}")
+        for name in ("max_retries", "max_wait"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative and must be finite, but is {getattr(self, name)}")
         self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, asyncio.Semaphore]] = (
             WeakKeyDictionary()
         )
+        self._dialect = Dialect()
+        self._retry_log = ThrottledWarning(logger)
 
-    async def request(self, attempt: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
-        """
-        Make a request, with retries.
-
-        Args:
-            attempt (`Callable[[AsyncOpenAI], Awaitable[T]]`):
-                Makes one try with the client. An [`InvalidAnswerError`] that it raises is retried.
-
-        Raises:
-            `openai.OpenAIError`, `TimeoutError` or [`InvalidAnswerError`]: The error of the last try.
-        """
-        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
-
-        client, slots = self._connection()
-
-        async def attempt_in_time() -> T:
-            # A request that waits for its next try holds no slot.
-            async with slots, asyncio.timeout(self.timeout):
-                return await attempt(client)
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(_is_transient),
-            wait=_seconds_to_wait,
-            stop=stop_after_attempt(self.max_retries + 1),
-            reraise=True,
-        )
-        return await retrying(attempt_in_time)
-
-    async def complete_chat(self, read: Callable[[ChatCompletion], T], **arguments: Any) -> T:
+    async def complete_chat(
+        self, read: Callable[[ChatChoice], T], extra_body: Mapping[str, Any] | None = None, **fields: Any
+    ) -> T:
         """
         Ask for a chat completion and read the answer, with retries.
 
         Args:
-            read (`Callable[[ChatCompletion], T]`):
-                Extracts the result from the completion. An [`InvalidAnswerError`] that it raises is retried.
-            arguments:
-                Arguments of OpenAI's `chat.completions.create` except for `model`, e.g. `messages` and `max_tokens`.
+            read (`Callable[[ChatChoice], T]`):
+                Extracts the result from the first choice. An [`InvalidAnswerError`] that it raises is retried.
+            extra_body (`Mapping[str, Any]`, *optional*):
+                Further fields, which have precedence. `None` as a value leaves a field out.
+            fields:
+                Fields of OpenAI's chat completions, e.g. `messages` and `max_tokens`.
 
         Raises:
-            `openai.OpenAIError`, `TimeoutError` or [`InvalidAnswerError`]: The error of the last try.
+            [`EndpointError`]: If the endpoint refuses the request or cannot be reached.
+            [`InvalidAnswerError`]: If the last answer could not be read.
         """
-        from openai.types.chat import ChatCompletion
 
-        async def attempt(client: AsyncOpenAI) -> T:
-            completion = await client.chat.completions.create(model=await self._chat_model(client), **arguments)
-            # The client returns a body that is not declared as JSON as a plain string.
-            if not isinstance(completion, ChatCompletion) or not completion.choices:
-                raise InvalidAnswerError(f"expected a chat completion, got {str(completion)[:200]!r}")
-            return read(completion)
+        async def send(client: AsyncOpenAI, sent: dict[str, Any]) -> bytes:
+            model = sent.pop("model", None) or await self._chat_model(client)
+            messages = sent.pop("messages")
+            raw = await client.chat.completions.with_raw_response.create(
+                model=model, messages=messages, extra_body=sent
+            )
+            return raw.content
 
-        return await self.request(attempt)
+        def read_body(body: bytes) -> T:
+            return read(parse_body(body, ChatAnswers).choices[0])
+
+        return await self._request("/chat/completions", send, read_body, request_fields(fields, extra_body))
+
+    async def paint(
+        self,
+        read: Callable[[PaintedImages], T],
+        prompt: str,
+        extra_body: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> T:
+        """
+        Ask for an image and read the answer, with retries.
+
+        Args:
+            read (`Callable[[PaintedImages], T]`):
+                Extracts the result. An [`InvalidAnswerError`] that it raises is retried.
+            prompt (`str`):
+                Text of the request.
+            extra_body (`Mapping[str, Any]`, *optional*):
+                Further fields, as in [`~OpenAIEndpoint.complete_chat`].
+            fields:
+                Fields of OpenAI's image generation, e.g. `size`.
+
+        Raises:
+            [`EndpointError`] or [`InvalidAnswerError`]: As in [`~OpenAIEndpoint.complete_chat`].
+        """
+
+        async def send(client: AsyncOpenAI, sent: dict[str, Any]) -> bytes:
+            raw = await client.images.with_raw_response.generate(prompt=prompt, extra_body=sent)
+            return raw.content
+
+        def read_body(body: bytes) -> T:
+            return read(parse_body(body, PaintedImages))
+
+        return await self._request(
+            "/images/generations", send, read_body, request_fields({"model": self.model, **fields}, extra_body)
+        )
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
@@ -142,26 +200,180 @@ class OpenAIEndpoint:
         if connection is not None:
             await connection[0].close()
 
+    async def _request(
+        self,
+        route: str,
+        send: Callable[[AsyncOpenAI, dict[str, Any]], Awaitable[bytes]],
+        read: Callable[[bytes], T],
+        fields: dict[str, Any],
+    ) -> T:
+        """Send the fields to a route and read the body of the answer, with retries."""
+        from openai import APIConnectionError, APIStatusError
+        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_any
+
+        client, slots = self._connection()
+        options = IMAGE_OPTIONS if route.startswith("/images") else CHAT_OPTIONS
+        waits = _Waits(self.max_wait)
+        learned = Dialect()
+
+        async def attempt() -> T:
+            nonlocal learned
+            # A request that waits for its next try holds no slot.
+            async with slots, asyncio.timeout(self.timeout):
+                while True:
+                    dialect = self._dialect.union(learned)
+                    sent = dialect.apply(fields)
+                    try:
+                        body = await send(client, dict(sent))
+                    except APIStatusError as error:
+                        learned = self._learned(dialect, sent, error, options)
+                        continue
+                    except APIConnectionError as error:
+                        if isinstance(error.__cause__, InvalidAnswerError):
+                            raise error.__cause__ from None
+                        raise
+                    # An answer shows that the endpoint had refused the field and not the rest of the request.
+                    self._adopt(dialect)
+                    return read(body)
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(_is_transient),
+            wait=waits,
+            stop=stop_any(stop_after_attempt(self.max_retries + 1), waits.are_too_long),
+            before_sleep=lambda state: self._log_retry(route, state),
+            reraise=True,
+        )
+        try:
+            return await retrying(attempt)
+        except Exception as error:
+            tries = retrying.statistics["attempt_number"]
+            explained = await self._explained(error, client, route, tries, waits.refused)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def _learned(
+        self, dialect: Dialect, sent: dict[str, Any], error: APIStatusError, options: frozenset[str]
+    ) -> Dialect:
+        if error.status_code in _REFUSED_FIELD_STATUS_CODES:
+            message, param = server_message(error.body)
+            learned = dialect.learn(sent, message, param, options)
+            if learned is not None:
+                return learned
+        raise error
+
+    def _adopt(self, dialect: Dialect) -> None:
+        known, self._dialect = self._dialect, self._dialect.union(dialect)
+        if self._dialect != known:
+            logger.warning("%r refused a field; requests are now sent %s", self, self._dialect.describe())
+
+    def _log_retry(self, route: str, state: RetryCallState) -> None:
+        error = state.outcome.exception()
+        text = f"timeout after {self.timeout} s" if isinstance(error, TimeoutError) else _cause(error)
+        self._retry_log.warn(self._without_key(f"{self!r}: a try of {route} failed and is repeated: {text}"))
+
+    async def _explained(
+        self, error: Exception, client: AsyncOpenAI, route: str, tries: int, refused_wait: float | None
+    ) -> Exception:
+        """The error that says what was asked, how often, what came back, and what to change."""
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+        base_url = without_password(str(client.base_url)).rstrip("/")
+        request = None if not isinstance(error, APIStatusError | APIConnectionError) else error.request
+        address = base_url + route if request is None else without_password(str(request.url))
+        times = "1 try" if tries == 1 else f"{tries} tries"
+        wait = "" if refused_wait is None else f". It asks to wait {refused_wait:.0f} s, more than max_wait allows"
+        if isinstance(error, APIStatusError):
+            message = status_message(error)
+            served = await self._other_models(client, error.status_code, message)
+            hint = wait or status_hint(error.status_code, message, base_url, served)
+            text = self._without_key(f"{address} answered {message} ({times}){hint}")
+            return EndpointError(text, f"HTTP status {error.status_code}", error.status_code)
+        if isinstance(error, TimeoutError | APITimeoutError):
+            return EndpointError(f"{address} did not answer in {self.timeout} s ({times})", "timeout")
+        if isinstance(error, APIConnectionError):
+            text = f"{address} cannot be reached ({times}): {innermost_message(error)}"
+            return EndpointError(self._without_key(text), type(error).__name__)
+        if isinstance(error, InvalidAnswerError):
+            # A web page is what another address of the server answers.
+            hint = status_hint(404, "", base_url, None) if "is not JSON" in str(error) else ""
+            return InvalidAnswerError(self._without_key(f"{address} ({times}): {error}{hint}"))
+        return error
+
     async def _chat_model(self, client: AsyncOpenAI) -> str:
         if self.model is None:
-            names = [model.id async for model in client.models.list()]
+            names = await _served_models(client)
             if len(names) != 1:
-                raise ValueError(
-                    f"{client.base_url} serves {len(names)} models ({', '.join(names)}): name one of them"
+                raise EndpointError(
+                    f"{without_password(str(client.base_url))} serves {len(names)} models ({', '.join(names[:20])}): "
+                    "name one of them",
+                    "no model named",
                 )
             self.model = names[0]
         return self.model
 
+    async def _other_models(self, client: AsyncOpenAI, status_code: int, message: str) -> list[str] | None:
+        """The models that the endpoint serves if that may be why it refused; `None` if not, or if it does not say."""
+        if self.model is None or status_code not in (400, 404, 422) or "model" not in message.lower():
+            return None
+        try:
+            async with asyncio.timeout(min(self.timeout, _SECONDS_FOR_MODELS)):
+                names = await _served_models(client)
+        except Exception:
+            return None
+        return None if self.model in names else names
+
     def _connection(self) -> tuple[AsyncOpenAI, asyncio.Semaphore]:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         loop = asyncio.get_running_loop()
         if loop not in self._connections:
-            # The client insists on a key.
-            api_key = self.api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
-            client = AsyncOpenAI(base_url=self.base_url, api_key=api_key, timeout=self.timeout, max_retries=0)
+            client = AsyncOpenAI(
+                base_url=_checked_url(self.base_url or os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL),
+                api_key=self._key() or "EMPTY",  # The client insists on a key.
+                timeout=self.timeout,
+                max_retries=0,
+                default_headers={"Accept-Encoding": ACCEPTED_ENCODINGS},
+                http_client=DefaultAsyncHttpxClient(event_hooks={"response": [bounded_body(self.max_answer_bytes)]}),
+            )
             self._connections[loop] = (client, asyncio.Semaphore(self.max_concurrency))
         return self._connections[loop]
+
+    def _key(self) -> str:
+        return (self.api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
+
+    def _without_key(self, text: str) -> str:
+        """Servers repeat a wrong key in their messages."""
+        return text.replace(self._key(), "***") if len(self._key()) > 4 else text
+
+
+class _Waits:
+    """Wait of tenacity: exponential backoff with jitter, or the time that the server names, up to a limit in all."""
+
+    def __init__(self, max_wait: float) -> None:
+        from tenacity import wait_exponential, wait_random
+
+        self._backoff = wait_exponential(multiplier=0.5, max=4.0) + wait_random(0.0, 0.5)
+        self._left = max_wait
+        self.refused: float | None = None
+        """The wait that the server named and that was too long."""
+
+    def __call__(self, state: RetryCallState) -> float:
+        backoff = self._backoff(state)
+        response = getattr(state.outcome.exception(), "response", None)
+        named = None if response is None else retry_after_seconds(response.headers, time.time())
+        if named is None or named <= backoff:
+            return backoff
+        if named > self._left:
+            self.refused = named
+            return backoff
+        self._left -= named
+        # Without jitter, all requests that were turned away would come back at the same moment.
+        return named + random.uniform(0.0, 0.5)
+
+    def are_too_long(self, state: RetryCallState) -> bool:
+        """Whether the server named a wait that is too long."""
+        return self.refused is not None
 
 
 def parse_extra_body(argument: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
@@ -181,24 +393,42 @@ def parse_extra_body(argument: str, value: dict[str, Any] | str | None) -> dict[
     return value
 
 
+async def _served_models(client: AsyncOpenAI) -> list[str]:
+    raw = await client.models.with_raw_response.list()
+    return [model.id for model in parse_body(raw.content, ServedModels).data]
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        url = re.sub(r"[^/@]*@", "", url)
+        advice = "" if "://" in url else f": try http://{url}"
+        raise EndpointError(
+            f"the address of the endpoint must begin with the scheme http:// or https:// and a host, but is {url!r}{advice}",
+            "malformed address",
+        )
+    return url
+
+
 def _is_transient(error: BaseException) -> bool:
     """Whether another try may succeed."""
-    from openai import APIConnectionError, APIResponseValidationError, APIStatusError
+    from openai import APIConnectionError, APIStatusError
 
     if isinstance(error, APIStatusError):
-        return error.status_code in (408, 409, 429) or error.status_code >= 500
-    faults = (TimeoutError, APIConnectionError, APIResponseValidationError, InvalidAnswerError, json.JSONDecodeError)
-    return isinstance(error, faults)
+        # Not a limit per minute: the account has no money left.
+        if error.code == "insufficient_quota":
+            return False
+        return error.status_code in _TRANSIENT_STATUS_CODES or error.status_code >= 500
+    return isinstance(error, TimeoutError | APIConnectionError | InvalidAnswerError)
 
 
-def _seconds_to_wait(state: RetryCallState) -> float:
-    """Exponential backoff with jitter, or the time in the header `Retry-After` if that is longer, up to a minute."""
-    from tenacity import wait_exponential, wait_random
+def _cause(error: BaseException) -> str:
+    from openai import APIConnectionError, APIStatusError
 
-    backoff = wait_exponential(multiplier=0.5, max=4.0) + wait_random(0.0, 0.5)
-    response = getattr(state.outcome.exception(), "response", None)
-    try:
-        retry_after = float(response.headers["retry-after"])
-    except (AttributeError, KeyError, ValueError):
-        retry_after = 0.0
-    return max(backoff(state), min(retry_after, 60.0))
+    if isinstance(error, APIStatusError):
+        return status_message(error)
+    return innermost_message(error) if isinstance(error, APIConnectionError) else str(error)

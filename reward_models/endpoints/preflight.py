@@ -29,9 +29,9 @@ async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[obje
         `ValueError`: If the endpoint has neither an address nor a key.
         Exception: The error of the last try.
     """
-    has_address = endpoint.base_url or os.environ.get("OPENAI_BASE_URL")
-    has_key = endpoint.api_key or os.environ.get("OPENAI_API_KEY")
-    if not has_address and not has_key:
+    address = endpoint.base_url or os.environ.get("OPENAI_BASE_URL", "")
+    key = endpoint.api_key or os.environ.get("OPENAI_API_KEY", "")
+    if not address.strip() and not key.strip():
         raise ValueError(
             "there is neither an address nor a key: set judge_base_url (or the environment variable OPENAI_BASE_URL) to an "
             "endpoint, e.g. http://localhost:8000/v1, or OPENAI_API_KEY to a key of OpenAI"
@@ -42,7 +42,7 @@ async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[obje
     try:
         endpoint.max_retries = 0
         for pause in (*PAUSES, None):
-            endpoint.timeout = max(end - time.monotonic(), 0.1)
+            endpoint.timeout = max(round(end - time.monotonic(), 1), 0.1)
             try:
                 await ask()
                 return

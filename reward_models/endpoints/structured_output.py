@@ -8,15 +8,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
-
-
-if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletion
+from reward_models.endpoints.answers import ChatChoice
+from reward_models.endpoints.endpoint import OpenAIEndpoint
+from reward_models.endpoints.errors import EndpointError, InvalidAnswerError, describe_mismatch
 
 
 logger = logging.getLogger(__name__)
@@ -110,38 +108,37 @@ class StructuredChat:
                 again. The default returns the answer unchanged.
 
         Raises:
-            `openai.OpenAIError`, `TimeoutError` or [`InvalidAnswerError`]: The error of the last try.
+            [`EndpointError`] or [`InvalidAnswerError`]: As in [`OpenAIEndpoint.complete_chat`].
         """
-        from openai import APIStatusError
 
-        def read_completion(completion: ChatCompletion) -> T:
-            return read(_parse_completion(completion, answer_type))
+        def read_choice(choice: ChatChoice) -> T:
+            return read(_parse_choice(choice, answer_type))
 
-        refusal: APIStatusError | None = None
+        refusal: EndpointError | None = None
         if self.takes_schema:
             json_schema = {"name": answer_type.__name__, "strict": True, "schema": answer_type.model_json_schema()}
             response_format = {"type": "json_schema", "json_schema": json_schema}
             try:
-                return await self._complete(read_completion, request, response_format=response_format)
-            except APIStatusError as error:
+                return await self._complete(read_choice, request, response_format=response_format)
+            except EndpointError as error:
                 # Some servers fail with a 500 where they should refuse.
                 if error.status_code not in _REFUSAL_STATUS_CODES and "response_format" not in str(error):
                     raise
                 refusal = error
 
-        def read_plain_completion(completion: ChatCompletion) -> T:
+        def read_plain_choice(choice: ChatChoice) -> T:
             # An answer shows that the endpoint had refused the schema and not the rest of the request.
             if refusal is not None:
                 self._stop_sending_schema(refusal)
-            return read_completion(completion)
+            return read_choice(choice)
 
-        return await self._complete(read_plain_completion, request)
+        return await self._complete(read_plain_choice, request)
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
         await self.endpoint.aclose()
 
-    async def _complete(self, read: Callable[[ChatCompletion], T], request: str, **arguments: Any) -> T:
+    async def _complete(self, read: Callable[[ChatChoice], T], request: str, **arguments: Any) -> T:
         if self.max_tokens is not None:
             arguments["max_tokens"] = self.max_tokens
         return await self.endpoint.complete_chat(
@@ -191,14 +188,13 @@ def parse_answer(text: str, answer_type: type[AnswerT]) -> AnswerT:
         try:
             return answer_type.model_validate(value)
         except ValidationError as error:
-            mismatches.append((len(str(value)), _describe_mismatch(error)))
+            mismatches.append((len(str(value)), describe_mismatch(error)))
     if not mismatches:
         raise InvalidAnswerError(f"the answer holds no JSON object: {text[:200]!r}")
     raise InvalidAnswerError(max(mismatches)[1])
 
 
-def _parse_completion(completion: ChatCompletion, answer_type: type[AnswerT]) -> AnswerT:
-    choice = completion.choices[0]
+def _parse_choice(choice: ChatChoice, answer_type: type[AnswerT]) -> AnswerT:
     if not choice.message.content:
         raise InvalidAnswerError(f"the answer has no text ({choice.message.refusal or choice.finish_reason})")
     try:
@@ -209,9 +205,3 @@ def _parse_completion(completion: ChatCompletion, answer_type: type[AnswerT]) ->
                 f"the answer was cut off, at max_tokens or at the end of the model's context: {error}"
             ) from error
         raise
-
-
-def _describe_mismatch(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"the answer, field '{place}': {first['msg']}, but is {ascii(first['input'])[:200]}"

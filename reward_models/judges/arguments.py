@@ -40,6 +40,15 @@ class JudgeArguments:
     )
     judge_timeout: float = field(default=60.0, metadata={"help": "Seconds for one try of a question."})
     judge_max_retries: int = field(default=8, metadata={"help": "Further tries of a question."})
+    judge_max_answer_bytes: int = field(
+        default=2**20, metadata={"help": "Largest size of the endpoint's answer, before and after decompression."}
+    )
+    judge_min_answer_mass: float = field(
+        default=0.5,
+        metadata={
+            "help": "Smallest probability that yes and no must hold together, in [0, 1]. With less there is no answer."
+        },
+    )
     judge_binary: bool = field(
         default=False,
         metadata={"help": "Count the yes or no of the answer itself, for endpoints without log-probabilities."},
@@ -52,7 +61,11 @@ class JudgeArguments:
     )
     # A union with str, as in TRL's own dictionaries: the argument parser passes a string.
     judge_extra_body: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further fields of a request to the judge's endpoint, as JSON."}
+        default=None,
+        metadata={
+            "help": "Further fields of a request to the judge's endpoint, as JSON. A field that is null is left out, e.g. "
+            '{"temperature": null}.'
+        },
     )
     judge_batch_size: int = field(default=32, metadata={"help": "Questions per batch of a local judge."})
 

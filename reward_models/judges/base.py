@@ -47,7 +47,10 @@ class Judge(ABC):
     """Whether making the judge takes no model and reads no policy. A recipe then makes and checks it before it loads a model."""
 
     last_failure: str | None = None
-    """Why the most recent question without an answer has none: what was asked, how often, and what came back."""
+    """Why the most recent question that got no answer got none."""
+    # Running sum since the last `take_answer_mass`.
+    _mass_sum: float = 0.0
+    _num_masses: int = 0
 
     @classmethod
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> Judge:
@@ -110,6 +113,20 @@ class Judge(ABC):
             Exception: If the judge cannot answer. The message names the address and says what to change.
         """
         return
+
+    def take_answer_mass(self) -> float | None:
+        """
+        Return the mean of `p_yes + p_no` over the answers since the last call, in [0, 1]; `None` without such answers. A judge
+        without probabilities has none.
+        """
+        mean = self._mass_sum / self._num_masses if self._num_masses else None
+        self._mass_sum, self._num_masses = 0.0, 0
+        return mean
+
+    def _count_mass(self, mass: float) -> None:
+        """Add an answer to [`take_answer_mass`]. To be called from the event loop."""
+        self._mass_sum += mass
+        self._num_masses += 1
 
     async def aclose(self) -> None:
         """Release resources of the judge, e.g. network connections. The default does nothing."""

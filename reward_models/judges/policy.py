@@ -14,12 +14,13 @@ from PIL import Image
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
 from reward_models.judges.arguments import JudgeArguments
-from reward_models.judges.base import JUDGES, Judge
-from reward_models.judges.yes_no import yes_no_token_ids, yes_probability_of_logits
+from reward_models.judges.base import JUDGES
+from reward_models.judges.local import LocalJudge
+from reward_models.judges.yes_no import DEFAULT_MIN_ANSWER_MASS, YesNo
 
 
 @JUDGES.register("policy")
-class PolicyJudge(Judge):
+class PolicyJudge(LocalJudge):
     """
     Asks a unified model about its own images, without a second model or a server. Questions are asked without an
     instruction around them, as unified models are taught. An image is read once for all its questions.
@@ -31,35 +32,36 @@ class PolicyJudge(Judge):
         model ([`UnifiedModel`]): The policy, unwrapped.
         processor ([`UnifiedProcessor`]): Its processor.
         batch_size (`int`, *optional*, defaults to `32`): Number of questions per forward.
+        min_answer_mass (`float`, *optional*, defaults to `0.5`): As in [`LocalJudge`].
     """
 
-    def __init__(self, model: UnifiedModel, processor: UnifiedProcessor, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
-        self.model = model
-        self.processor = processor
-        self.batch_size = batch_size
-        self.yes_ids, self.no_ids = yes_no_token_ids(processor.tokenizer)
+    def __init__(
+        self,
+        model: UnifiedModel,
+        processor: UnifiedProcessor,
+        batch_size: int = 32,
+        min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS,
+    ) -> None:
+        super().__init__(model, processor, batch_size, min_answer_mass)
 
     @classmethod
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> PolicyJudge:
         if policy is not None:
-            return cls(*policy, batch_size=args.judge_batch_size)
+            return cls(*policy, args.judge_batch_size, args.judge_min_answer_mass)
         if args.judge_model is None:
             raise ValueError("judge 'policy' needs judge_model, a unified model, where none is trained")
         model, processor = load_model(args.judge_model)
         model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
-        return cls(model, processor, batch_size=args.judge_batch_size)
+        return cls(model, processor, args.judge_batch_size, args.judge_min_answer_mass)
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
-        return await asyncio.to_thread(self.probabilities, image, list(questions))
+        return self.accept(questions, await asyncio.to_thread(self.readings, image, list(questions)))
 
-    def probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
-        """P(yes) of each question, computed in this thread."""
+    def readings(self, image: Image.Image, questions: Sequence[str]) -> list[YesNo]:
         pixel_values = self.processor.question_pixels(image)
         segments = [self.processor.text_segment(question) for question in questions]
-        result: list[float] = []
+        result: list[YesNo] = []
         for start in range(0, len(segments), self.batch_size):
             logits = self.model.answer_logits(pixel_values, segments[start : start + self.batch_size])
-            result += yes_probability_of_logits(logits, self.yes_ids, self.no_ids)
+            result += self.read_logits(logits)
         return result

@@ -65,7 +65,11 @@ class ServerJudge(Judge):
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         label = Label(_PROMPT, [{"question": question, "tag": _TAG} for question in questions], [])
-        (score,) = await self.client.score([image], [label])
+        try:
+            (score,) = await self.client.score([image], [label])
+        except RewardServerError as error:
+            self.last_failure = str(error)
+            raise
         return list(score.semantic)
 
     async def preflight(self, image: Image.Image, seconds: float) -> None:

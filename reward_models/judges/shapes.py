@@ -21,7 +21,11 @@ class ShapesJudge(Judge):
     is_light = True
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
-        return answer_questions(image, questions)
+        answers = answer_questions(image, questions)
+        if None in answers:
+            unknown = questions[answers.index(None)]
+            self.last_failure = f"the judge 'shapes' answers only questions of the shapes world, not {unknown!r}"
+        return answers
 
     def validate_question(self, question: str) -> None:
         if not is_answerable(question):

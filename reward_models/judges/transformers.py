@@ -21,8 +21,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from transformers.processing_utils import ProcessorMixin
 
 from reward_models.judges.arguments import JudgeArguments
-from reward_models.judges.base import JUDGES, Judge
-from reward_models.judges.yes_no import QUESTION_PROMPT, yes_no_token_ids, yes_probability_of_logits
+from reward_models.judges.base import JUDGES
+from reward_models.judges.local import LocalJudge
+from reward_models.judges.yes_no import DEFAULT_MIN_ANSWER_MASS, QUESTION_PROMPT, YesNo, answer_start
 
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,15 @@ logger = logging.getLogger(__name__)
 SHARING_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.05
 """Largest difference of P(yes) at which sharing a prefix counts as exact, in fp32 and in lower precision."""
 
+MAX_LEAD_TOKENS = 8
+"""Number of tokens that may precede the yes or no."""
+
 
 @JUDGES.register("transformers")
-class TransformersJudge(Judge):
+class TransformersJudge(LocalJudge):
     """
     Asks a vision-language model in this process. P(yes) comes from the next-token distribution over the whole vocabulary,
-    summed over all spellings of yes and of no.
+    summed over all spellings of yes and of no, at the first word of the answer.
 
     All questions about an image are answered in one forward pass that encodes the image once: the common prefix of the
     questions is computed alone, and its cache is shared. A model that does not support this gets padded batches.
@@ -49,18 +53,21 @@ class TransformersJudge(Judge):
             Its processor.
         batch_size (`int`, *optional*, defaults to `32`):
             Questions per batch.
+        min_answer_mass (`float`, *optional*, defaults to `0.5`):
+            As in [`LocalJudge`].
 
     Raises:
         `ValueError`: If an argument is out of range, or the vocabulary has no single token for yes or for no.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
-        self.model = model.eval()
-        self.processor = processor
-        self.batch_size = batch_size
-        self.yes_ids, self.no_ids = yes_no_token_ids(processor.tokenizer)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        batch_size: int = 32,
+        min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS,
+    ) -> None:
+        super().__init__(model.eval(), processor, batch_size, min_answer_mass)
         # None until two questions about an image have been answered in both ways.
         self._shares_prefix: bool | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
@@ -72,28 +79,52 @@ class TransformersJudge(Judge):
         processor = AutoProcessor.from_pretrained(args.judge_model)
         model = AutoModelForImageTextToText.from_pretrained(args.judge_model, dtype="auto")
         model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-        return cls(model, processor, args.judge_batch_size)
+        return cls(model, processor, args.judge_batch_size, args.judge_min_answer_mass)
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self.probabilities, image, list(questions))
+        readings = await loop.run_in_executor(self._thread, self.readings, image, list(questions))
+        return self.accept(questions, readings)
 
     @torch.inference_mode()
-    def probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
-        """Compute P(yes) of each question in the calling thread."""
-        result: list[float] = []
+    def readings(self, image: Image.Image, questions: Sequence[str]) -> list[YesNo]:
+        result: list[YesNo] = []
         for start in range(0, len(questions), self.batch_size):
-            inputs = self._inputs(image, questions[start : start + self.batch_size])
-            result += self._answer_batch(inputs)
+            result += self._read_batch(image, questions[start : start + self.batch_size])
         return result
 
-    def _inputs(self, image: Image.Image, questions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Model inputs with one row per question, padded on the left: `input_ids` of shape `(questions, tokens)` etc."""
+    def _read_batch(self, image: Image.Image, questions: Sequence[str]) -> list[YesNo]:
+        """Read the first word of each answer. Where a tag, a box or a line break comes first, the model continues from it."""
+        leads = [""] * len(questions)
+        result = self._answer_batch(self._inputs(image, questions, leads))
+        for _ in range(MAX_LEAD_TOKENS):
+            rows = [row for row, reading in enumerate(result) if self._precedes_answer(leads[row], reading)]
+            if not rows:
+                break
+            for row in rows:
+                leads[row] += result[row].token
+            inputs = self._inputs(image, [questions[row] for row in rows], [leads[row] for row in rows])
+            for row, reading in zip(rows, self._answer_batch(inputs), strict=True):
+                result[row] = reading
+        return result
+
+    def _precedes_answer(self, lead: str, reading: YesNo) -> bool:
+        if reading.answer(self.min_answer_mass) is not None or reading.token == self.processor.tokenizer.eos_token:
+            return False
+        text = lead + reading.token
+        return bool(reading.token) and answer_start(text) == len(text)
+
+    def _inputs(self, image: Image.Image, questions: Sequence[str], leads: Sequence[str]) -> dict[str, torch.Tensor]:
+        """
+        Model inputs with one row per question, padded on the left: `input_ids` of shape `(questions, tokens)` etc. A lead is
+        what the model has begun to answer.
+        """
         texts = []
-        for question in questions:
+        for question, lead in zip(questions, leads, strict=True):
             content = [{"type": "image"}, {"type": "text", "text": QUESTION_PROMPT.format(question=question)}]
             message = [{"role": "user", "content": content}]
-            texts.append(self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+            text = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            texts.append(text + lead)
         batch = self.processor(
             images=[[image.convert("RGB")]] * len(texts),
             text=texts,
@@ -103,7 +134,7 @@ class TransformersJudge(Judge):
         )
         return dict(batch.to(self.model.device, dtype=self.model.dtype))
 
-    def _answer_batch(self, inputs: dict[str, torch.Tensor]) -> list[float]:
+    def _answer_batch(self, inputs: dict[str, torch.Tensor]) -> list[YesNo]:
         if len(inputs["input_ids"]) == 1 or self._shares_prefix is False:
             return self._padded(inputs)
         if self._shares_prefix:
@@ -111,7 +142,7 @@ class TransformersJudge(Judge):
         expected = self._padded(inputs)
         try:
             actual = self._shared(inputs)
-            error = max(abs(a - b) for a, b in zip(actual, expected, strict=True))
+            error = max(abs(a.p_yes - b.p_yes) for a, b in zip(actual, expected, strict=True))
             is_exact = self.model.dtype == torch.float32
             self._shares_prefix = error <= (SHARING_TOLERANCE if is_exact else LOW_PRECISION_TOLERANCE)
             reason = f"its answers would change by {error:.3g}"
@@ -122,11 +153,11 @@ class TransformersJudge(Judge):
             logger.info("%s encodes the image once per question (%s)", type(self.model).__name__, reason)
         return expected
 
-    def _padded(self, inputs: dict[str, torch.Tensor]) -> list[float]:
+    def _padded(self, inputs: dict[str, torch.Tensor]) -> list[YesNo]:
         logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return yes_probability_of_logits(logits, self.yes_ids, self.no_ids)
+        return self.read_logits(logits)
 
-    def _shared(self, inputs: dict[str, torch.Tensor]) -> list[float]:
+    def _shared(self, inputs: dict[str, torch.Tensor]) -> list[YesNo]:
         rows = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         num_rows, width = inputs["input_ids"].shape
         # The second forward pass needs at least one token of every question.
@@ -148,7 +179,7 @@ class TransformersJudge(Judge):
         last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=ids.device)
         # Causal attention hides the padding, which comes last, and the model computes the positions itself.
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        return yes_probability_of_logits(logits[torch.arange(num_rows), last], self.yes_ids, self.no_ids)
+        return self.read_logits(logits[torch.arange(num_rows), last])
 
     async def aclose(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -90,6 +90,20 @@ class PainterArguments:
         default=120.0, metadata={"help": "Seconds for one try of an image at the endpoint."}
     )
     painter_max_retries: int = field(default=2, metadata={"help": "Further tries of an image at the endpoint."})
+    painter_max_answer_bytes: int = field(
+        default=2**25,
+        metadata={
+            "help": "Largest size of the endpoint's answer, which holds one image, before and after decompression."
+        },
+    )
+    # A union with str, as in TRL's own dictionaries: the argument parser passes a string.
+    painter_extra_body: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further fields of a request to the painter's endpoint, as JSON. A field that is null is left out, e.g. "
+            '{"response_format": null}.'
+        },
+    )
     image_height: int = field(default=24, metadata={"help": "Height of painted images, in pixels."})
     image_width: int = field(default=24, metadata={"help": "Width of painted images, in pixels."})
     num_timesteps: int = field(default=11, metadata={"help": "Number of points of the policy's denoising schedule."})

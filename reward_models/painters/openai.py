@@ -7,11 +7,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
 
-from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
+from reward_models.endpoints.answers import PaintedImages
+from reward_models.endpoints.endpoint import OpenAIEndpoint, parse_extra_body
+from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
 from reward_models.files.image_decoding import EncodedImage, ImageLimits
 from reward_models.painters.base import (
     DEFAULT_PAINTER_MODEL,
@@ -22,6 +24,9 @@ from reward_models.painters.base import (
     PaintError,
     UnpaintableError,
 )
+
+
+_REFUSALS = (400, 422)
 
 
 @PAINTERS.register("openai")
@@ -39,6 +44,8 @@ class OpenAIPainter(Painter):
             The endpoint. If it has no `model`, the server chooses one.
         height, width (`int`, *optional*, defaults to `1024`):
             Requested size, in pixels. An image of another size is accepted within the default [`ImageLimits`].
+        extra_body (`dict`, *optional*):
+            Further fields of a request. `None` as a value leaves a field out.
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -49,6 +56,7 @@ class OpenAIPainter(Painter):
     endpoint: OpenAIEndpoint
     height: int = 1024
     width: int = 1024
+    extra_body: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -65,8 +73,10 @@ class OpenAIPainter(Painter):
             max_concurrency=args.painter_max_concurrency,
             timeout=args.painter_timeout,
             max_retries=args.painter_max_retries,
+            max_answer_bytes=args.painter_max_answer_bytes,
         )
-        return cls(endpoint, args.image_height, args.image_width)
+        extra_body = parse_extra_body("painter_extra_body", args.painter_extra_body)
+        return cls(endpoint, args.image_height, args.image_width, extra_body)
 
     async def paint(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         tasks = [asyncio.create_task(self._paint_one(request, index)) for index, request in enumerate(requests)]
@@ -81,33 +91,30 @@ class OpenAIPainter(Painter):
         await self.endpoint.aclose()
 
     async def _paint_one(self, request: ImageRequest, index: int) -> Image.Image:
-        from openai import AsyncOpenAI, BadRequestError, OpenAIError, UnprocessableEntityError, omit
-
-        async def attempt(client: AsyncOpenAI) -> str:
-            response = await client.images.generate(
-                model=self.endpoint.model or omit,
-                prompt=endpoint_prompt(request),
+        try:
+            encoded = await self.endpoint.paint(
+                _read_base64,
+                endpoint_prompt(request),
                 n=1,
                 size=f"{self.width}x{self.height}",
                 response_format="b64_json",
+                extra_body=self.extra_body,
             )
-            data = getattr(response, "data", None)
-            if not data or not data[0].b64_json:
-                raise InvalidAnswerError("the images endpoint sent no b64_json; it must support that response_format")
-            return data[0].b64_json
-
-        try:
-            encoded = await self.endpoint.request(attempt)
-        except (BadRequestError, UnprocessableEntityError) as error:
-            raise UnpaintableError(f"request {index}: the images endpoint refused it: {error}") from error
+        except EndpointError as error:
+            kind = UnpaintableError if error.status_code in _REFUSALS else PaintError
+            raise kind(f"request {index}: {error}") from error
         except InvalidAnswerError as error:
             raise PaintError(f"request {index}: {error}") from error
-        except (OpenAIError, TimeoutError) as error:
-            raise PaintError(f"request {index}: {type(error).__name__}: {error}") from error
         try:
             return await asyncio.to_thread(lambda: EncodedImage.from_base64(encoded, ImageLimits()).decode())
         except ValueError as error:
             raise PaintError(f"request {index}: from the images endpoint: {error}") from error
+
+
+def _read_base64(answer: PaintedImages) -> str:
+    if not answer.data or not answer.data[0].b64_json:
+        raise InvalidAnswerError("the images endpoint sent no b64_json; it must support that response_format")
+    return answer.data[0].b64_json
 
 
 def endpoint_prompt(request: ImageRequest) -> str:

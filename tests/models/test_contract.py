@@ -85,7 +85,7 @@ def test_callers_use_the_contract_alone(
 ) -> None:
     """A rollout, a packed forward, an update with a guidance branch, and the policy as its own judge."""
     model, processor = guard(policy[0], "model"), guard(policy[1], "processor")
-    judge = PolicyJudge(model, processor)
+    judge = PolicyJudge(model, processor, min_answer_mass=0.0)
 
     def yes(images: list[Image.Image], **columns: Any) -> list[float]:
         questions = ["is it red?", "is it blue?"]

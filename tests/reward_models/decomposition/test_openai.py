@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from fastapi.responses import JSONResponse
-from openai import APIStatusError
 
 from reward_models.decomposition.answers import (
     CRITERIA,
@@ -16,7 +15,8 @@ from reward_models.decomposition.answers import (
 )
 from reward_models.decomposition.base import DECOMPOSERS, DecomposerArguments, DecompositionError, failure_reason
 from reward_models.decomposition.openai import OpenAIDecomposer, apply_verdicts
-from reward_models.endpoints.endpoint import InvalidAnswerError, OpenAIEndpoint
+from reward_models.endpoints.endpoint import OpenAIEndpoint
+from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
 from reward_models.endpoints.structured_output import StructuredChat
 from reward_models.prompts.questions import PromptRecord, Question, from_row
 from support.chat_stub import INVENTED, ChatRequest, chat_stub, completion, good_answer
@@ -223,7 +223,7 @@ def test_a_request_that_is_refused_for_another_reason_does_not_cost_structured_o
     refusal = JSONResponse({"error": {"message": "no such model"}}, status_code=status)
     with chat_stub(lambda request: refusal) as stub:
         decomposer = make_decomposer(stub.url, "nobody")
-        with pytest.raises(APIStatusError) as error:
+        with pytest.raises(EndpointError) as error:
             decompose(decomposer, "a cat")
         assert failure_reason(error.value) == f"HTTP status {status}"
         assert decomposer.chat.takes_schema

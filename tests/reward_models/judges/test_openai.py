@@ -65,7 +65,7 @@ def test_answers_are_read_from_log_probabilities() -> None:
     for image, image_answers in zip(images, answers, strict=True):
         assert image_answers == pytest.approx([expected(image, question) for question in QUESTIONS], abs=1e-9)
     request = endpoint.requests[0]
-    assert (request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (1, True, 20)
+    assert (request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (16, True, 20)
     assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
 
 

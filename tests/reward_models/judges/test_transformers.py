@@ -122,7 +122,7 @@ def by_hand(
 def test_probabilities_equal_a_softmax_by_hand(
     vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor], batch_size: int
 ) -> None:
-    judge = TransformersJudge(*vlm, batch_size=batch_size)
+    judge = TransformersJudge(*vlm, batch_size=batch_size, min_answer_mass=0.0)
     images = make_images(3)
 
     async def ask() -> list[list[float]]:
@@ -140,7 +140,7 @@ def test_probabilities_equal_a_softmax_by_hand(
 
 
 def test_the_image_is_read_once_for_all_questions(vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor]) -> None:
-    judge = TransformersJudge(*vlm)
+    judge = TransformersJudge(*vlm, min_answer_mass=0.0)
     first, second = make_images(2)
     judge.probabilities(first, QUESTIONS)
     assert judge._shares_prefix is True
@@ -164,7 +164,7 @@ def test_the_image_is_read_once_for_all_questions(vlm: tuple[LlavaForConditional
 def test_a_model_that_cannot_share_a_prefix_gets_padded_batches(
     vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = TransformersJudge(*vlm)
+    judge = TransformersJudge(*vlm, min_answer_mass=0.0)
     (image,) = make_images(1)
     original = vlm[0].forward
 
@@ -184,7 +184,10 @@ def test_a_judge_is_loaded_by_name(vlm: tuple[LlavaForConditionalGeneration, Lla
     model, processor = vlm
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    judge = RewardArguments(judge="transformers", judge_model=str(tmp_path), judge_batch_size=2).make_reward().judge
+    arguments = RewardArguments(
+        judge="transformers", judge_model=str(tmp_path), judge_batch_size=2, judge_min_answer_mass=0.0
+    )
+    judge = arguments.make_reward().judge
     (image,) = make_images(1)
     assert judge.batch_size == 2
     assert judge.probabilities(image, QUESTIONS[:1]) == pytest.approx([by_hand(*vlm, image, QUESTIONS[0])], abs=1e-4)

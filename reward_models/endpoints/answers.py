@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+What an endpoint sends, read strictly: the size of a body is bounded before and after decompression, and fields that are read
+have the types of OpenAI's protocol. The official client bounds nothing and checks no type.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import zlib
+from collections.abc import AsyncIterable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from reward_models.endpoints.errors import InvalidAnswerError, describe_mismatch, server_message
+
+
+ACCEPTED_ENCODINGS = "gzip, deflate"
+"""Compressions that are asked for: those whose output can be bounded while it is made."""
+
+_GZIP, _ZLIB, _RAW_DEFLATE = 31, 15, -15
+
+
+class EndpointAnswer(BaseModel):
+    """Base class of what an endpoint sends. Types are strict; fields that nobody reads are ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Candidate(EndpointAnswer):
+    """A token and its log-probability, which may be missing, NaN or infinite."""
+
+    token: str
+    logprob: float | None = None
+
+
+class AnswerToken(Candidate):
+    """A token of an answer, with the likeliest candidates for its place."""
+
+    top_logprobs: list[Candidate] | None = None
+
+
+class LogProbabilities(EndpointAnswer):
+    """Tokens of an answer."""
+
+    content: list[AnswerToken] | None = None
+
+
+class ChatMessage(EndpointAnswer):
+    """Text of an answer."""
+
+    content: str | None = None
+    refusal: str | None = None
+
+
+class ChatChoice(EndpointAnswer):
+    """One answer of a chat completion."""
+
+    message: ChatMessage
+    finish_reason: str | None = None
+    logprobs: LogProbabilities | None = None
+
+
+class ChatAnswers(EndpointAnswer):
+    """Body of a chat completion."""
+
+    choices: list[ChatChoice] = Field(min_length=1)
+
+
+class PaintedImage(EndpointAnswer):
+    """An image, in base64."""
+
+    b64_json: str | None = None
+
+
+class PaintedImages(EndpointAnswer):
+    """Body of the answer of an images endpoint."""
+
+    data: list[PaintedImage] | None = None
+
+
+class ServedModel(EndpointAnswer):
+    """A model that an endpoint serves."""
+
+    id: str
+
+
+class ServedModels(EndpointAnswer):
+    """Body of the list of models."""
+
+    data: list[ServedModel]
+
+
+AnswerBody = TypeVar("AnswerBody", bound=EndpointAnswer)
+
+
+def parse_body(body: bytes, answer_type: type[AnswerBody]) -> AnswerBody:
+    """
+    Read the body of an answer.
+
+    Raises:
+        [`InvalidAnswerError`]: If it is not UTF-8, not JSON, or a field has another type. The message names it.
+    """
+    try:
+        value = json.loads(body)
+    except UnicodeDecodeError as error:
+        raise InvalidAnswerError(f"the answer is not UTF-8 ({error.reason} at byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidAnswerError(f"the answer is not JSON: {body[:200]!r}") from error
+    try:
+        return answer_type.model_validate(value)
+    except ValidationError as error:
+        if isinstance(value, dict) and value.get("error"):
+            raise InvalidAnswerError(f"the answer is an error: {server_message(value)[0]}") from error
+        raise InvalidAnswerError(describe_mismatch(error)) from error
+
+
+def bounded_body(max_bytes: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """
+    Make a hook of httpx that reads the body of a response while bounding it.
+
+    Args:
+        max_bytes (`int`): Largest size of a body, as it is sent and after decompression.
+
+    Returns:
+        `Callable`: A response hook of an `httpx.AsyncClient`. It raises [`InvalidAnswerError`] for a body that is larger, that
+        is damaged, or that is compressed in a way that was not asked for.
+    """
+
+    async def hook(response: Any) -> None:
+        declared = response.headers.get("content-length", "")
+        if re.fullmatch("[0-9]{1,20}", declared) and int(declared) > max_bytes:
+            raise _too_large(max_bytes)
+        body = await _read_bounded(response.stream, max_bytes)
+        encodings = [name.strip().lower() for name in response.headers.get("content-encoding", "").split(",")]
+        for encoding in reversed([name for name in encodings if name not in ("", "identity")]):
+            # Megabytes take milliseconds, which would block the event loop.
+            body = await asyncio.to_thread(_decompress, body, encoding, max_bytes)
+        response.headers.pop("content-encoding", None)
+        # The stream of a response that is complete, in whichever generation of httpx the official client uses.
+        complete = type(response)(response.status_code, content=body).stream
+        await response.stream.aclose()
+        response.stream = complete
+
+    return hook
+
+
+async def _read_bounded(stream: AsyncIterable[bytes], max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in stream:
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+def _decompress(data: bytes, encoding: str, max_bytes: int) -> bytes:
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise InvalidAnswerError(f"the answer is compressed by {encoding!r}, which was not asked for")
+    # Servers send deflate with and without the header of zlib.
+    formats = (_ZLIB, _RAW_DEFLATE) if encoding == "deflate" else (_GZIP,)
+    failure: zlib.error | None = None
+    for wbits in formats:
+        decompressor = zlib.decompressobj(wbits)
+        try:
+            body = decompressor.decompress(data, max_bytes + 1)
+        except zlib.error as error:
+            failure = error
+            continue
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        if not decompressor.eof:
+            raise InvalidAnswerError(f"the answer, compressed by {encoding}, is cut off")
+        return body
+    raise InvalidAnswerError(f"the answer is not {encoding}, as its header says ({failure})")
+
+
+def _too_large(max_bytes: int) -> InvalidAnswerError:
+    return InvalidAnswerError(f"the answer is larger than {max_bytes} bytes (max_answer_bytes)")
