@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 PREFLIGHT_SECONDS = 10.0
 """Time for the first question of a run, which is about a blank image."""
 
+_GRACE_SECONDS = 5.0
+
 PASS_THRESHOLD = 0.5
 """Smallest P(yes) that counts as a yes."""
 
@@ -233,11 +235,11 @@ class DVReward:
             return
         image = Image.new("RGB", (width, height), "white")
         try:
-            # Judges keep to the time themselves and then know what they waited for.
-            async with asyncio.timeout(PREFLIGHT_SECONDS + 1):
+            # Judges keep to the time themselves, as they know what they wait for. This is for those that do not.
+            async with asyncio.timeout(PREFLIGHT_SECONDS + _GRACE_SECONDS):
                 await self.judge.preflight(image, PREFLIGHT_SECONDS)
         except Exception as error:
-            cause = str(error) or f"no answer in {PREFLIGHT_SECONDS} s"
+            cause = str(error) or f"{type(error).__name__} after {PREFLIGHT_SECONDS} s"
             raise JudgeFailedError(
                 f"the judge of the reward '{self.__name__}' ({type(self.judge).__name__}) does not answer, so nothing was "
                 f"started: {cause}"

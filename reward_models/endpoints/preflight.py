@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable
 
 from reward_models.endpoints.endpoint import OpenAIEndpoint, _is_transient
+from reward_models.endpoints.errors import InvalidAnswerError
 
 
 PAUSES = (0.5, 1.0, 2.0)
@@ -27,7 +29,7 @@ async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[obje
 
     Raises:
         `ValueError`: If the endpoint has neither an address nor a key.
-        Exception: The error of the last try.
+        `RuntimeError`: If there is no answer. The message is that of the last error, how often it was asked, and what to change.
     """
     address = endpoint.base_url or os.environ.get("OPENAI_BASE_URL", "")
     key = endpoint.api_key or os.environ.get("OPENAI_API_KEY", "")
@@ -41,14 +43,24 @@ async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[obje
     max_retries, timeout = endpoint.max_retries, endpoint.timeout
     try:
         endpoint.max_retries = 0
-        for pause in (*PAUSES, None):
+        for num_asked, pause in enumerate((*PAUSES, math.inf), start=1):
             endpoint.timeout = max(round(end - time.monotonic(), 1), 0.1)
             try:
                 await ask()
                 return
             except Exception as error:
-                if pause is None or time.monotonic() + pause >= end or not _is_transient(error.__cause__ or error):
-                    raise
+                if time.monotonic() + pause >= end or not _is_transient(error.__cause__ or error):
+                    times = f" It was asked {num_asked} times." if num_asked > 1 else ""
+                    raise RuntimeError(f"{str(error).removesuffix('.')}.{times}{_advice(error)}") from error
             await asyncio.sleep(pause)
     finally:
         endpoint.max_retries, endpoint.timeout = max_retries, timeout
+
+
+def _advice(error: Exception) -> str:
+    """What to change where there was no answer at all. A refusal comes with its own advice."""
+    if getattr(error, "status_code", None) is not None or isinstance(error, InvalidAnswerError):
+        return ""
+    if "WRONG_VERSION_NUMBER" in str(error):
+        return " The server does not speak HTTPS: begin judge_base_url with http://."
+    return " Check judge_base_url, and that the server runs and has loaded its model."

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alphagrpo_ext.trainer.reward_functions import preflight_rewards
-from reward_models.dvreward import DVReward
+from reward_models.dvreward import DVReward, JudgeFailedError
 from reward_models.prompts.questions import from_row
 
 
@@ -55,7 +55,10 @@ class HoldoutCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        preflight_rewards([self.reward], args.image_height, args.image_width)
+        try:
+            preflight_rewards([self.reward], args.image_height, args.image_width)
+        except JudgeFailedError as error:
+            raise JudgeFailedError(f"{error} (the hold-out judge's arguments begin with holdout_)") from error
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -85,7 +85,7 @@ class ServerJudge(Judge):
                 f"the reward server at {settings.server_url} did not answer in {seconds} s"
             ) from error
         except RewardServerError as error:
-            raise RewardServerError(f"{error}. The address is judge_base_url, without a path") from error
+            raise RewardServerError(f"{error}. For a judge, the address is judge_base_url and has no path") from error
         finally:
             await client.aclose()
 
