@@ -55,14 +55,13 @@ class HoldoutCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        try:
-            preflight_rewards([self.reward], args.image_height, args.image_width)
-        except JudgeFailedError as error:
-            raise JudgeFailedError(f"{error} (the hold-out judge's arguments begin with holdout_)") from error
+        self._preflight(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A callback that was added to a trainer later is not told of its making.
+        self._preflight(args)
         self._diverging = self._diverges(state)
 
     def on_rollout(
@@ -103,6 +102,12 @@ class HoldoutCallback(TrainerCallback):
             self._runner.run(self.reward.aclose())
             self._runner.close()
             self._runner = None
+
+    def _preflight(self, args: TrainingArguments) -> None:
+        try:
+            preflight_rewards([self.reward], args.image_height, args.image_width)
+        except JudgeFailedError as error:
+            raise JudgeFailedError(f"{error} (the hold-out judge's arguments begin with holdout_)") from error
 
     def _diverges(self, state: TrainerState) -> bool:
         pairs = [rewards for entry in state.log_history if (rewards := _rewards(entry)) is not None]
