@@ -41,6 +41,8 @@ from reward_models.arguments import RewardArguments
 
 if TYPE_CHECKING:
     from reward_models.benchmarks import Benchmark, BenchmarkPrompt
+    from reward_models.dvreward import DVReward
+    from reward_models.prompts.questions import PromptRecord
 
 
 MAX_LISTED_ROWS = 20
@@ -110,29 +112,53 @@ class ExportArguments(RewardArguments, SamplingArguments):
             raise ValueError(f"give height and width, or neither, but they are {self.height} and {self.width}")
 
 
-def score_images(benchmark: Benchmark, prompts: Iterable[BenchmarkPrompt], args: ExportArguments) -> None:
+def prompts_with_questions(
+    prompts: Iterable[BenchmarkPrompt], args: ExportArguments
+) -> list[tuple[BenchmarkPrompt, PromptRecord]]:
+    """The prompts that have questions, without the originals of edited images, which the judge does not see."""
+    from reward_models.prompts.questions import load_records
+
+    questions = {str(record.prompt): record for record in load_records(args.questions)} if args.questions else {}
+    found = ((prompt, prompt.record(questions)) for prompt in prompts)
+    return [(replace(prompt, image=None, original=None), record) for prompt, record in found if record is not None]
+
+
+def early_reward(records: list[PromptRecord], args: ExportArguments) -> DVReward | None:
+    """The checked reward, before images are painted for hours; `None` for a judge that takes a model."""
+    from recipe_tools.benchmark_images import IMAGE_SIZE
+    from reward_models.judges import JUDGES
+
+    if not records or not JUDGES.get(args.judge).is_light:
+        return None
+    rows = {f"prompts {args.prompts}": [record.to_row() for record in records]}
+    size = (args.height or IMAGE_SIZE, args.width or IMAGE_SIZE)
+    return args.make_checked_reward(rows, [size], lambda: (None, None))
+
+
+def score_images(
+    benchmark: Benchmark,
+    asked: list[tuple[BenchmarkPrompt, PromptRecord]],
+    num_prompts: int,
+    reward: DVReward | None,
+    args: ExportArguments,
+) -> None:
     """Let the judge answer the questions about all images, save the scores and print their table."""
     from recipe_tools.benchmark_images import score
     from recipe_tools.processes import load_policy
     from reward_models.evaluation.kept_scores import KeptScores
     from reward_models.evaluation.results import save_results
     from reward_models.evaluation.scores import NamedEvaluation
-    from reward_models.prompts.questions import load_records
 
-    questions = {str(record.prompt): record for record in load_records(args.questions)} if args.questions else {}
-    # Without the originals of edited images, which the judge does not see.
-    prompts = [replace(prompt, image=None, original=None) for prompt in prompts]
-    asked = [(prompt, record) for prompt in prompts if (record := prompt.record(questions)) is not None]
     if not asked:
         print("No prompt has questions: make some with recipes/decompose_prompts.py and pass them as --questions.")
         return
     policy = load_policy(args.model_name_or_path, args.dtype) if args.judge == "policy" else None
     with KeptScores(Path(args.output_dir) / "scores.jsonl") as kept:
-        evaluation = asyncio.run(score(benchmark, asked, args.make_reward(policy), args, kept))
+        evaluation = asyncio.run(score(benchmark, asked, reward or args.make_reward(policy), args, kept))
     named = NamedEvaluation(args.model_label or args.model_name_or_path, args.benchmark, evaluation)
     settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
     table = save_results(Path(args.output_dir), [named], [record for _, record in asked], settings)
-    print(f"\n{table}\n\n{len(asked)} of {len(prompts)} prompts have questions. Scores: {args.output_dir}")
+    print(f"\n{table}\n\n{len(asked)} of {num_prompts} prompts have questions. Scores: {args.output_dir}")
 
 
 def list_broken_rows(broken: Mapping[int, str], args: ExportArguments) -> str:
@@ -158,6 +184,9 @@ def main(args: ExportArguments) -> None:
     broken = find_broken_rows(prompts)
     if broken and not args.skip_broken_rows:
         raise ValueError(f"{list_broken_rows(broken, args)}\nRepair them, or leave them out with --skip_broken_rows.")
+    good = (prompts[i] for i in range(len(prompts)) if i not in broken)
+    asked = prompts_with_questions(good, args) if args.judge != "none" else []
+    reward = early_reward([record for _, record in asked], args)
     if state.is_main_process:
         claim_folder(args)
     state.wait_for_everyone()
@@ -166,7 +195,7 @@ def main(args: ExportArguments) -> None:
     if state.is_main_process:
         print(f"{len(prompts) - len(broken)} prompts are painted: {Path(args.output_dir) / 'images'}")
         if args.judge != "none":
-            score_images(benchmark, (prompts[i] for i in range(len(prompts)) if i not in broken), args)
+            score_images(benchmark, asked, len(prompts) - len(broken), reward, args)
         if broken:
             print(f"{list_broken_rows(broken, args)}\nThey are left out.")
     end_processes()

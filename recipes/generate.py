@@ -23,6 +23,7 @@ The output folder holds one image per prompt and round, `samples.jsonl` and `con
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -147,13 +148,14 @@ def main(args: GenerationArguments) -> None:
 
     rows = load_prompt_rows(args)
     configs = {name: args.rollout(args.height, args.width, name) for name in (PAINTING_TASK, REFLECTION_TASK)}
-    model, processor = load_policy(args.model_name_or_path, args.dtype)
+    policy = functools.cache(functools.partial(load_policy, args.model_name_or_path, args.dtype))
     scorer = None
     if args.judge != "none" and not args.prompts:
-        reward = args.make_reward((model, processor))
-        for config in configs.values():
-            reward.validate_image_size(*config.size)
-        scorer = make_scorer(reward)
+        # Before the model is loaded.
+        named_rows = {f"prompt_file {args.prompt_file}": rows}
+        sizes = [config.size for config in configs.values()]
+        scorer = make_scorer(args.make_checked_reward(named_rows, sizes, policy))
+    model, processor = policy()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     refinements = []

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -55,6 +56,37 @@ class RewardArguments(JudgeArguments):
         judge = JUDGES.get(self.judge).from_arguments(self, policy)
         return DVReward(judge, aggregation=self.aggregation, max_failed_frac=self.judge_max_failed_frac)
 
+    def make_checked_reward(
+        self,
+        rows: Mapping[str, Iterable[Mapping[str, Any]]],
+        sizes: Sequence[tuple[int, int]],
+        load_policy: Callable[[], tuple[Any, Any]],
+    ) -> DVReward:
+        """
+        Build the reward, check that its judge can answer the questions of all rows about images of these sizes, and ask it one
+        question. All processes call this together, before anything is painted.
+
+        Args:
+            rows (`Mapping[str, Iterable[Mapping]]`): Prompts with questions, by a name for messages.
+            sizes (`Sequence[tuple[int, int]]`): Heights and widths of images in pixels, at least one.
+            load_policy (`Callable`):
+                Loads the model that paints and its processor. It is called only for a judge that is not
+                [light][`Judge.is_light`], so that mistakes are found before a model is loaded.
+
+        Raises:
+            `ValueError`: If there is no such judge, or it cannot judge a row or a size. The message names the row.
+            [`~reward_models.dvreward.JudgeFailedError`]: If the judge does not answer.
+        """
+        # The reward server uses this module, too, and does not need a trainer.
+        from alphagrpo_ext.trainer.reward_functions import preflight_rewards
+
+        reward = self.make_reward(None if JUDGES.get(self.judge).is_light else load_policy())
+        reward.validate_named(rows)
+        for size in dict.fromkeys(sizes):
+            reward.validate_image_size(*size)
+        preflight_rewards([reward], *sizes[0])
+        return reward
+
 
 @dataclass
 class PromptArguments(HoldoutArguments, RewardArguments):
@@ -102,3 +134,13 @@ class PromptArguments(HoldoutArguments, RewardArguments):
     def __post_init__(self) -> None:
         RewardArguments.__post_init__(self)
         HoldoutArguments.__post_init__(self)
+
+    @property
+    def train_name(self) -> str:
+        """What messages call the training prompts."""
+        return f"train_file {self.train_file}" if self.train_file else "training prompts"
+
+    @property
+    def eval_name(self) -> str:
+        """What messages call the evaluation prompts."""
+        return f"eval_file {self.eval_file}" if self.eval_file else "evaluation prompts"

@@ -23,6 +23,11 @@ from reward_models.prompts.questions import PromptRecord, Question, from_row, va
 
 logger = logging.getLogger(__name__)
 
+PREFLIGHT_SECONDS = 10.0
+"""Time for the first question of a run, which is about a blank image."""
+
+_GRACE_SECONDS = 5.0
+
 PASS_THRESHOLD = 0.5
 """Smallest P(yes) that counts as a yes."""
 
@@ -52,7 +57,7 @@ class Score:
 
 
 class JudgeFailedError(RuntimeError):
-    """Raised when a judge leaves more images without a score than `max_failed_frac` allows."""
+    """Raised when a judge leaves more images without a score than `max_failed_frac` allows, or cannot be asked at all."""
 
 
 class DVReward:
@@ -118,6 +123,8 @@ class DVReward:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots: asyncio.Semaphore | None = None
         self._last_error: Exception | None = None
+        self._last_cause: str | None = None
+        self._is_reached = False
         self._logged_errors: set[type[Exception]] = set()
         # By the id of an image. The entry keeps the image alive, so that the id stays unique.
         self._started: dict[int, tuple[Image.Image, PromptRecord, asyncio.Task[Score]]] = {}
@@ -192,12 +199,25 @@ class DVReward:
 
     def validate_dataset(self, dataset: Iterable[Mapping[str, Any]]) -> None:
         """
-        Check the questions of a whole dataset; see [`~reward_models.prompts.questions.validate_dataset`].
+        Check the questions of a whole dataset, and that the judge can answer them; see [`Judge.validate_question`].
 
         Raises:
-            `ValueError`: At the first malformed row, which the message names.
+            `ValueError`: At the first malformed row or question that the judge cannot answer. The message names the row.
         """
-        validate_dataset(dataset)
+        validate_dataset(dataset, self.judge.validate_question)
+
+    def validate_named(self, datasets: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        """
+        Check several datasets by name; see [`~DVReward.validate_dataset`].
+
+        Raises:
+            `ValueError`: As there. The message begins with the name of the dataset.
+        """
+        for name, dataset in datasets.items():
+            try:
+                self.validate_dataset(dataset)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
     def validate_image_size(self, height: int, width: int) -> None:
         """
@@ -207,6 +227,34 @@ class DVReward:
             `ValueError`: If it cannot.
         """
         self.judge.validate_image_size(height, width)
+
+    async def preflight(self, height: int = 64, width: int = 64) -> None:
+        """
+        Check before a run that the judge answers, by one question about a blank image; see [`Judge.preflight`]. A reward whose
+        judge has answered does not ask it again.
+
+        Args:
+            height, width (`int`, *optional*, defaults to `64`): Size of the image in pixels.
+
+        Raises:
+            [`JudgeFailedError`]: If the judge does not answer within [`PREFLIGHT_SECONDS`]. The message says what to change.
+        """
+        if self._is_reached:
+            return
+        image = Image.new("RGB", (width, height), "white")
+        try:
+            # Judges keep to the time themselves, as they know what they wait for. This is for those that do not.
+            async with asyncio.timeout(PREFLIGHT_SECONDS + _GRACE_SECONDS):
+                await self.judge.preflight(image, PREFLIGHT_SECONDS)
+        except Exception as error:
+            cause = str(error) or f"{type(error).__name__} after {PREFLIGHT_SECONDS} s"
+            raise JudgeFailedError(
+                f"the judge of the reward '{self.__name__}' ({type(self.judge).__name__}) does not answer, so nothing was "
+                f"started: {cause}"
+            ) from error
+        finally:
+            await self.judge.aclose()
+        self._is_reached = True
 
     async def start(
         self, images: Sequence[Image.Image | Sequence[Image.Image] | None], rows: Sequence[Mapping[str, Any]]
@@ -287,12 +335,11 @@ class DVReward:
         num_failed = sum(score.reward is None for score in judged)
         if num_failed <= self.max_failed_frac * len(judged):
             return
-        error = self._last_error
-        cause = f"{type(error).__name__}: {error}" if error else self.judge.last_failure or "single questions failed"
+        cause = self._last_cause or self.judge.last_failure or "single questions failed"
         raise JudgeFailedError(
             f"{type(self.judge).__name__} left {num_failed} of {len(judged)} images without a score, more than "
             f"judge_max_failed_frac={self.max_failed_frac} allows ({cause})"
-        ) from error
+        ) from self._last_error
 
     def _current_slots(self) -> asyncio.Semaphore:
         # A semaphore belongs to the event loop that first waits on it, and evaluation may run in another loop than training.
@@ -324,9 +371,13 @@ class DVReward:
     async def _ask(self, image: Image.Image, questions: list[str]) -> tuple[float | None, ...]:
         try:
             answers = await asyncio.wait_for(self.judge.answer(image, questions), self.timeout)
+            if None in answers:
+                self._last_error, self._last_cause = None, self.judge.last_failure
             return _checked_answers(answers, len(questions))
         except Exception as error:
-            self._last_error = error
+            is_timeout = isinstance(error, TimeoutError) and not str(error)
+            cause = f"no answer about an image in {self.timeout} s" if is_timeout else str(error)
+            self._last_error, self._last_cause = error, f"{type(error).__name__}: {cause}"
             if type(error) not in self._logged_errors:
                 self._logged_errors.add(type(error))
                 logger.warning(

@@ -161,11 +161,16 @@ def answer(belief: SceneBelief, index: int, question: str) -> float | None:
     Returns:
         `float` or `None`: P(yes) in [0, 1], or `None` for a question outside the templates.
     """
-    parsed = _parse(" ".join(re.findall(r"[\w-]+", question.lower())))
+    parsed = _parse(_words(question))
     if parsed is None:
         return None
     kind, arguments = parsed
     return float(np.clip(_ANSWERS[kind](belief, index, *arguments), 0.0, 1.0))
+
+
+def is_answerable(question: str) -> bool:
+    """Whether a question is in one of the templates, so that it has an answer about every image."""
+    return _parse(_words(question)) is not None
 
 
 def answer_questions(image: Image.Image, questions: Sequence[str]) -> list[float | None]:
@@ -179,6 +184,10 @@ def answer_questions(image: Image.Image, questions: Sequence[str]) -> list[float
 def strict_pass(answers: Sequence[float | None]) -> bool:
     """Whether all questions could be answered and every answer is yes (P(yes) >= 0.5)."""
     return all(value is not None and value >= 0.5 for value in answers)
+
+
+def _words(question: str) -> str:
+    return " ".join(re.findall(r"[\w-]+", question.lower()))
 
 
 def _pixel_costs(images: np.ndarray) -> np.ndarray:

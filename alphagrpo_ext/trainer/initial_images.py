@@ -23,6 +23,7 @@ from PIL import Image
 
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
+from alphagrpo_ext.trainer.reward_functions import reward_name
 from alphagrpo_ext.trainer.rewards import check_finite, complete_sum, judges_images, select_initial
 from alphagrpo_ext.trainer.step import RolloutStep, reward_row
 
@@ -83,7 +84,7 @@ class ImageRewards:
             future = asyncio.run_coroutine_threadsafe(_gather([results[i] for i in waiting]), self.loop)
             for i, result in zip(waiting, future.result(), strict=True):
                 results[i] = result
-        names = [getattr(function, "__name__", type(function).__name__) for function in self.functions]
+        names = [reward_name(function) for function in self.functions]
         for name, result in zip(names, results, strict=True):
             if len(result) != len(rows):
                 raise ValueError(f"the reward function '{name}' returned {len(result)} rewards for {len(rows)} images")

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from trl.trainer.utils import nanstd
 
 from alphagrpo_ext.rollout.task import Task
+from alphagrpo_ext.trainer.reward_functions import reward_attribute, reward_name
 
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 def judges_images(functions: Sequence[Callable]) -> torch.Tensor:
     """
     Which reward functions judge images, bool `(functions,)`: all but reward models, which read texts, and functions with a true
-    attribute `text_only`.
+    attribute `text_only` (see [`reward_attribute`]).
     """
-    is_text_only = [isinstance(f, torch.nn.Module) or getattr(f, "text_only", False) for f in functions]
+    is_text_only = [isinstance(f, torch.nn.Module) or bool(reward_attribute(f, "text_only")) for f in functions]
     return ~torch.tensor(is_text_only)
 
 
@@ -247,10 +248,10 @@ def judge_step(
     Raises:
         `ValueError`: If a reward is infinite.
     """
-    check_finite(rewards, [getattr(function, "__name__", type(function).__name__) for function in functions])
+    check_finite(rewards, [reward_name(function) for function in functions])
     device, metrics = rewards.device, {}
     weights, is_image = weights.to(device), judges_images(functions).to(device)
-    always = torch.tensor([bool(getattr(function, "always_applies", False)) for function in functions], device=device)
+    always = torch.tensor([bool(reward_attribute(function, "always_applies", False)) for function in functions], device=device)
     is_missing = missing_rewards(rewards, always, step.group_size) & (weights != 0)
     needed = is_image & (weights != 0)
     painted = accelerator.gather(torch.tensor([bool(t.sampled_images) for t in step.trajectories], device=device))

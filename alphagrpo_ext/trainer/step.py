@@ -11,7 +11,6 @@ TRL buffers, shuffles and splits.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import torch
 from alphagrpo_ext.images import read_image
 from alphagrpo_ext.rollout.generator import RolloutConfig, sample_generator
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.reward_functions import judging_starts
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
@@ -220,15 +220,15 @@ def start_judging(
     Hand painted images to the reward functions that can work on them while the next images are painted.
 
     Args:
-        functions (`Sequence[Callable]`): Reward functions. Those with a coroutine method `start` are called.
+        functions (`Sequence[Callable]`): Reward functions. A coroutine method `start(images, rows)` of theirs is called.
         trajectories (`Sequence[Trajectory]`), rows (`Sequence[Mapping[str, Any]]`): Samples and their rows.
         loop (`asyncio.AbstractEventLoop`, *optional*): Runs them; TRL starts it if a function is asynchronous.
     """
     images = [trajectory.final_image for trajectory in trajectories]
-    for function in functions:
-        start = getattr(function, "start", None)
-        if inspect.iscoroutinefunction(start):
-            asyncio.run_coroutine_threadsafe(start(images, [reward_row(row) for row in rows]), loop)
+    if loop is None:
+        return
+    for start in judging_starts(functions):
+        asyncio.run_coroutine_threadsafe(start(images, [reward_row(row) for row in rows]), loop)
 
 
 def rollout_fields(

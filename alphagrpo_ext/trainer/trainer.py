@@ -40,6 +40,7 @@ from alphagrpo_ext.trainer.finite_steps import FiniteSteps, check_trained_weight
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
+from alphagrpo_ext.trainer.reward_functions import trl_reward_functions
 from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
@@ -62,10 +63,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     Reward functions are TRL's. Besides the dataset's columns except `image`, they get the keyword arguments `images`, one PIL
     image per sample, `texts`, the list of texts that the policy wrote for a sample, and `trajectory`, one [`Trajectory`] per
-    sample. A function with a true attribute `text_only` judges text alone. A method `validate_dataset` or
-    `validate_image_size` is called before training to check the datasets, or the height and width of images. A coroutine method
+    sample. A function with a true attribute `text_only` judges text alone. The methods `validate_dataset`, `validate_image_size`
+    and `preflight` are called before training; see [`validate_rewards`] and [`preflight_rewards`]. A coroutine method
     `start(images, rows)` of an asynchronous function gets every part of a rollout (`rollout_batch_size`) as soon as it is
-    painted.
+    painted. All of these are also found behind `functools.partial`, `functools.wraps` and bound methods.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -139,7 +140,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         args.sync_ref_model = args.sync_ref_model and not has_reference
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs,
+            reward_funcs=trl_reward_functions(reward_funcs),
             args=args,
             train_dataset=rows.train,
             eval_dataset=rows.eval,

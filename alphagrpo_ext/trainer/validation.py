@@ -19,6 +19,7 @@ from alphagrpo_ext.ranges import check_ranges
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.reward_functions import listed, preflight_rewards, reward_hooks
 from alphagrpo_ext.trainer.rows import RowCheck, check_rows, readable_rows, stream_columns, task_names
 from alphagrpo_ext.trainer.step import rollout_configs
 
@@ -92,7 +93,7 @@ def validate_rewards(
 ) -> None:
     """
     Ask reward functions to check the datasets and the size of images, if they have a `validate_dataset` or a
-    `validate_image_size`.
+    `validate_image_size`; see [`reward_attribute`] for where they are looked up.
 
     Args:
         functions (`Sequence[Callable]`): Reward functions.
@@ -102,16 +103,15 @@ def validate_rewards(
     Raises:
         `ValueError`: If a function refuses a dataset; the message begins with its name.
     """
-    for function in functions:
-        if validate := getattr(function, "validate_dataset", None):
-            for name, dataset in named.items():
-                try:
-                    validate(dataset)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-        if validate := getattr(function, "validate_image_size", None):
-            for size in dict.fromkeys(sizes):
-                validate(*size)
+    for validate in reward_hooks(functions, "validate_dataset"):
+        for name, dataset in named.items():
+            try:
+                validate(dataset)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    for validate in reward_hooks(functions, "validate_image_size"):
+        for size in dict.fromkeys(sizes):
+            validate(*size)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def checked_datasets(
     model: UnifiedModel,
 ) -> CheckedDatasets:
     """
-    Check every row of every dataset: by the reward functions (see [`validate_rewards`]), and by [`RowCheck`]. The rows of a stream
+    Check every row of every dataset: by the reward functions (see [`validate_rewards`]), and by [`RowCheck`]. Then ask the functions whether
+    they can give rewards (see [`preflight_rewards`]). The rows of a stream
     are checked when they are read, and an error names their position. The numbers of the configuration are checked again, because
     its fields can be written to after it was made.
 
@@ -153,7 +154,7 @@ def checked_datasets(
     """
     args.check_numbers()
     check_not_empty(train_dataset, "train_dataset", args.generation_batch_size // args.num_generations)
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    functions = listed(reward_funcs)
     named = named_datasets(train_dataset, eval_dataset)
     given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
     streams = [dataset for dataset in given if isinstance(dataset, datasets.IterableDataset)]
@@ -167,6 +168,8 @@ def checked_datasets(
     check = RowCheck(tasks, args.task, processor, model, configs)
     for label, dataset in named.items():
         check_rows(dataset, check, label)
+    # Last, because it may wait for another machine.
+    preflight_rewards(functions, *configs[args.task].size)
     prepare = partial(readable_rows, check=check, functions=functions)
     if isinstance(eval_dataset, dict):
         prepared = {name: prepare(dataset, f"eval_dataset[{name!r}]") for name, dataset in eval_dataset.items()}

@@ -73,6 +73,9 @@ def evaluate_model(
     """
     policy = functools.cache(functools.partial(load_policy, name, args.dtype))
     configs = {stage.task: args.rollout(args.image_size, args.image_size, stage.task) for stage in stages}
+    sizes = [config.size for config in configs.values()]
+    named_rows = {f"eval_file {args.eval_file}": rows.undecoded if isinstance(rows, PromptRows) else rows}
+    checked_reward = functools.cache(lambda: args.make_checked_reward(named_rows, sizes, policy))
     settings = [
         *(checkpoint_fingerprint(name), args.dtype, rows_digest, args.answer_settings()),
         *(args.eval_seeds, args.batch_size),
@@ -85,8 +88,8 @@ def evaluate_model(
         with EvaluationStore(folder, settings_digest(settings, stage.lineage, sampling)) as store:
             evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
             if evaluation is None:
-                reward = args.make_reward(policy())
-                reward.validate_image_size(*configs[stage.task].size)
+                # Before the model is loaded.
+                reward = checked_reward()
                 evaluation = evaluate(
                     RolloutGenerator(*policy(), TASKS.get(stage.task)(think=stage.think)),
                     rows,

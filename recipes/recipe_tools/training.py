@@ -9,6 +9,7 @@ in its file.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -89,19 +90,28 @@ class TrainingRun:
 
 
 def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> TrainingRun:
-    """Load prompts, model and reward."""
+    """
+    Load prompts, model and reward. What the judge cannot judge, and a judge that does not answer, is reported before the model is
+    loaded unless the judge needs one itself.
+    """
     # First, so that a checkpoint that cannot be resumed is reported before anything is loaded.
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
     skipped: list[str] | None = [] if script_args.skip_broken_rows else None
     train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts, skipped)
     eval_rows = PromptRows(load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts, skipped))
     attention = model_args.attn_implementation
-    model, processor = load_model(
-        model_args.model_name_or_path,
-        dtype=model_args.dtype,
-        **({"attn_implementation": attention} if attention else {}),
+    load_policy = functools.cache(
+        functools.partial(
+            load_model,
+            model_args.model_name_or_path,
+            dtype=model_args.dtype,
+            **({"attn_implementation": attention} if attention else {}),
+        )
     )
-    reward = script_args.make_reward((model, processor))
+    rows = {script_args.train_name: train_dataset, script_args.eval_name: eval_rows}
+    size = (training_args.image_height, training_args.image_width)
+    reward = script_args.make_checked_reward(rows, [size], load_policy)
+    model, processor = load_policy()
     return TrainingRun(
         script_args, training_args, model_args, checkpoint, train_dataset, eval_rows, model, processor, reward, skipped
     )
@@ -113,7 +123,9 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
     run.model_args.lora_task_type = None
     preset = run.model.family.lora_target_modules(run.training_args.lora_targets)
     run.model_args.lora_target_modules = run.model_args.lora_target_modules or preset
-    aggregation = run.script_args.aggregation
+    holdouts = run.script_args.make_holdout_callbacks(run.script_args.aggregation, (run.model, run.processor))
+    for holdout in holdouts:
+        holdout.reward.validate_named({f"hold-out judge, {run.script_args.train_name}": run.train_dataset})
     trainer = AlphaGRPOTrainer(
         model=run.model,
         reward_funcs=list(reward_funcs),
@@ -121,10 +133,7 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
         train_dataset=run.train_dataset,
         processing_class=run.processor,
         peft_config=get_peft_config(run.model_args),
-        callbacks=[
-            JsonLinesCallback(run.output_dir / "metrics.jsonl"),
-            *run.script_args.make_holdout_callbacks(aggregation, (run.model, run.processor)),
-        ],
+        callbacks=[JsonLinesCallback(run.output_dir / "metrics.jsonl"), *holdouts],
     )
     if not run.script_args.verbose_logs:
         ConsoleCallback("Training", run_facts(run, trainer)).attach(trainer)

@@ -19,7 +19,8 @@ import numpy as np
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from reward_models.dvreward import DVReward
+from alphagrpo_ext.trainer.reward_functions import preflight_rewards
+from reward_models.dvreward import DVReward, JudgeFailedError
 from reward_models.prompts.questions import from_row
 
 
@@ -38,7 +39,7 @@ class HoldoutCallback(TrainerCallback):
     Scores the images of every training rollout with a hold-out reward, and logs `holdout/reward`, `holdout/strict_pass` and
     `holdout/failed_frac`. If no image can be scored, it logs the last of these alone, and training continues.
 
-    It warns when the training reward rises while the hold-out reward falls, once per episode.
+    Before training, its judge is asked one question; see [`DVReward.preflight`]. It warns when the training reward rises while the hold-out reward falls, once per episode.
 
     Args:
         reward ([`DVReward`]): The hold-out reward.
@@ -51,9 +52,16 @@ class HoldoutCallback(TrainerCallback):
         self._diverging = False
         self._runner: asyncio.Runner | None = None
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._preflight(args)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A callback that was added to a trainer later is not told of its making.
+        self._preflight(args)
         self._diverging = self._diverges(state)
 
     def on_rollout(
@@ -94,6 +102,12 @@ class HoldoutCallback(TrainerCallback):
             self._runner.run(self.reward.aclose())
             self._runner.close()
             self._runner = None
+
+    def _preflight(self, args: TrainingArguments) -> None:
+        try:
+            preflight_rewards([self.reward], args.image_height, args.image_width)
+        except JudgeFailedError as error:
+            raise JudgeFailedError(f"{error} (the hold-out judge's arguments begin with holdout_)") from error
 
     def _diverges(self, state: TrainerState) -> bool:
         pairs = [rewards for entry in state.log_history if (rewards := _rewards(entry)) is not None]

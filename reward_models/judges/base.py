@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -27,6 +27,10 @@ JUDGES = Registry(
 )
 
 
+PREFLIGHT_QUESTION = "is there a red circle ?"
+"""Question of a check before a run. Every judge can answer it, the one of the shapes world included."""
+
+
 class Judge(ABC):
     """
     Answers yes/no questions about images.
@@ -38,6 +42,9 @@ class Judge(ABC):
     A judge is called for many images concurrently from one event loop. It may be used from another event loop later, so it
     must not bind itself to one when it is created.
     """
+
+    is_light: ClassVar[bool] = False
+    """Whether making the judge takes no model and reads no policy. A recipe then makes and checks it before it loads a model."""
 
     last_failure: str | None = None
     """Why the most recent question that got no answer got none."""
@@ -81,6 +88,29 @@ class Judge(ABC):
 
         Raises:
             `ValueError`: If it cannot.
+        """
+        return
+
+    def validate_question(self, question: str) -> None:
+        """
+        Check before training that the judge can answer a question. The default accepts any question.
+
+        Raises:
+            `ValueError`: If it cannot answer it about any image.
+        """
+        return
+
+    async def preflight(self, image: Image.Image, seconds: float) -> None:
+        """
+        Check before a run that the judge answers: ask one question about a blank image. The default does nothing, which suits a
+        judge in this process.
+
+        Args:
+            image (`PIL.Image.Image`): A blank image.
+            seconds (`float`): Time for the check.
+
+        Raises:
+            Exception: If the judge cannot answer. The message names the address and says what to change.
         """
         return
 

@@ -25,8 +25,9 @@ from alphagrpo_ext.images import to_rgb
 from reward_models.endpoints.answers import ChatChoice
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError, ThrottledWarning
+from reward_models.endpoints.preflight import ask_in_time
 from reward_models.judges.arguments import JudgeArguments
-from reward_models.judges.base import JUDGES, Judge
+from reward_models.judges.base import JUDGES, PREFLIGHT_QUESTION, Judge
 from reward_models.judges.yes_no import (
     DEFAULT_MIN_ANSWER_MASS,
     QUESTION_PROMPT,
@@ -89,6 +90,8 @@ class OpenAIJudge(Judge):
     ```
     """
 
+    is_light = True
+
     def __init__(
         self,
         endpoint: OpenAIEndpoint | str | None = None,
@@ -135,13 +138,16 @@ class OpenAIJudge(Judge):
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         # Compression takes milliseconds, which would block the event loop.
         png = await asyncio.to_thread(png_bytes, image)
-        digest = hashlib.sha256(png).digest()
-        url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        digest, url = hashlib.sha256(png).digest(), _png_url(png)
         first: list[float | None] = []
         if self.image_first:
             first = [await self._answer_one(url, digest, questions[0])]
         rest = await asyncio.gather(*(self._answer_one(url, digest, question) for question in questions[len(first) :]))
         return first + rest
+
+    async def preflight(self, image: Image.Image, seconds: float) -> None:
+        # Not through the cache, which a blank image has no place in.
+        await ask_in_time(self.endpoint, lambda: self._ask(_png_url(png_bytes(image)), PREFLIGHT_QUESTION), seconds)
 
     async def aclose(self) -> None:
         loop = asyncio.get_running_loop()
@@ -238,6 +244,11 @@ def _read_binary(choice: ChatChoice) -> YesNo:
         cut = f"; it ended at {ANSWER_TOKENS} tokens: {_THINKING}" if reason == "length" else ""
         raise InvalidAnswerError(f"the answer is neither yes nor no: {text[:100]!r} ({reason}){cut}")
     return YesNo(answer, 1.0)
+
+
+def _png_url(png: bytes) -> str:
+    """A PNG file as a URL that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def png_bytes(image: Image.Image) -> bytes:

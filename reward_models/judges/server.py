@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +14,13 @@ from PIL import Image
 from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label, RewardServerError
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 from reward_models.judges.arguments import JudgeArguments
-from reward_models.judges.base import JUDGES, Judge
+from reward_models.judges.base import JUDGES, PREFLIGHT_QUESTION, Judge
 from reward_models.prompts.questions import SEMANTIC_TAGS
 
 
 # The server passes only the questions to its judge. Prompt and tag have to be valid, but do not matter.
 _PROMPT, _TAG = "an image", SEMANTIC_TAGS[0]
+_PREFLIGHT_RETRIES = 2
 
 
 @JUDGES.register("server")
@@ -42,6 +44,8 @@ class ServerJudge(Judge):
         `ValueError`: If an argument is out of range.
         `ImportError`: If `httpx` is not installed.
     """
+
+    is_light = True
 
     def __init__(self, base_url: str, max_concurrency: int = 64, timeout: float = 60.0, max_retries: int = 8) -> None:
         config = ClientSettings(
@@ -67,6 +71,23 @@ class ServerJudge(Judge):
             self.last_failure = str(error)
             raise
         return list(score.semantic)
+
+    async def preflight(self, image: Image.Image, seconds: float) -> None:
+        # Few tries, so that the time is enough for all of them where the server refuses or is out of reach.
+        settings = self.client.config.model_copy(update={"timeout": seconds, "max_retries": _PREFLIGHT_RETRIES})
+        client = AsyncRewardClient(settings)
+        label = Label(_PROMPT, [{"question": PREFLIGHT_QUESTION, "tag": _TAG}], [])
+        try:
+            async with asyncio.timeout(seconds):
+                await client.score([image], [label])
+        except TimeoutError as error:
+            raise RewardServerError(
+                f"the reward server at {settings.server_url} did not answer in {seconds} s"
+            ) from error
+        except RewardServerError as error:
+            raise RewardServerError(f"{error}. For a judge, the address is judge_base_url and has no path") from error
+        finally:
+            await client.aclose()
 
     async def aclose(self) -> None:
         await self.client.aclose()

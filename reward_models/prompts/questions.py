@@ -3,7 +3,7 @@
 """Prompts with their yes/no questions: the record format, its validation, and its loading."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -137,13 +137,17 @@ def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
     return records
 
 
-def validate_dataset(dataset: Iterable[Mapping[str, Any]]) -> None:
+def validate_dataset(
+    dataset: Iterable[Mapping[str, Any]], validate_question: Callable[[str], None] | None = None
+) -> None:
     """
     Check every row of a dataset, so that a malformed row is found before training.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `Iterable[Mapping]`):
             The rows (see [`from_row`]). A streamed dataset is read to its end.
+        validate_question (`Callable[[str], None]`, *optional*):
+            Raises a `ValueError` for a question that cannot be answered. It is called for every valid question.
 
     Raises:
         `ValueError`: At the first malformed row. The message names its 0-based index.
@@ -153,7 +157,14 @@ def validate_dataset(dataset: Iterable[Mapping[str, Any]]) -> None:
         # Image columns stay undecoded.
         dataset = dataset.select_columns(["prompt", *TAGS])
     for index, row in enumerate(dataset):
-        from_row(row, f"row {index}")
+        record = from_row(row, f"row {index}")
+        if validate_question is None:
+            continue
+        for question in record.valid_semantic_questions + record.valid_quality_questions:
+            try:
+                validate_question(question.question)
+            except ValueError as error:
+                raise ValueError(f"row {index} ({str(record.prompt)[:80]!r}): {error}") from error
 
 
 def _parse_questions(value: Any, field: str, where: str) -> tuple[Question, ...]:

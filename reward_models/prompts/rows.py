@@ -24,6 +24,11 @@ class PromptRows(Sequence[dict[str, Any]]):
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = undecoded_images(dataset)
 
+    @property
+    def undecoded(self) -> Dataset:
+        """The dataset itself, whose images are not decoded."""
+        return self._dataset
+
     def __len__(self) -> int:
         return len(self._dataset)
 

@@ -15,12 +15,15 @@ and their defaults, and `protocol.py` the messages.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 
 from trl import TrlParser
 
 from alphagrpo_ext.files import require_extra
+from reward_models.dvreward import JudgeFailedError
+from reward_models.judges import JUDGES
 from reward_models.server.arguments import ServerArguments
 
 
@@ -36,16 +39,28 @@ def configure_logging() -> None:
 
 
 def main(args: ServerArguments) -> None:
-    """Run the server until it is told to stop."""
+    """
+    Run the server until it is told to stop.
+
+    Raises:
+        [`~reward_models.dvreward.JudgeFailedError`]: If the judge does not answer its first question.
+    """
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         require_extra(module, "server")
     from reward_models.server.app import create_app
     from reward_models.server.connections import serve
 
     configure_logging()
-    serve(create_app(args), args)
+    # A judge that takes a model is in this process, so there is nothing to reach.
+    reward = args.make_reward() if JUDGES.get(args.judge).is_light else None
+    if reward is not None:
+        asyncio.run(reward.preflight(args.image_height, args.image_width))
+    serve(create_app(args, reward), args)
 
 
 if __name__ == "__main__":
     (arguments,) = TrlParser((ServerArguments,)).parse_args_and_config()
-    main(arguments)
+    try:
+        main(arguments)
+    except JudgeFailedError as error:
+        sys.exit(str(error))

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The first question of a run to an endpoint, which fails in seconds and not after all retries."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Awaitable, Callable
+
+from reward_models.endpoints.endpoint import OpenAIEndpoint, _is_transient
+from reward_models.endpoints.errors import InvalidAnswerError
+
+
+PAUSES = (0.5, 1.0, 2.0)
+"""Seconds between the tries of a question whose failure may pass."""
+
+
+async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[object]], seconds: float) -> None:
+    """
+    Ask until there is an answer, but not longer than some seconds. A refusal is final at once.
+
+    Args:
+        endpoint ([`OpenAIEndpoint`]): The endpoint. While it is asked, its tries are neither repeated nor longer than `seconds`.
+        ask (`Callable[[], Awaitable]`): Asks through the endpoint.
+        seconds (`float`): Time for all tries.
+
+    Raises:
+        `ValueError`: If the endpoint has neither an address nor a key.
+        `RuntimeError`: If there is no answer. The message is that of the last error, how often it was asked, and what to change.
+    """
+    address = endpoint.base_url or os.environ.get("OPENAI_BASE_URL", "")
+    key = endpoint.api_key or os.environ.get("OPENAI_API_KEY", "")
+    if not address.strip() and not key.strip():
+        raise ValueError(
+            "there is neither an address nor a key: set judge_base_url (or the environment variable OPENAI_BASE_URL) to an "
+            "endpoint, e.g. http://localhost:8000/v1, or OPENAI_API_KEY to a key of OpenAI"
+        )
+    end = time.monotonic() + seconds
+    # The endpoint itself and not a copy, so that what it learns about the server is kept.
+    max_retries, timeout = endpoint.max_retries, endpoint.timeout
+    try:
+        endpoint.max_retries = 0
+        for num_asked, pause in enumerate((*PAUSES, math.inf), start=1):
+            endpoint.timeout = max(round(end - time.monotonic(), 1), 0.1)
+            try:
+                await ask()
+                return
+            except Exception as error:
+                if time.monotonic() + pause >= end or not _is_transient(error.__cause__ or error):
+                    times = f" It was asked {num_asked} times." if num_asked > 1 else ""
+                    raise RuntimeError(f"{str(error).removesuffix('.')}.{times}{_advice(error)}") from error
+            await asyncio.sleep(pause)
+    finally:
+        endpoint.max_retries, endpoint.timeout = max_retries, timeout
+
+
+def _advice(error: Exception) -> str:
+    """What to change where there was no answer at all. A refusal comes with its own advice."""
+    if getattr(error, "status_code", None) is not None or isinstance(error, InvalidAnswerError):
+        return ""
+    if "WRONG_VERSION_NUMBER" in str(error):
+        return " The server does not speak HTTPS: begin judge_base_url with http://."
+    return " Check judge_base_url, and that the server runs and has loaded its model."
