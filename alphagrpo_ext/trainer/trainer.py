@@ -71,10 +71,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A name that [`load_model`] takes, e.g. `"bagel-shapes"`, or a model that fulfils [`UnifiedModel`].
-        args ([`AlphaGRPOConfig`], *optional*):
-            Configuration. The trainer works on a copy of its own.
-        train_dataset, eval_dataset:
-            As in [`~trl.GRPOTrainer`]; a row needs a `prompt`, a string or a conversation.
+        args ([`AlphaGRPOConfig`], *optional*): Configuration. The trainer works on a copy of its own.
+        train_dataset, eval_dataset: As in [`~trl.GRPOTrainer`]; a row needs a `prompt`, a string or a conversation.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             The model's processor. Loaded with the model if that is given by name.
         reward_funcs, reward_processing_classes, callbacks, optimizers, peft_config:
