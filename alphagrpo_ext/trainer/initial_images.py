@@ -24,7 +24,7 @@ from PIL import Image
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
 from alphagrpo_ext.trainer.reward_functions import reward_name
-from alphagrpo_ext.trainer.rewards import check_finite, complete_sum, judges_images, select_initial
+from alphagrpo_ext.trainer.rewards import refuse_infinite, complete_sum, judges_images, select_initial
 from alphagrpo_ext.trainer.step import RolloutStep, reward_row
 
 
@@ -90,7 +90,7 @@ class ImageRewards:
                 raise ValueError(f"the reward function '{name}' returned {len(result)} rewards for {len(rows)} images")
         columns = [[torch.nan if reward is None else reward for reward in result] for result in results]
         rewards = torch.tensor(columns, dtype=torch.float32).T
-        check_finite(rewards, names)
+        refuse_infinite(rewards, names)
         return rewards
 
     def totals(self, rewards: torch.Tensor) -> list[float | None]:

@@ -201,7 +201,7 @@ def reflection_metrics(
     return {f"reflection/{name}": value[compared].mean().item() for name, value in values.items()}
 
 
-def check_finite(rewards: torch.Tensor, names: Sequence[str]) -> None:
+def refuse_infinite(rewards: torch.Tensor, names: Sequence[str]) -> None:
     """
     Raise `ValueError` if a reward is infinite.
 
@@ -248,7 +248,7 @@ def judge_step(
     Raises:
         `ValueError`: If a reward is infinite.
     """
-    check_finite(rewards, [reward_name(function) for function in functions])
+    refuse_infinite(rewards, [reward_name(function) for function in functions])
     device, metrics = rewards.device, {}
     weights, is_image = weights.to(device), judges_images(functions).to(device)
     always = torch.tensor([bool(reward_attribute(function, "always_applies", False)) for function in functions], device=device)
