@@ -134,7 +134,20 @@ LEADS = [
     "> ",
     "ĊĠ",
 ]
-TAILS = ["", ".", "**", "</answer>", "<|end_of_box|>", "}", "}}$", '"}', "!\n", "\n\nThe cat is there.", ", it is.", " - it is"]
+TAILS = [
+    "",
+    ".",
+    "**",
+    "</answer>",
+    "<|end_of_box|>",
+    "}",
+    "}}$",
+    '"}',
+    "!\n",
+    "\n\nThe cat is there.",
+    ", it is.",
+    " - it is",
+]
 
 
 @given(st.sampled_from(LEADS), st.sampled_from(["yes", "no"]), st.sampled_from(TAILS), st.sampled_from([0, 1, 2]))
