@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import socket
@@ -27,8 +28,13 @@ ROOT = Path(__file__).parents[2]
 GOOD = Reply(chat_body("Yes", [("Yes", [("Yes", -0.1), ("No", -2.4)])]))
 
 
-def is_preflight(body: dict[str, Any]) -> bool:
-    return PREFLIGHT_QUESTION in body["messages"][0]["content"][1]["text"]
+def asked_image(body: dict[str, Any]) -> str:
+    return body["messages"][0]["content"][0]["image_url"]["url"]
+
+
+def close(reward: DVReward, trainer: Any) -> None:
+    """Close the connections of a training."""
+    asyncio.run_coroutine_threadsafe(reward.aclose(), trainer.async_loop).result()
 
 
 @pytest.mark.parametrize("wrap", [lambda reward: reward, functools.partial])
@@ -36,20 +42,25 @@ def test_trainer_asks_once_before_it_paints(make_trainer: Callable[..., Any], wr
     with scripted_endpoint(GOOD) as endpoint:
         with pytest.raises(JudgeFailedError, match=f"try {endpoint.url}"):
             make_trainer(reward_funcs=wrap(DVReward(OpenAIJudge(endpoint.root, "m"))))
-        trainer = make_trainer(reward_funcs=wrap(DVReward(OpenAIJudge(endpoint.url, "m"))), eval_strategy="no")
-        assert [is_preflight(body) for body in endpoint.bodies] == [True]
+        reward = DVReward(OpenAIJudge(endpoint.url, "m"))
+        trainer = make_trainer(reward_funcs=wrap(reward))
+        (body,) = endpoint.bodies
+        assert PREFLIGHT_QUESTION in str(body)
         trainer.train()
-        assert [is_preflight(body) for body in endpoint.bodies].count(True) == 1
-        assert len(endpoint.bodies) > 4
+        images = [asked_image(other) for other in endpoint.bodies]
+        assert images.count(asked_image(body)) == 1 and len(set(images)) == 5
+        close(reward, trainer)
     assert trainer.state.log_history[0]["judge/failed_frac"] == 0
 
 
 def test_run_that_stops_later_says_why(make_trainer: Callable[..., Any]) -> None:
     refusal = Reply({"error": {"message": "the key has expired"}}, 401)
     with scripted_endpoint(lambda body, number: GOOD if number == 0 else refusal) as endpoint:
-        trainer = make_trainer(reward_funcs=DVReward(OpenAIJudge(endpoint.url, "m")))
+        reward = DVReward(OpenAIJudge(endpoint.url, "m"))
+        trainer = make_trainer(reward_funcs=reward)
         with pytest.raises(JudgeFailedError) as caught:
             trainer.train()
+        close(reward, trainer)
         for word in (f"{endpoint.url}/chat/completions", "401 the key has expired", "1 try", "OPENAI_API_KEY"):
             assert word in str(caught.value)
 
