@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from reward_models.endpoints.endpoint import OpenAIEndpoint, _is_transient
-from reward_models.endpoints.errors import InvalidAnswerError
+from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
 
 
 PAUSES = (0.5, 1.0, 2.0)
@@ -51,7 +51,10 @@ async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[obje
             except Exception as error:
                 if time.monotonic() + pause >= end or not _is_transient(error.__cause__ or error):
                     times = f" It was asked {num_asked} times." if num_asked > 1 else ""
-                    raise RuntimeError(f"{str(error).removesuffix('.')}.{times}{_advice(error)}") from error
+                    message = f"{str(error).removesuffix('.')}.{times}{_advice(error)}"
+                    # These say all that is known, and their own causes are hundreds of lines long.
+                    is_explained = isinstance(error, EndpointError | InvalidAnswerError)
+                    raise RuntimeError(message) from (None if is_explained else error)
             await asyncio.sleep(pause)
     finally:
         endpoint.max_retries, endpoint.timeout = max_retries, timeout

@@ -104,8 +104,9 @@ class HoldoutCallback(TrainerCallback):
             self._runner = None
 
     def _preflight(self, args: TrainingArguments) -> None:
+        size = (getattr(args, "image_height", 64), getattr(args, "image_width", 64))
         try:
-            preflight_rewards([self.reward], args.image_height, args.image_width)
+            preflight_rewards([self.reward], *size)
         except JudgeFailedError as error:
             raise JudgeFailedError(f"{error} (the hold-out judge's arguments begin with holdout_)") from error
 
