@@ -13,6 +13,7 @@ from PIL import Image
 
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.ranges import check_number
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
 from reward_models.judges.yes_no import yes_no_token_ids, yes_probability_of_logits
@@ -34,8 +35,7 @@ class PolicyJudge(Judge):
     """
 
     def __init__(self, model: UnifiedModel, processor: UnifiedProcessor, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+        check_number("batch_size", batch_size, "[1, inf)")
         self.model = model
         self.processor = processor
         self.batch_size = batch_size

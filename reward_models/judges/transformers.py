@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.ranges import check_number
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, Judge
 from reward_models.judges.yes_no import QUESTION_PROMPT, yes_no_token_ids, yes_probability_of_logits
@@ -55,8 +56,7 @@ class TransformersJudge(Judge):
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+        check_number("batch_size", batch_size, "[1, inf)")
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
