@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alphagrpo_ext.ranges import check_number
 from alphagrpo_ext.report.answers import COLUMN_SUFFIX, format_answers
 from alphagrpo_ext.report.records import Answer
 from reward_models.aggregation import AGGREGATIONS, aggregate, all_yes
@@ -107,12 +108,10 @@ class DVReward:
             judge = JUDGES.get(judge)()
         if not isinstance(judge, Judge):
             raise ValueError(f"judge must be a Judge or the name of one, got {judge!r}")
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be positive or None, got {timeout}")
-        if not 0.0 <= max_failed_frac <= 1.0:
-            raise ValueError(f"max_failed_frac must be in [0, 1], got {max_failed_frac}")
+        check_number("max_concurrency", max_concurrency, "[1, inf)")
+        if timeout is not None:
+            check_number("timeout", timeout, "(0, inf)")
+        check_number("max_failed_frac", max_failed_frac, "[0, 1]")
         AGGREGATIONS.get(aggregation)
         self.judge = judge
         self.aggregation = aggregation

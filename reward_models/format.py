@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from alphagrpo_ext.messages import prompt_text
+from alphagrpo_ext.ranges import check_number
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.shapes.text import is_reflection
 from reward_models.endpoints.structured_output import StructuredAnswer, StructuredChat
@@ -142,8 +143,7 @@ class ReflectionStructure:
     text_only = True
 
     def __init__(self, chat: StructuredChat, max_concurrency: int = 64, name: str = "reflection_structure") -> None:
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
+        check_number("max_concurrency", max_concurrency, "[1, inf)")
         self.chat = chat
         self.max_concurrency = max_concurrency
         self.__name__ = name

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from alphagrpo_ext.ranges import check_number
 from alphagrpo_ext.trajectory import DenoisingWindow
 
 
@@ -58,8 +59,7 @@ def draw_times(num_times: int, interval: tuple[float, float], shift: float, seed
         raise ValueError(f"num_times must be at least 1, but is {num_times}")
     if not 0 <= low < high <= 1:
         raise ValueError(f"interval must be (low, high) with 0 <= low < high <= 1, but is {interval}")
-    if shift <= 0:
-        raise ValueError(f"shift must be positive, but is {shift}")
+    check_number("shift", shift, "(0, inf)")
     # A string seed is hashed with SHA-512: the same in every process, and unrelated for neighbouring steps.
     rng = random.Random(f"times-{seed}-{step}")
     # `1 - random()` is in (0, 1], so that no time is 0, where there is no noise to predict.

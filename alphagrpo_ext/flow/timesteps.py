@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from alphagrpo_ext.ranges import check_number
+
 
 def flow_timesteps(num_timesteps: int, shift: float = 1.0, device: torch.device | str | None = None) -> torch.Tensor:
     """
@@ -34,8 +36,7 @@ def flow_timesteps(num_timesteps: int, shift: float = 1.0, device: torch.device 
     """
     if num_timesteps < 2:
         raise ValueError(f"num_timesteps must be at least 2, the two ends of the path, but is {num_timesteps}")
-    if shift <= 0:
-        raise ValueError(f"shift must be positive, but is {shift}")
+    check_number("shift", shift, "(0, inf)")
     timesteps = torch.linspace(1, 0, num_timesteps, dtype=torch.float32)
     timesteps = shift * timesteps / (1 + (shift - 1) * timesteps)
     # For some shifts, rounding gives 1 - 2^-24, and 1 / (1 - t) would be huge.

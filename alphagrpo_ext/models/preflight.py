@@ -74,7 +74,7 @@ def check_saved_model(folder: Path, model_class: type[PreTrainedModel]) -> PreTr
         expected = model_class(config).state_dict()
     stored = {name: (path, shape) for path in weight_files(folder) for name, shape in read_shapes(path).items()}
     problems = [
-        f"{name} in {path.name} has shape {shape} instead of {tuple(expected[name].shape)}"
+        f"{name} has shape {shape} instead of {tuple(expected[name].shape)} (in {path.name})"
         for name, (path, shape) in stored.items()
         if name in expected and tuple(expected[name].shape) != shape
     ]

@@ -108,7 +108,7 @@ def save_model(
         `OSError`: If the disk has no room.
         `FloatingPointError`: If a weight is NaN or infinite; the message names it.
     """
-    check_finite(model.state_dict().items(), f"the model is not saved to {folder}")
     with staged_folder(folder, state_bytes(model)) as stage:
+        check_finite(model.state_dict().items(), f"the model is not saved to {folder}")
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         processor.save_pretrained(stage)

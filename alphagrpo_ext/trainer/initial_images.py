@@ -24,7 +24,7 @@ from PIL import Image
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
 from alphagrpo_ext.trainer.reward_functions import reward_name
-from alphagrpo_ext.trainer.rewards import refuse_infinite, complete_sum, judges_images, select_initial
+from alphagrpo_ext.trainer.rewards import complete_sum, judges_images, refuse_infinite, select_initial
 from alphagrpo_ext.trainer.step import RolloutStep, reward_row
 
 

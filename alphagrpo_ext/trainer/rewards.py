@@ -251,7 +251,9 @@ def judge_step(
     refuse_infinite(rewards, [reward_name(function) for function in functions])
     device, metrics = rewards.device, {}
     weights, is_image = weights.to(device), judges_images(functions).to(device)
-    always = torch.tensor([bool(reward_attribute(function, "always_applies", False)) for function in functions], device=device)
+    always = torch.tensor(
+        [bool(reward_attribute(function, "always_applies", False)) for function in functions], device=device
+    )
     is_missing = missing_rewards(rewards, always, step.group_size) & (weights != 0)
     needed = is_image & (weights != 0)
     painted = accelerator.gather(torch.tensor([bool(t.sampled_images) for t in step.trajectories], device=device))

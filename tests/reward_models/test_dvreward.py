@@ -352,8 +352,8 @@ def test_images_that_are_under_way_are_not_asked_about_again():
     ("changes", "message"),
     [
         ({"judge": 3}, "judge must be a Judge"),
-        ({"max_concurrency": 0}, "max_concurrency must be at least 1, got 0"),
-        ({"timeout": 0.0}, "timeout must be positive or None, got 0.0"),
+        ({"max_concurrency": 0}, "max_concurrency must be at least 1, but is 0"),
+        ({"timeout": 0.0}, "timeout must be positive, but is 0.0"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
