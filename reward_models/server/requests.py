@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from alphagrpo_ext.reward_client.json_values import has_more_values
 from alphagrpo_ext.reward_client.thought import extract_thought
 from alphagrpo_ext.rollout.task import prompt_text
 from reward_models.endpoints.structured_output import check_unicode
@@ -16,7 +17,6 @@ from reward_models.files.image_decoding import EncodedImage
 from reward_models.painters.base import ImageRequest
 from reward_models.prompts.questions import TAGS, PromptRecord, from_row
 from reward_models.server.arguments import ServerArguments
-from reward_models.server.bodies import has_more_values
 from reward_models.server.protocol import MAX_TEXT_LENGTH, GenerateRequest, RemoteRewardRequest, ScoreRequest
 
 
