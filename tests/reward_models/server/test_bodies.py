@@ -16,7 +16,7 @@ from reward_models.server.protocol import MAX_TEXT_LENGTH
 from support.server_samples import JSON, SAMPLE, refusal
 
 
-NUM_BYTES = 3_000_000
+NUM_BYTES = 900_000
 BALLAST = {
     "lists": "[" + "[]," * (NUM_BYTES // 3) + "[]]",
     "objects": "[" + "{}," * (NUM_BYTES // 3) + "{}]",
@@ -91,6 +91,7 @@ def test_fields_that_the_server_ignores_may_be_there(shapes: httpx.Client) -> No
     assert shapes.post("/score", json={"items": [item] * 8}).status_code == 200
 
 
+QUESTION = {"question": "is there a red circle ?", "tag": "Existence"}
 LONG = "a" * (MAX_TEXT_LENGTH + 1)
 
 
@@ -98,12 +99,17 @@ LONG = "a" * (MAX_TEXT_LENGTH + 1)
     ("path", "changes", "message"),
     [
         ("/score", {"prompt": LONG}, "items.0.prompt"),
-        ("/score", {"semantic_questions": [{"question": LONG, "tag": "Count"}]}, "items[0]: a question: the text has"),
+        ("/score", {"semantic_questions": [{"question": LONG, "tag": "Count"}]}, "items[0]: a text in it has"),
+        ("/score", {"semantic_questions": [QUESTION | {"other": [[LONG]]}]}, "items[0]: a text in it has"),
+        ("/score", {"semantic_questions": [QUESTION | {LONG: 1}]}, "items[0]: a text in it has"),
+        ("/score", {"semantic_questions": " " * 2**20 + "[]"}, "items[0]: semantic_questions has 1048578 characters"),
         ("/generate", {"prompt": LONG}, "items.0.prompt"),
         ("/generate", {"thought": LONG}, "items.0.thought"),
         ("/get_reward", {"query": [LONG]}, "query.0"),
         ("/get_reward", {"prompts": [LONG]}, "prompts.0"),
-        ("/get_reward", {"labels": [json.dumps(SAMPLE.record | {"prompt": LONG})]}, "labels[0]: prompt: the text has"),
+        ("/get_reward", {"labels": [" " * 2**20 + json.dumps(SAMPLE.record)]}, "labels[0] has 10"),
+        ("/get_reward", {"labels": [json.dumps(SAMPLE.record | {"other": LONG})]}, "labels[0]: a text in it has"),
+        ("/get_reward", {"labels": [json.dumps(SAMPLE.record | {"prompt": LONG})]}, "labels[0]: a text in it has"),
     ],
 )
 def test_length_of_a_text_is_bounded(shapes: httpx.Client, path: str, changes: dict[str, Any], message: str) -> None:
