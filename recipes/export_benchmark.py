@@ -9,19 +9,21 @@ python recipes/export_benchmark.py --benchmark geneval --prompts geneval/prompts
     --num_timesteps 50 --timestep_shift 3 --cfg_text_scale 4 --max_new_tokens 512 --output_dir runs/geneval
 ```
 
-Benchmarks are `geneval`, `dpg_bench`, `tiif_bench`, `wise` and `gedit_bench`; The files in
+Benchmarks are `geneval`, `dpg_bench`, `tiif_bench`, `wise` and `gedit_bench`. The files in
 `reward_models/benchmarks/` describe what each reads and writes. `<output_dir>/images` is the folder for the benchmark's scorer.
 
 With a judge, images are also scored by yes/no questions, which come from the benchmark's metadata or from a file that
 `recipes/decompose_prompts.py` made of its prompts:
 
 ```bash
-python recipes/export_benchmark.py --benchmark wise --prompts WISE/data --questions wise_questions.jsonl \\
+python recipes/export_benchmark.py --benchmark wise --prompts WISE/data_verified --questions wise_questions.jsonl \\
     --judge openai --judge_base_url http://localhost:8000/v1 --judge_model NAME --output_dir runs/wise
 ```
 
 The same command continues a run that was stopped: no image is painted again, and no question is asked twice. With
 `accelerate launch`, several processes share the work.
+
+All images to edit are read before anything is painted. Rows that cannot be read are named, and `--skip_broken_rows` leaves them out.
 """
 
 from __future__ import annotations

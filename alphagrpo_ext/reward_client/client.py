@@ -16,6 +16,7 @@ import io
 import json
 import math
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,10 @@ from weakref import WeakKeyDictionary
 
 from PIL import Image
 
-from alphagrpo_ext.images import read_image, to_rgb
+from alphagrpo_ext.images import open_image, read_image, to_rgb
+from alphagrpo_ext.reward_client.answers import ACCEPTED_ENCODING, RewardServerError, send, send_async
+from alphagrpo_ext.reward_client.json_values import has_more_values
+from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 
 
@@ -37,12 +41,12 @@ TRANSIENT_STATUS_CODES = (408, 425, 429)
 """Status codes below 500 that a later attempt may not get."""
 INITIAL_BACKOFF, MAX_BACKOFF = 0.5, 30.0
 """Seconds."""
-MAX_RETRY_AFTER = 60.0
-"""Seconds."""
-
-
-class RewardServerError(RuntimeError):
-    """The reward server did not return what was asked for. The message says why and what to do."""
+PERMANENT_STATUS_CODES = (501, 505)
+"""Status codes of 500 and above that a later attempt gets as well, e.g. of a server without a painter."""
+MAX_IMAGE_PIXELS = 2**24
+"""Largest number of pixels of an image that the server sends."""
+# JSON values in an answer; those of an item are its questions and a few more.
+_MAX_VALUES, _MAX_VALUES_PER_ITEM = 1000, 10_000
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class RewardClient:
     def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         from tenacity import Retrying
 
-        return Retrying(**retry_policy(self.config))(self._http.post, path, json=body)
+        return Retrying(**retry_policy(self.config))(send, self._http, self.config, path, body)
 
 
 class AsyncRewardClient:
@@ -187,7 +191,8 @@ class AsyncRewardClient:
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
             self._pools[loop] = httpx.AsyncClient(**_http_options(self.config))
-        return await AsyncRetrying(**retry_policy(self.config))(self._pools[loop].post, path, json=body)
+        pool = self._pools[loop]
+        return await AsyncRetrying(**retry_policy(self.config))(send_async, pool, self.config, path, body)
 
 
 def parse_label(label: str) -> Label:
@@ -289,8 +294,16 @@ def encode_image(image: Image.Image) -> str:
 
 
 def decode_image(data: str) -> Image.Image:
-    """Decode a PNG in base64 to an RGB image."""
-    return read_image(base64.b64decode(data, validate=True), formats=["PNG"])
+    """
+    Decode a PNG in base64 to an RGB image.
+
+    Raises:
+        `ValueError`: If it is damaged, or has more than [`MAX_IMAGE_PIXELS`].
+    """
+    with open_image(base64.b64decode(data, validate=True), formats=["PNG"]) as image:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}")
+        return read_image(image)
 
 
 def retry_policy(config: ClientSettings) -> dict[str, Any]:
@@ -298,8 +311,8 @@ def retry_policy(config: ClientSettings) -> dict[str, Any]:
     Arguments of tenacity's `Retrying` and `AsyncRetrying`.
 
     A failed attempt is repeated up to `config.max_retries` times, unless the server refused the request itself. The pause is an
-    exponential back-off or the server's `Retry-After`, whichever is longer. After the last attempt a [`RewardServerError`]
-    is raised.
+    exponential back-off or what the server asks for (see [`retry_after_seconds`]) but at most `config.timeout`, whichever is
+    longer. After the last attempt a [`RewardServerError`] is raised.
     """
     import httpx
     from tenacity import retry_if_exception_type, retry_if_result, stop_after_attempt, stop_any
@@ -308,7 +321,7 @@ def retry_policy(config: ClientSettings) -> dict[str, Any]:
         "retry": retry_if_exception_type(httpx.TransportError)
         | retry_if_result(lambda response: not response.is_success),
         "stop": stop_any(_is_refused, stop_after_attempt(config.max_retries + 1)),
-        "wait": _seconds_to_wait,
+        "wait": partial(_seconds_to_wait, config),
         "retry_error_callback": partial(_give_up, config),
     }
 
@@ -320,18 +333,19 @@ def _failed_response(state: RetryCallState) -> httpx.Response | None:
 
 def _is_refused(state: RetryCallState) -> bool:
     response = _failed_response(state)
-    return response is not None and response.status_code < 500 and response.status_code not in TRANSIENT_STATUS_CODES
+    if response is None:
+        return False
+    status = response.status_code
+    return status in PERMANENT_STATUS_CODES or status < 500 and status not in TRANSIENT_STATUS_CODES
 
 
-def _seconds_to_wait(state: RetryCallState) -> float:
+def _seconds_to_wait(config: ClientSettings, state: RetryCallState) -> float:
     backoff = min(INITIAL_BACKOFF * 2 ** (state.attempt_number - 1), MAX_BACKOFF)
     response = _failed_response(state)
-    try:
-        retry_after = 0.0 if response is None else float(response.headers.get("retry-after", 0))
-    except ValueError:
-        retry_after = 0.0
+    asked = None if response is None else retry_after_seconds(response.headers, time.time())
     # Without jitter, all clients that were turned away would come back at the same moment.
-    return max(backoff, min(retry_after, MAX_RETRY_AFTER)) * (1 + random.random() / 4)
+    jitter = 1 + random.random() / 4
+    return max(backoff * jitter, min((asked or 0.0) * jitter, config.timeout))
 
 
 def _give_up(config: ClientSettings, state: RetryCallState) -> NoReturn:
@@ -363,7 +377,11 @@ def _explain_status(response: httpx.Response) -> str:
         return f"refused the key: set {variable('server_key')} to the server's own"
     if response.status_code == 429:
         return f"is too busy: lower {variable('max_concurrency')} or raise {variable('max_retries')}"
-    if response.status_code >= 500:
+    if response.is_redirect:
+        return f"is at another address, {response.headers.get('location')}: set {variable('server_url')} to it"
+    if response.status_code in (404, 405):
+        return f"has no route {response.url.path}, so it is probably not the reward server: check {variable('server_url')}"
+    if response.status_code >= 500 and response.status_code not in PERMANENT_STATUS_CODES:
         return "failed, see its log"
     return f"refused a request to {response.url.path}"
 
@@ -374,7 +392,10 @@ def _http_options(config: ClientSettings) -> dict[str, Any]:
     key = config.server_key
     return {
         "base_url": config.server_url,
-        "headers": {} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
+        "headers": {
+            "Accept-Encoding": ACCEPTED_ENCODING,
+            **({} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}),
+        },
         # Requests that wait for a free connection are a queue, so they do not time out.
         "timeout": httpx.Timeout(config.timeout, pool=None),
         "limits": httpx.Limits(
@@ -384,9 +405,11 @@ def _http_options(config: ClientSettings) -> dict[str, Any]:
 
 
 def _read_list(response: httpx.Response, name: str, count: int) -> list[Any]:
+    if has_more_values(response.content, _MAX_VALUES + _MAX_VALUES_PER_ITEM * count):
+        raise RewardServerError(f"{response.url} sent an answer with far more values than {count} {name} have")
     try:
         items = response.json()[name]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RewardServerError(
             f"{response.url} did not answer with '{name}', so it is probably not the reward server; check "
             f"{variable('server_url')} (it sent {response.text[:200]!r})"

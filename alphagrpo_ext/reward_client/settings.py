@@ -38,12 +38,14 @@ class ClientSettings(BaseSettings):
         server_key (`SecretStr`, *optional*):
             Bearer key of the reward server, if it requires one. It is never printed.
         timeout (`float`, *optional*, defaults to `180.0`):
-            Seconds that one attempt of a request may take.
+            Seconds that one attempt of a request may take, and the longest wait that the server can ask for by `Retry-After`.
         max_retries (`int`, *optional*, defaults to `10`):
             Number of further attempts. Ten attempts take about two and a half minutes if no connection can be made.
         max_concurrency (`int`, *optional*, defaults to `8`):
             Number of requests that one process has open at the server; further ones wait. Each vLLM engine is a process. All
             of them together should not open more requests than the server's `max_queue`, 64 by default.
+        max_answer_bytes (`int`, *optional*, defaults to `2**26`):
+            Largest answer, as it is sent and after decompression. Eight images of 1024 pixels are about 20 MB.
         seed (`int`, *optional*):
             If set, the noise of an image follows from the seed, the prompt and the turn. It is then equal for a whole group,
             so that rewards in the group differ by their texts only. If not set, the server draws the noise.
@@ -59,6 +61,7 @@ class ClientSettings(BaseSettings):
     timeout: float = Field(180.0, gt=0, allow_inf_nan=False)
     max_retries: int = Field(10, ge=0)
     max_concurrency: int = Field(8, ge=1)
+    max_answer_bytes: int = Field(2**26, ge=1)
     seed: int | None = None
 
     def __init__(self, **values: Any) -> None:

@@ -3,8 +3,7 @@
 """
 Bodies of requests: their size in bytes, and the number of values that their JSON holds.
 
-A value of three bytes, such as an empty list, takes 64 bytes once it is parsed, so a bound on bytes alone is no bound on memory. The
-values are counted before anything is parsed.
+The values are counted before anything is parsed; see [`~alphagrpo_ext.reward_client.json_values`].
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 from starlette.types import Message
+
+from alphagrpo_ext.reward_client.json_values import has_more_values
 
 
 class BoundedRequest(Request):
@@ -79,25 +80,3 @@ async def read_body(request: Request, max_bytes: int, max_values: int) -> Bounde
     bounded = BoundedRequest(request.scope, receive, max_values)
     await bounded.body()
     return bounded
-
-
-def has_more_values(text: bytes, max_values: int) -> bool:
-    """
-    Whether a JSON text has more values than a bound, counted by the lists, objects, separators and strings in it. In a text
-    that is not JSON, what comes after the first error may be counted wrongly.
-
-    Args:
-        text (`bytes`): The text, in UTF-8.
-        max_values (`int`): The bound.
-    """
-    if b"\\" in text:
-        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if text.count(b'"') > 2 * max_values:
-        return True
-    # Now strings are the odd parts between quotation marks.
-    count = 0
-    for part in text.split(b'"')[::2]:
-        count += part.count(b"[") + part.count(b"{") + part.count(b",") + 1
-        if count > max_values:
-            return True
-    return False

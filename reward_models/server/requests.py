@@ -10,14 +10,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from alphagrpo_ext.messages import prompt_text
+from alphagrpo_ext.reward_client.json_values import has_more_values
 from alphagrpo_ext.reward_client.thought import extract_thought
 from reward_models.endpoints.structured_output import check_unicode
 from reward_models.files.image_decoding import EncodedImage
 from reward_models.painters.base import ImageRequest
 from reward_models.prompts.questions import TAGS, PromptRecord, from_row
 from reward_models.server.arguments import ServerArguments
-from reward_models.server.bodies import has_more_values
 from reward_models.server.protocol import MAX_TEXT_LENGTH, GenerateRequest, RemoteRewardRequest, ScoreRequest
+
+
+MAX_JSON_LENGTH = 2**20
+"""Largest number of characters of a label, or of questions that are sent as JSON in a text."""
 
 
 def read_score_request(request: ScoreRequest, limits: ServerArguments) -> list[tuple[EncodedImage, PromptRecord]]:
@@ -87,7 +91,7 @@ def _read_image(text: str, limits: ServerArguments, where: str) -> EncodedImage:
 
 
 def _read_label(label: str, limits: ServerArguments, where: str) -> PromptRecord:
-    _check_values(label, limits, where)
+    _check_json(label, limits, where)
     try:
         row = json.loads(label)
     except (ValueError, RecursionError) as error:
@@ -101,7 +105,8 @@ def _read_record(row: Any, limits: ServerArguments, where: str) -> PromptRecord:
     for name in TAGS:
         # Questions may be JSON in a string.
         if isinstance(row, Mapping) and isinstance(row.get(name), str):
-            _check_values(row[name], limits, f"{where}: {name}")
+            _check_json(row[name], limits, f"{where}: {name}")
+    _check_lengths(row, where)
     try:
         record = from_row(row, where)
     except RecursionError as error:
@@ -114,11 +119,14 @@ def _read_record(row: Any, limits: ServerArguments, where: str) -> PromptRecord:
         )
     with _errors_name(f"{where}: a question"):
         for question in questions:
-            _check_text(question.question)
+            check_unicode(question.question)
     return record
 
 
-def _check_values(text: str, limits: ServerArguments, where: str) -> None:
+def _check_json(text: str, limits: ServerArguments, where: str) -> None:
+    """Check the size of JSON in a text before it is parsed."""
+    if len(text) > MAX_JSON_LENGTH:
+        raise ValueError(f"{where} has {len(text)} characters, more than the {MAX_JSON_LENGTH} that the server takes")
     if has_more_values(text.encode(errors="surrogatepass"), limits.max_record_values):
         raise ValueError(
             f"{where} is JSON with more than {limits.max_record_values} values, which is more than the server's "
@@ -126,17 +134,27 @@ def _check_values(text: str, limits: ServerArguments, where: str) -> None:
         )
 
 
-def _check_text(text: str) -> str:
-    if len(text) > MAX_TEXT_LENGTH:
-        raise ValueError(f"the text has {len(text)} characters, more than the {MAX_TEXT_LENGTH} that the server takes")
-    return check_unicode(text)
+def _check_lengths(row: Any, where: str) -> None:
+    """Check the length of every text in a row, also of those that are not read. JSON in a text is checked by itself."""
+    values = [row]
+    while values:
+        value = values.pop()
+        if isinstance(value, Mapping):
+            values += value.keys()
+            values += (v for key, v in value.items() if not (value is row and key in TAGS and isinstance(v, str)))
+        elif isinstance(value, list):
+            values += value
+        elif isinstance(value, str) and len(value) > MAX_TEXT_LENGTH:
+            raise ValueError(
+                f"{where}: a text in it has {len(value)} characters, more than the {MAX_TEXT_LENGTH} that the server takes"
+            )
 
 
 def _text_of_prompt(prompt: Any, where: str) -> str:
     with _errors_name(where):
         text = prompt_text(prompt)
     with _errors_name(f"{where}: prompt"):
-        return _check_text(text)
+        return check_unicode(text)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import math
 import socket
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -23,30 +25,6 @@ from alphagrpo_ext.reward_client.client import (
     parse_label,
 )
 from alphagrpo_ext.reward_client.settings import ClientSettings
-
-
-@pytest.fixture(params=["sync", "async"])
-def ask(request: pytest.FixtureRequest) -> Any:
-    """Calls a method of either client and closes it."""
-
-    async def ask_async(config: ClientSettings, method: str, *args: Any) -> Any:
-        reward_client = AsyncRewardClient(config)
-        try:
-            return await getattr(reward_client, method)(*args)
-        finally:
-            await reward_client.aclose()
-
-    def call(url: str, method: str, *args: Any, **settings: Any) -> Any:
-        config = ClientSettings(server_url=url, **{"max_retries": 3, "timeout": 60.0, **settings})
-        if request.param == "async":
-            return asyncio.run(ask_async(config, method, *args))
-        reward_client = RewardClient(config)
-        try:
-            return getattr(reward_client, method)(*args)
-        finally:
-            reward_client.close()
-
-    return call
 
 
 def test_generate_sends_everything_and_brings_images(ask, server, example) -> None:
@@ -99,11 +77,38 @@ def test_passing_trouble_passes(ask, server, status: int) -> None:
     assert len(server.requests) == 3
 
 
-def test_server_says_when_to_come_back(ask, server) -> None:
-    server.faults.append((429, {"Retry-After": "1"}, {}))
+@pytest.mark.parametrize("form", ["seconds", "date", "milliseconds"])
+def test_server_says_when_to_come_back(ask, server, form: str) -> None:
+    headers = {
+        "seconds": {"Retry-After": "1"},
+        "date": {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)},
+        "milliseconds": {"Retry-After-Ms": "700", "Retry-After": "50"},
+    }[form]
+    server.faults.append((429, headers, {}))
     start = time.monotonic()
     ask(server.url, "generate", [PaintRequest("a")])
-    assert time.monotonic() - start >= 1.0
+    assert 0.6 <= time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("value", ["3600", "Fri, 31 Dec 2999 23:59:59 GMT", "9" * 400])
+def test_wait_is_bounded_by_the_deadline(ask, server, value: str) -> None:
+    server.faults.append((503, {"Retry-After": value}, {}))
+    start = time.monotonic()
+    ask(server.url, "generate", [PaintRequest("a")], timeout=0.5)
+    assert 0.4 <= time.monotonic() - start < 20
+
+
+def test_what_stays_is_not_tried_again(ask, server) -> None:
+    server.faults.append((501, {}, {"detail": "this server has no painter"}))
+    with pytest.raises(RewardServerError, match=r"refused a request to /generate \(501 after 1 try.*no painter"):
+        ask(server.url, "generate", [PaintRequest("a")])
+    server.faults.append((308, {"Location": "https://x/generate"}, {}))
+    with pytest.raises(RewardServerError, match="is at another address, https://x/generate: set ALPHAGRPO_SERVER_URL"):
+        ask(server.url, "generate", [PaintRequest("a")])
+    server.faults.append((404, {}, {"detail": "Not Found"}))
+    with pytest.raises(RewardServerError, match=r"no route /generate.*ALPHAGRPO_SERVER_URL \(404 after 1 try"):
+        ask(server.url, "generate", [PaintRequest("a")])
+    assert len(server.requests) == 3
 
 
 def test_lasting_trouble_is_an_error_after_the_last_try(ask, server, example) -> None:

@@ -288,6 +288,18 @@ def test_wise_reads_arrays_and_writes_a_file_an_id(tmp_path: Path) -> None:
         benchmark.prompts(str(tmp_path / "data"))
 
 
+def test_tiif_bench_has_rows_without_questions(tmp_path: Path) -> None:
+    row = {
+        "type": "text",
+        "short_description": "a sign that says tea",
+        "long_description": "a wooden sign that says tea",
+    }
+    write_lines(tmp_path / "test_prompts" / "text_prompts.jsonl", [row])
+    write_lines(tmp_path / "test_eval_prompts" / "text_eval_prompts.jsonl", [row | {"text": ["tea"]}])
+    prompts = make("tiif_bench").prompts(str(tmp_path / "test_prompts"))
+    assert [p.questions for p in prompts] == [(), ()]
+
+
 WISE_TOPICS = ("cultural_common_sense", "natural_science", "spatio-temporal_reasoning")
 
 

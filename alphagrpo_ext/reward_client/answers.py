@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Answers of the reward server, read with bounds on their size, as they are sent and after decompression, and on time."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from alphagrpo_ext.reward_client.settings import ClientSettings, variable
+
+
+if TYPE_CHECKING:
+    import httpx
+
+
+ACCEPTED_ENCODING = "gzip"
+"""The compression that is asked for. Its output can be bounded while it is made."""
+# Reads the headers of gzip and of zlib.
+_ANY_HEADER = 32 + zlib.MAX_WBITS
+
+
+class RewardServerError(RuntimeError):
+    """The reward server did not return what was asked for. The message says why and what to do."""
+
+
+class BoundedAnswer:
+    """
+    The body of an answer while it arrives.
+
+    Args:
+        response (`httpx.Response`): The answer, of which only the head has been read.
+        config ([`ClientSettings`]): Its `max_answer_bytes` and `timeout` are the bounds.
+    """
+
+    def __init__(self, response: httpx.Response, config: ClientSettings) -> None:
+        self._response = response
+        self._config = config
+        self._body = bytearray()
+        self._end = time.monotonic() + config.timeout
+
+    def add(self, part: bytes) -> None:
+        """
+        Add a part of the body.
+
+        Raises:
+            [`RewardServerError`]: If the body is too large.
+            `httpx.ReadTimeout`: If it takes too long.
+        """
+        import httpx
+
+        self._body += part
+        if len(self._body) > self._config.max_answer_bytes:
+            raise self._too_large()
+        if time.monotonic() > self._end:
+            raise httpx.ReadTimeout("the answer arrives too slowly", request=self._response.request)
+
+    def complete(self) -> httpx.Response:
+        """
+        Return the answer with its decompressed body.
+
+        Raises:
+            [`RewardServerError`]: If the body is too large or cannot be decompressed.
+        """
+        import httpx
+
+        names = self._response.headers.get("content-encoding", "").lower().split(",")
+        body = bytes(self._body)
+        for name in reversed([name.strip() for name in names if name.strip() not in ("", "identity")]):
+            body = self._decompress(body, name)
+        headers = [(name, value) for name, value in self._response.headers.items() if name not in _BODY_HEADERS]
+        return httpx.Response(
+            self._response.status_code, headers=headers, content=body, request=self._response.request
+        )
+
+    def _decompress(self, body: bytes, encoding: str) -> bytes:
+        decompressor = zlib.decompressobj(_ANY_HEADER)
+        try:
+            if encoding not in ("gzip", "x-gzip", "deflate"):
+                raise zlib.error("which was not asked for")
+            decompressed = decompressor.decompress(body, self._config.max_answer_bytes + 1)
+        except zlib.error as error:
+            raise RewardServerError(
+                f"{self._response.url} sent an answer that is compressed by {encoding!r} ({error}): a proxy may be in between"
+            ) from error
+        if len(decompressed) > self._config.max_answer_bytes:
+            raise self._too_large()
+        return decompressed
+
+    def _too_large(self) -> RewardServerError:
+        return RewardServerError(
+            f"{self._response.url} sent an answer (status {self._response.status_code}) of more than "
+            f"{self._config.max_answer_bytes} bytes: raise {variable('max_answer_bytes')}, or ask for fewer images at once"
+        )
+
+
+_BODY_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
+
+
+def send(http: httpx.Client, config: ClientSettings, path: str, body: dict[str, Any]) -> httpx.Response:
+    """
+    Send a request and read its answer.
+
+    Args:
+        http (`httpx.Client`): The connections.
+        config ([`ClientSettings`]): The bounds.
+        path (`str`): The route.
+        body (`dict[str, Any]`): The body, which is sent as JSON.
+
+    Raises:
+        `httpx.TransportError`: If there is no answer.
+        [`RewardServerError`]: If the answer is too large or cannot be decompressed.
+    """
+    with http.stream("POST", path, json=body) as response:
+        answer = BoundedAnswer(response, config)
+        for part in response.iter_raw():
+            answer.add(part)
+        return answer.complete()
+
+
+async def send_async(
+    http: httpx.AsyncClient, config: ClientSettings, path: str, body: dict[str, Any]
+) -> httpx.Response:
+    """Like [`send`], in an event loop."""
+    async with http.stream("POST", path, json=body) as response:
+        answer = BoundedAnswer(response, config)
+        async for part in response.aiter_raw():
+            answer.add(part)
+        return answer.complete()
