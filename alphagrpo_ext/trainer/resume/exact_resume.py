@@ -180,8 +180,9 @@ class ExactResume(TrainerCallback):
         num_processes = read_manifest(checkpoint).num_processes
         if num_processes != args.world_size:
             raise ValueError(
-                f"the checkpoint {checkpoint} was saved by {num_processes} processes, but {args.world_size} are "
-                f"running: launch as many to resume, or start a new run from its weights with model_name_or_path"
+                f"the checkpoint {checkpoint} was saved with num_processes={num_processes}, but num_processes is "
+                f"{args.world_size} now: launch as many to resume, or start a new run from its weights with "
+                f"model_name_or_path"
             )
         if not progress_path(checkpoint, args.process_index).is_file():
             raise ValueError(

@@ -58,7 +58,11 @@ def _local_world() -> tuple[int, int]:
 
 def node() -> int:
     """Position of this process' node among all. Where the launcher does not say, every process counts as a node."""
-    return dist.get_rank() // _local_world()[1] if is_distributed() else 0
+    if not is_distributed():
+        return 0
+    # The names of torchrun and of Ray.
+    named = os.environ.get("GROUP_RANK") or os.environ.get("NODE_RANK")
+    return int(named) if named else dist.get_rank() // _local_world()[1]
 
 
 def node_share(work: Sequence[T]) -> Sequence[T]:

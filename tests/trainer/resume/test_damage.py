@@ -5,8 +5,11 @@
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.resume import file_records
+from alphagrpo_ext.trainer.resume import file_records, processes
 from alphagrpo_ext.trainer.resume.checkpoint_folder import (
     MANIFEST_NAME,
     DamagedCheckpointError,
     Manifest,
     check_checkpoint,
+    check_contents,
     last_checkpoint,
+    record_files,
     write_manifest,
 )
+from alphagrpo_ext.trainer.resume.file_records import checksums, file_sizes, make_records, pieces
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -208,6 +214,51 @@ def test_contents_are_read_once_while_they_stay_as_they_are(
     flip(folder / "optimizer.pt", 3)
     with pytest.raises(DamagedCheckpointError, match="optimizer.pt"):
         check_checkpoint(folder)
+
+
+def test_processes_of_a_node_share_the_work_and_know_of_each_others_faults(
+    fresh: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: list[Any] = [None, None]
+    barrier, own = threading.Barrier(2), threading.local()
+
+    def gathered(value: Any) -> list[Any]:
+        values[own.index] = value
+        barrier.wait()
+        result = list(values)
+        barrier.wait()
+        return result
+
+    monkeypatch.setattr(processes, "gathered", gathered)
+    monkeypatch.setattr(processes, "node_share", lambda work: work[own.index :: 2])
+    read: list[tuple[Path, int]] = []
+    checksum = file_records._checksum
+
+    def together(call: Callable[[], Any]) -> list[Any]:
+        """What two processes, which are threads here, get from a call."""
+
+        def one(index: int) -> Any:
+            own.index = index
+            try:
+                return call()
+            except DamagedCheckpointError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(one, range(2)))
+
+    folder = fresh()
+    sizes = file_sizes(folder, MANIFEST_NAME)
+    expected = make_records(sizes, checksums(folder, pieces(sizes)))
+    monkeypatch.setattr(file_records, "_checksum", lambda *piece: read.append(piece) or checksum(*piece))
+    assert together(lambda: record_files(folder)) == [expected, expected]
+    # No piece was read twice.
+    assert len(read) == len(set(read)) == len(pieces(sizes))
+    manifest = Manifest(7, 2, 0.0, expected)
+    assert together(lambda: check_contents(folder, manifest)) == [None, None]
+    flip(folder / "optimizer.pt", 8 * 1500)
+    for outcome in together(lambda: check_contents(folder, manifest)):
+        assert "optimizer.pt has other contents" in outcome
 
 
 @pytest.mark.invariant

@@ -256,7 +256,7 @@ def test_saving_logging_and_evaluation_follow_the_new_settings(make: MakeTrainer
 def test_another_number_of_processes_is_named(make: MakeTrainer, run_folder: Path) -> None:
     folder = run_folder / "checkpoint-2"
     write_manifest(folder, step=2, num_processes=2)
-    with pytest.raises(ValueError, match="was saved by 2 processes, but 1 are running"):
+    with pytest.raises(ValueError, match="was saved with num_processes=2, but num_processes is 1 now"):
         make("again").train(resume_from_checkpoint=str(folder))
 
 
