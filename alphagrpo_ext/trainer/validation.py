@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.step import rollout_configs, task_name
+
+
+logger = logging.getLogger(__name__)
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
@@ -93,6 +97,11 @@ def validated_configs(args: AlphaGRPOConfig, names: Iterable[str], model: Unifie
     for name in args.with_painting_task(names):
         args.check_task(name)
     configs = rollout_configs(args, names)
+    for name in args.task_settings.keys() - configs.keys():
+        logger.warning(
+            "task_settings of '%s' have no effect, unless a stream has rows of this task: this run has %s",
+            *(name, ", ".join(configs)),
+        )
     for name, config in configs.items():
         try:
             config.grid(model)
