@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from alphagrpo_ext.rollout.config import RolloutConfig
     from alphagrpo_ext.rollout.generator import RolloutGenerator
     from alphagrpo_ext.rollout.refinement import Refinement, RefinementStep, refine
+    from alphagrpo_ext.rollout.settings import TaskSettings
     from alphagrpo_ext.rollout.task import TASKS, Task
 
 
@@ -24,6 +25,7 @@ __all__ = [
     "RolloutConfig",
     "RolloutGenerator",
     "Task",
+    "TaskSettings",
     "refine",
 ]
 
@@ -34,6 +36,7 @@ _MODULES = {
     "RolloutConfig": "config",
     "RolloutGenerator": "generator",
     "Task": "task",
+    "TaskSettings": "settings",
     "refine": "refinement",
 }
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +70,9 @@ def check_not_empty(dataset: Any, name: str, least: int = 1) -> None:
             f"{name} has {len(dataset)} rows, but a rollout takes {least} prompts, so nothing would be trained: lower "
             f"per_device_train_batch_size or steps_per_generation, or give more rows"
         )
+
+
+logger = logging.getLogger(__name__)
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
@@ -188,6 +192,11 @@ def validated_configs(args: AlphaGRPOConfig, names: Iterable[str], model: Unifie
     for name in args.with_painting_task(names):
         args.check_task(name)
     configs = rollout_configs(args, names)
+    for name in args.task_settings.keys() - configs.keys():
+        logger.warning(
+            "task_settings of '%s' have no effect, unless a stream has rows of this task: this run has %s",
+            *(name, ", ".join(configs)),
+        )
     for name, config in configs.items():
         try:
             config.grid(model)

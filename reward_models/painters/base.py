@@ -134,8 +134,8 @@ class PainterArguments:
     task_settings: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Settings of the policy's single tasks, 'reasoning_t2i' to paint and 'self_reflection' to refine, as JSON "
-            "or a mapping in YAML. They win over the argument of that name, which holds for both."
+            "help": "Guidance and schedule of the policy's single tasks, 'reasoning_t2i' to paint and 'self_reflection' to "
+            "refine, as JSON or a mapping in YAML. They win over the argument of that name, which holds for both."
         },
     )
 

@@ -19,13 +19,15 @@ from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator, Task
 from alphagrpo_ext.rollout.generator import sample_generator
-from alphagrpo_ext.rollout.settings import TaskSettings, read_task_settings, resolve_settings
+from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, read_task_settings, resolve_settings
 from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK
 from alphagrpo_ext.trajectory import Segment, TextSegment
 from reward_models.painters.base import PAINTERS, ImageRequest, Painter, PainterArguments, UnpaintableError
 
 
 _TASKS = (PAINTING_TASK, REFLECTION_TASK)
+# The server has checked that its judge can see images of one size, and thoughts are given.
+_SETTINGS = [name for name in SETTING_NAMES if name.startswith(("cfg_", "ode_", "num_timesteps", "timestep_shift"))]
 
 
 @PAINTERS.register("policy")
@@ -78,7 +80,7 @@ class PolicyPainter(Painter):
             image_height=args.image_height,
             image_width=args.image_width,
         ).given()
-        overrides = read_task_settings(args.task_settings, TASKS)
+        overrides = read_task_settings(args.task_settings, TASKS, _SETTINGS)
         configs = {}
         for name in _TASKS:
             own = resolve_settings(TASKS.get(name).settings, given, {}, overrides.get(name, {}))

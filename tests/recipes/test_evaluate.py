@@ -129,6 +129,22 @@ def num_lines(output_dir: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in output_dir.rglob("batches-*.jsonl"))
 
 
+def test_settings_of_a_task_reach_its_stages_alone(tmp_path: Path) -> None:
+    """Rounds of reflection are painted anew when their guidance changes, and the first images are kept."""
+    arguments = ("--num_rounds", "1", "--num_eval_prompts", "3", "--eval_seeds", "1", "--num_timesteps", "3")
+    run(tmp_path, *arguments)
+    before = content(tmp_path)["evaluations"]
+    files = {name: next(tmp_path.rglob(f"{name}/batches-0.jsonl")) for name in ("thought", "round_1")}
+    written = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    own = {"self_reflection": {"cfg_text_scale": 5.0, "num_timesteps": 4}}
+    run(tmp_path, *arguments, "--task_settings", json.dumps(own))
+    assert files["thought"].stat().st_mtime_ns == written["thought"]
+    assert files["round_1"].stat().st_mtime_ns != written["round_1"]
+    after = content(tmp_path)
+    assert after["settings"]["task_settings"] == own
+    assert after["evaluations"][0]["total"] == before[0]["total"]
+
+
 @pytest.mark.slow
 def test_killed_evaluation_goes_on_and_equals_a_whole_one(tmp_path: Path) -> None:
     run_process(tmp_path / "whole", *SETTINGS)

@@ -12,6 +12,8 @@ import yaml
 from trl import GRPOConfig, TrlParser
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.rollout import TASKS, TaskSettings
+from alphagrpo_ext.rollout.tasks.reasoning_t2i import ReasoningT2I
 from alphagrpo_ext.trainer import AlphaGRPOConfig
 
 
@@ -216,6 +218,23 @@ def test_released_guidance_of_refinement_does_not_reach_painting(make_config: Ca
     assert other.guidance == GuidanceConfig(3.0, 1.5, (0.1, 0.9), "text_channel")
     # Text-to-image declares no text scale, so it takes that of the run.
     assert other.for_task("reasoning_t2i").guidance == replace(PAINTING, text_scale=3.0)
+
+
+def test_task_can_declare_any_of_its_settings(
+    make_config: Callable[..., AlphaGRPOConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sketching(ReasoningT2I):
+        settings = TaskSettings(num_timesteps=30, image_height=256, temperature=0.7, max_completion_length=64)
+
+    monkeypatch.setitem(TASKS._objects, "sketching", Sketching)
+    for config in (make_config(task="sketching"), make_config().for_task("sketching")):
+        rollout = config.train_rollout(0)
+        assert (rollout.size, rollout.denoising.num_timesteps) == ((256, 512), 30)
+        assert (rollout.temperature, rollout.max_new_tokens, rollout.top_p) == (0.7, 64, 0.8)
+    given = make_config(task="sketching", num_timesteps=16, temperature=1.0)
+    assert (given.num_timesteps, given.temperature, given.image_height) == (16, 1.0, 256)
+    assert given.for_task("reasoning_t2i").image_height == 512
+    assert make_config(num_timesteps=20).for_task("sketching").num_timesteps == 30
 
 
 def test_given_default_is_not_taken_for_one_that_was_not_given(make_config: Callable[..., AlphaGRPOConfig]) -> None:

@@ -230,3 +230,12 @@ def test_every_size_of_images_is_shown_to_the_reward_functions(make: Callable[..
 
     make(reward_funcs=Reward(), task_settings=SIZES)
     assert sorted(sizes) == [(16, 16), (24, 16), (24, 24)]
+
+
+def test_settings_of_a_task_without_rows_are_said_to_have_no_effect(
+    make: Callable[..., AlphaGRPOTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = Dataset.from_list(ROWS[1:2], features=FEATURES)
+    make(datasets={"train_dataset": rows}, task_settings=DIFFERENT)
+    (record,) = [record for record in caplog.records if "task_settings" in record.message]
+    assert record.message.startswith("task_settings of 'image_editing' have no effect")
