@@ -64,7 +64,7 @@ class LocalJudge(Judge):
         for question, reading, answer in zip(questions, readings, answers, strict=True):
             if answer is None:
                 self.last_failure = (
-                    f"no answer to {question!r}: yes and no hold {reading.mass:.2g} of the probability of the first word, but "
+                    f"no answer to {question!r}: yes and no hold {reading.mass:.3g} of the probability of the first word, but "
                     f"must hold judge_min_answer_mass={self.min_answer_mass:g}; the likeliest token is {reading.token!r}"
                 )
             else:

@@ -104,6 +104,52 @@ def test_settings_reach_the_endpoint() -> None:
     assert last["max_tokens"] == 99
 
 
+def test_a_model_with_another_dialect_decomposes() -> None:
+    def refuse(request: ChatRequest) -> Any:
+        body = stub.bodies[-1]
+        for name, other in (("max_tokens", " Use 'max_completion_tokens'."), ("temperature", "")):
+            if name in body:
+                error = {"message": f"Unsupported parameter: '{name}'.{other}", "param": name}
+                return JSONResponse({"error": error}, status_code=400)
+        return good_answer(request)
+
+    args = DecomposerArguments("openai", max_tokens=99, max_retries=0)
+    with chat_stub(refuse) as stub:
+        args.base_url = stub.url
+        decomposer = DECOMPOSERS.get(args.decomposer).from_arguments(args)
+        decompose(decomposer, "a cat")
+    # Two refusals, and then the three requests of a prompt, all with a schema.
+    assert [sorted({"max_tokens", "max_completion_tokens", "temperature"} & body.keys()) for body in stub.bodies] == [
+        ["max_tokens", "temperature"],
+        ["max_completion_tokens", "temperature"],
+        *[["max_completion_tokens"]] * 3,
+    ]
+    assert decomposer.chat.takes_schema
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer", "message"),
+    [
+        ({"max_answer_bytes": 300}, "x" * 300, "larger than 300 bytes"),
+        (
+            {},
+            JSONResponse({"choices": [{"message": {"content": 5}}]}),
+            "field 'choices.0.message.content': Input should",
+        ),
+        ({}, JSONResponse({"choices": []}), "field 'choices': List should have at least 1 item"),
+    ],
+    ids=["size", "type", "empty"],
+)
+def test_malformed_completions_are_refused(arguments: dict[str, Any], answer: Any, message: str) -> None:
+    args = DecomposerArguments("openai", max_retries=0, **arguments)
+    with chat_stub(lambda request: answer) as stub:
+        args.base_url = stub.url
+        with pytest.raises(InvalidAnswerError) as error:
+            decompose(DECOMPOSERS.get(args.decomposer).from_arguments(args), "a cat")
+    assert message in str(error.value)
+    assert failure_reason(error.value) == "unusable answer"
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [

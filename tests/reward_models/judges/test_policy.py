@@ -92,3 +92,14 @@ def test_judges_with_the_policy_that_is_trained(packaged: tuple[BagelModel, Bage
     assert judge.model is packaged[0]
     with pytest.raises(ValueError, match="needs judge_model"):
         RewardArguments(judge="policy").make_reward()
+
+
+def test_an_answer_of_too_little_mass_is_none(packaged: tuple[BagelModel, BagelProcessor]) -> None:
+    blank = Image.new("RGB", (24, 24))
+    sure = PolicyJudge(*packaged)
+    assert asyncio.run(sure.answer(blank, ["is it red ?"])) != [None]
+    mass = sure.take_answer_mass()
+    assert 0.9 < mass < 0.9999
+    judge = RewardArguments(judge="policy", judge_min_answer_mass=0.9999).make_reward(packaged).judge
+    assert asyncio.run(judge.answer(blank, ["is it red ?"])) == [None]
+    assert "no answer to 'is it red ?': yes and no hold 0.99" in judge.last_failure

@@ -56,8 +56,9 @@ def test_an_image_is_not_scored_if_a_question_has_no_answer(server: LoopbackServ
     unknown = "Does the fur look soft?"
     assert answer_questions(image, [unknown]) == [None]
 
+    judge = ServerJudge(server.url, max_retries=0)
+
     async def ask() -> list[float | None]:
-        judge = ServerJudge(server.url, max_retries=0)
         try:
             return await judge.answer(image, [semantic_questions(spec)[0]["question"], unknown])
         finally:
@@ -65,6 +66,7 @@ def test_an_image_is_not_scored_if_a_question_has_no_answer(server: LoopbackServ
 
     with pytest.raises(RewardServerError, match="could not score"):
         asyncio.run(ask())
+    assert "could not score" in judge.last_failure
 
 
 def test_a_wrong_key_is_a_missing_reward(server: LoopbackServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 
 from reward_models.arguments import RewardArguments
 from reward_models.judges.transformers import TransformersJudge
-from reward_models.judges.yes_no import QUESTION_PROMPT
+from reward_models.judges.yes_no import QUESTION_PROMPT, YesNo
 
 
 QUESTIONS = [
@@ -196,3 +196,57 @@ def test_a_judge_is_loaded_by_name(vlm: tuple[LlavaForConditionalGeneration, Lla
 def test_a_judge_without_a_model_is_refused() -> None:
     with pytest.raises(ValueError, match="needs judge_model"):
         RewardArguments(judge="transformers").make_reward()
+
+
+def test_a_model_that_does_not_answer_gives_no_reward(
+    vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With random weights, yes and no hold a small part of the probability; and a model may be broken."""
+    judge = TransformersJudge(*vlm)
+    (image,) = make_images(1)
+    assert asyncio.run(judge.answer(image, QUESTIONS)) == [None] * 4
+    assert f"no answer to {QUESTIONS[-1]!r}: yes and no hold 0." in judge.last_failure
+    assert "must hold judge_min_answer_mass=0.5; the likeliest token is" in judge.last_failure
+    assert judge.take_answer_mass() is None
+
+    judge = TransformersJudge(*vlm, min_answer_mass=0.0)
+    read = judge.read_logits
+    monkeypatch.setattr(judge, "read_logits", lambda logits: read(logits.fill_(float("nan"))))
+    assert asyncio.run(judge.answer(image, QUESTIONS)) == [None] * 4
+    assert "yes and no hold nan of the probability" in judge.last_failure
+
+
+def test_tags_and_line_breaks_may_precede_the_answer(
+    vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = TransformersJudge(*vlm)
+    (image,) = make_images(1)
+    tokenizer = vlm[1].tokenizer
+    start, line_break, yes = (tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "Ċ", "Yes"))
+    # What the model writes behind a token: first a special token, then a line break, then the answer.
+    following = {start: line_break, line_break: yes}
+    rows = []
+
+    def answer_batch(inputs: dict[str, torch.Tensor]) -> list[YesNo]:
+        rows.append(len(inputs["input_ids"]))
+        logits = torch.zeros(rows[-1], len(tokenizer))
+        for row, token_id in enumerate(inputs["input_ids"][:, -1].tolist()):
+            # The last question is answered by another word.
+            is_other = row == 3 and token_id not in following
+            logits[row, tokenizer.convert_tokens_to_ids("the") if is_other else following.get(token_id, start)] = 20.0
+        return judge.read_logits(logits)
+
+    monkeypatch.setattr(judge, "_answer_batch", answer_batch)
+    *answers, other = judge.probabilities(image, QUESTIONS)
+    assert answers == [pytest.approx(1.0, abs=1e-4)] * 3
+    assert other is None and "the likeliest token is 'the'" in judge.last_failure
+    assert rows == [4, 3, 3]
+    assert judge.take_answer_mass() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
+def test_the_minimum_of_the_mass_is_checked(
+    vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor], value: float
+) -> None:
+    with pytest.raises(ValueError, match="min_answer_mass must be in"):
+        TransformersJudge(*vlm, min_answer_mass=value)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,39 @@ def test_faults_of_the_endpoint_are_told_from_those_of_the_request(
     endpoint.faults = [fault]
     with pytest.raises(error, match=message):
         paint(OpenAIPainter(OpenAIEndpoint(url, "brush", max_retries=0), height=2, width=2), ImageRequest("abc"))
+
+
+@pytest.mark.parametrize("field", ["response_format", "n"])
+def test_a_field_that_is_refused_is_left_out(endpoint: ImagesEndpoint, url: str, field: str) -> None:
+    """As by OpenAI's later models, which always send base64."""
+    endpoint.faults = [(400, {"error": {"message": f"Unknown parameter: '{field}'.", "param": field}})]
+    painter = OpenAIPainter(OpenAIEndpoint(url, "brush", max_retries=0), height=2, width=2)
+    assert len(paint(painter, ImageRequest("abc"))) == len(paint(painter, ImageRequest("abcd"))) == 1
+    assert [field in body for body in endpoint.bodies] == [True, False, False]
+
+
+def test_fields_of_a_request_can_be_changed_and_left_out(endpoint: ImagesEndpoint, url: str) -> None:
+    arguments = PainterArguments(
+        painter="openai",
+        painter_model="brush",
+        painter_base_url=url,
+        painter_extra_body='{"response_format": null, "n": null, "quality": "low", "size": "2x2"}',
+    )
+    paint(arguments.make_painter(), ImageRequest("abc"))
+    assert endpoint.bodies == [{"model": "brush", "prompt": "abc", "quality": "low", "size": "2x2"}]
+    with pytest.raises(ValueError, match="painter_extra_body must be a JSON object"):
+        replace(arguments, painter_extra_body="[1]").make_painter()
+
+
+def test_the_size_of_an_answer_is_bounded(endpoint: ImagesEndpoint, url: str) -> None:
+    arguments = PainterArguments(
+        painter="openai", painter_model="brush", painter_base_url=url, painter_max_answer_bytes=10_000
+    )
+    arguments.painter_max_retries = 0
+    assert len(paint(arguments.make_painter(), ImageRequest("abc"))) == 1
+    endpoint.faults = [(200, images_of(b"x" * 8_000))]
+    with pytest.raises(PaintError, match="larger than 10000 bytes"):
+        paint(arguments.make_painter(), ImageRequest("abc"))
 
 
 @pytest.mark.parametrize(
