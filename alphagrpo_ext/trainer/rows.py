@@ -42,37 +42,41 @@ class RowCheck:
     model: UnifiedModel
     configs: Mapping[str, RolloutConfig]
 
-    def __call__(self, row: Mapping[str, Any]) -> None:
+    def __call__(self, row: Mapping[str, Any], where: str) -> None:
         """
         Check that a row has a prompt that can be read, the image that its task needs, and room in the model's context.
 
         Args:
             row (`Mapping[str, Any]`): The row. Its image is not decoded.
+            where (`str`): Name of the row for messages.
 
         Raises:
-            `ValueError`: If it fails. The message does not name the row.
+            `ValueError`: If it fails.
         """
         name = task_name(row, self.default)
         task = self.tasks.get(name)
         if task is None:
-            raise ValueError(f"column 'task': {_unknown_task(name)}")
+            raise ValueError(f"{where}, column 'task': {_unknown_task(name)}")
         if row.get("prompt") is None:
-            raise ValueError(f"there is no 'prompt'; the columns are {list(row)}")
-        text = prompt_text(row["prompt"])
-        if task.needs_image and not task.paints_initial_image and row.get("image") is None:
-            raise ValueError(f"task '{name}' needs an image, but the column 'image' has none")
-        if (places := num_image_parts(row["prompt"])) > int(task.needs_image and row.get("image") is not None):
+            raise ValueError(f"{where} has no 'prompt'; its columns are {list(row)}")
+        try:
+            text = prompt_text(row["prompt"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        has_image = row.get("image") is not None
+        if task.needs_image and not task.paints_initial_image and not has_image:
+            raise ValueError(f"{where} of task '{name}' has no 'image', which the task needs")
+        if (places := num_image_parts(row["prompt"])) > (num_seen := int(task.needs_image and has_image)):
             raise ValueError(
-                f"the prompt has {places} places for images, but task '{name}' shows the policy "
-                f"{'one' if task.needs_image and row.get('image') is not None else 'none'}: a row has one image, in the column "
-                f"'image', and a task that looks at it"
+                f"{where} of task '{name}' has a prompt with {places} places for images, but the policy sees {num_seen}: give the "
+                f"row one image, in the column 'image', and a task that looks at it"
             )
         config = self.configs[name]
         positions = task.max_positions(row, self.processor, self.model, config)
         if positions > self.model.max_positions:
             raise ValueError(
-                f"task '{name}' can take {positions} positions, more than the model's {self.model.max_positions}: lower "
-                f"num_reflection_rounds ({task.num_reflection_rounds}) or max_completion_length "
+                f"{where} of task '{name}' can take {positions} positions, more than the model's {self.model.max_positions}: "
+                f"lower num_reflection_rounds ({task.num_reflection_rounds}) or max_completion_length "
                 f"({config.max_new_tokens}), or shorten the prompt ({text[:80]!r})"
             )
 
@@ -132,10 +136,7 @@ def check_rows(dataset: datasets.Dataset, check: RowCheck, label: str) -> None:
     rows = rows.select_columns([name for name in ("prompt", "task", "image") if name in dataset.column_names])
     with_unused_image = []
     for index, row in enumerate(rows):
-        try:
-            check(row)
-        except ValueError as error:
-            raise ValueError(f"{label}, row {index}: {error}") from error
+        check(row, f"{label}, row {index}")
         if check.ignores_image(row):
             with_unused_image.append(index)
     if with_unused_image:
@@ -181,13 +182,13 @@ class _StreamCheck:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> bool:
         where = f"{self.label}, row {index}"
-        try:
-            refuse_images_column(row, "the row")
-            self.check(row)
-            if row.get("image") is not None:
+        refuse_images_column(row, where)
+        self.check(row, where)
+        if row.get("image") is not None:
+            try:
                 check_image(row["image"])
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
         for validate in self.validators:
             try:
                 validate([row])

@@ -33,7 +33,7 @@ FAILED_SUFFIX = ".failed.jsonl"
 """Suffix of the file that lists the prompts that could not be decomposed. It is beside the file of records."""
 
 _QUESTIONS = List({"question": Value("string"), "tag": Value("string"), "is_valid": Value("bool")})
-EXTRA_FEATURES = {"task": Value("string"), "image": RowImage(), "category": Value("string")}
+EXTRA_FEATURES = {"task": Value("string"), "image": Image(), "category": Value("string")}
 """Optional columns of a prompt dataset."""
 # Images may be paths, or structs of bytes and path.
 _CASTABLE = {"task": Value, "image": (Image, Value, Mapping), "category": Value}
@@ -102,6 +102,10 @@ def _file_dataset(rows: Sequence[_FileRow], file: str) -> Dataset:
 
 def _with_readable_images(dataset: Dataset, file: str, places: Sequence[str], skipped: list[str] | None) -> Dataset:
     """Check all images, and leave broken ones out if that is asked for."""
+    if "image" not in dataset.column_names:
+        return dataset
+    # Last, because joining columns makes a `datasets.Image` of it.
+    dataset = dataset.cast_column("image", RowImage())
     faults = {index: f"{places[index]}: {fault}" for index, fault in broken_images(dataset).items()}
     if skipped is None:
         refuse_broken_images(list(faults.values()), "Repair the file, or leave such rows out with --skip_broken_rows")
@@ -249,7 +253,6 @@ def _with_records(dataset: Dataset, name: str) -> Dataset:
             raise ValueError(
                 f"dataset {name}: column '{column}' must be of type {EXTRA_FEATURES[column]}, but is {feature}"
             )
-        # Features of a class and of its subclass are never equal.
         if feature != EXTRA_FEATURES[column]:
             extras = extras.cast_column(column, EXTRA_FEATURES[column])
     checked = _records_dataset(records, f"dataset {name}")
