@@ -124,7 +124,9 @@ class ReflectionAgent(AgentInstanceBase):
         (self._image,) = await self._client.generate([PaintRequest(prompt, turn.text, self._image, seed)])
         (final,) = await self._client.score([self._image], [self._label])
         initial = self._initial = self._initial or final
-        reward = rectified_reward(initial, final, self._config.rectification)
+        # Without a round there is no refinement that could be no better.
+        rectification = self._config.rectification if self._config.num_reflection_rounds else "off"
+        reward = rectified_reward(initial, final, rectification)
         change, self._reward = reward - self._reward, reward
         done = round_index >= self._config.num_reflection_rounds
         return {

@@ -243,13 +243,14 @@ def judge_step(
         accelerator ([`~accelerate.Accelerator`]): Gathers what is known of this process alone.
 
     Returns:
-        `dict[str, float]`: Metrics: the mean reward of every task if there are several, and those of [`reflection_metrics`].
+        `dict[str, float]`: Metrics: the share of samples that are not trained on, the mean reward of every task if there are
+        several, and those of [`reflection_metrics`].
 
     Raises:
         `ValueError`: If a reward is infinite.
     """
     refuse_infinite(rewards, [reward_name(function) for function in functions])
-    device, metrics = rewards.device, {}
+    device = rewards.device
     weights, is_image = weights.to(device), judges_images(functions).to(device)
     always = torch.tensor(
         [bool(reward_attribute(function, "always_applies", False)) for function in functions], device=device
@@ -258,14 +259,16 @@ def judge_step(
     needed = is_image & (weights != 0)
     painted = accelerator.gather(torch.tensor([bool(t.sampled_images) for t in step.trajectories], device=device))
     is_unjudged = painted & needed.any() & rewards[:, needed].isnan().all(dim=1)
-    step.rewards = rewards.masked_fill((is_missing.any(dim=1) | is_unjudged)[:, None], torch.nan)
+    is_left_out = is_missing.any(dim=1) | is_unjudged
+    metrics = {"rewards/missing_frac": is_left_out.float().mean().item()}
+    step.rewards = rewards.masked_fill(is_left_out[:, None], torch.nan)
     images, image_weights = step.rewards[:, is_image], weights[is_image]
     step.image_rewards = complete_sum(images, image_weights, step.group_size).to(rewards.dtype)
     step.is_false_positive = torch.zeros(len(rewards), dtype=torch.bool, device=device)
     step.initial_rewards = torch.full_like(step.image_rewards, torch.nan)
     if len(tasks) > 1:
         names = gather_object([row["task"] for row in step.rows])
-        metrics = {f"rewards/{task}": value for task, value in mean_by_name(step.image_rewards, names).items()}
+        metrics |= {f"rewards/{task}": value for task, value in mean_by_name(step.image_rewards, names).items()}
     if any(task.paints_initial_image for task in tasks.values()):
         initial = accelerator.gather(step.initial_scores.to(device))
         # What a function does not judge in the refined images, it does not count for in the initial one.
@@ -284,28 +287,32 @@ def judge_step(
 
 def joint_advantages(
     step: RolloutStep,
-    advantages: torch.Tensor,
+    output: Mapping[str, torch.Tensor],
     functions: Sequence[Callable],
     weights: torch.Tensor,
     args: AlphaGRPOConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """
-    Advantages of texts, which are TRL's but for rounding, and of images, which leave rewards of text alone out.
+    Advantages of texts, which are TRL's but for rounding, and of images, which leave rewards of text alone out. Set
+    `image_advantages` of the step.
 
     A false positive that is rectified has no positive advantage, neither its text for a good format nor its image for one of
     several rewards. The thought that several images share is one action: its advantage is the mean of theirs.
 
     Args:
         step ([`RolloutStep`]): Its rewards are rectified.
-        advantages (`torch.Tensor` of shape `(samples of this process,)`): TRL's, which count all rewards.
+        output (`Mapping[str, torch.Tensor]`):
+            What the loss is computed from: TRL's `advantages` `(samples of this process,)`, which count all rewards, and
+            `tool_mask` `(samples of this process, tokens)`, 0 for tokens that are not trained on.
         functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`): All functions and their weights.
         args ([`AlphaGRPOConfig`]): `separate_advantages`, `mask_broken_format`, and TRL's settings of advantages.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: New tensors. Advantages of texts are `(samples of this process,)`, or `(samples of
-        this process, tokens)` if thoughts are shared and more texts follow them, and those of images `(samples of this
-        process,)`.
+        `dict[str, torch.Tensor]`: What replaces or joins `output`: `advantages` of texts, `(samples,)`, or `(samples, tokens)` if
+        thoughts are shared and more texts follow them; `image_advantages` `(samples,)`; `is_scored` `(samples,)`, bool; and
+        `tool_mask`, 0 in samples that are not scored, so that not even a KL moves the policy by them.
     """
+    advantages = output["advantages"]
     is_image, weights = judges_images(functions).to(advantages.device), weights.to(advantages.device)
     settings = (step.group_size, args.scale_rewards, args.multi_objective_aggregation)
     exact = group_advantages(step.rewards, weights, *settings)[step.local]
@@ -319,7 +326,13 @@ def joint_advantages(
         image = image.masked_fill(is_broken, 0.0)
     is_false = step.is_false_positive[step.local]
     text, image = (torch.where(is_false, values.clamp(max=0.0), values) for values in (text, image))
-    return share_advantages(text, step), image
+    step.image_advantages, is_scored = image, step.is_scored
+    return {
+        "advantages": share_advantages(text, step),
+        "image_advantages": image,
+        "is_scored": is_scored,
+        "tool_mask": output["tool_mask"] * is_scored[:, None],
+    }
 
 
 def share_advantages(advantages: torch.Tensor, step: RolloutStep) -> torch.Tensor:
@@ -338,7 +351,7 @@ def share_advantages(advantages: torch.Tensor, step: RolloutStep) -> torch.Tenso
     num_branches = next(iter(step.configs.values())).branches_per_thought
     if num_branches == 1:
         return advantages
-    has_reward = ~step.rewards[step.local].isnan().all(dim=1)
+    has_reward = step.is_scored
     branches = advantages.masked_fill(~has_reward, torch.nan).view(-1, num_branches)
     shared = branches.nanmean(dim=1, keepdim=True).expand_as(branches).flatten()
     shared = torch.where(has_reward, shared, 0.0)

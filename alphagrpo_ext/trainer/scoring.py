@@ -177,8 +177,11 @@ class ImageLoss:
         share = num_steps / window.num_steps
         # A trajectory with several images weighs as much as one with a single image.
         num_images = torch.bincount(scores.trajectory, minlength=len(trajectories))
+        losses = (output.loss / num_images[scores.trajectory]).masked_fill(
+            ~inputs["is_scored"][scores.trajectory], 0.0
+        )
         return ObjectiveOutput(
-            loss=share * (output.loss / num_images[scores.trajectory]).sum() / len(trajectories),
+            loss=share * losses.sum() / len(trajectories),
             metrics={name: share * value for name, value in output.metrics.items()},
         )
 

@@ -153,6 +153,11 @@ class RolloutStep:
         return slice(self.offset, self.offset + len(self.rows))
 
     @property
+    def is_scored(self) -> torch.Tensor:
+        """Which samples of this process have their rewards, bool `(samples,)`. The others are not trained on."""
+        return ~self.rewards[self.local].isnan().all(dim=1)
+
+    @property
     def has_windows(self) -> bool:
         """Whether an image has steps to train on."""
         return any(image.window is not None for t in self.trajectories for image in t.sampled_images)

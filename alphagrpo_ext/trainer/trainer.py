@@ -204,9 +204,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             self._logs["extra"].clear()
         try:
             output = super()._generate_and_score_completions([reward_row(row) for row in step.rows])
-            functions, weights = self.reward_funcs, self.reward_weights
-            advantages = joint_advantages(step, output["advantages"], functions, weights, self.args)
-            output["advantages"], step.image_advantages = advantages
+            output |= joint_advantages(step, output, self.reward_funcs, self.reward_weights, self.args)
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:
@@ -214,7 +212,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             self._add_scores(step, output)
         finally:
             self._rollout_step = None
-        return {**output, "image_advantages": step.image_advantages, "trajectories": step.trajectories}
+        return {**output, "trajectories": step.trajectories}
 
     def _sample_rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: sample a trajectory for every row of this process."""

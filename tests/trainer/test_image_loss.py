@@ -17,11 +17,21 @@ def test_a_trajectory_with_two_rounds_weighs_as_much_as_one_with_one() -> None:
     loss = ImageLoss(
         lambda *args, **kwargs: ObjectiveOutput(losses, {}), weight=1.0, accelerator=Accelerator(cpu=True)
     )
-    scores = SimpleNamespace(t=torch.zeros(3, 2), trajectory=torch.tensor([0, 1, 1]))
-    inputs = {"image_advantages": torch.ones(2), "trajectories": [Trajectory([image]), Trajectory([image, image])]}
+    scores = SimpleNamespace(
+        velocities=torch.zeros(3, 2, 1, 1), t=torch.zeros(3, 2), trajectory=torch.tensor([0, 1, 1])
+    )
+    inputs = {
+        "image_advantages": torch.ones(2),
+        "is_scored": torch.ones(2, dtype=torch.bool),
+        "trajectories": [Trajectory([image]), Trajectory([image, image])],
+    }
 
     output = loss(scores, inputs).loss
     output.backward()
 
     assert output.item() == (6 + (1 + 3) / 2) / 2
     assert losses.grad.tolist() == [0.5, 0.25, 0.25]
+
+    losses.grad = None
+    loss(scores, inputs | {"is_scored": torch.tensor([True, False])}).loss.backward()
+    assert losses.grad.tolist() == [0.5, 0.0, 0.0]

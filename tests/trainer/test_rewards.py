@@ -217,7 +217,11 @@ def test_no_false_positive_is_praised(
         **options,
     )
     trl = group_advantages(step.rewards, weights, size, args.scale_rewards, args.multi_objective_aggregation)
-    for advantages in joint_advantages(step, trl, functions, weights, args):
+    output = joint_advantages(
+        step, {"advantages": trl, "tool_mask": torch.ones(len(trl), 1)}, functions, weights, args
+    )
+    assert torch.equal(output["is_scored"], output["tool_mask"].flatten().bool())
+    for advantages in (output["advantages"], output["image_advantages"]):
         assert advantages.isfinite().all()
         assert (advantages[step.is_false_positive] <= 0).all()
         assert (advantages[step.rewards.isnan().all(dim=1)] == 0).all()
