@@ -7,6 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate import PartialState
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -331,3 +333,29 @@ def test_trainer_takes_reward_functions_as_people_write_them(make_trainer: Calla
     means = {name: metrics[f"rewards/{name}/mean"] for name in names}
     assert means["score"] == pytest.approx(means["brightness"])
     assert means["length_2"] == pytest.approx(2 * means["length"])
+
+
+def test_reward_models_are_given_by_folder(
+    make_trainer: Callable[..., Any], shapes_processor: Any, tmp_path: Path
+) -> None:
+    tokenizer = shapes_processor.tokenizer
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_labels=1,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    folder = tmp_path / "reward-model"
+    Qwen2ForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    given = [str(folder), functools.partial(brightness)]
+    trainer = make_trainer(reward_funcs=given)
+    trainer.train()
+    assert {"rewards/reward-model/mean", "rewards/brightness/mean"} <= trainer.state.log_history[0].keys()
+    assert judges_images(trainer.reward_funcs).tolist() == [False, True]
+    # The caller's list stays as it was.
+    assert given[0] == str(folder)
