@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -15,6 +16,8 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
 
     Least and largest value are found in one pass and without a copy. `torch.isfinite` would make copies of the whole tensor.
     """
+    # A process looks at its own part of a sharded tensor.
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if not tensor.numel() or not tensor.is_floating_point():
         return torch.tensor(True, device=tensor.device)
     # NaN passes into both.

@@ -285,6 +285,8 @@ class RolloutGenerator:
         if denoising.forward_times:
             windows = forward_windows(latents, noise[:, 1:], denoising.forward_times)
         pixels = model.decode_latents(latents, grid)
+        if is_finite(latents) and not is_finite(pixels):
+            raise FloatingPointError(f"the pixels of decoded images are not finite: {_cause(model)}")
         return [
             ImageSegment(latents[i].cpu(), grid, image=tensor_to_image(pixels[i]), sampled=True, window=windows[i])
             for i in range(len(generators))
@@ -303,13 +305,15 @@ def _check_finite(sampled: Sequence[Segment], row: Mapping[str, Any], index: int
         is_text = isinstance(segment, TextSegment)
         if all(map(math.isfinite, segment.log_probs or ())) if is_text else is_finite(segment.latents):
             continue
-        weights = names_not_finite(model.named_parameters())
-        cause = (
-            f"these weights are NaN or infinite: {', '.join(weights[:5])}{', ...' if len(weights) > 5 else ''}"
-            if weights
-            else "all weights are finite, so its activations overflow: check precision, temperature and guidance"
-        )
         raise FloatingPointError(
             f"the policy sampled {'a text whose log-probabilities' if is_text else 'an image whose latents'} are not finite, "
-            f"in row {index} ({prompt_text(row['prompt'])[:80]!r}): {cause}"
+            f"in row {index} ({prompt_text(row['prompt'])[:80]!r}): {_cause(model)}"
         )
+
+
+def _cause(model: UnifiedModel) -> str:
+    """Why a model's outputs are not finite."""
+    weights = names_not_finite(model.named_parameters())
+    if not weights:
+        return "all weights are finite, so activations overflow: check precision, temperature and guidance"
+    return f"these weights are NaN or infinite: {', '.join(weights[:5])}{', ...' if len(weights) > 5 else ''}"

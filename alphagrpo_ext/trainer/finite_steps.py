@@ -164,7 +164,7 @@ class FiniteSteps:
 
 def check_trained_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """
-    Check that the trained weights of a model are finite before it is saved.
+    Check that the trained weights of a model are finite, before it is saved and when training ends.
 
     Args:
         model (`torch.nn.Module`): The model.
@@ -174,9 +174,7 @@ def check_trained_weights(model: torch.nn.Module, state: Mapping[str, torch.Tens
         `FloatingPointError`: If a value is NaN or infinite; the message names weights and what to do.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    check_finite(
-        trained if state is None else state.items(), "the model is not saved, go on from an earlier checkpoint"
-    )
+    check_finite(trained if state is None else state.items(), "training failed, so go on from an earlier checkpoint")
 
 
 def _finite_samples(scores: PackedScores, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -329,6 +329,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         super()._run_epoch(**kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        check_trained_weights(self.model)
         return super()._finalize_training(trial, num_train_samples, start_time - self._resume.seconds_before)
 
     def _get_output_dir(self, trial: Any) -> str:
