@@ -235,7 +235,7 @@ def test_images_in_every_holder_are_the_same(tmp_path: Path, kind: str) -> None:
     picture = picture_with(kind)
     if kind == "LA":
         picture.putalpha(Image.fromarray(np.eye(20, 40, dtype=np.uint8) * 255))
-    path = tmp_path / "picture.tiff"
+    path = tmp_path / ("picture.png" if kind == "sideways" else "picture.tiff")
     picture.save(path, exif=picture.getexif())
     expected = np.asarray(read_image(path))
     assert expected.shape == ((40, 20, 3) if kind == "sideways" else (20, 40, 3))
