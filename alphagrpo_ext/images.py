@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     # The tile is only known until the pixels are decoded.
     raw_mode = _raw_mode(image)
-    image.load()
+    _load(image)
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in _WITH_ALPHA or image.mode == "P" and image.has_transparency_data:
@@ -197,6 +197,18 @@ def _raw_mode(image: Image.Image) -> str:
         first = args[0] if isinstance(args, tuple) and args else args
         return first if isinstance(first, str) else ""
     return ""
+
+
+def _load(image: Image.Image) -> None:
+    name = getattr(image, "filename", "")
+    if name and image.format == "TIFF":
+        # Pillow 13 maps such a file into memory with the size that it has upright, and so mixes up its rows.
+        image.filename = ""
+    try:
+        image.load()
+    finally:
+        if name:
+            image.filename = name
 
 
 def _over_white(image: Image.Image) -> Image.Image:

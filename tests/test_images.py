@@ -155,6 +155,18 @@ def test_floats_are_taken_by_their_range() -> None:
         to_rgb(Image.fromarray(np.array([[-1, 70000]], np.int32)))
 
 
+def test_an_open_file_is_read_as_its_bytes_are(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("TIFF", "PNG", "JPEG", "WEBP"):
+        path = tmp_path / f"picture.{kind.lower()}"
+        path.write_bytes(encoded(gray_picture("L"), kind, exif=exif))
+        with Image.open(path) as image:
+            seen = pixels(to_rgb(image))
+        assert seen.shape == (10, 6, 3)
+        assert np.array_equal(seen, pixels(read_image(path.read_bytes())))
+
+
 def test_a_plain_image_is_not_copied() -> None:
     image = Image.new("RGB", (3, 2))
     assert to_rgb(image) is image
