@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import xxhash
 from peft import PeftConfig, PeftModel
@@ -67,6 +68,8 @@ def plain(value: Any) -> Any:
         return sorted((plain(entry) for entry in value), key=str)
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     # The `repr` of an object may show its address.
@@ -141,23 +144,24 @@ def weights_digest(model: torch.nn.Module, reference: torch.nn.Module | None) ->
 
 
 def dataset_identity(dataset: Any) -> str:
-    """Number of rows and a digest of all columns that hold no images; a stream is not read."""
+    """Number of rows and a digest of all columns that hold no images or other bytes; a stream is not read."""
     if not isinstance(dataset, datasets.Dataset):
         return "a stream"
-    columns = [name for name, feature in dataset.features.items() if not _holds_images(feature)]
+    columns = [name for name, feature in dataset.features.items() if not _holds_bytes(feature)]
     digest = xxhash.xxh3_64(str(sorted(dataset.column_names)).encode())
     for batch in dataset.select_columns(sorted(columns)).with_format("arrow").iter(batch_size=1000):
         digest.update(repr(batch.to_pylist()).encode(errors="surrogatepass"))
     return f"{len(dataset)} rows (digest {digest.hexdigest()})"
 
 
-def _holds_images(feature: Any) -> bool:
+def _holds_bytes(feature: Any) -> bool:
     if isinstance(feature, Mapping):
-        return any(_holds_images(entry) for entry in feature.values())
+        return any(_holds_bytes(entry) for entry in feature.values())
     if isinstance(feature, list | tuple):
-        return any(_holds_images(entry) for entry in feature)
+        return any(_holds_bytes(entry) for entry in feature)
     inner = getattr(feature, "feature", None)
-    return isinstance(feature, datasets.Image) or (inner is not None and _holds_images(inner))
+    is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return is_binary or isinstance(feature, datasets.Image) or (inner is not None and _holds_bytes(inner))
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -173,12 +177,16 @@ def read_settings_file(folder: Path) -> dict[str, Any] | None:
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Settings that both have and that differ, in the order of `now`."""
-    # As text, since NaN is not equal to itself, and lists are read where tuples were written.
     return [
         Change(name, before[name], value)
         for name, value in now.items()
-        if name in before and json.dumps(before[name], sort_keys=True) != json.dumps(value, sort_keys=True)
+        if name in before and not _are_same(before[name], value)
     ]
+
+
+def _are_same(before: Any, now: Any) -> bool:
+    # 0 and 0.0 are the same setting, and so are two NaN, which are equal as text alone.
+    return before == now or json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
 
 
 def check_changes(checkpoint: Path, found: list[Change]) -> None:

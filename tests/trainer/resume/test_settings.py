@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.shapes.prompts import build_dataset
@@ -261,8 +263,8 @@ def test_another_number_of_processes_is_named(make: MakeTrainer, run_folder: Pat
 
 
 def test_settings_are_compared_as_json_keeps_them() -> None:
-    before = {"a": [1, 2], "b": 1.0, "c": float("nan"), "old": 1, "e": {"x": 1, "y": 2}}
-    now = {"a": plain((1, 2)), "b": 1.5, "c": float("nan"), "new": 1, "e": {"y": 2, "x": 3}}
+    before = {"a": [1, 2], "b": 1.0, "c": float("nan"), "d": 0, "old": 1, "e": {"x": 1, "y": 2}}
+    now = {"a": plain((1, 2)), "b": 1.5, "c": float("nan"), "d": plain(np.float32(0)), "new": 1, "e": {"y": 2, "x": 3}}
     assert changes(before, now) == [Change("b", 1.0, 1.5), Change("e", {"x": 1, "y": 2}, {"y": 2, "x": 3})]
     assert str(changes(before, now)[1]) == "e was {'x': 1} and is {'x': 3}"
     # A field of another version of TRL or Transformers.
@@ -285,6 +287,12 @@ def test_identity_of_rows_does_not_depend_on_how_they_are_held(tmp_path: Path) -
     halves = datasets.concatenate_datasets([datasets.Dataset.from_list(part) for part in (rows[:3], rows[3:])])
     assert dataset_identity(halves) == expected
     assert dataset_identity(datasets.Dataset.from_list(rows * 2).select(range(7))) == expected
+    # Images are not read.
+    seen = [row | {"image": Image.new("RGB", (2, 2), (index, 0, 0))} for index, row in enumerate(rows)]
+    alike = [row | {"image": seen[0]["image"]} for row in rows]
+    identities = {dataset_identity(datasets.Dataset.from_list(some)) for some in (seen, alike)}
+    assert len(identities) == 1
+    assert identities != {expected}
     rows[5]["prompt"] += " "
     assert dataset_identity(datasets.Dataset.from_list(rows)) != expected
 
