@@ -21,6 +21,11 @@ from reward_models.prompts.loading import load_prompts, read_prompts
 from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, from_row
 
 
+def packed(data: bytes) -> bytes:
+    """The same gzip file every time, so that names of tests are the same in all workers."""
+    return gzip.compress(data, mtime=0)
+
+
 def make_row(prompt: Any = "a red circle", **changes: Any) -> dict[str, Any]:
     row = {
         "prompt": prompt,
@@ -68,7 +73,7 @@ def test_saved_splits_without_train_are_named(tmp_path: Path) -> None:
     [
         ("a.jsonl", b"", "the file is empty"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git-LFS pointer .*git lfs pull"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}'), "compressed with gzip"),
+        ("a.jsonl.gz", packed(b'{"prompt": "a"}'), "compressed with gzip"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "text in UTF-16: save it as UTF-8"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "text in UTF-16: save it as UTF-8"),
         ("a.txt", '{"prompt": "a"}'.encode("utf-32"), "text in UTF-32"),
