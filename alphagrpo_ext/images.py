@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     # The tile is only known until the pixels are decoded.
     raw_mode = _raw_mode(image)
-    image.load()
+    _load(image)
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in _WITH_ALPHA or image.mode == "P" and image.has_transparency_data:
@@ -75,7 +75,7 @@ def read_image(source: Any, formats: Sequence[str] | None = None) -> Image.Image
     with _Errors(source):
         if isinstance(source, Image.Image):
             return to_rgb(source)
-        with open_image(_content(source), formats) as image:
+        with open_image(file_content(source), formats) as image:
             return to_rgb(image)
 
 
@@ -94,7 +94,7 @@ def check_image(source: Any) -> None:
         if isinstance(source, Image.Image):
             to_rgb(source)
             return
-        with open_image(_content(source)) as image:
+        with open_image(file_content(source)) as image:
             width, height = image.size
             if image.mode[0] in "IF" or image.mode == "LAB" or width * height <= _FULLY_CHECKED_PIXELS:
                 to_rgb(image)
@@ -119,8 +119,9 @@ def open_image(data: bytes, formats: Sequence[str] | None = None) -> Image.Image
     try:
         return Image.open(BytesIO(data), formats=_safe_formats() if formats is None else formats)
     except Image.DecompressionBombError as error:
+        advice = "scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         raise ValueError(
-            f"the image is too large ({error}): scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            f"the image is too large ({error}): {advice if formats is None else 'send a smaller one'}"
         ) from error
     except Exception as error:
         found = format_name(data[:HEAD_SIZE])
@@ -151,15 +152,25 @@ class _Errors:
         if not isinstance(error, Exception):
             return
         if isinstance(error, FileNotFoundError):
-            text = "there is no such file"
-        elif isinstance(error, ValueError):
+            raise ValueError(f"there is no image {self.name}") from error
+        if isinstance(error, ValueError):
             text = str(error)
         else:
             text = f"the image cannot be decoded ({type(error).__name__}: {error})"
         raise ValueError(f"{self.name}: {text}" if self.name else text) from error
 
 
-def _content(source: Any) -> bytes:
+def file_content(source: Any) -> bytes:
+    """
+    Read the content of an image file, which is not decoded.
+
+    Args:
+        source: As in [`read_image`], without a `PIL.Image.Image`.
+
+    Raises:
+        `OSError`: If the file cannot be read.
+        `ValueError`: If the source is of another kind, or if bytes and path are both missing.
+    """
     if isinstance(source, Mapping):
         data, path = source.get("bytes"), source.get("path")
         if data is None and path is None:
@@ -186,6 +197,18 @@ def _raw_mode(image: Image.Image) -> str:
         first = args[0] if isinstance(args, tuple) and args else args
         return first if isinstance(first, str) else ""
     return ""
+
+
+def _load(image: Image.Image) -> None:
+    name = getattr(image, "filename", "")
+    if name and image.format == "TIFF":
+        # Pillow 13 maps such a file into memory with the size that it has upright, and so mixes up its rows.
+        image.filename = ""
+    try:
+        image.load()
+    finally:
+        if name:
+            image.filename = name
 
 
 def _over_white(image: Image.Image) -> Image.Image:

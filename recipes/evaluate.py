@@ -59,6 +59,10 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
         },
     )
     num_eval_prompts: int = field(default=504, metadata={"help": "Number of prompts drawn from the shapes world."})
+    skip_broken_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows whose image cannot be read, and list them at the end, instead of stopping."},
+    )
     eval_seeds: int = field(default=2, metadata={"help": "Noise seeds per prompt."})
     modes: list[str] | None = field(
         default=None,
@@ -96,13 +100,14 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
 def main(args: EvaluationArguments) -> None:
     # Here, so that `--help` does not import models.
     from recipe_tools.evaluation import evaluate_model, load_rows, print_rounds
-    from recipe_tools.processes import end_processes, start_processes
+    from recipe_tools.processes import end_processes, print_skipped, start_processes
     from reward_models.evaluation.results import save_results
     from reward_models.evaluation.settings_digest import settings_digest
     from reward_models.prompts.questions import from_row
 
     state = start_processes()
-    rows = load_rows(args.task, args.eval_file, args.num_eval_prompts)
+    skipped: list[str] | None = [] if args.skip_broken_rows else None
+    rows = load_rows(args.task, args.eval_file, args.num_eval_prompts, skipped)
     stages = make_stages(args.task, args.modes, args.num_rounds)
     rows_digest = settings_digest(rows)
     models = list(dict.fromkeys(args.models))
@@ -112,6 +117,7 @@ def main(args: EvaluationArguments) -> None:
         settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
         print(f"\n{save_results(Path(args.output_dir), results, records, settings)}")
         print_rounds(results)
+        print_skipped(skipped)
         print(f"\nevaluation.json, summary.csv, samples.jsonl and images: {args.output_dir}")
     end_processes()
 

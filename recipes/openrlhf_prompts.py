@@ -79,7 +79,7 @@ def convert(row: Mapping[str, Any], args: OpenRLHFPromptArguments, where: str) -
     Raises:
         `ValueError`: If OpenRLHF would misread the prompt, or if the row asks to edit an image.
     """
-    from alphagrpo_ext.rollout.task import prompt_text
+    from alphagrpo_ext.messages import prompt_text
 
     prompt = prompt_text(row["prompt"])
     if IMAGE_MARK in prompt:

@@ -72,6 +72,10 @@ class PromptArguments(HoldoutArguments, RewardArguments):
     num_eval_prompts: int = field(
         default=504, metadata={"help": "Number of evaluation prompts drawn from the shapes world."}
     )
+    skip_broken_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows whose image cannot be read, and list them at the end, instead of stopping."},
+    )
     eval_seeds: int = field(
         default=2, metadata={"help": "Noise seeds per evaluation prompt. 0 skips the evaluations."}
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alphagrpo_ext.images import to_rgb
 from alphagrpo_ext.report.answers import COLUMN_SUFFIX, format_answers
 from alphagrpo_ext.report.records import Answer
 from reward_models.aggregation import AGGREGATIONS, aggregate, all_yes
@@ -312,7 +313,7 @@ class DVReward:
 
     async def _ask(self, image: Image.Image, questions: list[str]) -> tuple[float | None, ...]:
         try:
-            answers = await asyncio.wait_for(self.judge.answer(image, questions), self.timeout)
+            answers = await asyncio.wait_for(self.judge.answer(to_rgb(image), questions), self.timeout)
             return _checked_answers(answers, len(questions))
         except Exception as error:
             self._last_error = error

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import Field
 
+from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.registry import Registry
-from alphagrpo_ext.rollout.task import prompt_text
 from alphagrpo_ext.shapes.text import is_reflection
 from reward_models.endpoints.structured_output import StructuredAnswer, StructuredChat
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from alphagrpo_ext.images import read_image
+from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.rollout.config import RolloutConfig
@@ -87,35 +89,15 @@ class Task(ABC):
 
 def context_image(row: Mapping[str, Any]) -> Image.Image:
     """
-    The image of a dataset row.
+    The image of a dataset row, upright and in RGB.
 
     Raises:
-        `ValueError`: If the row has none.
+        `ValueError`: If the row has none, or if it cannot be read.
     """
     image = row.get("image")
-    if not isinstance(image, Image.Image):
+    if image is None:
         raise ValueError(
-            f"a row of task '{row.get('task')}' needs an image in its column 'image', but has {image!r}: "
+            f"a row of task '{row.get('task')}' needs an image in its column 'image', but has none: "
             f"{prompt_text(row['prompt'])!r}"
         )
-    return image
-
-
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """
-    The request in a dataset's `prompt`: a string, or the last user message of a conversation.
-
-    Raises:
-        `ValueError`: If there is no such text.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    for message in reversed(prompt):
-        if message.get("role") == "user":
-            content = message.get("content")
-            if isinstance(content, str):
-                return content
-            texts = [part["text"] for part in content or [] if part.get("type") == "text"]
-            if texts:
-                return texts[-1]
-    raise ValueError(f"the prompt has no user message with text: {prompt!r}")
+    return read_image(image)

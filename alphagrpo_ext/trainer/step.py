@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alphagrpo_ext.images import read_image
 from alphagrpo_ext.rollout.generator import RolloutConfig, sample_generator
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
@@ -38,6 +39,33 @@ def task_name(row: Mapping[str, Any], default: str) -> str:
 def reward_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without its image, which TRL would take for the input of a vision-language model."""
     return {name: value for name, value in row.items() if name != "image"}
+
+
+def with_images(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Rows whose images have been read. Neighbours with the same file, e.g. the members of a group, share one image.
+
+    Args:
+        rows (`Sequence[dict[str, Any]]`): Rows with or without an `image` that [`read_image`] takes.
+
+    Raises:
+        `ValueError`: If an image cannot be read. The message names its file and the prompt.
+    """
+    result: list[dict[str, Any]] = []
+    source = image = None
+    for row in rows:
+        given = row.get("image")
+        if given is None:
+            result.append(row)
+            continue
+        is_same = given is source or isinstance(given, str | bytes | Mapping) and given == source
+        if not is_same:
+            try:
+                source, image = given, read_image(given)
+            except ValueError as error:
+                raise ValueError(f"the row with the prompt {str(row['prompt'])[:100]!r}: {error}") from error
+        result.append({**row, "image": image})
+    return result
 
 
 class Stopwatch:
@@ -149,7 +177,7 @@ def new_step(
             Optimizer steps and micro-batches done. `None` in evaluation, where the noise is the same every time, so that
             evaluations can be compared.
     """
-    rows = [{**row, "task": task_name(row, args.task)} for row in inputs]
+    rows = with_images([{**row, "task": task_name(row, args.task)} for row in inputs])
     offset = process_index * len(rows)
     if training_position is None:
         return RolloutStep(rows, args.eval_rollout(), f"eval-{args.seed}", 0, offset, group_size)

@@ -43,7 +43,7 @@ from alphagrpo_ext.trainer.rewards import image_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
-from alphagrpo_ext.trainer.validation import named_datasets, validated_tasks
+from alphagrpo_ext.trainer.validation import checked_datasets
 
 
 check_installed()
@@ -120,8 +120,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         processing_class = processing_class or load_processor(policy.config._name_or_path)
         args.eval_rollout().grid(policy)
-        named = named_datasets(train_dataset, eval_dataset)
-        self.tasks = validated_tasks(args, reward_funcs, named, processing_class, policy)
+        rows = checked_datasets(args, reward_funcs, train_dataset, eval_dataset, processing_class, policy)
+        self.tasks = rows.tasks
         check_optimizer_is_made_here(args, optimizers[0])
         if args.freeze_vision_tower:
             policy.family.freeze_vision_tower(policy)
@@ -141,8 +141,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
             model=model,
             reward_funcs=reward_funcs,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=rows.train,
+            eval_dataset=rows.eval,
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,

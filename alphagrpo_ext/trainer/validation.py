@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks before training: rows of datasets, their tasks, and whether reward functions can judge them."""
+"""Checks before training: whether reward functions can judge the datasets, and their rows (see `rows.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
 
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
-from alphagrpo_ext.registry import UnknownNameError
-from alphagrpo_ext.rollout.config import RolloutConfig
-from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
+from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.step import task_name
+from alphagrpo_ext.trainer.rows import RowCheck, check_rows, readable_rows, stream_columns, task_names
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
@@ -53,90 +53,58 @@ def validate_rewards(
             validate(height, width)
 
 
-def validated_tasks(
+@dataclass(frozen=True)
+class CheckedDatasets:
+    """
+    Datasets whose rows are checked, and whose images are read with the rows of a rollout.
+
+    Args:
+        tasks (`dict[str, Task]`): The tasks of all rows by name.
+        train, eval: The datasets in the form that they were given in.
+    """
+
+    tasks: dict[str, Task]
+    train: Any
+    eval: Any
+
+
+def checked_datasets(
     args: AlphaGRPOConfig,
     reward_funcs: Callable | list[Callable],
-    named: Mapping[str, datasets.Dataset],
+    train_dataset: Any,
+    eval_dataset: Any,
     processor: UnifiedProcessor,
     model: UnifiedModel,
-) -> dict[str, Task]:
+) -> CheckedDatasets:
     """
-    The tasks of all rows by name, after the checks of [`validate_rewards`] and [`validate_rows`]. Rows of a stream are checked
-    when they are read.
+    Check every row of every dataset: by the reward functions (see [`validate_rewards`]), and by [`RowCheck`]. The rows of a stream
+    are checked when they are read, and an error names their position.
 
     Args:
         args ([`AlphaGRPOConfig`]): Default task, settings of tasks, and size of images.
         reward_funcs (`Callable` or `list[Callable]`): As given to the trainer.
-        named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
+        train_dataset, eval_dataset: As given to the trainer.
         processor, model: Processor and model of the policy.
+
+    Raises:
+        `ValueError`: At the first row that fails. The message names the dataset and the row.
     """
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    named = named_datasets(train_dataset, eval_dataset)
     validate_rewards(functions, named, args.image_height, args.image_width)
-    names = dict.fromkeys(
-        [args.task, *(name for dataset in named.values() for name in task_names(dataset, args.task))]
-    )
-    tasks = {name: args.make_task(name) for name in names}
-    for dataset in named.values():
-        validate_rows(dataset, tasks, args.task, processor, model, args.eval_rollout())
-    return tasks
-
-
-def task_names(dataset: datasets.Dataset, default: str) -> list[str]:
-    """
-    The names of all tasks in a dataset.
-
-    Raises:
-        `ValueError`: If a row names a task that is not registered.
-    """
-    if "task" not in dataset.column_names:
-        return [default]
-    names = dict.fromkeys(name or default for name in dataset["task"])
-    for name in names:
-        try:
-            TASKS.get(name)
-        except UnknownNameError as error:
-            raise ValueError(f"row {list(dataset['task']).index(name)}, column 'task': {error}") from error
-    return list(names)
-
-
-def validate_rows(
-    dataset: datasets.Dataset,
-    tasks: Mapping[str, Task],
-    default: str,
-    processor: UnifiedProcessor,
-    model: UnifiedModel,
-    config: RolloutConfig,
-) -> None:
-    """
-    Check that every row has the image that its task needs, and that the longest prompt fits the model.
-
-    Args:
-        dataset (`datasets.Dataset`): The rows. Images are not decoded.
-        tasks (`Mapping[str, Task]`): By name, all that the rows mention.
-        default (`str`): Task of rows that name none.
-        processor, model: Processor and model of the policy.
-        config ([`RolloutConfig`]): Size of images, and the longest thought.
-
-    Raises:
-        `ValueError`: At the first row that fails; the message names it.
-    """
-    columns = [name for name in ("prompt", "task", "image") if name in dataset.column_names]
-    rows = dataset.select_columns(columns)
-    if isinstance(dataset.features and dataset.features.get("image"), datasets.Image):
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-    longest: dict[str, tuple[int, Mapping[str, Any]]] = {}
-    for index, row in enumerate(rows):
-        name = task_name(row, default)
-        task = tasks[name]
-        if task.needs_image and not task.paints_initial_image and row.get("image") is None:
-            raise ValueError(f"row {index} of task '{name}' has no 'image', which the task needs")
-        if name not in longest or len(str(row["prompt"])) > len(str(longest[name][1]["prompt"])):
-            longest[name] = (index, row)
-    for name, (index, row) in longest.items():
-        positions = tasks[name].max_positions(row, processor, model, config)
-        if positions > model.max_positions:
-            raise ValueError(
-                f"row {index} of task '{name}' can take {positions} positions, more than the model's "
-                f"{model.max_positions}: lower num_reflection_rounds ({tasks[name].num_reflection_rounds}) or "
-                f"max_completion_length ({config.max_new_tokens}), or shorten the prompt ({prompt_text(row['prompt'])[:80]!r})"
-            )
+    given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+    streams = [dataset for dataset in given if isinstance(dataset, datasets.IterableDataset)]
+    names = [name for label, dataset in named.items() for name in task_names(dataset, args.task, label)]
+    if any("task" in stream_columns(stream) for stream in streams):
+        # Which tasks a stream names is known at its end.
+        names += TASKS.names()
+    tasks = {name: args.make_task(name) for name in dict.fromkeys([args.task, *names])}
+    check = RowCheck(tasks, args.task, processor, model, args.eval_rollout())
+    for label, dataset in named.items():
+        check_rows(dataset, check, label)
+    prepare = partial(readable_rows, check=check, functions=functions)
+    if isinstance(eval_dataset, dict):
+        prepared = {name: prepare(dataset, f"eval_dataset[{name!r}]") for name, dataset in eval_dataset.items()}
+    else:
+        prepared = prepare(eval_dataset, "eval_dataset")
+    return CheckedDatasets(tasks, prepare(train_dataset, "train_dataset"), prepared)

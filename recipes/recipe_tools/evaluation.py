@@ -34,16 +34,18 @@ if TYPE_CHECKING:
     from evaluate import EvaluationArguments
 
 
-def load_rows(task: str, eval_file: str | None, num_prompts: int) -> Sequence[dict[str, Any]]:
+def load_rows(
+    task: str, eval_file: str | None, num_prompts: int, skipped: list[str] | None = None
+) -> Sequence[dict[str, Any]]:
     """
-    Load the rows to evaluate on.
+    Load the rows to evaluate on. `skipped` is as in [`load_prompts`].
 
     Raises:
         `ValueError`: If the task edits images and there are none.
     """
     if eval_file is None and task == EDITING:
         return editing_rows(num_prompts, seed=0)
-    dataset = load_prompts(eval_file, "evaluation", num_prompts)
+    dataset = load_prompts(eval_file, "evaluation", num_prompts, skipped)
     if task == EDITING:
         if "image" not in dataset.column_names:
             raise ValueError(f"{eval_file} has no images, which task '{EDITING}' needs: give rows an 'image'")

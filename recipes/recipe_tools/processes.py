@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import PartialState
 from transformers.processing_utils import ProcessorMixin
@@ -27,3 +29,9 @@ def load_policy(name: str, dtype: str) -> tuple[UnifiedModel, ProcessorMixin]:
 def end_processes() -> None:
     """Disconnect the processes. Threads of Gloo that outlive the interpreter may abort it."""
     PartialState().destroy_process_group()
+
+
+def print_skipped(skipped: Sequence[str] | None) -> None:
+    """Print which rows `--skip_broken_rows` left out, if it is given, and what is broken about each."""
+    if skipped:
+        print("\n".join(("", f"{len(skipped)} rows were left out, because their image cannot be read:", *skipped)))

@@ -31,6 +31,7 @@ from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.contact_sheet import contact_sheet
+from recipe_tools.processes import print_skipped
 from reward_models.arguments import PromptArguments
 from reward_models.dvreward import DVReward
 from reward_models.evaluation.evaluate import evaluate
@@ -39,6 +40,7 @@ from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import evaluate_once
 from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.rows import PromptRows
 
 
 NUM_PICTURED = 8
@@ -55,9 +57,10 @@ class TrainingRun:
         training_args ([`AlphaGRPOConfig`]): Arguments of the trainer.
         model_args ([`~trl.ModelConfig`]): Model and adapter.
         checkpoint (`Path`, *optional*): Where training continues.
-        train_dataset ([`~datasets.Dataset`]), eval_rows (`list[dict[str, Any]]`): Prompts of both kinds.
+        train_dataset ([`~datasets.Dataset`]), eval_rows (`Sequence[dict[str, Any]]`): Prompts of both kinds.
         model ([`UnifiedModel`]), processor ([`~transformers.ProcessorMixin`]): The policy.
         reward ([`DVReward`]): Reward of images, in training and in evaluations.
+        skipped (`list[str]`, *optional*): Rows that were left out because their image is broken, with what is broken.
     """
 
     script_args: PromptArguments
@@ -65,10 +68,11 @@ class TrainingRun:
     model_args: ModelConfig
     checkpoint: Path | None
     train_dataset: Dataset
-    eval_rows: list[dict[str, Any]]
+    eval_rows: Sequence[dict[str, Any]]
     model: UnifiedModel
     processor: ProcessorMixin
     reward: DVReward
+    skipped: list[str] | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -79,9 +83,9 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     """Load prompts, model and reward."""
     # First, so that a checkpoint that cannot be resumed is reported before anything is loaded.
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
-    train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts)
-    # A list, because iterating decodes images and `to_list` does not.
-    eval_rows = list(load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts))
+    skipped: list[str] | None = [] if script_args.skip_broken_rows else None
+    train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts, skipped)
+    eval_rows = PromptRows(load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts, skipped))
     attention = model_args.attn_implementation
     model, processor = load_model(
         model_args.model_name_or_path,
@@ -90,7 +94,7 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     )
     reward = script_args.make_reward((model, processor))
     return TrainingRun(
-        script_args, training_args, model_args, checkpoint, train_dataset, eval_rows, model, processor, reward
+        script_args, training_args, model_args, checkpoint, train_dataset, eval_rows, model, processor, reward, skipped
     )
 
 
@@ -169,6 +173,8 @@ def train_between_evaluations(
     if script_args.eval_seeds:
         after = evaluations("after training")
     trainer.save_model(run.output_dir)
+    if PartialState().is_main_process:
+        print_skipped(run.skipped)
     return (before, after) if before is not None and PartialState().is_main_process else None
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from reward_models.endpoints.structured_output import StructuredAnswer, UnicodeText
-from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS
+from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, match_tag
 
 
 MAX_SEMANTIC_QUESTIONS = 64
@@ -19,10 +19,7 @@ MAX_QUALITY_QUESTIONS = 16
 
 
 def _match_spelling(tags: Sequence[str], tag: Any) -> Any:
-    """The tag in its own spelling, if the answer differs from it in case or surrounding blanks only."""
-    if not isinstance(tag, str):
-        return tag
-    return next((known for known in tags if known.lower() == tag.strip().lower()), tag)
+    return match_tag(tags, tag) if isinstance(tag, str) else tag
 
 
 def _check_question(text: str) -> str:

@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Decoding of images that are not trusted: the size in the header is checked before any pixel is decoded."""
+"""
+Images in files that stay encoded until they are needed.
+
+Of an image that is not trusted, such as one in a request to the server, the format and the size in the header are checked before
+any pixel is decoded. All are decoded by [`~alphagrpo_ext.images.read_image`].
+"""
 
 from __future__ import annotations
 
 import base64
-import io
 from dataclasses import dataclass
 
 from PIL import Image
 
-from alphagrpo_ext.images import to_rgb
+from alphagrpo_ext.images import open_image, read_image
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-"""Formats that are decoded. Pillow supports more, and some of them run other programs or read other files."""
+"""Formats that are decoded if the image is not trusted. Pillow supports more, and some of its decoders are little tested."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
     """
-    Size limits of images that are decoded.
+    Size limits of images that are not trusted.
 
     Args:
         max_side (`int`, *optional*, defaults to `4096`): Largest side, in pixels.
@@ -55,25 +59,35 @@ class ImageLimits:
 @dataclass(frozen=True)
 class EncodedImage:
     """
-    An image file in memory whose format and size have been checked.
+    An image file in memory.
 
     Args:
         data (`bytes`): Content of the file.
+        formats (`tuple[str, ...]`, *optional*): Formats that may be decoded; `None` for all.
     """
 
     data: bytes
+    formats: tuple[str, ...] | None = None
 
     @classmethod
-    def from_bytes(cls, data: bytes, limits: ImageLimits) -> EncodedImage:
+    def from_bytes(cls, data: bytes, limits: ImageLimits | None = None) -> EncodedImage:
         """
-        Check the content of an image file.
+        Check format and size of an image file.
+
+        Args:
+            data (`bytes`): Content of the file.
+            limits ([`ImageLimits`], *optional*):
+                Size limits of an image that is not trusted, whose format must be one of [`IMAGE_FORMATS`]. `None` for a file of
+                the user's own.
 
         Raises:
-            `ValueError`: If the format is not one of [`IMAGE_FORMATS`], or if the image is too large.
+            `ValueError`: If it is not an image in such a format, or if the image is too large.
         """
-        with _open(data) as image:
-            limits.check(*image.size)
-        return cls(data)
+        formats = None if limits is None else IMAGE_FORMATS
+        with open_image(data, formats) as image:
+            if limits is not None:
+                limits.check(*image.size)
+        return cls(data, formats)
 
     @classmethod
     def from_base64(cls, text: str, limits: ImageLimits) -> EncodedImage:
@@ -99,23 +113,9 @@ class EncodedImage:
 
     def decode(self) -> Image.Image:
         """
-        Decode the image to RGB. Transparent pixels become white, and an animation becomes its first frame.
+        Decode the image; see [`~alphagrpo_ext.images.read_image`].
 
         Raises:
             `ValueError`: If the file is damaged.
         """
-        try:
-            with _open(self.data) as image:
-                return to_rgb(image)
-        except Exception as error:
-            # Pillow's decoders raise errors of many types, which all mean that the file is damaged.
-            raise ValueError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the image is too large ({error}): send a smaller one") from error
-    except Exception as error:
-        raise ValueError(f"the image is not a readable {', '.join(IMAGE_FORMATS)} file") from error
+        return read_image(self.data, self.formats)

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from alphagrpo_ext.files import atomic_path
+from alphagrpo_ext.images import read_image
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -18,7 +19,10 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read a file that [`save_image`] wrote, and close it."""
-    with Image.open(path, formats=["PNG"]) as image:
-        image.load()
-        return image.copy()
+    """
+    Read a PNG file in RGB, and close it.
+
+    Raises:
+        `ValueError`: If there is no such file, or if it is damaged. The message names the file.
+    """
+    return read_image(path, formats=["PNG"])

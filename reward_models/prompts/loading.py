@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,22 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
-from alphagrpo_ext.files import read_json_lines
+from alphagrpo_ext.image_rows import RowImage, broken_images, refuse_broken_images, refuse_images_column
 from alphagrpo_ext.shapes.prompts import build_dataset
+from reward_models.prompts.files import (
+    file_kind,
+    prompt_field,
+    read_prompt_column,
+    read_rows,
+    read_saved_dataset,
+    read_text,
+)
 from reward_models.prompts.questions import TAGS, PromptRecord, from_row
 
 
-JSON_LINES_SUFFIXES = (".jsonl", ".json")
+logger = logging.getLogger(__name__)
+
+_FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".yaml", ".yml")
 FAILED_SUFFIX = ".failed.jsonl"
 """Suffix of the file that lists the prompts that could not be decomposed. It is beside the file of records."""
 
@@ -34,40 +45,52 @@ class _FileRow:
     task: str | None
     image: str | None
     category: str | None
+    where: str
 
 
-def load_prompts(file: str | None, split: str, num_prompts: int) -> Dataset:
+def load_prompts(file: str | None, split: str, num_prompts: int, skipped: list[str] | None = None) -> Dataset:
     """
     Load prompts with their questions.
 
     Args:
         file (`str`, *optional*):
-            A JSON-lines file, a folder of such files (all `*.jsonl` except `*.failed.jsonl`, in alphabetical order), or the
-            name of a dataset, whose split `"train"` is loaded. `None` for prompts of the shapes world. Rows are as in
-            [`from_row`], with the optional columns `task`, `category` (strings) and `image`. In a file, `image` is a path
-            relative to the folder of the file. In a dataset, it is a column of images or of paths.
+            A file of JSON lines, of a JSON array or in Parquet, a folder of JSON-lines files (all `*.jsonl` except
+            `*.failed.jsonl`, in alphabetical order), a folder that `save_to_disk` wrote or that holds Parquet files, or the name
+            of a dataset, whose split `"train"` is loaded. `None` for prompts of the shapes world. Rows are as in [`from_row`], with the optional columns
+            `task`, `category` (strings) and `image`. In JSON, `image` is a path relative to the folder of the file. In a
+            dataset, it is a column of images or of paths.
         split (`str`):
             Split of the shapes world: `"train"` or `"evaluation"`.
         num_prompts (`int`):
             Number of prompts to draw from the shapes world.
+        skipped (`list[str]`, *optional*):
+            If given, rows whose image cannot be read are left out, and what is broken about each is appended to the list.
 
     Returns:
         `datasets.Dataset`: The columns `prompt`, `semantic_questions` and `quality_questions`, and those of `task`, `image` and
-        `category` that have values. Other columns are dropped, except in the shapes world.
+        `category` that have values. Other columns are dropped, except in the shapes world. Images are decoded by
+        [`~alphagrpo_ext.images.read_image`].
 
     Raises:
         `FileNotFoundError`: If `file` is a path that does not exist.
-        `ValueError`: If a row is malformed or if there are no rows. The message names the file and the line, or the dataset
-        and the row.
+        `ValueError`: If a row is malformed or its image cannot be read, or if there are no rows. The message names the file and
+            the line, or the dataset and the row. If the file has another format, the message names it.
     """
     if file is None:
         # The prompts belong to the task and not to a run, so they do not depend on the run's seed.
         return build_dataset(split, num_prompts, seed=0)
-    if _is_dataset_name(file):
-        return _with_records(_load_train_split(file), file)
-    rows = [_file_row(row, where, path.parent) for path in _files(file) for where, row in read_json_lines(path)]
-    if not rows:
-        raise ValueError(f"{file} has no records")
+    if (dataset := _dataset(file)) is not None:
+        dataset = _with_records(dataset, file)
+        places = [f"dataset {file}, row {index}" for index in range(len(dataset))]
+    else:
+        rows = [_file_row(row, where, path.parent) for path in _files(file) for where, row in read_rows(path)]
+        if not rows:
+            raise ValueError(f"{file} has no records")
+        dataset, places = _file_dataset(rows, file), [row.where for row in rows]
+    return _with_readable_images(dataset, file, places, skipped)
+
+
+def _file_dataset(rows: Sequence[_FileRow], file: str) -> Dataset:
     dataset = _records_dataset([row.record for row in rows], file)
     columns = {name: [getattr(row, name) for row in rows] for name in EXTRA_FEATURES}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
@@ -77,36 +100,90 @@ def load_prompts(file: str | None, split: str, num_prompts: int) -> Dataset:
     return concatenate_datasets([dataset, extras], axis=1)
 
 
+def _with_readable_images(dataset: Dataset, file: str, places: Sequence[str], skipped: list[str] | None) -> Dataset:
+    """Check all images, and leave broken ones out if that is asked for."""
+    if "image" not in dataset.column_names:
+        return dataset
+    # Last, because joining columns makes a `datasets.Image` of it.
+    dataset = dataset.cast_column("image", RowImage())
+    faults = {index: f"{places[index]}: {fault}" for index, fault in broken_images(dataset).items()}
+    if skipped is None:
+        refuse_broken_images(list(faults.values()), "Repair the file, or leave such rows out with --skip_broken_rows")
+        return dataset
+    if not faults:
+        return dataset
+    if len(faults) == len(dataset):
+        raise ValueError(f"{file}: none of the {len(dataset)} images can be read; the first: {faults[0]}")
+    skipped += faults.values()
+    logger.warning(
+        "%s: %d of %d rows are left out, because their image cannot be read.", file, len(faults), len(dataset)
+    )
+    return dataset.select([index for index in range(len(dataset)) if index not in faults])
+
+
 def read_prompts(source: str) -> list[str]:
     """
     Read prompts without questions.
 
     Args:
         source (`str`):
-            A text file with one prompt per line, a JSON-lines file (`*.jsonl`, `*.json`) with a field `prompt`, or the name or
-            folder of a dataset with a column `prompt`, whose split `"train"` is loaded. Text is in UTF-8.
+            A file, a folder, or the name of a dataset with a column `prompt`, whose split `"train"` is loaded. The format of a
+            file is found by its content: plain text with one prompt per line, JSON lines or a JSON array of texts or of objects
+            with a field `prompt` or `Prompt`, CSV or TSV with a column `prompt` or `text` in any case, or Parquet. A folder holds
+            a saved dataset, or files `*.txt` of one prompt each, in alphabetical order. Text is in UTF-8.
 
     Returns:
         `list[str]`: The distinct prompts in order, without surrounding blanks. Blank lines of a text file are skipped.
 
     Raises:
         `FileNotFoundError`: If `source` is a path that does not exist.
-        `ValueError`: If a prompt is missing, blank or not a string, or if there are no prompts. The message names the place.
+        `ValueError`: If a prompt is missing, blank or not a string, or if there are no prompts. The message names the place. If
+            a file has another format, the message names it.
     """
     path = Path(source)
-    if _is_dataset_name(source) or path.is_dir():
-        dataset = _load_train_split(source)
+    texts = sorted(path.glob("*.txt")) if path.is_dir() else []
+    if texts and len(texts) == sum(file.is_file() and not file.name.startswith(".") for file in path.iterdir()):
+        found = [(str(file), _one_prompt(file)) for file in texts]
+    elif (dataset := _dataset(source, folders=True)) is not None:
         if "prompt" not in dataset.column_names:
             raise ValueError(f"dataset {source} has no column 'prompt'; its columns are {dataset.column_names}")
         found = [(f"dataset {source}, row {index}", prompt) for index, prompt in enumerate(dataset["prompt"])]
-    elif path.suffix in JSON_LINES_SUFFIXES:
-        found = [(where, _prompt_field(row, where)) for where, row in read_json_lines(path)]
     else:
-        found = _text_lines(path)
+        found = _prompts_of_file(path)
     prompts = list(dict.fromkeys(_checked_prompt(prompt, where) for where, prompt in found))
     if not prompts:
         raise ValueError(f"{source} has no prompts")
     return prompts
+
+
+def _prompts_of_file(path: Path) -> list[tuple[str, Any]]:
+    kind = file_kind(path)
+    if kind == "table":
+        return read_prompt_column(path)
+    if kind == "text":
+        lines = enumerate(read_text(path).split("\n"), start=1)
+        return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    takes_texts = kind == "json array"
+    return [
+        (where, row if takes_texts and isinstance(row, str) else prompt_field(row, where))
+        for where, row in read_rows(path)
+    ]
+
+
+def _one_prompt(file: Path) -> str:
+    file_kind(file)
+    return read_text(file).replace("\r\n", "\n")
+
+
+def _dataset(source: str, folders: bool = False) -> Dataset | None:
+    """A dataset that is saved or has a name, and with `folders` also what any folder holds; `None` for other sources."""
+    if _is_dataset_name(source):
+        return _load_train_split(source)
+    if (saved := read_saved_dataset(source)) is not None:
+        return saved
+    path = Path(source)
+    is_parquet = path.is_dir() and not any(path.glob("*.jsonl")) and any(path.rglob("*.parquet"))
+    return _load_train_split(source) if is_parquet or folders and path.is_dir() else None
 
 
 def _is_dataset_name(source: str) -> bool:
@@ -114,7 +191,7 @@ def _is_dataset_name(source: str) -> bool:
     if os.path.exists(source):
         return False
     parts = source.split("/")
-    if len(parts) > 2 or "" in parts or source[0] in ".~" or Path(source).suffix in (*JSON_LINES_SUFFIXES, ".txt"):
+    if len(parts) > 2 or "" in parts or source[0] in ".~" or Path(source).suffix in _FILE_SUFFIXES:
         raise FileNotFoundError(f"there is no file or folder {source}")
     return True
 
@@ -140,11 +217,12 @@ def _files(source: str) -> list[Path]:
 
 def _file_row(row: Any, where: str, folder: Path) -> _FileRow:
     record = from_row(row, where)
+    refuse_images_column(row, where)
     for name in ("task", "category"):
         if not isinstance(row.get(name), str | None):
             raise ValueError(f"{where}: {name} must be a string, got {row[name]!r}")
     image = _image_path(row.get("image"), where, folder)
-    return _FileRow(record, row.get("task"), image, row.get("category"))
+    return _FileRow(record, row.get("task"), image, row.get("category"), where)
 
 
 def _image_path(image: Any, where: str, folder: Path) -> str | None:
@@ -155,10 +233,8 @@ def _image_path(image: Any, where: str, folder: Path) -> str | None:
         return None
     if not isinstance(image, str):
         raise ValueError(f"{where}: image must be the path of a file, got {str(image)[:100]}")
-    path = folder / image
-    if not path.is_file():
-        raise ValueError(f"{where}: there is no image {path}")
-    return str(path)
+    # Whether the file is there is seen when the images are checked.
+    return image if "://" in image else str(folder / image)
 
 
 def _with_records(dataset: Dataset, name: str) -> Dataset:
@@ -166,6 +242,7 @@ def _with_records(dataset: Dataset, name: str) -> Dataset:
     missing = [column for column in ("prompt", *TAGS) if column not in dataset.column_names]
     if missing:
         raise ValueError(f"dataset {name} has no column '{missing[0]}'; its columns are {dataset.column_names}")
+    refuse_images_column(dataset.column_names, f"dataset {name}")
     rows = dataset.select_columns(["prompt", *TAGS])
     records = [from_row(row, f"dataset {name}, row {index}") for index, row in enumerate(rows)]
     if not records:
@@ -190,20 +267,6 @@ def _records_dataset(records: Sequence[PromptRecord], source: str) -> Dataset:
     rows = [record.to_row() for record in records]
     questions = Dataset.from_dict({name: [row[name] for row in rows] for name in TAGS}, features)
     return concatenate_datasets([Dataset.from_dict({"prompt": prompts}), questions], axis=1)
-
-
-def _prompt_field(row: Any, where: str) -> Any:
-    if not isinstance(row, Mapping) or "prompt" not in row:
-        raise ValueError(f"{where} has no field 'prompt'")
-    return row["prompt"]
-
-
-def _text_lines(path: Path) -> list[tuple[str, str]]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [(f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not valid UTF-8 ({error})") from error
 
 
 def _checked_prompt(prompt: Any, where: str) -> str:

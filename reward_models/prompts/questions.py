@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any
 
 from alphagrpo_ext.files import read_json_lines
+from alphagrpo_ext.messages import prompt_text
 
 
 SEMANTIC_TAGS = (
@@ -104,14 +105,19 @@ def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
     if missing:
         raise ValueError(f"{where} has no '{missing[0]}'; its fields are {list(row)}")
     prompt = row["prompt"]
-    if not isinstance(prompt, (str, list)):
-        raise ValueError(f"{where}: prompt must be a string or a list of messages, got {type(prompt).__name__}")
-    if not prompt or isinstance(prompt, str) and not prompt.strip():
-        raise ValueError(f"{where}: prompt is empty")
+    try:
+        prompt_text(prompt)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     record = PromptRecord(prompt, **{field: _parse_questions(row[field], field, where) for field in TAGS})
     if not record.valid_semantic_questions and not record.valid_quality_questions:
         raise ValueError(f"{where}: semantic_questions and quality_questions have no valid question between them")
     return record
+
+
+def match_tag(tags: Iterable[str], tag: str) -> str:
+    """The tag in its own spelling, if it differs from one of `tags` in case or surrounding blanks only."""
+    return next((known for known in tags if known.casefold() == tag.strip().casefold()), tag)
 
 
 def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
@@ -171,12 +177,16 @@ def _parse_question(item: Any, field: str, where: str) -> Question:
             raise ValueError(f"{where} has no '{key}'")
         if not isinstance(item[key], str):
             raise ValueError(f"{where}: '{key}' must be a string, got {item[key]!r}")
-    question, tag = item["question"].strip(), item["tag"]
+    question, tag = item["question"].strip(), match_tag(TAGS[field], item["tag"])
     is_valid = True if item.get("is_valid") is None else item["is_valid"]
     if not question:
         raise ValueError(f"{where}: 'question' is blank")
     if tag not in TAGS[field]:
         raise ValueError(f"{where}: unknown tag '{tag}'; the tags of {field} are {', '.join(TAGS[field])}")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the text is not valid Unicode: it holds half a surrogate pair") from error
     if not isinstance(is_valid, bool):
         raise ValueError(f"{where}: 'is_valid' must be true or false, got {is_valid!r}")
     return Question(question, tag, is_valid)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.reward_client.json_values import has_more_values
 from alphagrpo_ext.reward_client.thought import extract_thought
-from alphagrpo_ext.rollout.task import prompt_text
 from reward_models.endpoints.structured_output import check_unicode
 from reward_models.files.image_decoding import EncodedImage
 from reward_models.painters.base import ImageRequest
@@ -52,7 +52,7 @@ def read_generate_request(
     _check_length("items", request.items, limits.max_items)
     return [
         (
-            ImageRequest(item.prompt, item.thought, seed=item.seed),
+            ImageRequest(_text_of_prompt(item.prompt, f"items[{i}]"), item.thought, seed=item.seed),
             None if item.image is None else _read_image(item.image, limits, f"items[{i}].image"),
         )
         for i, item in enumerate(request.items)
@@ -151,14 +151,8 @@ def _check_lengths(row: Any, where: str) -> None:
 
 
 def _text_of_prompt(prompt: Any, where: str) -> str:
-    try:
-        text = prompt_text(prompt)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: prompt must be a text, or messages with one from the user")
-    with _errors_name(f"{where}: prompt"):
-        return check_unicode(text)
+    with _errors_name(where):
+        return prompt_text(prompt)
 
 
 @contextmanager

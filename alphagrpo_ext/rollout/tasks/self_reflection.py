@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.models.contract import UnifiedProcessor
-from alphagrpo_ext.rollout.task import TASKS, prompt_text
+from alphagrpo_ext.rollout.task import TASKS
 from alphagrpo_ext.rollout.tasks.image_editing import ImageEditing
 from alphagrpo_ext.trajectory import TextSegment
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from alphagrpo_ext.images import to_rgb
-from alphagrpo_ext.rollout.task import prompt_text
+from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 

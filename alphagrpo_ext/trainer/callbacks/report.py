@@ -12,12 +12,12 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.report.answers import COLUMN_SUFFIX, parse_answers
 from alphagrpo_ext.report.page import write_report
 from alphagrpo_ext.report.records import ReportTurn, TrajectoryGroup, TrajectoryRecord
 from alphagrpo_ext.report.store import PromptReward, ReportStore
 from alphagrpo_ext.report.thumbnails import data_url
-from alphagrpo_ext.rollout.task import prompt_text
 from alphagrpo_ext.trainer.callbacks.rollout_event import ScoredRollout
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory

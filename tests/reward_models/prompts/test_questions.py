@@ -98,8 +98,8 @@ def test_every_tag_belongs_to_its_own_side_only(field, tags):
             "row 3: semantic_questions[0]: 'question' is blank",
         ),
         (
-            {"semantic_questions": [{"question": "Is it?", "tag": "count"}]},
-            "row 3: semantic_questions[0]: unknown tag 'count'; the tags of semantic_questions are Style, ",
+            {"semantic_questions": [{"question": "Is it?", "tag": "Counts"}]},
+            "row 3: semantic_questions[0]: unknown tag 'Counts'; the tags of semantic_questions are Style, ",
         ),
         (
             {"semantic_questions": [{"question": "Is it?", "tag": "Count", "is_valid": "no"}]},

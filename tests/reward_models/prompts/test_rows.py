@@ -4,12 +4,10 @@
 import json
 from pathlib import Path
 
-import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from reward_models.files.image_decoding import ImageLimits
 from reward_models.prompts.loading import load_prompts
 from reward_models.prompts.rows import PromptRows
 
@@ -42,18 +40,10 @@ def test_images_of_files_are_decoded_in_rgb(tmp_path: Path) -> None:
     assert [row["image"].size for row in rows] == [(3, 5), (4, 4)]
 
 
-def test_image_that_is_too_large_is_refused_by_its_header(tmp_path: Path) -> None:
-    path = write_prompts(tmp_path, a_png=Image.new("RGB", (64, 64)), b_png=Image.new("RGB", (65, 64)))
-    rows = PromptRows(load_prompts(str(path), "evaluation", 0), ImageLimits(max_side=64))
-    assert rows[0]["image"].size == (64, 64)
-    with pytest.raises(ValueError, match="row 1: the image has 65 x 64 pixels"):
-        rows[1]
-
-
-def test_format_that_is_not_decoded_is_refused(tmp_path: Path) -> None:
-    rows = PromptRows(load_prompts(str(write_prompts(tmp_path, a_bmp=Image.new("RGB", (4, 4)))), "evaluation", 0))
-    with pytest.raises(ValueError, match="row 0: the image is not a readable PNG, JPEG, WEBP file"):
-        rows[0]
+def test_files_of_the_user_have_no_limits_of_size_and_format(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, a_bmp=Image.new("RGB", (4, 5)), b_png=Image.new("1", (5000, 1000)))
+    rows = PromptRows(load_prompts(str(path), "evaluation", 0))
+    assert [row["image"].size for row in rows] == [(4, 5), (5000, 1000)]
 
 
 def test_rows_without_image_stay_as_they_are() -> None:

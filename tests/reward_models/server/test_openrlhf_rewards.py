@@ -94,7 +94,7 @@ def test_thought_is_what_follows_the_prompt(query: str, prompt: str, expected: s
         ({"labels": ["{"]}, "labels[0] must be the JSON of a record"),
         ({"labels": ["[]"]}, "labels[0]: expected a mapping, got list"),
         ({"labels": [json.dumps({"prompt": "x"})]}, "labels[0] has no 'semantic_questions'"),
-        ({"labels": [json.dumps({**SAMPLE.record, "prompt": [1]})]}, "labels[0]: prompt must be a text"),
+        ({"labels": [json.dumps({**SAMPLE.record, "prompt": [1]})]}, "labels[0]: prompt: each message must have"),
         (
             {"labels": [json.dumps({**SAMPLE.record, "prompt": "\ud800"})]},
             "labels[0]: prompt: the text is not valid Unicode",

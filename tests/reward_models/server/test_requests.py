@@ -31,7 +31,7 @@ from support.server_samples import JSON, SAMPLE, encode, refusal
         ({"quality_questions": [{"question": "x", "tag": "Count"}]}, "unknown tag 'Count'"),
         (
             {"semantic_questions": [{"question": "\ud800", "tag": "Count"}]},
-            "items[0]: a question: the text is not valid Unicode",
+            "items[0]: semantic_questions[0]: the text is not valid Unicode",
         ),
         ({"semantic_questions": [{"question": "x", "tag": "\ud800"}]}, "unknown tag '\\ud800'"),
         ({"semantic_questions": [], "quality_questions": []}, "no valid question between them"),

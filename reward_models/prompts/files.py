@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Rows in files of the formats that people have: JSON lines, a JSON array, Parquet, a saved dataset, CSV, TSV, and plain text.
+
+The format is found by the content. What is none of these is refused with the name of what it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from alphagrpo_ext.file_formats import HEAD_SIZE, format_name
+from alphagrpo_ext.files import read_json_lines
+
+
+PROMPT_COLUMNS = ("prompt", "text")
+"""Names of the column of prompts in a table, in any case; the first that there is."""
+_DELIMITERS = {"\t": "TSV", ",": "CSV", ";": "CSV with semicolons"}
+
+FileKind = Literal["json lines", "json array", "parquet", "table", "text"]
+
+
+def file_kind(path: Path) -> FileKind:
+    """
+    Find the format of a file of prompts.
+
+    Raises:
+        `ValueError`: If the file has another format. The message names the file and the format, and says what to do.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_SIZE)
+    found = format_name(head)
+    if found == "a Parquet file":
+        return "parquet"
+    if found == "empty":
+        raise ValueError(f"{path} has no records: the file is empty")
+    if found is not None:
+        raise ValueError(f"{path}: the file is {found}")
+    if path.suffix.lower() in (".yaml", ".yml", ".toml", ".py", ".arrow"):
+        raise ValueError(f"{path}: a file {path.suffix} is not read as prompts: write JSON lines, one row a line")
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"[") and _is_json_array(path):
+        return "json array"
+    if start.startswith((b"{", b"[")) or path.suffix in (".jsonl", ".json"):
+        return "json lines"
+    return "table" if path.suffix.lower() in (".csv", ".tsv") or _delimiter(path) is not None else "text"
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """
+    Read the rows of a file of JSON.
+
+    Args:
+        path (`Path`): JSON lines, or an array of rows.
+
+    Yields:
+        `tuple[str, Any]`: The name of the row for error messages, and the row.
+
+    Raises:
+        `ValueError`: If the file has another format, or at the first line that is not JSON. The message names the file and the
+            line.
+    """
+    kind = file_kind(path)
+    if kind == "json array":
+        for index, row in enumerate(json.loads(path.read_text(encoding="utf-8-sig"))):
+            yield f"{path}, entry {index}", row
+    elif kind == "json lines":
+        try:
+            yield from read_json_lines(path)
+        except ValueError as error:
+            if keys := _object_keys(path):
+                raise ValueError(
+                    f"{path} holds one JSON object over several lines, with the keys {keys}: write JSON lines, one row a line, or "
+                    f"an array of rows"
+                ) from error
+            raise
+    else:
+        advice = {
+            "table": f"the file is a {_DELIMITERS.get(_delimiter(path), 'CSV or TSV')} table, and questions have no place in a "
+            f"table: write JSON lines, or decompose its prompts with recipes/decompose_prompts.py",
+            "text": "the file is plain text: write JSON lines, or decompose its prompts with recipes/decompose_prompts.py",
+            "parquet": "the file is a Parquet file, which is not read here",
+        }
+        raise ValueError(f"{path}: {advice[kind]}")
+
+
+def read_saved_dataset(source: str) -> Dataset | None:
+    """
+    Read a Parquet file, or a folder that `save_to_disk` wrote.
+
+    Args:
+        source (`str`): A path. Of several splits, `"train"` is read.
+
+    Returns:
+        `datasets.Dataset`: `None` if the source is neither.
+
+    Raises:
+        `ValueError`: If it cannot be read, or if there is no split `"train"`.
+    """
+    path = Path(source)
+    is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if not is_saved and not (path.is_file() and file_kind(path) == "parquet"):
+        return None
+    try:
+        dataset = load_from_disk(path) if is_saved else load_dataset("parquet", data_files=str(path), split="train")
+    except Exception as error:
+        kind = "folder of save_to_disk" if is_saved else "Parquet file"
+        raise ValueError(f"{source}: the {kind} cannot be read ({type(error).__name__}: {error})") from error
+    if isinstance(dataset, DatasetDict):
+        if "train" not in dataset:
+            raise ValueError(
+                f"{source} has no split 'train', but {list(dataset)}: give the folder of one, e.g. "
+                f"{os.path.join(source, next(iter(dataset), 'train'))}"
+            )
+        return dataset["train"]
+    return dataset
+
+
+def read_prompt_column(path: Path) -> list[tuple[str, str | None]]:
+    """
+    Read the column of prompts of a CSV or TSV file with a header; see [`PROMPT_COLUMNS`].
+
+    Returns:
+        `list[tuple[str, str | None]]`: The name of each row for error messages, and its prompt.
+
+    Raises:
+        `ValueError`: If there is no such column, or if a line has another number of cells than the header. The message names the
+            file and the line.
+    """
+    delimiter = _delimiter(path) or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        names = [cell.strip().casefold() for cell in header]
+        name = next((name for name in PROMPT_COLUMNS if name in names), None)
+        if name is None:
+            raise ValueError(f"{path} is a table without a column 'prompt' or 'text'; its first line is {header}")
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has the column '{name}' more than once; its first line is {header}")
+        column, rows = names.index(name), []
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"{path}, line {reader.line_num}"
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{where} has {len(cells)} cells, but the header has {len(header)}: quote cells that hold "
+                    f"{delimiter!r}"
+                )
+            rows.append((where, cells[column]))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not a valid table ({error})") from error
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """
+    Read a text file in UTF-8.
+
+    Raises:
+        `ValueError`: If it is not UTF-8. The message names the file.
+    """
+    try:
+        # Line ends stay as they are, because a cell of a table may hold them.
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid UTF-8 ({error})") from error
+
+
+def prompt_field(row: Any, where: str) -> Any:
+    """
+    The field `prompt` or `Prompt` of a row of JSON.
+
+    Raises:
+        `ValueError`: If there is no such field.
+    """
+    for name in ("prompt", "Prompt"):
+        if isinstance(row, Mapping) and name in row:
+            return row[name]
+    raise ValueError(f"{where} has no field 'prompt'")
+
+
+def _is_json_array(path: Path) -> bool:
+    """Whether a file is one JSON array. A file of JSON lines may begin with `[`, too."""
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), list)
+    except ValueError:
+        return False
+
+
+def _object_keys(path: Path) -> list[str]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return []
+    return list(value)[:20] if isinstance(value, dict) else []
+
+
+def _delimiter(path: Path) -> str | None:
+    """The delimiter of a table, if the file's first line is a header that names prompts."""
+    with open(path, "rb") as file:
+        line = file.readline(10_000).decode("utf-8-sig", errors="replace").strip("\r\n")
+    for delimiter in _DELIMITERS:
+        cells = [cell.strip().strip('"').casefold() for cell in line.split(delimiter)]
+        if len(cells) > 1 and any(name in cells for name in PROMPT_COLUMNS):
+            return delimiter
+    return None

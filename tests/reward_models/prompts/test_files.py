@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Prompts in the formats that people have: read, or refused by the name of the format."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from reward_models.prompts.loading import load_prompts, read_prompts
+from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, from_row
+
+
+def make_row(prompt: Any = "a red circle", **changes: Any) -> dict[str, Any]:
+    row = {
+        "prompt": prompt,
+        "semantic_questions": [{"question": "is there a circle ?", "tag": "Existence"}],
+        "quality_questions": [{"question": "is it sharp ?", "tag": "Texture"}],
+    }
+    return row | changes
+
+
+def load(source: Path, **arguments: Any) -> list[dict[str, Any]]:
+    return list(load_prompts(str(source), "train", 1, **arguments))
+
+
+ROWS = [make_row("a cat"), make_row("two\nlines")]
+
+
+def test_rows_are_read_from_every_format_of_rows(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "lines.jsonl").write_text(lines)
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    (tmp_path / "array.json").write_text(json.dumps(ROWS, indent=2))
+    (tmp_path / "array.jsonl").write_text(json.dumps(ROWS))
+    dataset = Dataset.from_list(ROWS)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    DatasetDict(train=dataset).save_to_disk(tmp_path / "saved_splits")
+    (tmp_path / "folder" / "data").mkdir(parents=True)
+    dataset.to_parquet(tmp_path / "folder" / "data" / "train-00000-of-00001.parquet")
+    expected = [from_row(row) for row in ROWS]
+    for path in sorted(tmp_path.iterdir()):
+        assert [from_row(row) for row in load(path)] == expected, path.name
+        assert read_prompts(str(path)) == ["a cat", "two\nlines"], path.name
+
+
+def test_saved_splits_without_train_are_named(tmp_path: Path) -> None:
+    DatasetDict(test=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"has no split 'train', but \['test'\]: give the folder of one"):
+        load(tmp_path / "saved")
+    assert len(load(tmp_path / "saved" / "test")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "the file is empty"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git-LFS pointer .*git lfs pull"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}'), "compressed with gzip"),
+        ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+        ("a.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "text in UTF-16: save it as UTF-8"),
+        ("a.txt", '{"prompt": "a"}'.encode("utf-32"), "text in UTF-32"),
+        ("a.xlsx", b"PK\x03\x04rest", "zip archive .*Excel"),
+        ("a.json", b"<!DOCTYPE html>\n<html>", "HTML page"),
+        ("a.yaml", b"- prompt: a\n", "a file .yaml is not read as prompts"),
+        ("a.json", b'{\n "rows": [\n  1\n ]\n}\n', r"one JSON object over several lines, with the keys \['rows'\]"),
+        ("a.txt", "ein K\xe4fer".encode("latin-1"), "not valid UTF-8"),
+    ],
+)
+def test_other_formats_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    for read in (load, lambda source: read_prompts(str(source))):
+        if read is load and name == "a.txt" and b"K" in content:
+            message = "plain text"
+        with pytest.raises(ValueError, match=f"{name}.*{message}"):
+            read(path)
+        message = "not valid UTF-8" if message == "plain text" else message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("Prompt\tCategory\na cat\tAnimals\n", "TSV table"), ("id,text\n0,a\n", "CSV table"), ("a cat\n", "plain text")],
+)
+def test_files_that_hold_no_questions_are_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"prompts.txt: the file is .*{message}.*decompose_prompts.py"):
+        load(path)
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map(str.strip).filter(bool)
+
+
+@given(
+    st.lists(CELLS, min_size=1, unique=True),
+    st.sampled_from([",", "\t", ";"]),
+    st.sampled_from(["prompt", "Prompt", "PROMPT", "text", "Text"]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["", "\ufeff"]),
+)
+def test_prompts_of_every_table_are_read(
+    tmp_path_factory: pytest.TempPathFactory, prompts: list[str], delimiter: str, column: str, end: str, mark: str
+) -> None:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter=delimiter, lineterminator=end)
+    writer.writerow(["id", column, "note"])
+    writer.writerows([index, prompt, "a, b; c\td"] for index, prompt in enumerate(prompts))
+    path = tmp_path_factory.mktemp("table") / "prompts.txt"
+    path.write_bytes((mark + buffer.getvalue()).encode())
+    assert read_prompts(str(path)) == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,caption\n0,a\n", r"without a column 'prompt' or 'text'; its first line is \['id', 'caption'\]"),
+        ("prompt,note\na cat, b, c\n", "line 2 has 3 cells, but the header has 2"),
+        ('prompt,note\n"a" cat,b\n', "line 2: not a valid table"),
+        ("prompt,note\n ,b\n", "line 2: prompt is blank"),
+        ("prompt,Prompt\na,b\n", "column 'prompt' more than once"),
+        ("prompt,note\n", "has no prompts"),
+    ],
+)
+def test_a_bad_table_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(str(path))
+
+
+def test_prompts_of_arrays_and_of_folders_of_texts_are_read(tmp_path: Path) -> None:
+    (tmp_path / "texts.json").write_text(json.dumps(["a cat", "a dog"]))
+    (tmp_path / "objects.json").write_text(json.dumps([{"Prompt": "a cat"}, {"prompt": "a dog"}], indent=1))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("a cat\n")
+    (tmp_path / "folder" / "b.txt").write_bytes(b"a dog\r\nof two lines")
+    assert read_prompts(str(tmp_path / "texts.json")) == ["a cat", "a dog"]
+    assert read_prompts(str(tmp_path / "objects.json")) == ["a cat", "a dog"]
+    assert read_prompts(str(tmp_path / "folder")) == ["a cat", "a dog\nof two lines"]
+    (tmp_path / "objects.json").write_text(json.dumps([{"caption": "a cat"}]))
+    with pytest.raises(ValueError, match="entry 0 has no field 'prompt'"):
+        read_prompts(str(tmp_path / "objects.json"))
+
+
+@given(
+    st.sampled_from([("semantic_questions", SEMANTIC_TAGS), ("quality_questions", QUALITY_TAGS)]).flatmap(
+        lambda side: st.tuples(st.just(side[0]), st.sampled_from(side[1]))
+    ),
+    st.sampled_from([str.lower, str.upper, str.title, lambda tag: f"  {tag}\n", lambda tag: f" {tag.lower()}"]),
+)
+def test_tags_are_taken_in_any_spelling(side: tuple[str, str], spell: Any) -> None:
+    field, tag = side
+    record = from_row(make_row(**{field: [{"question": "is it so ?", "tag": spell(tag)}]}))
+    assert getattr(record, field)[0].tag == tag
+    with pytest.raises(ValueError, match="unknown tag"):
+        from_row(make_row(**{field: [{"question": "is it so ?", "tag": f"{spell(tag).strip()}s"}]}))
+
+
+def test_broken_images_are_named_or_left_out(tmp_path: Path) -> None:
+    Image.effect_noise((40, 40), 80).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-200])
+    path = tmp_path / "edits.jsonl"
+    names = ["good.png", "cut.png", None, "gone.png", "good.png"]
+    path.write_text("".join(json.dumps(make_row(f"edit {i}", image=name)) + "\n" for i, name in enumerate(names)))
+    with pytest.raises(ValueError) as error:
+        load(path)
+    for part in ("2 rows", "line 2", "cut.png", "truncated", "line 4: there is no image", "--skip_broken_rows"):
+        assert part in str(error.value)
+    skipped: list[str] = []
+    rows = load(path, skipped=skipped)
+    assert [row["prompt"] for row in rows] == ["edit 0", "edit 2", "edit 4"]
+    assert [row["image"] and row["image"].mode for row in rows] == ["RGB", None, "RGB"]
+    assert len(skipped) == 2 and "line 2" in skipped[0] and "gone.png" in skipped[1]
+    path.write_text(json.dumps(make_row(image="gone.png")))
+    with pytest.raises(ValueError, match="none of the 1 images can be read"):
+        load(path, skipped=[])
+
+
+def test_a_column_of_images_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text(json.dumps(make_row(images=["a.png", "b.png"])))
+    with pytest.raises(ValueError, match="line 1 has a column 'images'"):
+        load(path)
+    Dataset.from_list([make_row(images=[str(path)])]).to_parquet(tmp_path / "edits.parquet")
+    with pytest.raises(ValueError, match="edits.parquet has a column 'images'"):
+        load(tmp_path / "edits.parquet")
