@@ -175,7 +175,7 @@ def main(args: ExportArguments) -> None:
     # Here, so that `--help` does not import models.
     from alphagrpo_ext.models.fingerprint import model_label
     from recipe_tools.benchmark_images import claim_folder, find_broken_rows, paint_missing
-    from recipe_tools.processes import end_processes, start_processes
+    from recipe_tools.processes import end_processes, print_skipped, start_processes
     from reward_models.benchmarks import BENCHMARKS
 
     state = start_processes()
@@ -198,8 +198,7 @@ def main(args: ExportArguments) -> None:
         print(f"{len(prompts) - len(broken)} prompts are painted: {Path(args.output_dir) / 'images'}")
         if args.judge != "none":
             score_images(benchmark, asked, len(prompts) - len(broken), reward, args)
-        if broken:
-            print(f"{list_broken_rows(broken, args)}\nThey are left out.")
+        print_skipped(list(broken.values()))
     end_processes()
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image
 
-from alphagrpo_ext.images import read_image
 from alphagrpo_ext.registry import Registry
+from reward_models.files.image_decoding import EncodedImage
 from reward_models.files.image_files import load_image, save_image
 from reward_models.prompts.questions import PromptRecord, Question
 
@@ -42,27 +42,6 @@ BENCHMARKS = Registry(
 
 
 @dataclass(frozen=True)
-class StoredImage:
-    """
-    An image that is decoded when it is needed.
-
-    Args:
-        file (`Mapping[str, Any]`): `{"bytes", "path"}`, as `datasets.Image(decode=False)` returns it.
-    """
-
-    file: Mapping[str, Any]
-
-    def decode(self) -> Image.Image:
-        """
-        Decode the image; see [`~alphagrpo_ext.images.read_image`].
-
-        Raises:
-            `ValueError`: If it is missing or damaged.
-        """
-        return read_image(self.file)
-
-
-@dataclass(frozen=True)
 class BenchmarkPrompt:
     """
     One prompt of a benchmark.
@@ -76,9 +55,9 @@ class BenchmarkPrompt:
             Category, as the benchmark names it.
         questions (`tuple[Question, ...]`, *optional*, defaults to `()`):
             Yes/no questions from the benchmark's own metadata.
-        image ([`StoredImage`], *optional*):
+        image ([`EncodedImage`], *optional*):
             The image to edit.
-        original ([`StoredImage`], *optional*):
+        original ([`EncodedImage`], *optional*):
             The image that the scorer compares an edited image with, if the benchmark has another one for it than `image`.
         metadata (`Mapping[str, Any]`, *optional*):
             The benchmark's own record, for a scorer that reads it.
@@ -88,8 +67,8 @@ class BenchmarkPrompt:
     prompt: str
     category: str
     questions: tuple[Question, ...] = ()
-    image: StoredImage | None = None
-    original: StoredImage | None = None
+    image: EncodedImage | None = None
+    original: EncodedImage | None = None
     metadata: Mapping[str, Any] | None = None
 
     def record(self, questions: Mapping[str, PromptRecord]) -> PromptRecord | None:

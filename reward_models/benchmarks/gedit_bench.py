@@ -11,15 +11,16 @@ from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from alphagrpo_ext.images import file_content
 from reward_models.benchmarks.base import (
     BENCHMARKS,
     Benchmark,
     BenchmarkPrompt,
-    StoredImage,
     check_single_image,
     path_part,
     text_field,
 )
+from reward_models.files.image_decoding import EncodedImage
 from reward_models.files.image_files import save_image
 
 
@@ -96,14 +97,15 @@ class _GEditPrompts(Sequence[BenchmarkPrompt]):
         if not 0 <= index < len(self):
             raise IndexError(f"there is no prompt {index} of {len(self)}")
         row = self._dataset[index]
-        files = []
+        images = []
         for name in self._images:
-            if row[name] is None:
-                raise ValueError(f"{self._where(index)}: {name} is missing")
-            files.append(StoredImage(row[name]))
+            try:
+                images.append(EncodedImage.from_bytes(file_content(row[name] or {})))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self._where(index)}: {name}: {error}") from error
         category = f"{row['task_type']}/{row['instruction_language']}"
         return BenchmarkPrompt(
-            self._key(row, index), row["instruction"].strip(), category, image=files[0], original=files[-1]
+            self._key(row, index), row["instruction"].strip(), category, image=images[0], original=images[-1]
         )
 
     def texts(self) -> list[str]:

@@ -14,11 +14,13 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 from functools import partial
 from typing import Any
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from reward_models.server.arguments import ServerArguments
@@ -215,3 +217,5 @@ def serve(app: Any, args: ServerArguments) -> None:
     listener.set_inheritable(False)
     with BoundedListener(listener, args.connection_limit) as bounded, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[bounded])
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)

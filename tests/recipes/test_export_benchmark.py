@@ -215,13 +215,13 @@ def test_broken_rows_are_named_before_anything_is_painted_or_left_out(
     listed = str(raised.value).splitlines()
     assert listed[0] == f"2 rows of {tmp_path / 'data'} cannot be read:"
     assert f"row 0 ({categories[0]}/en/k0): the image cannot be decoded" in listed[1]
-    assert "row 2: input_image_raw is missing" in listed[2]
+    assert "row 2: input_image_raw: the image is missing" in listed[2]
     assert not out.exists()
     run(*arguments, "--skip_broken_rows", "--output_dir", out)
     painted = [f"ours/fullset/{categories[i]}/en/k{i}{end}.png" for i in (1, 3) for end in ("", "_SRCIMG")]
     assert files(out / "images") == sorted(painted)
     printed = capsys.readouterr().out
-    assert "2 prompts are painted" in printed and "row 2: input_image_raw is missing" in printed
+    assert "2 prompts are painted" in printed and "row 2: input_image_raw: the image is missing" in printed
     run(*arguments, "--skip_broken_rows", "--judge", "shapes", "--output_dir", out)
     assert "No prompt has questions" in capsys.readouterr().out
 

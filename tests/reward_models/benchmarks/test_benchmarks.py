@@ -419,22 +419,28 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str
         make("dpg_bench").prompts(str(table))
 
 
-def test_broken_images_of_a_benchmark_are_found_by_decoding(tmp_path: Path) -> None:
+def test_broken_images_of_a_benchmark_are_found(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(0, (64, 64)).save(buffer, "JPEG")
-    half, nothing = {"bytes": buffer.getvalue()[:900], "path": None}, {"bytes": b"", "path": None}
-    folder = write_gedit(tmp_path / "data", input_image_raw=[noise(0), half], input_image=[nothing, noise(1)])
+    half, nothing = {"bytes": buffer.getvalue()[:-900], "path": None}, {"bytes": b"", "path": None}
+    folder = write_gedit(
+        tmp_path / "data", input_image_raw=[noise(0), half], input_image=[nothing, Image.new("1", (4097, 1))]
+    )
     prompts = make("gedit_bench").prompts(str(folder))
-    assert prompts[0].image.decode().size == (8, 6)
+    with pytest.raises(ValueError, match="row 0: input_image: the image is not a readable image"):
+        prompts[0]
+    # The header is whole.
+    assert prompts[1].original.decode().size == (4097, 1)
     with pytest.raises(ValueError, match="cannot be decoded"):
         prompts[1].image.decode()
-    with pytest.raises(ValueError, match="not a readable image"):
-        prompts[0].original.decode()
 
 
 def test_gedit_row_without_an_image_is_named(tmp_path: Path) -> None:
-    prompts = make("gedit_bench").prompts(str(write_gedit(tmp_path / "data", input_image_raw=[noise(0), None])))
-    with pytest.raises(ValueError, match="row 1: input_image_raw is missing"):
+    pointer = {"bytes": b"version https://git-lfs.github.com/spec/v1", "path": None}
+    prompts = make("gedit_bench").prompts(str(write_gedit(tmp_path / "data", input_image_raw=[pointer, None])))
+    with pytest.raises(ValueError, match="row 0: input_image_raw: .*Git-LFS pointer"):
+        prompts[0]
+    with pytest.raises(ValueError, match="row 1: input_image_raw: .*missing"):
         prompts[1]
 
 
