@@ -22,6 +22,9 @@ from reward_models.endpoints.errors import InvalidAnswerError, describe_mismatch
 ACCEPTED_ENCODINGS = "gzip, deflate"
 """Compressions that are asked for: those whose output can be bounded while it is made."""
 
+MAX_VALUES = 100_000
+"""Largest number of values in an answer. Parsed, a list of empty lists takes 30 times the memory of its text."""
+
 _GZIP, _ZLIB, _RAW_DEFLATE = 31, 15, -15
 
 
@@ -128,7 +131,7 @@ def bounded_body(max_bytes: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
 
     Returns:
         `Callable`: A response hook of an `httpx.AsyncClient`. It raises [`InvalidAnswerError`] for a body that is larger, that
-        is damaged, or that is compressed in a way that was not asked for.
+        holds more than [`MAX_VALUES`], that is damaged, or that is compressed in a way that was not asked for.
     """
 
     async def hook(response: Any) -> None:
@@ -140,6 +143,8 @@ def bounded_body(max_bytes: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
         for encoding in reversed([name for name in encodings if name not in ("", "identity")]):
             # Megabytes take milliseconds, which would block the event loop.
             body = await asyncio.to_thread(_decompress, body, encoding, max_bytes)
+        if sum(map(body.count, (b"[", b"{", b","))) > MAX_VALUES:
+            raise InvalidAnswerError(f"the answer holds more than {MAX_VALUES} values")
         response.headers.pop("content-encoding", None)
         # The stream of a response that is complete, in whichever generation of httpx the official client uses.
         complete = type(response)(response.status_code, content=body).stream

@@ -71,5 +71,7 @@ class JudgeArguments:
     judge_batch_size: PositiveInt = field(default=32, metadata={"help": "Questions per batch of a local judge."})
 
     def __post_init__(self) -> None:
+        if not 0 <= self.judge_min_answer_mass <= 1:
+            raise ValueError(f"judge_min_answer_mass must be in [0, 1], but is {self.judge_min_answer_mass}")
         self.judge_extra_body = parse_extra_body("judge_extra_body", self.judge_extra_body)
         check_ranges(self)

@@ -216,3 +216,21 @@ def yes_no_of_logits(logits: torch.Tensor, yes_ids: list[int], no_ids: list[int]
     mass = (torch.logaddexp(yes, no) - logits.logsumexp(dim=-1)).exp()
     p_yes = torch.sigmoid(yes - no)
     return [YesNo(p, m) for p, m in zip(p_yes.tolist(), mass.tolist(), strict=True)]
+
+
+def yes_probability_of_logits(
+    logits: torch.Tensor, yes_ids: list[int], no_ids: list[int], min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS
+) -> list[float | None]:
+    """
+    Compute P(yes) from whole next-token distributions, as [`yes_probability`] does from candidates.
+
+    Args:
+        logits (`torch.Tensor` of shape `(questions, vocabulary)`): Logits of the first token of each answer.
+        yes_ids, no_ids (`list[int]`): Token ids from [`yes_no_token_ids`].
+        min_answer_mass (`float`, *optional*, defaults to `0.5`): Smallest `p_yes + p_no` of an answer, in [0, 1].
+
+    Returns:
+        `list[float | None]`: P(yes) per question; `None` if yes and no hold too little of the probability, or a logit is NaN or
+        plus infinity.
+    """
+    return [reading.answer(min_answer_mass) for reading in yes_no_of_logits(logits, yes_ids, no_ids)]

@@ -167,7 +167,8 @@ def test_reasons_are_counted_apart(tmp_path: Path) -> None:
         output = tmp_path / "q.jsonl"
         printed = run("--input", prompts, "--output", output, "--base_url", stub.url, code=1)
     assert "      2  HTTP status 403" in printed
-    assert re.search(r"'forbidden (fruit|planet)': Error code: 403", printed), "the example is whichever failed first"
+    # The example is whichever failed first.
+    assert re.search(rf"'forbidden (fruit|planet)': {stub.url}/chat/completions answered 403 not you", printed)
 
 
 def test_the_shapes_decomposer_reports_prompts_outside_its_grammar(tmp_path: Path) -> None:

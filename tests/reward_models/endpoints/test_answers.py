@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from reward_models.endpoints.answers import _decompress
 from reward_models.endpoints.endpoint import OpenAIEndpoint
-from reward_models.endpoints.errors import InvalidAnswerError
+from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
 from support.scripted_endpoint import Reply, ScriptedEndpoint, chat_body, scripted_endpoint
 
 
@@ -100,6 +100,25 @@ def test_other_answers_are_unreadable(
 ) -> None:
     with pytest.raises(InvalidAnswerError, match=cause):
         read(stub, content, encoding, status)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"[" + b"[]," * 200_000 + b"0]", "holds more than 100000 values"),
+        (b'{"choices": [' + b'{"message":{}},' * 60_000 + b"0]}", "holds more than 100000 values"),
+        (b"[" * 90_000, "not JSON|answered 400"),
+    ],
+    ids=["lists", "choices", "depth"],
+)
+@pytest.mark.parametrize("status", [200, 400])
+def test_the_memory_of_a_parsed_answer_is_bounded(
+    stub: ScriptedEndpoint, content: bytes, cause: str, status: int
+) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((InvalidAnswerError, EndpointError), match=cause):
+        read(stub, content, status=status, max_answer_bytes=2**20)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
 @given(st.binary(max_size=300), st.sampled_from(["gzip", "deflate", "br", "compress", "gzip;q=1", "x"]))

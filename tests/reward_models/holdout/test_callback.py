@@ -92,6 +92,8 @@ def test_arguments_are_those_of_the_judge_with_a_prefix() -> None:
     [
         ({"holdout_window": 3}, "holdout_window must be at least 4, but is 3"),
         ({"holdout_judge": "openai", "holdout_judge_extra_body": "[1]"}, "must be a JSON object"),
+        ({"judge_min_answer_mass": float("nan")}, "judge_min_answer_mass must be in"),
+        ({"holdout_judge": "policy", "holdout_judge_min_answer_mass": 1.5}, "judge_min_answer_mass must be in"),
     ],
 )
 def test_malformed_arguments_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from reward_models.judges.yes_no import (
     read_plain_answer,
     yes_no_of_logits,
     yes_probability,
+    yes_probability_of_logits,
 )
 
 
@@ -86,8 +87,7 @@ def test_what_an_engine_did_not_consider_adds_nothing(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_distributions_follow_the_same_rules(row: list[float], answer: float | None, dtype: torch.dtype) -> None:
     sound = [4.0, 4.0, -9.0]
-    readings = yes_no_of_logits(torch.tensor([sound, row, sound], dtype=dtype), [0], [1])
-    actual = [reading.answer(0.5) for reading in readings]
+    actual = yes_probability_of_logits(torch.tensor([sound, row, sound], dtype=dtype), [0], [1])
     assert actual == [0.5, None if answer is None else pytest.approx(answer, abs=1e-3), 0.5]
 
 
