@@ -143,15 +143,19 @@ def main(args: GenerationArguments) -> None:
     from tqdm import tqdm
 
     from alphagrpo_ext.rollout import refine
+    from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK
     from recipe_tools.processes import load_policy
 
     rows = load_prompt_rows(args)
+    configs = {name: args.rollout(args.height, args.width, name) for name in (PAINTING_TASK, REFLECTION_TASK)}
     policy = functools.cache(functools.partial(load_policy, args.model_name_or_path, args.dtype))
     scorer = None
     if args.judge != "none" and not args.prompts:
         # Before the model is loaded.
         named_rows = {f"prompt_file {args.prompt_file}": rows}
-        scorer = make_scorer(args.make_checked_reward(named_rows, [(args.height, args.width)], policy))
+        scorer = make_scorer(
+            args.make_checked_reward(named_rows, [config.size for config in configs.values()], policy)
+        )
     model, processor = policy()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -161,7 +165,7 @@ def main(args: GenerationArguments) -> None:
             model,
             processor,
             rows[start : start + args.batch_size],
-            args.rollout(args.height, args.width),
+            configs,
             num_rounds=args.num_rounds,
             think=args.think,
             seed=f"{args.seed}-{start}",

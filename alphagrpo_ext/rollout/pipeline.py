@@ -4,32 +4,27 @@
 Painting with a policy in a few lines: `alphagrpo_ext.pipeline("bagel-shapes")("a red circle").images[0]`.
 
 The settings of sampling (size, steps, guidance, thoughts) are those that the checkpoint was trained with. The trainer
-writes them as `sampling` into the checkpoint's `generation_config.json`. A checkpoint without them has the family's.
+writes those of its evaluations, with the name of their task, as `sampling` into the model's configuration. A model without
+them has the family's. Another task keeps what it declares itself, as in training.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file
 
-from alphagrpo_ext.models.adapters import adapter_base, is_adapter
 from alphagrpo_ext.models.contract import UnifiedModel
-from alphagrpo_ext.models.loading import load_model, resolve_model_path
-from alphagrpo_ext.rollout.arguments import SamplingArguments
+from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.refinement import Refinement, refine
-
-
-SETTINGS_FILE = "generation_config.json"
-SETTINGS = ("height", "width", *(field.name for field in fields(SamplingArguments) if field.name != "dtype"))
-"""Settings of a pipeline: the size of images in pixels, and the arguments of [`SamplingArguments`]."""
+from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, resolve_settings
+from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,8 @@ class UnifiedPipeline:
     Args:
         model ([`UnifiedModel`]): The policy.
         processor ([`~transformers.ProcessorMixin`]): Its processor.
-        settings (`Mapping[str, Any]`, *optional*): Default settings of sampling; names as in [`SETTINGS`].
+        settings (`Mapping[str, Any]`, *optional*):
+            Settings of sampling for every task, in place of the model's own; names as in [`TaskSettings`].
 
     Raises:
         `ValueError`: If a setting is unknown.
@@ -73,8 +69,10 @@ class UnifiedPipeline:
         self, model: UnifiedModel, processor: ProcessorMixin, settings: Mapping[str, Any] | None = None
     ) -> None:
         self.model, self.processor = model, processor
-        self.settings = {**model.family.sampling_settings, **(settings or {})}
-        _check_settings(self.settings)
+        saved = dict(getattr(model.config, "sampling", None) or model.family.sampling_settings)
+        self.task = saved.pop("task", PAINTING_TASK)
+        self.saved = _checked(saved)
+        self.settings = _checked(settings or {})
 
     @classmethod
     def from_pretrained(
@@ -85,16 +83,32 @@ class UnifiedPipeline:
         **kwargs: Any,
     ) -> UnifiedPipeline:
         """
-        Load a model, its processor and its settings of sampling; arguments and errors as in
-        [`~alphagrpo_ext.models.loading.load_model`].
+        Load a model and its processor; arguments and errors as in [`~alphagrpo_ext.models.loading.load_model`].
         """
         model, processor = load_model(model_name_or_path, dtype, revision, **kwargs)
-        return cls(model.eval(), processor, saved_settings(model_name_or_path, revision))
+        return cls(model.eval(), processor)
 
     def to(self, *args: Any, **kwargs: Any) -> UnifiedPipeline:
         """Move the model, as `torch.nn.Module.to` does. Returns the pipeline."""
         self.model.to(*args, **kwargs)
         return self
+
+    def rollout(self, task: str, **settings: Any) -> RolloutConfig:
+        """
+        How a task is sampled.
+
+        Args:
+            task (`str`): Name of the task.
+            settings: Settings that replace the defaults.
+
+        Raises:
+            `ValueError`: If a setting is unknown or out of range, or if nothing says which size images have.
+        """
+        own = {**self.settings, **_checked(settings)}
+        values = resolve_settings(TASKS.get(task).settings, self.saved, {}, own, is_main_task=task == self.task)
+        if "image_height" not in values or "image_width" not in values:
+            raise ValueError("this model does not say which size its images have: set image_height and image_width")
+        return RolloutConfig.from_settings(TaskSettings(**values))
 
     def __call__(
         self,
@@ -118,12 +132,12 @@ class UnifiedPipeline:
             num_rounds (`int`, *optional*, defaults to `0`): Rounds in which it reflects on the image and repaints it.
             num_images_per_prompt (`int`, *optional*, defaults to `1`): Images of each prompt, which follow each other.
             seed (`int`, *optional*, defaults to `0`): Seed of all noise.
-            settings: Settings of sampling that replace the defaults; names as in [`SETTINGS`].
+            settings: Settings of sampling that replace the defaults; names as in [`TaskSettings`], e.g. `num_timesteps=20`.
 
         Raises:
             `ValueError`: If a setting is unknown or out of range, or if images are given and do not match the prompts.
         """
-        _check_settings(settings)
+        configs = {task: self.rollout(task, **settings) for task in (PAINTING_TASK, REFLECTION_TASK)}
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, but is {num_images_per_prompt}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -135,17 +149,11 @@ class UnifiedPipeline:
             if num_rounds < 1:
                 raise ValueError("a given image is refined: set num_rounds to at least 1")
             rows = [{**row, "image": given} for row, given in zip(rows, images, strict=True)]
-        chosen = {**self.settings, **settings}
-        height, width = chosen.pop("height", None), chosen.pop("width", None)
-        if height is None or width is None:
-            raise ValueError(
-                "this checkpoint does not say which size its images have: set height and width, in pixels"
-            )
         refinements = refine(
             self.model,
             self.processor,
             [row for row in rows for _ in range(num_images_per_prompt)],
-            SamplingArguments(**chosen).rollout(height, width),
+            configs,
             num_rounds=num_rounds,
             think=think,
             seed=seed,
@@ -171,20 +179,8 @@ def pipeline(model: str | Path, **kwargs: Any) -> UnifiedPipeline:
     return UnifiedPipeline.from_pretrained(model, **kwargs)
 
 
-def saved_settings(model_name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """
-    The settings of sampling that a checkpoint was saved with; those of an adapter's folder come before those of the model
-    that it was made for. Empty if there are none.
-    """
-    path = resolve_model_path(model_name_or_path, revision)
-    base = saved_settings(adapter_base(path), revision) if is_adapter(path) else {}
-    file = cached_file(path, SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return base
-    return base | json.loads(Path(file).read_text(encoding="utf-8")).get("sampling", {})
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    unknown = [name for name in settings if name not in SETTINGS]
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [name for name in settings if name not in SETTING_NAMES]
     if unknown:
-        raise ValueError(f"unknown settings of sampling: {', '.join(unknown)}; known are {', '.join(SETTINGS)}")
+        raise ValueError(f"unknown settings of sampling: {', '.join(unknown)}; known are {', '.join(SETTING_NAMES)}")
+    return dict(settings)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -15,7 +15,7 @@ from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.reward_functions import listed, preflight_rewards, reward_hooks
-from alphagrpo_ext.trainer.step import task_name
+from alphagrpo_ext.trainer.step import rollout_configs, task_name
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
@@ -29,7 +29,7 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.
 
 
 def validate_rewards(
-    functions: Sequence[Callable], named: Mapping[str, datasets.Dataset], height: int, width: int
+    functions: Sequence[Callable], named: Mapping[str, datasets.Dataset], sizes: Sequence[tuple[int, int]]
 ) -> None:
     """
     Ask reward functions to check the datasets and the size of images, if they have a `validate_dataset` or a
@@ -38,7 +38,7 @@ def validate_rewards(
     Args:
         functions (`Sequence[Callable]`): Reward functions.
         named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
-        height, width (`int`): Size of sampled images in pixels.
+        sizes (`Sequence[tuple[int, int]]`): Heights and widths of sampled images in pixels.
 
     Raises:
         `ValueError`: If a function refuses a dataset; the message begins with its name.
@@ -50,7 +50,8 @@ def validate_rewards(
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     for validate in reward_hooks(functions, "validate_image_size"):
-        validate(height, width)
+        for size in dict.fromkeys(sizes):
+            validate(*size)
 
 
 def validated_tasks(
@@ -71,16 +72,37 @@ def validated_tasks(
         processor, model: Processor and model of the policy.
     """
     functions = listed(reward_funcs)
-    validate_rewards(functions, named, args.image_height, args.image_width)
     names = dict.fromkeys(
         [args.task, *(name for dataset in named.values() for name in task_names(dataset, args.task))]
     )
+    configs = validated_configs(args, names, model)
+    validate_rewards(functions, named, [config.size for config in configs.values()])
     tasks = {name: args.make_task(name) for name in names}
     for dataset in named.values():
-        validate_rows(dataset, tasks, args.task, processor, model, args.eval_rollout())
+        validate_rows(dataset, tasks, args.task, processor, model, configs)
     # Last, because it may wait for another machine.
-    preflight_rewards(functions, args.image_height, args.image_width)
+    preflight_rewards(functions, *configs[args.task].size)
     return tasks
+
+
+def validated_configs(args: AlphaGRPOConfig, names: Iterable[str], model: UnifiedModel) -> dict[str, RolloutConfig]:
+    """
+    How rows of each task are sampled in an evaluation, which has the image size and the longest thought of training.
+
+    Raises:
+        `ValueError`: If the settings of a task contradict each other, or the model does not support them.
+    """
+    for name in args.with_painting_task(names):
+        args.check_task(name)
+    configs = rollout_configs(args, names)
+    for name, config in configs.items():
+        try:
+            config.grid(model)
+            for own in (config, args.for_task(name).train_rollout(0)):
+                model.guidance(own.denoising.guidance)
+        except ValueError as error:
+            raise ValueError(f"task '{name}': {error}") from error
+    return configs
 
 
 def task_names(dataset: datasets.Dataset, default: str) -> list[str]:
@@ -107,7 +129,7 @@ def validate_rows(
     default: str,
     processor: UnifiedProcessor,
     model: UnifiedModel,
-    config: RolloutConfig,
+    configs: Mapping[str, RolloutConfig],
 ) -> None:
     """
     Check that every row has the image that its task needs, and that the longest prompt fits the model.
@@ -117,7 +139,7 @@ def validate_rows(
         tasks (`Mapping[str, Task]`): By name, all that the rows mention.
         default (`str`): Task of rows that name none.
         processor, model: Processor and model of the policy.
-        config ([`RolloutConfig`]): Size of images, and the longest thought.
+        configs (`Mapping[str, RolloutConfig]`): Size of images, and the longest thought, of each task.
 
     Raises:
         `ValueError`: At the first row that fails; the message names it.
@@ -135,10 +157,10 @@ def validate_rows(
         if name not in longest or len(str(row["prompt"])) > len(str(longest[name][1]["prompt"])):
             longest[name] = (index, row)
     for name, (index, row) in longest.items():
-        positions = tasks[name].max_positions(row, processor, model, config)
+        positions = tasks[name].max_positions(row, processor, model, configs[name])
         if positions > model.max_positions:
             raise ValueError(
                 f"row {index} of task '{name}' can take {positions} positions, more than the model's "
                 f"{model.max_positions}: lower num_reflection_rounds ({tasks[name].num_reflection_rounds}) or "
-                f"max_completion_length ({config.max_new_tokens}), or shorten the prompt ({prompt_text(row['prompt'])[:80]!r})"
+                f"max_completion_length ({configs[name].max_new_tokens}), or shorten the prompt ({prompt_text(row['prompt'])[:80]!r})"
             )

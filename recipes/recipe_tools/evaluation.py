@@ -70,19 +70,20 @@ def evaluate_model(
         args ([`EvaluationArguments`]): How to sample and score, and the output folder.
     """
     policy = functools.cache(functools.partial(load_policy, name, args.dtype))
-    size = (args.image_size, args.image_size)
+    configs = {stage.task: args.rollout(args.image_size, args.image_size, stage.task) for stage in stages}
+    sizes = [config.size for config in configs.values()]
     named_rows = {f"eval_file {args.eval_file}": rows.undecoded if isinstance(rows, PromptRows) else rows}
-    checked_reward = functools.cache(lambda: args.make_checked_reward(named_rows, [size], policy))
-    config = args.rollout(args.image_size, args.image_size)
+    checked_reward = functools.cache(lambda: args.make_checked_reward(named_rows, sizes, policy))
     settings = [
-        *(checkpoint_fingerprint(name), args.dtype, rows_digest, config, args.answer_settings()),
+        *(checkpoint_fingerprint(name), args.dtype, rows_digest, args.answer_settings()),
         *(args.eval_seeds, args.batch_size),
     ]
     seeds = range(args.eval_seeds)
     evaluations: dict[str, Evaluation] = {}
     for stage in stages:
         folder = Path(args.output_dir) / "images" / model_label(name) / stage.mode.replace(" ", "_")
-        with EvaluationStore(folder, settings_digest(settings, stage.lineage)) as store:
+        sampling = [configs[earlier.task] for earlier in stage.lineage]
+        with EvaluationStore(folder, settings_digest(settings, stage.lineage, sampling)) as store:
             evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
             if evaluation is None:
                 # Before the model is loaded.
@@ -90,7 +91,7 @@ def evaluate_model(
                 evaluation = evaluate(
                     RolloutGenerator(*policy(), TASKS.get(stage.task)(think=stage.think)),
                     rows,
-                    config,
+                    configs[stage.task],
                     reward,
                     seeds,
                     args.batch_size,

@@ -10,7 +10,7 @@ from PIL import Image
 
 import alphagrpo_ext
 from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS
-from alphagrpo_ext.rollout.pipeline import UnifiedPipeline, saved_settings
+from alphagrpo_ext.rollout.pipeline import UnifiedPipeline
 
 
 PROMPTS = ["a red circle on a white background", "two blue squares , on gray"]
@@ -55,7 +55,7 @@ def test_rounds_begin_with_the_image_that_is_painted_or_given(pipe: UnifiedPipel
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_timestep": 3}, "unknown settings of sampling: num_timestep; known are height, width, num_timesteps"),
+        ({"num_timestep": 3}, "unknown settings of sampling: num_timestep; known are cfg_text_scale"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, but is 0"),
         ({"image": Image.new("RGB", (24, 24))}, "set num_rounds to at least 1"),
         ({"image": [Image.new("RGB", (24, 24))] * 2, "num_rounds": 1}, "2 images are given for 1 prompts"),
@@ -69,16 +69,18 @@ def test_wrong_arguments_are_named(pipe: UnifiedPipeline, arguments: dict, messa
 def test_settings_of_a_checkpoint_come_before_those_of_its_family(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(PACKAGED_CHECKPOINTS["bagel-shapes"], folder)
-    file = folder / "generation_config.json"
+    file = folder / "config.json"
     content = json.loads(file.read_text())
-    content["sampling"] = {"height": 16, "width": 20, "num_timesteps": 4}
+    content["sampling"] = {"task": "reasoning_t2i", "image_height": 16, "image_width": 20, "num_timesteps": 4}
     file.write_text(json.dumps(content))
 
     pipe = alphagrpo_ext.pipeline(folder)
-    assert pipe.settings["num_timesteps"] == 4
-    assert pipe.settings["timestep_shift"] == 3.0
-    assert pipe(PROMPTS[0], cfg_text_scale=1.0).images[0].size == (20, 16)
+    assert pipe.rollout("reasoning_t2i").denoising.num_timesteps == 4
+    assert pipe.rollout("reasoning_t2i", num_timesteps=5).denoising.num_timesteps == 5
+    # A task beside it keeps the guidance that it declares.
+    assert pipe.rollout("self_reflection").denoising.guidance.image_scale == 2.0
+    assert pipe(PROMPTS[0]).images[0].size == (20, 16)
 
-    file.unlink()
-    assert saved_settings(folder) == {}
-    assert alphagrpo_ext.pipeline(folder).settings == pipe.model.family.sampling_settings
+    del content["sampling"]
+    file.write_text(json.dumps(content))
+    assert alphagrpo_ext.pipeline(folder).rollout("reasoning_t2i").size == (1024, 1024)

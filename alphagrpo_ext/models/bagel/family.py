@@ -34,13 +34,13 @@ class BagelFamily(Family):
     hub_files = DOWNLOADED_FILES
     # Those of BAGEL's own demonstration.
     sampling_settings = {
-        "height": 1024,
-        "width": 1024,
+        "image_height": 1024,
+        "image_width": 1024,
         "num_timesteps": 50,
         "timestep_shift": 3.0,
         "cfg_text_scale": 4.0,
         "cfg_interval": [0.4, 1.0],
-        "max_new_tokens": 1000,
+        "max_completion_length": 1000,
         "temperature": 0.3,
     }
 
