@@ -53,8 +53,7 @@ check_installed()
 
 class AlphaGRPOTrainer(GRPOTrainer):
     """
-    Trainer of AR-diffusion unified multimodal models with GRPO, as in AlphaGRPO
-    (https://huggingface.co/papers/2605.12495).
+    Trainer of AR-diffusion unified multimodal models with GRPO, as in AlphaGRPO (https://huggingface.co/papers/2605.12495).
 
     One policy writes a thought, token by token, and paints an image, denoising step by denoising step. Both get their
     gradient from the same group-relative advantage, out of one packed forward: text by TRL's own loss, images by an

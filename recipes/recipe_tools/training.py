@@ -108,10 +108,14 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
             **({"attn_implementation": attention} if attention else {}),
         )
     )
-    rows = {script_args.train_name: train_dataset, script_args.eval_name: eval_rows}
-    size = (training_args.image_height, training_args.image_width)
-    reward = script_args.make_checked_reward(rows, [size], load_policy)
+    judged = {
+        **({script_args.train_name: train_dataset} if "dvreward" in script_args.reward else {}),
+        **({script_args.eval_name: eval_rows} if script_args.eval_seeds else {}),
+    }
+    sizes = [config.size for config in rollout_configs(training_args, [training_args.task, PAINTING_TASK]).values()]
+    reward = script_args.make_checked_reward(judged, sizes, load_policy) if judged else None
     model, processor = load_policy()
+    reward = reward or script_args.make_reward((model, processor))
     return TrainingRun(
         script_args, training_args, model_args, checkpoint, train_dataset, eval_rows, model, processor, reward, skipped
     )

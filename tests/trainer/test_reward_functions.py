@@ -216,7 +216,7 @@ def test_the_outermost_attribute_decides() -> None:
 
 def test_an_objects_methods_are_those_of_its_reward_and_are_called_once() -> None:
     measure = Measure()
-    validate_rewards([measure, measure.score, functools.partial(measure.later)], {"train_dataset": "rows"}, 8, 16)
+    validate_rewards([measure, measure.score, functools.partial(measure.later)], {"train_dataset": "rows"}, [(8, 16)])
     assert measure.checked == ["rows", (8, 16)]
 
 
@@ -238,7 +238,7 @@ def test_a_method_of_a_class_has_no_object_to_check_with() -> None:
     assert reward_attribute(Rewards.score, "text_only") is True
     assert reward_hooks([Rewards.score], "validate_dataset") == []
     with pytest.raises(ValueError, match="8 x 16"):
-        validate_rewards([Rewards.score], {"train_dataset": []}, 8, 16)
+        validate_rewards([Rewards.score], {"train_dataset": []}, [(8, 16)])
 
 
 def test_a_start_of_another_form_is_not_called() -> None:
