@@ -119,7 +119,7 @@ def fit_adapter_config(
         trains_vision_tower (`bool`, *optional*, defaults to `False`): Whether the vision tower may get an adapter.
 
     Raises:
-        `ValueError`: If nothing is left of `modules_to_save`, or if an adapter is asked for on the head, which scores tokens.
+        `ValueError`: If nothing is left of `target_modules` or `modules_to_save`, or if an adapter is asked for on the head, which scores tokens.
     """
     config, family, notes = copy.deepcopy(config), model.family, []
     if config.task_type is not None:
@@ -132,6 +132,12 @@ def fit_adapter_config(
     if parts and hasattr(config, "exclude_modules"):
         targets = _adapted_modules(config, model)
         left_out = [name for name in targets if _is_inside(name, parts)]
+        if targets and len(left_out) == len(targets):
+            named = config.target_modules
+            raise ValueError(
+                f"target_modules={named if isinstance(named, str) else sorted(named)} names only modules that are not trained "
+                f"({', '.join(left_out[:3])}): name some of the decoder, or leave it out"
+            )
         if left_out:
             config.exclude_modules = _exclude_parts(config.exclude_modules, parts)
             notes.append(
