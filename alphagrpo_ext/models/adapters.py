@@ -196,16 +196,21 @@ def _exclude_parts(excluded: Sequence[str] | str | None, parts: Sequence[str]) -
 
 
 def _without_parts(names: Sequence[str], parts: Sequence[str], model: PreTrainedModel, notes: list[str]) -> list[str]:
-    """`modules_to_save` without those in `parts`. PEFT takes them as the ends of names."""
-    found = [name for name, _ in model.named_modules() if any(name.endswith(end) for end in names)]
-    kept = [name for name in found if not _is_inside(name, parts)]
-    if found and not kept:
-        raise ValueError(
-            f"modules_to_save={list(names)} names only modules that are not trained ({', '.join(found[:3])}): leave it out, or "
-            f"set freeze_vision_tower=False for a vision tower"
-        )
-    if len(kept) == len(found):
+    """`modules_to_save` without those in `parts`. PEFT takes them as the ends of names: "vae" also means "llm2vae"."""
+    every = [name for name, _ in model.named_modules()]
+    left_out = [name for name in every if _is_inside(name, parts) and name.endswith(tuple(names))]
+    if not left_out:
         return list(names)
+    kept = [
+        name
+        for name in every
+        if not _is_inside(name, parts) and f".{name}".endswith(tuple(f".{end}" for end in names))
+    ]
+    if not kept:
+        raise ValueError(
+            f"modules_to_save={list(names)} names only modules that are not trained ({', '.join(left_out[:3])}): leave it out, "
+            f"or set freeze_vision_tower=False for a vision tower"
+        )
     notes.append(f"of modules_to_save, {', '.join(kept)} are trained")
     return kept
 

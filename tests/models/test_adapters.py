@@ -176,7 +176,7 @@ LANGUAGE_MODEL_CONFIGS = [
     {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.0.mlp.up_proj"]},
     {"target_modules": "all-linear", "exclude_modules": r".*(gate|up)_proj.*"},
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    {"target_modules": ["q_proj"], "modules_to_save": ["conv_in", "embed_tokens", "head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["conv_in", "embed_tokens", "lm_head"]},
     {"target_modules": ["k_proj"], "bias": "all"},
     {"target_modules": ["k_proj"], "layers_to_transform": [0], "use_dora": True},
 ]
