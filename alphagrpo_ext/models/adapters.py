@@ -119,7 +119,7 @@ def fit_adapter_config(
         trains_vision_tower (`bool`, *optional*, defaults to `False`): Whether the vision tower may get an adapter.
 
     Raises:
-        `ValueError`: If nothing is left of `modules_to_save`, or if an adapter is asked for on the head, which scores tokens.
+        `ValueError`: If nothing is left of `target_modules` or `modules_to_save`, or if an adapter is asked for on the head, which scores tokens.
     """
     config, family, notes = copy.deepcopy(config), model.family, []
     if config.task_type is not None:
@@ -132,6 +132,12 @@ def fit_adapter_config(
     if parts and hasattr(config, "exclude_modules"):
         targets = _adapted_modules(config, model)
         left_out = [name for name in targets if _is_inside(name, parts)]
+        if targets and len(left_out) == len(targets):
+            named = config.target_modules
+            raise ValueError(
+                f"target_modules={named if isinstance(named, str) else sorted(named)} names only modules that are not trained "
+                f"({', '.join(left_out[:3])}): name some of the decoder, or leave it out"
+            )
         if left_out:
             config.exclude_modules = _exclude_parts(config.exclude_modules, parts)
             notes.append(
@@ -190,16 +196,21 @@ def _exclude_parts(excluded: Sequence[str] | str | None, parts: Sequence[str]) -
 
 
 def _without_parts(names: Sequence[str], parts: Sequence[str], model: PreTrainedModel, notes: list[str]) -> list[str]:
-    """`modules_to_save` without those in `parts`. PEFT takes them as the ends of names."""
-    found = [name for name, _ in model.named_modules() if any(name.endswith(end) for end in names)]
-    kept = [name for name in found if not _is_inside(name, parts)]
-    if found and not kept:
-        raise ValueError(
-            f"modules_to_save={list(names)} names only modules that are not trained ({', '.join(found[:3])}): leave it out, or "
-            f"set freeze_vision_tower=False for a vision tower"
-        )
-    if len(kept) == len(found):
+    """`modules_to_save` without those in `parts`. PEFT takes them as the ends of names: "vae" also means "llm2vae"."""
+    every = [name for name, _ in model.named_modules()]
+    left_out = [name for name in every if _is_inside(name, parts) and name.endswith(tuple(names))]
+    if not left_out:
         return list(names)
+    kept = [
+        name
+        for name in every
+        if not _is_inside(name, parts) and f".{name}".endswith(tuple(f".{end}" for end in names))
+    ]
+    if not kept:
+        raise ValueError(
+            f"modules_to_save={list(names)} names only modules that are not trained ({', '.join(left_out[:3])}): leave it out, "
+            f"or set freeze_vision_tower=False for a vision tower"
+        )
     notes.append(f"of modules_to_save, {', '.join(kept)} are trained")
     return kept
 

@@ -2,17 +2,19 @@
 
 """Adapters alone in a folder, onto a base in the released layout or one that was saved."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from alphagrpo_ext.models.adapters import load_adapter, save_adapter
-from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES
+from alphagrpo_ext.models.adapters import fit_adapter_config, freeze_parts, load_adapter, save_adapter
+from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.models.bagel.checkpoint import load_released, save_released
 from alphagrpo_ext.models.loading import load_model
 
@@ -142,3 +144,104 @@ def test_adapter_is_not_overwritten(golden, adapter, tmp_path):
     with pytest.raises(FileExistsError, match="adapter has files"):
         save_adapter(adapt(load_released(golden.checkpoint)[0], r=4), adapter)
     assert (adapter / WEIGHTS).read_bytes() == (copy / WEIGHTS).read_bytes()
+
+
+# Configurations as they are written for language models
+
+
+def adapted_names(model: PeftModel) -> set[str]:
+    """Modules of the policy with a trained weight, adapters and copies left out of the names."""
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name.removeprefix("base_model.model.").split(".lora_")[0].split(".modules_to_save")[0] for name in names}
+
+
+def fit(model: BagelModel, trains_vision_tower: bool = False, **settings: Any) -> PeftModel:
+    """An adapted model, as the trainer makes it."""
+    config = fit_adapter_config(LoraConfig(r=2, **settings), model, trains_vision_tower=trains_vision_tower)
+    adapted = get_peft_model(model, config)
+    freeze_parts(adapted, trains_vision_tower)
+    return adapted
+
+
+@pytest.fixture
+def packaged() -> BagelModel:
+    return load_model("bagel-shapes")[0]
+
+
+LANGUAGE_MODEL_CONFIGS = [
+    {"task_type": "CAUSAL_LM"},
+    {"task_type": "CAUSAL_LM", "target_modules": "all-linear"},
+    {"target_modules": ["q_proj", "v_proj", "to_q", "conv_in", "fc1"]},
+    {"target_modules": r".*\.(q_proj|to_k|out_proj|conv1)"},
+    {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*(gate|up)_proj.*"},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["conv_in", "embed_tokens", "lm_head"]},
+    {"target_modules": ["k_proj"], "bias": "all"},
+    {"target_modules": ["k_proj"], "layers_to_transform": [0], "use_dora": True},
+]
+
+
+@pytest.mark.parametrize("settings", LANGUAGE_MODEL_CONFIGS, ids=str)
+def test_adapter_stays_out_of_what_is_not_trained_and_loads_as_it_was_saved(packaged, tmp_path, caplog, settings):
+    config = LoraConfig(r=2, **settings)
+    given = copy.deepcopy(config.to_dict())
+    fit_adapter_config(config, packaged)
+    assert config.to_dict() == given
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="alphagrpo_ext.models.adapters"):
+        adapted = fit(packaged, **settings)
+    names = adapted_names(adapted)
+    assert names
+    assert not [name for name in names if name.startswith(("vae.", "vit_model.", "connector."))]
+    if "exclude_modules" in settings:
+        assert not [name for name in names if name.endswith("layers.0.mlp.up_proj")]
+        assert [name for name in names if name.endswith("layers.0.mlp.down_proj")]
+    assert len(caplog.records) == 1
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    save_adapter(adapted, tmp_path / "adapter")
+    loaded, _ = load_model(tmp_path / "adapter")
+    kept, again = adapted.state_dict(), loaded.state_dict()
+    assert kept.keys() == again.keys()
+    assert [name for name in kept if not torch.equal(kept[name], again[name])] == []
+
+
+def test_all_linear_is_every_linear_layer_of_the_decoder(packaged):
+    linear = {n for n, m in packaged.named_modules() if isinstance(m, torch.nn.Linear)}
+    frozen = ("vae.", "vit_model.", "connector.")
+    expected = {name for name in linear if not name.startswith(frozen)} - {"language_model.lm_head"}
+    names = adapted_names(fit(packaged, target_modules="all-linear"))
+    assert {name.removesuffix(".base_layer") for name in names} == expected
+
+
+def test_vision_tower_gets_an_adapter_where_it_is_trained(packaged):
+    names = adapted_names(fit(packaged, trains_vision_tower=True, target_modules=["q_proj"]))
+    assert [name for name in names if name.startswith("vit_model.")]
+    assert not [name for name in names if name.startswith("vae.")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["lm_head"]}, "target_modules names language_model.lm_head, which scores tokens"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["vae"]},
+            r"\['vae'\] names only modules that are not trained",
+        ),
+        ({"target_modules": ["to_q"]}, r"target_modules=\['to_q'\] names only modules that are not trained \(vae"),
+    ],
+)
+def test_configuration_that_asks_for_what_is_not_trained(packaged, settings, message):
+    with pytest.raises(ValueError, match=message):
+        fit(packaged, **settings)
+
+
+def test_what_differs_is_said(packaged, caplog):
+    with caplog.at_level("WARNING", logger="alphagrpo_ext.models.adapters"):
+        fit_adapter_config(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"), packaged)
+    (record,) = caplog.records
+    assert "task_type='CAUSAL_LM' is left out" in record.getMessage()
+    assert "Not trained: vae, vit_model, connector." in record.getMessage()

@@ -136,7 +136,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"num_workers": 0}, "num_workers must be at least 1"),
-        ({"max_failures": -1}, "max_failures must be at least 0"),
+        ({"max_failures": -1}, "max_failures must not be negative"),
         ({"environment": ["WANDB_PROJECT"]}, "NAME=VALUE"),
         ({"environment": ["WANDB_API_KEY=0123"]}, "must not hold WANDB_API_KEY"),
     ],

@@ -187,7 +187,7 @@ except FloatingPointError as error:
 @pytest.mark.slow
 def test_processes_stop_together(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run([*command, tmp_path / "script.py"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     for rank in range(2):
