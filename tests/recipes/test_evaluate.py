@@ -106,7 +106,9 @@ def test_images_of_a_file_are_edited(tmp_path: Path, capsys: pytest.CaptureFixtu
     run(tmp_path / "skipped", *arguments, "--eval_file", prompts, "--skip_broken_rows")
     (entry,) = content(tmp_path / "skipped")["evaluations"]
     assert entry["total"]["reward"]["num_samples"] == 2
-    assert f"1 rows were left out, because their image cannot be read:\n{prompts}, line 2: " in capsys.readouterr().out
+    assert (
+        f"Rows that were left out, because their image cannot be read:\n{prompts}, line 2: " in capsys.readouterr().out
+    )
     for row in rows:
         del row["image"]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
