@@ -19,7 +19,8 @@ from alphagrpo_ext.images import check_image, read_image
 
 
 _NUM_NAMED = 10
-_CHUNK_SIZE = 256
+# The files of a chunk may be in memory at once.
+_CHUNK_SIZE = 32
 # Files that were checked before in this process, by path, size and time of change.
 _checked_files: set[tuple[str, int, int]] = set()
 

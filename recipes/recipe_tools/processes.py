@@ -34,4 +34,4 @@ def end_processes() -> None:
 def print_skipped(skipped: Sequence[str] | None) -> None:
     """Print which rows `--skip_broken_rows` left out, if it is given, and what is broken about each."""
     if skipped:
-        print("\n".join(("", f"{len(skipped)} rows were left out, because their image cannot be read:", *skipped)))
+        print("\n".join(("", "Rows that were left out, because their image cannot be read:", *skipped)))

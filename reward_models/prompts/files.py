@@ -14,12 +14,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from typing import TYPE_CHECKING, Any, Literal
 
 from alphagrpo_ext.file_formats import HEAD_SIZE, format_name
 from alphagrpo_ext.files import read_json_lines
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 PROMPT_COLUMNS = ("prompt", "text")
@@ -110,6 +112,8 @@ def read_saved_dataset(source: str) -> Dataset | None:
     is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if not is_saved and not (path.is_file() and file_kind(path) == "parquet"):
         return None
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
     try:
         dataset = load_from_disk(path) if is_saved else load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:

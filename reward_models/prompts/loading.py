@@ -108,7 +108,10 @@ def _with_readable_images(dataset: Dataset, file: str, places: Sequence[str], sk
     dataset = dataset.cast_column("image", RowImage())
     faults = {index: f"{places[index]}: {fault}" for index, fault in broken_images(dataset).items()}
     if skipped is None:
-        refuse_broken_images(list(faults.values()), "Repair the file, or leave such rows out with --skip_broken_rows")
+        refuse_broken_images(
+            list(faults.values()),
+            "Repair the file, or leave such rows out: recipes that train or evaluate have --skip_broken_rows",
+        )
         return dataset
     if not faults:
         return dataset

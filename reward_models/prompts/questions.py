@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from alphagrpo_ext.files import read_json_lines
 from alphagrpo_ext.messages import prompt_text
+from reward_models.prompts.files import read_rows
 
 
 SEMANTIC_TAGS = (
@@ -122,16 +123,17 @@ def match_tag(tags: Iterable[str], tag: str) -> str:
 
 def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
     """
-    Load records from a JSON-lines file; blank lines are skipped.
+    Load records from a file of JSON lines, whose blank lines are skipped, or of a JSON array.
 
     Args:
         path (`str` or `PathLike`):
             The file, in UTF-8, with one row (see [`from_row`]) per line.
 
     Raises:
-        `ValueError`: If a line is not a valid row, or if there is none. The message names the file and the line.
+        `ValueError`: If a line is not a valid row, or if there is none. The message names the file and the line. If the file has
+            another format, the message names it.
     """
-    records = [from_row(row, where) for where, row in read_json_lines(path)]
+    records = [from_row(row, where) for where, row in read_rows(Path(path))]
     if not records:
         raise ValueError(f"{path} has no records")
     return records

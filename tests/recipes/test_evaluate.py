@@ -89,7 +89,7 @@ def test_checkpoint_and_adapter_are_compared_in_all_modes(tmp_path: Path, capsys
     assert {line["mode"] for line in lines if line["thought"]} == {"thought", "round 1"}
 
 
-def test_images_of_a_file_are_edited(tmp_path: Path) -> None:
+def test_images_of_a_file_are_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = editing_rows(3, seed=1)
     for index, row in enumerate(rows):
         row["image"].save(tmp_path / f"{index}.png")
@@ -100,6 +100,15 @@ def test_images_of_a_file_are_edited(tmp_path: Path) -> None:
     run(tmp_path / "file", *arguments, "--eval_file", prompts)
     (entry,) = content(tmp_path / "file")["evaluations"]
     assert [category["name"] for category in entry["categories"]] == [row["category"] for row in rows]
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"line 2: .*1.png: .*--skip_broken_rows"):
+        run(tmp_path / "broken", *arguments, "--eval_file", prompts)
+    run(tmp_path / "skipped", *arguments, "--eval_file", prompts, "--skip_broken_rows")
+    (entry,) = content(tmp_path / "skipped")["evaluations"]
+    assert entry["total"]["reward"]["num_samples"] == 2
+    assert (
+        f"Rows that were left out, because their image cannot be read:\n{prompts}, line 2: " in capsys.readouterr().out
+    )
     for row in rows:
         del row["image"]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
