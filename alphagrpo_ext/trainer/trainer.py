@@ -34,9 +34,10 @@ from alphagrpo_ext.trainer import reference as references
 from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images
 from alphagrpo_ext.trainer.callbacks.own_callbacks import own_callbacks
 from alphagrpo_ext.trainer.callbacks.rollout_event import announce_rollout
+from alphagrpo_ext.trainer.checks.finite_steps import FiniteSteps, check_trained_weights
+from alphagrpo_ext.trainer.checks.validation import check_trains, checked_datasets, freeze_for_training
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.distributed import gathered_policy, prepare_sharding, sum_over_processes
-from alphagrpo_ext.trainer.finite_steps import FiniteSteps, check_trained_weights
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
@@ -45,7 +46,6 @@ from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
-from alphagrpo_ext.trainer.validation import check_trains, checked_datasets, freeze_for_training
 
 
 check_installed()

@@ -20,6 +20,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from alphagrpo_ext.trainer.checks.validation import validate_rewards
 from alphagrpo_ext.trainer.reward_functions import (
     judging_starts,
     preflight_rewards,
@@ -29,7 +30,6 @@ from alphagrpo_ext.trainer.reward_functions import (
     trl_reward_functions,
 )
 from alphagrpo_ext.trainer.rewards import judges_images
-from alphagrpo_ext.trainer.validation import validate_rewards
 from reward_models.dvreward import DVReward
 from reward_models.format import ThinkFormat
 from support.trainers import brightness

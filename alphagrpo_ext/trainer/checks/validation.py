@@ -19,10 +19,13 @@ from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.ranges import check_ranges
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.trainer.checks.rows import RowCheck, check_rows, readable_rows, stream_columns, task_names
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.reward_functions import listed, preflight_rewards, reward_hooks
-from alphagrpo_ext.trainer.rows import RowCheck, check_rows, readable_rows, stream_columns, task_names
 from alphagrpo_ext.trainer.step import rollout_configs
+
+
+logger = logging.getLogger(__name__)
 
 
 def freeze_for_training(
@@ -70,9 +73,6 @@ def check_not_empty(dataset: Any, name: str, least: int = 1) -> None:
             f"{name} has {len(dataset)} rows, but a rollout takes {least} prompts, so nothing would be trained: lower "
             f"per_device_train_batch_size or steps_per_generation, or give more rows"
         )
-
-
-logger = logging.getLogger(__name__)
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:

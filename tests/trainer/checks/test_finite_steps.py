@@ -17,7 +17,7 @@ import torch
 
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.finite_steps import FiniteSteps
+from alphagrpo_ext.trainer.checks.finite_steps import FiniteSteps
 
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ TWO_PROCESSES = """
 import math, sys, torch
 from types import SimpleNamespace
 from accelerate import Accelerator
-from alphagrpo_ext.trainer.finite_steps import FiniteSteps
+from alphagrpo_ext.trainer.checks.finite_steps import FiniteSteps
 from alphagrpo_ext.trainer.scoring import PackedScores
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 

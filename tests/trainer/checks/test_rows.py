@@ -21,7 +21,7 @@ from alphagrpo_ext.images import read_image
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.rollout.task import TASKS
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
-from alphagrpo_ext.trainer.rows import RowCheck, check_rows
+from alphagrpo_ext.trainer.checks.rows import RowCheck, check_rows
 from alphagrpo_ext.trainer.step import new_step
 from reward_models import DVReward
 from support.trainers import brightness
