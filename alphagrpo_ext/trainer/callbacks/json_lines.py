@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,4 +51,6 @@ class JsonLinesCallback(TrainerCallback):
 
 
 def _line(step: int, logs: dict[str, Any]) -> str:
-    return json.dumps({"step": step, **logs}) + "\n"
+    # JSON has no NaN, which a mean over no sample is.
+    values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in logs.items()}
+    return json.dumps({"step": step, **values}) + "\n"
