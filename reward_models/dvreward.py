@@ -280,7 +280,8 @@ class DVReward:
         if num_failed <= self.max_failed_frac * len(judged):
             return
         error = self._last_error
-        cause = f"{type(error).__name__}: {error}" if error else self.judge.last_failure or "single questions failed"
+        silence = self.judge.last_failure or "single questions have no answer, see the log"
+        cause = f"{type(error).__name__}: {error}" if error else silence
         raise JudgeFailedError(
             f"{type(self.judge).__name__} left {num_failed} of {len(judged)} images without a score, more than "
             f"judge_max_failed_frac={self.max_failed_frac} allows ({cause})"
