@@ -18,7 +18,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -64,7 +64,7 @@ _REFUSED_FIELD_STATUS_CODES = (400, 422)
 _SECONDS_FOR_MODELS = 5.0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class OpenAIEndpoint:
     """
     An OpenAI-compatible endpoint, reached through the official asynchronous client.
@@ -103,12 +103,12 @@ class OpenAIEndpoint:
 
     base_url: str | None = None
     model: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    max_concurrency: PositiveInt = field(default=64, repr=False)
-    timeout: PositiveFloat = field(default=60.0, repr=False)
-    max_retries: NonNegativeInt = field(default=8, repr=False)
-    max_wait: NonNegativeFloat = field(default=300.0, repr=False)
-    max_answer_bytes: PositiveInt = field(default=2**20, repr=False)
+    api_key: str | None = None
+    max_concurrency: PositiveInt = 64
+    timeout: PositiveFloat = 60.0
+    max_retries: NonNegativeInt = 8
+    max_wait: NonNegativeFloat = 300.0
+    max_answer_bytes: PositiveInt = 2**20
 
     def __post_init__(self) -> None:
         require_extra("openai", "judge")
@@ -119,6 +119,10 @@ class OpenAIEndpoint:
         )
         self._dialect = Dialect()
         self._retry_log = ThrottledWarning(logger)
+
+    def __repr__(self) -> str:
+        url = without_password(self.base_url) if self.base_url else None
+        return f"OpenAIEndpoint(base_url={url!r}, model={self.model!r})"
 
     async def complete_chat(
         self, read: Callable[[ChatChoice], T], extra_body: Mapping[str, Any] | None = None, **fields: Any

@@ -185,7 +185,9 @@ def test_an_address_without_scheme_or_host_fails_at_once(url: str, monkeypatch: 
 
 @pytest.mark.usefixtures("without_backoff")
 def test_an_endpoint_out_of_reach_is_named_with_the_cause() -> None:
-    message = error_of(OpenAIEndpoint("http://user:password@127.0.0.1:9/v1", "judge", max_retries=2))
+    endpoint = OpenAIEndpoint("http://user:password@127.0.0.1:9/v1", "judge", max_retries=2)
+    assert repr(endpoint) == "OpenAIEndpoint(base_url='http://127.0.0.1:9/v1', model='judge')"
+    message = error_of(endpoint)
     assert message.startswith("http://127.0.0.1:9/v1/chat/completions cannot be reached (3 tries): ConnectError")
     assert "Errno" in message
 
