@@ -54,7 +54,9 @@ def main(args: ServerArguments) -> None:
     # A judge that takes a model is in this process, so there is nothing to reach.
     reward = args.make_reward() if JUDGES.get(args.judge).is_light else None
     if reward is not None:
-        asyncio.run(reward.preflight(args.image_height, args.image_width))
+        # Without a painter, the size of images is not known.
+        size = () if args.painter == "none" else (args.image_height, args.image_width)
+        asyncio.run(reward.preflight(*size))
     serve(create_app(args, reward), args)
 
 

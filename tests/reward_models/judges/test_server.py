@@ -13,7 +13,7 @@ from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import sample_scene, sample_spec, semantic_questions
 from alphagrpo_ext.shapes.scene import render
 from reward_models.arguments import RewardArguments
-from reward_models.dvreward import DVReward
+from reward_models.dvreward import DVReward, JudgeFailedError
 from reward_models.judges.server import ServerJudge
 from reward_models.prompts.questions import from_row
 from reward_models.server.app import create_app
@@ -91,3 +91,15 @@ def test_a_wrong_key_is_a_missing_reward(server: LoopbackServer, monkeypatch: py
 def test_needs_to_know_where_the_server_is() -> None:
     with pytest.raises(ValueError, match="judge_base_url"):
         RewardArguments(judge="server").make_reward()
+
+
+def test_preflight_asks_about_an_image_of_the_size_that_is_painted(
+    server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(DVReward(ServerJudge(server.url)).preflight(24, 24))
+    # The judge behind this server reads images of one size.
+    with pytest.raises(JudgeFailedError, match="could not score"):
+        asyncio.run(DVReward(ServerJudge(server.url)).preflight(32, 32))
+    monkeypatch.setenv(KEY_VARIABLE, "another-long-key")
+    with pytest.raises(JudgeFailedError, match=KEY_VARIABLE):
+        asyncio.run(DVReward(ServerJudge(server.url)).preflight(24, 24))
