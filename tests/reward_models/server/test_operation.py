@@ -25,7 +25,7 @@ from support.server_samples import KEY, SAMPLE, ScenePainter, metric, running, w
         ({"max_questions": 0}, "max_questions must be at least 1"),
         ({"max_body_bytes": 0}, "max_body_bytes must be at least 1"),
         ({"max_queue": 0}, "max_queue must be at least 1"),
-        ({"max_image_side": 0}, "max_side must be at least 1"),
+        ({"max_image_side": 0}, "max_image_side must be at least 1"),
         ({"request_timeout": 0.0}, "request_timeout must be positive"),
         ({"judge": "shape"}, "unknown judge 'shape'. Did you mean 'shapes'"),
         ({"painter": "policy", "image_height": 20}, "the judge 'shapes' reads images of 24 x 24 pixels"),
