@@ -122,9 +122,8 @@ def make_trainer(
             model=make_shapes_bagel() if model is None else model,
             reward_funcs=reward_funcs,
             args=AlphaGRPOConfig(**(defaults | settings)),
-            **(arguments or {}),
             processing_class=None if isinstance(model, str) else processing_class or shapes_processor,
-            peft_config=peft_config,
+            **{"peft_config": peft_config, **(arguments or {})},
             **(datasets or {"train_dataset": rows, "eval_dataset": rows.select(range(2))}),
         )
         trainer.recorder = Recorder()

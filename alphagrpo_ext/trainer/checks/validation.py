@@ -28,6 +28,10 @@ from alphagrpo_ext.trainer.step import rollout_configs
 logger = logging.getLogger(__name__)
 
 
+ADAPTER_RANGES = {"r": "[1, inf)", "lora_alpha": "(0, inf)", "lora_dropout": "[0, 1)"}
+"""Ranges of numbers of PEFT's configurations. With an alpha of 0 an adapter would have no effect."""
+
+
 def freeze_for_training(
     model: UnifiedModel, peft_config: PeftConfig | None, args: AlphaGRPOConfig
 ) -> PeftConfig | None:
@@ -36,7 +40,7 @@ def freeze_for_training(
         model.family.freeze_vision_tower(model)
     if peft_config is None:
         return None
-    check_ranges(peft_config)
+    check_ranges(peft_config, ADAPTER_RANGES)
     return fit_adapter_config(peft_config, model, args.lora_targets, not args.freeze_vision_tower)
 
 

@@ -325,7 +325,7 @@ def test_verdicts_must_be_one_per_question(numbers: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"max_tokens": -1}, "max_tokens must be at least 1"), ({"temperature": -0.1}, "temperature must not be")],
+    [({"max_tokens": -1}, "max_tokens must not be negative"), ({"temperature": -0.1}, "temperature must not be")],
 )
 def test_settings_out_of_range_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

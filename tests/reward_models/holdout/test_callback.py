@@ -81,9 +81,8 @@ def test_each_episode_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_arguments_are_those_of_the_judge_with_a_prefix() -> None:
-    arguments = PromptArguments(judge="shapes", holdout_judge="policy", holdout_judge_batch_size=0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, but is 0"):
-        arguments.make_holdout_callbacks(policy=(None, None))
+    with pytest.raises(ValueError, match="^holdout_judge_batch_size must be at least 1, but is 0"):
+        PromptArguments(judge="shapes", holdout_judge="policy", holdout_judge_batch_size=0)
     assert PromptArguments().make_holdout_callbacks() == []
 
 

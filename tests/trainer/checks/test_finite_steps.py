@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
@@ -217,6 +218,13 @@ class TestNothingToTrain:
         }
         with pytest.raises(ValueError, match=f"^{message}"):
             make_trainer(datasets=datasets, per_device_train_batch_size=8)
+
+    @pytest.mark.parametrize(
+        "settings", [{"lora_dropout": math.nan}, {"lora_alpha": math.nan}, {"lora_alpha": 0}], ids=str
+    )
+    def test_adapter_without_effect(self, make_trainer: MakeTrainer, settings: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=f"^{next(iter(settings))} must be"):
+            make_trainer(arguments={"peft_config": LoraConfig(target_modules=["q_proj"], **settings)})
 
     def test_frozen_model(self, make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], Any]) -> None:
         with pytest.raises(ValueError, match="all weights of the model are frozen, so nothing would be trained"):
