@@ -33,14 +33,14 @@ class RowCheck:
         tasks (`Mapping[str, Task]`): By name, all that rows may mention.
         default (`str`): Task of rows that name none.
         processor, model: Processor and model of the policy.
-        config ([`RolloutConfig`]): Size of images, and the longest thought.
+        configs (`Mapping[str, RolloutConfig]`): Size of images, and the longest thought, of each task.
     """
 
     tasks: Mapping[str, Task]
     default: str
     processor: UnifiedProcessor
     model: UnifiedModel
-    config: RolloutConfig
+    configs: Mapping[str, RolloutConfig]
 
     def __call__(self, row: Mapping[str, Any], where: str) -> None:
         """
@@ -71,12 +71,13 @@ class RowCheck:
                 f"{where} of task '{name}' has a prompt with {places} places for images, but the policy sees {num_seen}: give the "
                 f"row one image, in the column 'image', and a task that looks at it"
             )
-        positions = task.max_positions(row, self.processor, self.model, self.config)
+        config = self.configs[name]
+        positions = task.max_positions(row, self.processor, self.model, config)
         if positions > self.model.max_positions:
             raise ValueError(
                 f"{where} of task '{name}' can take {positions} positions, more than the model's {self.model.max_positions}: "
                 f"lower num_reflection_rounds ({task.num_reflection_rounds}) or max_completion_length "
-                f"({self.config.max_new_tokens}), or shorten the prompt ({text[:80]!r})"
+                f"({config.max_new_tokens}), or shorten the prompt ({text[:80]!r})"
             )
 
     def ignores_image(self, row: Mapping[str, Any]) -> bool:

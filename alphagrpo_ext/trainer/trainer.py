@@ -39,7 +39,7 @@ from alphagrpo_ext.trainer.distributed import gathered_policy, prepare_sharding,
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
-from alphagrpo_ext.trainer.rewards import image_advantages, judge_step
+from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
@@ -119,9 +119,9 @@ class AlphaGRPOTrainer(GRPOTrainer):
             args.model_init_kwargs = None
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         processing_class = processing_class or load_processor(policy.config._name_or_path)
-        args.eval_rollout().grid(policy)
         rows = checked_datasets(args, reward_funcs, train_dataset, eval_dataset, processing_class, policy)
         self.tasks = rows.tasks
+        policy.config.sampling = {"task": args.task, **args.eval_rollout().to_settings()}
         check_optimizer_is_made_here(args, optimizers[0])
         if args.freeze_vision_tower:
             policy.family.freeze_vision_tower(policy)
@@ -160,7 +160,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._add_own_callbacks()
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
         runs_all_parts = sharding.shards_parameters and len(self.tasks) > 1
-        self.scorer = PackedScorer(args, self.accelerator, self.temperature, runs_all_parts)
+        self.scorer = PackedScorer(args, self.accelerator, runs_all_parts)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)
         self.image_loss = ImageLoss(objective, args.image_loss_weight, self.accelerator)
 
@@ -214,7 +214,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         try:
             output = super()._generate_and_score_completions([reward_row(row) for row in step.rows])
             functions, weights = self.reward_funcs, self.reward_weights
-            step.image_advantages = image_advantages(step, output["advantages"], functions, weights, self.args)
+            advantages = joint_advantages(step, output["advantages"], functions, weights, self.args)
+            output["advantages"], step.image_advantages = advantages
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:
@@ -236,7 +237,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             generate = RolloutGenerator(policy, self.processing_class, self.tasks)
             if any(task.paints_initial_image for task in self.tasks.values()):
                 paint_initial_images(step, generate, self.tasks, ImageRewards.from_trainer(self), self.args)
-            for part in generate.parts(step.rows, step.generators(), step.config):
+            for part in generate.parts(step.rows, step.generators(), step.configs):
                 start = len(step.trajectories)
                 start_judging(self.reward_funcs, part, step.rows[start : start + len(part)], loop)
                 step.trajectories += part
