@@ -40,7 +40,7 @@ def format_name(head: bytes) -> str | None:
         `str`: A phrase that follows "the file is", for some formats with advice, e.g. `"a Git-LFS pointer and not the file
         itself: run `git lfs pull`"`. `None` if the bytes could be text in UTF-8 or are not recognized.
     """
-    if not head:
+    if not head.removeprefix(b"\xef\xbb\xbf"):
         return "empty"
     for signature, name in _SIGNATURES:
         if head.startswith(signature):

@@ -55,8 +55,8 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
     eval_file: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts with questions, and images to edit: JSON lines, a folder, or a dataset. Default: prompts of the "
-            "shapes world."
+            "help": "Prompts with questions, and images to edit: JSON lines, a JSON array, Parquet, a folder, or a dataset. "
+            "Default: prompts of the shapes world."
         },
     )
     num_eval_prompts: PositiveInt = field(

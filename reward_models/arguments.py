@@ -98,8 +98,8 @@ class PromptArguments(HoldoutArguments, RewardArguments):
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Training prompts with questions: a file of JSON lines, a folder of such files, or a dataset. Default: "
-            "prompts of the shapes world."
+            "help": "Training prompts with questions: a file of JSON lines, a JSON array or a Parquet file, a folder, or a "
+            "dataset. Default: prompts of the shapes world."
         },
     )
     eval_file: str | None = field(

@@ -155,6 +155,9 @@ def _paint(
     step: RolloutStep, generate: RolloutGenerator, indices: Sequence[int], num_images: int
 ) -> list[Image.Image]:
     """Paint `num_images` images for each row of `indices`, one row after the other."""
+    if not indices:
+        # Rows that refine nothing have no settings of the task that paints.
+        return []
     config = step.configs[PAINTING_TASK].deterministic()
     # There is no image yet whose absence could guide.
     guidance = replace(config.denoising.guidance, image_scale=1.0)

@@ -52,9 +52,11 @@ def file_kind(path: Path) -> FileKind:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"[") and _is_json_array(path):
         return "json array"
-    if start.startswith((b"{", b"[")) or path.suffix in (".jsonl", ".json"):
+    if start.startswith((b"{", b"[")):
         return "json lines"
-    return "table" if path.suffix.lower() in (".csv", ".tsv") or _delimiter(path) is not None else "text"
+    if path.suffix.lower() in (".csv", ".tsv") or _delimiter(path) is not None:
+        return "table"
+    return "json lines" if path.suffix in (".jsonl", ".json") else "text"
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -79,6 +81,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             yield from read_json_lines(path)
         except ValueError as error:
+            if fault := _array_fault(path):
+                raise ValueError(f"{path}: neither JSON lines nor a valid JSON array ({fault})") from error
             if keys := _object_keys(path):
                 raise ValueError(
                     f"{path} holds one JSON object over several lines, with the keys {keys}: write JSON lines, one row a line, or "
@@ -199,6 +203,23 @@ def _is_json_array(path: Path) -> bool:
         return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), list)
     except ValueError:
         return False
+
+
+def _array_fault(path: Path) -> str | None:
+    """What is wrong with a file that begins like a JSON array and whose first line is no JSON."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        text = file.read()
+    first, _, _ = text.lstrip().partition("\n")
+    try:
+        json.loads(first if first.startswith("[") else "0")
+        return None
+    except ValueError:
+        pass
+    try:
+        json.loads(text)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _object_keys(path: Path) -> list[str]:

@@ -214,7 +214,8 @@ def _files(source: str) -> list[Path]:
         return [path]
     files = sorted(file for file in path.glob("*.jsonl") if not file.name.endswith(FAILED_SUFFIX))
     if not files:
-        raise ValueError(f"folder {source} has no files *.jsonl")
+        names = sorted(file.name for file in path.iterdir())[:5]
+        raise ValueError(f"folder {source} has no files *.jsonl, and no saved dataset; it holds {names or 'nothing'}")
     return files
 
 

@@ -164,15 +164,17 @@ def checked_datasets(
     check_not_empty(train_dataset, "train_dataset", args.generation_batch_size // args.num_generations)
     functions = listed(reward_funcs)
     named = named_datasets(train_dataset, eval_dataset)
+    names = list(
+        dict.fromkeys([args.task, *(n for label, rows in named.items() for n in task_names(rows, args.task, label))])
+    )
+    configs = validated_configs(args, names, model)
+    validate_rewards(functions, named, [config.size for config in configs.values()])
     given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
     streams = [dataset for dataset in given if isinstance(dataset, datasets.IterableDataset)]
-    names = [args.task, *(name for label, rows in named.items() for name in task_names(rows, args.task, label))]
     if any("task" in stream_columns(stream) for stream in streams):
-        # Which tasks a stream names is known at its end.
-        names += TASKS.names()
-    configs = validated_configs(args, dict.fromkeys(names), model)
-    validate_rewards(functions, named, [config.size for config in configs.values()])
-    tasks = {name: args.make_task(name) for name in dict.fromkeys(names)}
+        configs = _possible_configs(args, TASKS.names(), model) | configs
+        names += [name for name in configs if name not in names]
+    tasks = {name: args.make_task(name) for name in names}
     check = RowCheck(tasks, args.task, processor, model, configs)
     for label, dataset in named.items():
         check_rows(dataset, check, label)
@@ -184,6 +186,18 @@ def checked_datasets(
     else:
         prepared = prepare(eval_dataset, "eval_dataset")
     return CheckedDatasets(tasks, prepare(train_dataset, "train_dataset"), prepared)
+
+
+def _possible_configs(args: AlphaGRPOConfig, names: Iterable[str], model: UnifiedModel) -> dict[str, RolloutConfig]:
+    """Settings of the tasks that a stream may name, which is known at its end, without those that the model cannot do."""
+    configs: dict[str, RolloutConfig] = {}
+    for name in names:
+        try:
+            configs |= validated_configs(args, [name], model)
+        except ValueError:
+            # A row with this task is refused when it comes.
+            continue
+    return configs
 
 
 def validated_configs(args: AlphaGRPOConfig, names: Iterable[str], model: UnifiedModel) -> dict[str, RolloutConfig]:

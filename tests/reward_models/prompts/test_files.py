@@ -79,6 +79,8 @@ def test_saved_splits_without_train_are_named(tmp_path: Path) -> None:
         ("a.txt", '{"prompt": "a"}'.encode("utf-32"), "text in UTF-32"),
         ("a.xlsx", b"PK\x03\x04rest", "zip archive .*Excel"),
         ("a.json", b"<!DOCTYPE html>\n<html>", "HTML page"),
+        ("a.json", b'[\n {"prompt": "a"},\n', "neither JSON lines nor a valid JSON array .*line 3"),
+        ("a.json", b"\xef\xbb\xbf", "the file is empty"),
         ("a.yaml", b"- prompt: a\n", "a file .yaml is not read as prompts"),
         ("a.json", b'{\n "rows": [\n  1\n ]\n}\n', r"one JSON object over several lines, with the keys \['rows'\]"),
         ("a.txt", "ein K\xe4fer".encode("latin-1"), "not valid UTF-8"),

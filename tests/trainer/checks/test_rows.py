@@ -161,7 +161,7 @@ def make_check(
             report_to="none",
         )
         tasks = {name: args.make_task(name) for name in TASKS.names()}
-        return RowCheck(tasks, "reasoning_t2i", shapes_processor, model, args.eval_rollout())
+        return RowCheck(tasks, "reasoning_t2i", shapes_processor, model, {name: args.eval_rollout() for name in tasks})
 
     return make
 
@@ -174,7 +174,9 @@ def test_the_longest_row_is_that_of_most_tokens(
     check = make_check()
     prompts = [word * count for word, count in sizes]
     fits = [
-        check.tasks["reasoning_t2i"].max_positions({"prompt": prompt}, check.processor, check.model, check.config)
+        check.tasks["reasoning_t2i"].max_positions(
+            {"prompt": prompt}, check.processor, check.model, check.configs["reasoning_t2i"]
+        )
         <= check.model.max_positions
         for prompt in prompts
     ]
