@@ -205,6 +205,9 @@ def check_changes(checkpoint: Path, found: list[Change]) -> None:
     if "peft_config" in by_name:
         # Another adapter leaves other weights frozen.
         fixed = [change for change in fixed if change.name != "model.frozen_weights"]
+    if any(change.name == "model.frozen_weights" for change in fixed) and "model.name" in by_name:
+        # A model may move, but where its weights differ its name says more than their digest.
+        fixed.append(by_name["model.name"])
     schedule = by_name.get("lr_scheduler_type")
     if schedule is not None and {schedule.before, schedule.now} & {*SAVED_RATE_SCHEDULERS}:
         fixed.append(schedule)

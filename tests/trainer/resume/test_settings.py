@@ -270,6 +270,10 @@ def test_settings_are_compared_as_json_keeps_them() -> None:
     # A field of another version of TRL or Transformers.
     assert Change("b", 1, 2).kind is SettingKind.FREE
     check_changes(Path("checkpoint-1"), changes(before, now))
+    moved = Change("model.name", "a/base", "b/base")
+    check_changes(Path("checkpoint-1"), [moved])
+    with pytest.raises(ChangedSettingsError, match="model.frozen_weights was '1' and is '2'; model.name was 'a/base'"):
+        check_changes(Path("checkpoint-1"), [moved, Change("model.frozen_weights", "1", "2")])
     assert plain({"b": {3, 1}, "c": torch.float32, "d": brightness, "e": SettingKind.FREE}) == {
         "b": [1, 3],
         "c": "torch.float32",
