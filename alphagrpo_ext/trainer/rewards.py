@@ -130,6 +130,16 @@ def rectify_false_positives(
     return torch.where(is_false[:, None], rewards[worst.repeat_interleave(num_generations)], rewards), is_false
 
 
+def _deviations(grouped: torch.Tensor) -> torch.Tensor:
+    """
+    Deviations from the mean of each group, dimension 1, without NaN. Those that are no larger than the rounding of rewards in fp32
+    are 0.
+    """
+    deviations = grouped - grouped.nanmean(dim=1, keepdim=True)
+    rounding = 4 * torch.finfo(torch.float32).eps * grouped.nan_to_num().abs().amax(dim=1, keepdim=True)
+    return torch.where(deviations.abs() <= rounding, 0.0, deviations)
+
+
 def group_advantages(
     rewards: torch.Tensor,
     weights: torch.Tensor,
@@ -154,12 +164,12 @@ def group_advantages(
     if multi_objective_aggregation == "normalize_then_sum":
         columns = rewards.double().masked_fill(total.isnan()[:, None], torch.nan)
         grouped = columns.view(-1, num_generations, columns.shape[1])
-        normalized = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+        normalized = _deviations(grouped) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
         total = (normalized.view_as(columns) * weights.double()).nansum(dim=1).masked_fill(total.isnan(), torch.nan)
         advantages = (total - total.nanmean()) / (nanstd(total) + 1e-4)
         return torch.nan_to_num(advantages, nan=0.0).to(rewards.dtype)
     grouped = total.view(-1, num_generations)
-    advantages = grouped - grouped.nanmean(dim=1, keepdim=True)
+    advantages = _deviations(grouped)
     if scale_rewards == "group":
         advantages = advantages / (nanstd(grouped, dim=1)[:, None] + 1e-4)
     elif scale_rewards == "batch":

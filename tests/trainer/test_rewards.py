@@ -162,6 +162,13 @@ def test_equal_rewards_have_no_advantage(value: float, size: int, options: dict)
     assert group_advantages(rewards, torch.ones(1), size, **options).abs().max() < 1e-6
 
 
+def test_rewards_that_differ_by_rounding_are_equal() -> None:
+    rewards = torch.tensor([[0.7], [0.7], [0.7], [0.7]])
+    rewards[0] = torch.nextafter(rewards[0], torch.tensor(1.0))
+    for scale in ("batch", "group", "none"):
+        assert group_advantages(rewards, torch.ones(1), 4, scale).abs().max() == 0
+
+
 def step_of(
     rewards: torch.Tensor,
     size: int,
