@@ -118,9 +118,11 @@ class Trajectory:
 
     Args:
         segments (`list[Segment]`): Given and sampled segments in the order in which the model sees them.
+        task (`str`, *optional*): Name of the task that it was sampled for, whose guidance its images have.
     """
 
     segments: list[Segment]
+    task: str | None = None
 
     @property
     def sampled_texts(self) -> list[TextSegment]:

@@ -142,14 +142,17 @@ def main(args: GenerationArguments) -> None:
     from tqdm import tqdm
 
     from alphagrpo_ext.rollout import refine
+    from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK
     from recipe_tools.processes import load_policy
 
     rows = load_prompt_rows(args)
+    configs = {name: args.rollout(args.height, args.width, name) for name in (PAINTING_TASK, REFLECTION_TASK)}
     model, processor = load_policy(args.model_name_or_path, args.dtype)
     scorer = None
     if args.judge != "none" and not args.prompts:
         reward = args.make_reward((model, processor))
-        reward.validate_image_size(args.height, args.width)
+        for config in configs.values():
+            reward.validate_image_size(*config.size)
         scorer = make_scorer(reward)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,7 @@ def main(args: GenerationArguments) -> None:
             model,
             processor,
             rows[start : start + args.batch_size],
-            args.rollout(args.height, args.width),
+            configs,
             num_rounds=args.num_rounds,
             think=args.think,
             seed=f"{args.seed}-{start}",

@@ -51,12 +51,11 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
     from reward_models.evaluation.text_tables import comparison_table
 
     run = training.prepare_run(script_args, training_args, model_args)
-    trainer = training.make_trainer(run, [run.reward])
-    task = training_args.make_task(training_args.task)
+    trainer = training.make_trainer(run, training.load_rewards(run))
 
     def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
-            return [training.evaluate_policy(run, policy, task, moment)]
+            return [training.evaluate_policy(run, policy, training_args.task, training_args.think, moment)]
 
     results = training.train_between_evaluations(run, trainer, evaluations)
     if results is None:
@@ -70,8 +69,10 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
         headers=("before", "after"),
         caption=lambda old, new: old.prompt,
     )
-    files = "Model, report.html, summary.json, metrics.jsonl and before_after.png"
-    print(f"\n{comparison_table(before, after)}\n\n{files}: {run.output_dir}")
+    table = comparison_table(before, after)
+    training.save_model_card(run, trainer, table, "before_after.png")
+    files = "Model, README.md, report.html, summary.json, metrics.jsonl and before_after.png"
+    print(f"\n{table}\n\n{files}: {run.output_dir}")
 
 
 if __name__ == "__main__":

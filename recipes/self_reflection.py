@@ -97,7 +97,7 @@ def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, 
 
 def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     # Here, so that `--help` does not import models and trainers.
-    from alphagrpo_ext.rollout import TASKS
+    from alphagrpo_ext.rollout.task import PAINTING_TASK
     from recipe_tools import training
     from reward_models.evaluation.scores import scored_pairs
     from reward_models.evaluation.text_tables import refinement_table
@@ -106,14 +106,16 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     run = training.prepare_run(script_args, training_args, model_args)
     if script_args.train_tasks:
         run.train_dataset = assign_tasks(run.train_dataset, script_args.train_tasks)
-    trainer = training.make_trainer(run, [run.reward, *(FORMATS.get(name)() for name in script_args.formats)])
-    painting = TASKS.get("reasoning_t2i")(think=False)
-    refining = training_args.make_task(training_args.task)
+    trainer = training.make_trainer(
+        run, [*training.load_rewards(run), *(FORMATS.get(name)() for name in script_args.formats)]
+    )
 
     def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
-            initial = training.evaluate_policy(run, policy, painting, f"{moment}: painting")
-            refined = training.evaluate_policy(run, policy, refining, f"{moment}: refining", initial)
+            initial = training.evaluate_policy(run, policy, PAINTING_TASK, False, f"{moment}: painting")
+            refined = training.evaluate_policy(
+                run, policy, training_args.task, training_args.think, f"{moment}: refining", initial
+            )
         return [initial, refined]
 
     results = training.train_between_evaluations(run, trainer, evaluations)
@@ -132,8 +134,10 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
         caption=lambda old, new: f"{old.prompt} | {new.text}",
         caption_width=420,
     )
-    files = "Model, report.html, summary.json, metrics.jsonl and refined.png"
-    print(f"\n{refinement_table({'before': before, 'after': after})}\n\n{files}: {run.output_dir}")
+    table = refinement_table({"before": before, "after": after})
+    training.save_model_card(run, trainer, table, "refined.png")
+    files = "Model, README.md, report.html, summary.json, metrics.jsonl and refined.png"
+    print(f"\n{table}\n\n{files}: {run.output_dir}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,17 @@ class PromptArguments(HoldoutArguments, RewardArguments):
         default=2, metadata={"help": "Noise seeds per evaluation prompt. 0 skips the evaluations."}
     )
     eval_batch_size: PositiveInt = field(default=128, metadata={"help": "Samples per batch of an evaluation."})
+    reward: list[str] = field(
+        default_factory=lambda: ["dvreward"],
+        metadata={
+            "help": "Rewards of training: 'dvreward', or functions of your own as module:function, e.g. my_rewards:brightness "
+            "for my_rewards.py in this folder. --reward_weights weighs them. Evaluations use DVReward."
+        },
+    )
+    verbose_logs: bool = field(
+        default=False,
+        metadata={"help": "Print all metrics of a log, and not one line; metrics.jsonl has them in any case."},
+    )
 
     def __post_init__(self) -> None:
         RewardArguments.__post_init__(self)

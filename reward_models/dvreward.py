@@ -87,6 +87,9 @@ class DVReward:
     ```
     """
 
+    always_applies = True
+    """Every row has questions, so a missing reward is a failure of the judge."""
+
     def __init__(
         self,
         judge: Judge | str,

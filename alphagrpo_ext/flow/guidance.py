@@ -50,6 +50,11 @@ class GuidanceConfig:
         if len(self.interval) != 2 or self.interval[0] > self.interval[1]:
             raise ValueError(f"interval must be (low, high) with low <= high, but is {self.interval}")
 
+    @property
+    def effective(self) -> GuidanceConfig:
+        """Settings with the same effect, which are equal for all settings without any: those that switch guidance off."""
+        return self if self.text_scale > 1 else GuidanceConfig(text_scale=1.0)
+
 
 @dataclass(frozen=True)
 class PlainGuidance:
@@ -58,17 +63,12 @@ class PlainGuidance:
     no guidance of their own use it.
 
     Args:
-        settings ([`GuidanceConfig`]): The settings, of which `image_scale` has no effect.
-
-    Raises:
-        `ValueError`: If `renorm_type` is `"text_channel"`, which needs two conditions.
+        settings ([`GuidanceConfig`]):
+            The settings, of which `image_scale` has no effect. `"text_channel"` is `"channel"`, because no image guidance
+            follows that of the text.
     """
 
     settings: GuidanceConfig
-
-    def __post_init__(self) -> None:
-        if self.settings.renorm_type == "text_channel":
-            raise ValueError("renorm_type 'text_channel' needs image guidance, which this model family does not have")
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class PlainGuidance:
         if "negative" not in velocities:
             return full
         guided = extrapolate(velocities["negative"].float(), full, self.settings.text_scale)
-        is_per_token = self.settings.renorm_type == "channel"
+        is_per_token = self.settings.renorm_type in ("channel", "text_channel")
         return renormalize(guided, full, self.settings.renorm_min, per_token=is_per_token, mask=mask)
 
 

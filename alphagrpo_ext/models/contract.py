@@ -127,8 +127,8 @@ class PackedBatch:
             `None` if no image of the batch has a window.
         image_trajectory (`torch.Tensor` of shape `(images,)`):
             Trajectory of every sampled image with a window.
-        guidance ([`Guidance`]):
-            Combines the velocities of the branches.
+        guidance ([`Guidance`] or `tuple[Guidance, ...]`):
+            Combines the velocities of the branches: of all images, or one for every image of `image_trajectory`.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -136,7 +136,7 @@ class PackedBatch:
     score_column: torch.Tensor
     velocities: VelocityLayout | None
     image_trajectory: torch.Tensor
-    guidance: Guidance
+    guidance: Guidance | tuple[Guidance, ...]
 
 
 @dataclass
@@ -257,9 +257,16 @@ class UnifiedModel(ABC):
         return 0
 
     @abstractmethod
-    def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
+    def pack(
+        self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig | Sequence[GuidanceConfig]
+    ) -> PackedBatch:
         """
         Tensors for one forward over whole trajectories, in every guidance branch that is needed under the settings.
+
+        Args:
+            trajectories (`Sequence[Trajectory]`): The trajectories.
+            guidance ([`GuidanceConfig`] or `Sequence[GuidanceConfig]`):
+                Settings of all trajectories, or of each of them if their tasks have settings of their own.
         """
 
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -272,7 +279,7 @@ class UnifiedModel(ABC):
     @abstractmethod
     def forward(
         self,
-        temperature: float = 1.0,
+        temperature: float | torch.Tensor = 1.0,
         context_gradient: Literal["exact", "detached"] = "exact",
         **inputs: torch.Tensor,
     ) -> PackedOutput:
@@ -280,7 +287,8 @@ class UnifiedModel(ABC):
         Log-probabilities and entropies of sampled tokens, and velocities of noised latents, in one call.
 
         Args:
-            temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
+            temperature (`float` or `torch.Tensor` of shape `(scores,)`, *optional*, defaults to `1.0`):
+                Temperature at which all tokens, or each of them, were sampled.
             context_gradient (`str`, *optional*, defaults to `"exact"`):
                 One of [`CONTEXT_GRADIENTS`]. With `"detached"`, velocities have the same values and no gradient
                 through their context.
@@ -461,6 +469,8 @@ class Family(ABC):
     """A file that a repository on the Hub has if it is in the released layout; see [`Family.matches`]."""
     hub_files: ClassVar[tuple[str, ...]] = ()
     """Files of such a repository that are downloaded."""
+    sampling_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of [`~alphagrpo_ext.rollout.pipeline.UnifiedPipeline`] that suit released checkpoints."""
 
     def matches(self, folder: Path) -> bool:
         """Whether a folder is in a layout of this family other than that of `save_pretrained`."""

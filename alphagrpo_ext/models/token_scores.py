@@ -19,7 +19,7 @@ def score_tokens(
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
     vocab_size: int,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -33,7 +33,8 @@ def score_tokens(
         hidden_states (`torch.Tensor` of shape `(tokens, hidden)`): Inputs of the head.
         targets (`torch.Tensor` of shape `(tokens,)`): Token ids.
         vocab_size (`int`): Number of logits per token.
-        temperature (`float`, *optional*, defaults to `1.0`): Divides the logits.
+        temperature (`float` or `torch.Tensor` of shape `(tokens,)`, *optional*, defaults to `1.0`):
+            Divides the logits of all tokens, or of each.
         max_logits (`int`, *optional*, defaults to [`MAX_LOGITS`]):
             Largest number of logits in a chunk, which has at least one token.
 
@@ -41,19 +42,26 @@ def score_tokens(
         `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities and entropies `(tokens,)`, in nats, fp32.
     """
 
-    def score(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs = (head(states).float() / temperature).log_softmax(dim=-1)
+    divisors = temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
+
+    def score(
+        states: torch.Tensor, ids: torch.Tensor, divisor: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = (head(states).float() / divisor).log_softmax(dim=-1)
         entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
         return log_probs.gather(-1, ids[:, None]).squeeze(-1), entropies
 
     chunk_size = max(1, max_logits // vocab_size)
     if len(targets) <= chunk_size:
-        return score(hidden_states, targets)
+        return score(hidden_states, targets, divisors)
+    chunks = hidden_states.split(chunk_size), targets.split(chunk_size)
+    shared = not isinstance(divisors, torch.Tensor)
+    divisors = [divisors] * len(chunks[0]) if shared else divisors.split(chunk_size)
     parts = [
-        checkpoint(score, states, ids, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(score, states, ids, divisor, use_reentrant=False, preserve_rng_state=False)
         if torch.is_grad_enabled()
-        else score(states, ids)
-        for states, ids in zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
+        else score(states, ids, divisor)
+        for states, ids, divisor in zip(*chunks, divisors, strict=True)
     ]
     log_probs, entropies = zip(*parts, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)

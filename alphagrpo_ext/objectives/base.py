@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput
+from alphagrpo_ext.models.contract import Guidance, PackedBatch, PackedOutput
 from alphagrpo_ext.ranges import NonNegativeFloat, PositiveFloat, check_ranges
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import Trajectory
@@ -126,16 +126,28 @@ def _guide(
     copies[layout.branch, layout.image, layout.step] = torch.arange(len(layout.image))
     result = velocities[copies[0].to(device)]
     mask = layout.mask[copies[0]][:, :1].to(device)
-    # Images and steps that need the same branches are guided together.
-    for needed in (copies >= 0).flatten(1).int().unique(dim=1).T.bool():
-        branches = needed.nonzero().flatten().tolist()
-        if len(branches) == 1:
-            continue
-        guided = ((copies >= 0) == needed[:, None, None]).all(dim=0).to(device)
-        by_name = {layout.branches[i]: velocities[copies[i].to(device)[guided]] for i in branches}
-        image_mask = mask.expand(*guided.shape, -1)[guided]
-        result = result.index_put((guided,), batch.guidance.combine(by_name, mask=image_mask))
+    # Images and steps that need the same branches are guided together, if one guidance is that of all.
+    for guidance, own_images in _images_by_guidance(batch.guidance, num_images):
+        for needed in (copies[:, own_images] >= 0).flatten(1).int().unique(dim=1).T.bool():
+            branches = needed.nonzero().flatten().tolist()
+            if len(branches) == 1:
+                continue
+            guided = ((copies >= 0) == needed[:, None, None]).all(dim=0) & own_images[:, None]
+            guided = guided.to(device)
+            by_name = {layout.branches[i]: velocities[copies[i].to(device)[guided]] for i in branches}
+            image_mask = mask.expand(*guided.shape, -1)[guided]
+            result = result.index_put((guided,), guidance.combine(by_name, mask=image_mask))
     return result, mask
+
+
+def _images_by_guidance(
+    guidance: Guidance | tuple[Guidance, ...], num_images: int
+) -> list[tuple[Guidance, torch.Tensor]]:
+    """Each guidance, with a mask `(images,)` of the images that have it."""
+    if not isinstance(guidance, tuple):
+        return [(guidance, torch.ones(num_images, dtype=torch.bool))]
+    different = [own for i, own in enumerate(guidance) if own not in guidance[:i]]
+    return [(own, torch.tensor([other == own for other in guidance])) for own in different]
 
 
 @dataclass(frozen=True)

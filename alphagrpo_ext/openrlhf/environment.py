@@ -30,7 +30,7 @@ UNSEEN_REQUEST = (
     "what you say."
 )
 
-Rectification = Literal["minimum", "initial", "off"]
+Rectification = Literal["minimum", "off"]
 # Inside a shell's plain quotes, a line break is written as two characters.
 TemplateText = Annotated[str, AfterValidator(lambda text: text.replace("\\n", "\n"))]
 
@@ -47,7 +47,7 @@ class PluginConfig(ClientSettings):
             How often the agent reflects on an image and has it painted anew. With 0 it only paints.
         rectification (`str`, *optional*, defaults to `"minimum"`):
             Reward of an episode whose last image is not better than its first: `"minimum"` gives the lowest possible reward,
-            0; `"initial"` the reward of the first image; `"off"` that of the last image. See [`rectified_reward`].
+            0; `"off"` that of the last image. See [`rectified_reward`].
         policy_sees_images (`bool`, *optional*, defaults to `True`):
             Whether the policy is a vision-language model that is shown its images. For a text-only policy set it to false:
             it then gets the reflection request without an image.

@@ -10,6 +10,7 @@ the trainer takes the lowest reward of the group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from alphagrpo_ext.openrlhf.environment import PluginConfig, Rectification
 from alphagrpo_ext.reward_client.client import ImageScore
@@ -76,17 +77,22 @@ def rectified_reward(initial: ImageScore, final: ImageScore, rectification: Rect
     that does not improve its first image gets no reward for its last one.
 
     `"minimum"` gives 0, where [`AlphaGRPOTrainer`] gives the lowest reward of the group. Neither leads to a positive advantage.
+    The trainer's `"initial"` is not offered. An episode does not know its group, and the reward of its first image can be above
+    the group's mean.
 
     Args:
         initial, final ([`ImageScore`]): Scores of the first and of the last image, which may be the same image.
-        rectification (`str`): `"minimum"`, `"initial"` or `"off"`; see [`PluginConfig`].
+        rectification (`str`): `"minimum"` or `"off"`; see [`PluginConfig`].
 
     Returns:
         `float`: The reward of the episode, in [0, 1].
+
+    Raises:
+        `ValueError`: If the rectification is unknown.
     """
-    if rectification == "off" or not is_false_positive(initial, final):
-        return final.reward
-    return initial.reward if rectification == "initial" else 0.0
+    if rectification not in get_args(Rectification):
+        raise ValueError(f"rectification must be one of {get_args(Rectification)}, but is {rectification!r}")
+    return 0.0 if rectification == "minimum" and is_false_positive(initial, final) else final.reward
 
 
 def episode_logs(initial: ImageScore, final: ImageScore) -> dict[str, float]:

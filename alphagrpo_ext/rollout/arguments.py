@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alphagrpo_ext.ranges import (
     AtLeastTwo,
@@ -16,10 +16,26 @@ from alphagrpo_ext.ranges import (
     UnitFloat,
     check_ranges,
 )
+from alphagrpo_ext.rollout.settings import TaskSettings, read_task_settings, resolve_settings
 
 
 if TYPE_CHECKING:
     from alphagrpo_ext.rollout.config import RolloutConfig
+
+
+SAMPLING_DEFAULTS = TaskSettings(
+    cfg_text_scale=1.0,
+    cfg_img_scale=1.0,
+    cfg_interval=(0.4, 1.0),
+    cfg_renorm_type="global",
+    num_timesteps=11,
+    timestep_shift=1.0,
+    ode_solver="euler",
+    max_completion_length=48,
+    temperature=0.0,
+    top_p=1.0,
+)
+"""What holds where neither the user nor the task sets it. Arguments of these names are `None` until then."""
 
 
 @dataclass
@@ -27,63 +43,103 @@ class SamplingArguments:
     """
     How thoughts and images are sampled. The defaults suit the packaged model; for a large one set size, steps and guidance.
 
+    An argument that is given holds for all tasks that a recipe samples (first images, and rounds of reflection or edits), an
+    argument that is not given is what the task declares, and `task_settings` wins over both.
+
     Each argument is described by the help text of its field.
     """
 
     dtype: str = field(default="float32", metadata={"help": "Data type of the weights, e.g. 'bfloat16'."})
-    num_timesteps: AtLeastTwo = field(default=11, metadata={"help": "Points of the denoising schedule."})
-    timestep_shift: PositiveFloat = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
-    ode_solver: str = field(
-        default="euler", metadata={"help": "Rule of the denoising steps: 'euler', 'ab2', 'dpmpp_2m'."}
+    num_timesteps: AtLeastTwo | None = field(
+        default=None, metadata={"help": "Points of the denoising schedule; 11 by default."}
+    )
+    timestep_shift: PositiveFloat | None = field(
+        default=None, metadata={"help": "Shift of the schedule towards noise; 1.0 by default."}
+    )
+    ode_solver: str | None = field(
+        default=None, metadata={"help": "Rule of the denoising steps: 'euler', the default, 'ab2' or 'dpmpp_2m'."}
     )
     ode_steps: PositiveInt | None = field(
         default=None, metadata={"help": "Number of denoising steps; those of the schedule by default."}
     )
-    cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
-    cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
-    cfg_interval: list[UnitFloat] = field(
-        default_factory=lambda: [0.4, 1.0], metadata={"help": "Half-open interval of guided times."}
+    cfg_text_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of text; at most 1 is off. 1.0 by default."}
     )
-    cfg_renorm_type: str = field(default="global", metadata={"help": "'global', 'channel' or 'text_channel'."})
-    max_new_tokens: PositiveInt = field(default=48, metadata={"help": "Longest text, in tokens."})
-    temperature: NonNegativeFloat = field(
-        default=0.0, metadata={"help": "Temperature of texts; 0 takes the likeliest token."}
+    cfg_img_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance scale of images; at most 1 is off. By default 1.0, in tasks that refine or edit 2.0. Without "
+            "guidance of text it is off."
+        },
     )
-    top_p: PositiveUnitFloat = field(
-        default=1.0, metadata={"help": "Share of the likeliest tokens that texts are drawn from."}
+    cfg_interval: list[UnitFloat] | None = field(
+        default=None,
+        metadata={
+            "help": "Half-open interval (low, high] of guided times. By default 0.4 1.0, in tasks that refine or edit 0.0 1.0."
+        },
+    )
+    cfg_renorm_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "'global', 'channel' or 'text_channel'. By default 'global', in tasks that refine or edit 'text_channel'."
+        },
+    )
+    max_new_tokens: PositiveInt | None = field(
+        default=None, metadata={"help": "Longest text, in tokens; 48 by default."}
+    )
+    temperature: NonNegativeFloat | None = field(
+        default=None, metadata={"help": "Temperature of texts; 0, the default, takes the likeliest token."}
+    )
+    top_p: PositiveUnitFloat | None = field(
+        default=None, metadata={"help": "Share of the likeliest tokens that texts are drawn from; 1.0 by default."}
+    )
+    task_settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Settings of single tasks, as JSON or a mapping in YAML, e.g. \'{"self_reflection": {"cfg_img_scale": '
+            "1.5}}', by the names of the arguments of training. They win over the argument of that name, which holds for all "
+            "tasks."
+        },
     )
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if len(self.cfg_interval) != 2:
+        if self.cfg_interval is not None and len(self.cfg_interval) != 2:
             raise ValueError(f"cfg_interval takes two numbers, but is {self.cfg_interval}")
+        if self.task_settings:
+            from alphagrpo_ext.rollout.task import TASKS
 
-    def rollout(self, height: int, width: int) -> RolloutConfig:
+            self.task_settings = read_task_settings(self.task_settings, TASKS)
+
+    def rollout(self, height: int, width: int, task: str = "reasoning_t2i") -> RolloutConfig:
         """
         Args:
-            height, width (`int`): Size of images, in pixels.
+            height, width (`int`): Size of images, in pixels, unless the task has one of its own.
+            task (`str`, *optional*, defaults to `"reasoning_t2i"`): Name of the task that is sampled.
 
         Raises:
-            `ValueError`: If an argument is out of range.
+            `ValueError`: If an argument is out of range. The message names the task.
         """
-        from alphagrpo_ext.flow.guidance import GuidanceConfig
         from alphagrpo_ext.rollout.config import RolloutConfig
-        from alphagrpo_ext.rollout.denoising import DenoisingConfig
+        from alphagrpo_ext.rollout.task import TASKS
 
-        guidance = GuidanceConfig(
-            self.cfg_text_scale, self.cfg_img_scale, tuple(self.cfg_interval), self.cfg_renorm_type
-        )
-        return RolloutConfig(
-            height,
-            width,
-            max_new_tokens=self.max_new_tokens,
+        given = TaskSettings(
+            num_timesteps=self.num_timesteps,
+            timestep_shift=self.timestep_shift,
+            ode_solver=self.ode_solver,
+            ode_steps=self.ode_steps,
+            cfg_text_scale=self.cfg_text_scale,
+            cfg_img_scale=self.cfg_img_scale,
+            cfg_interval=self.cfg_interval,
+            cfg_renorm_type=self.cfg_renorm_type,
+            max_completion_length=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            denoising=DenoisingConfig(
-                self.num_timesteps,
-                self.timestep_shift,
-                guidance,
-                ode_solver=self.ode_solver,
-                ode_steps=self.ode_steps,
-            ),
-        )
+        ).given()
+        defaults = {**SAMPLING_DEFAULTS.given(), "image_height": height, "image_width": width}
+        own = (self.task_settings or {}).get(task, {})
+        settings = TaskSettings(**resolve_settings(TASKS.get(task).settings, given, defaults, own))
+        try:
+            return RolloutConfig.from_settings(settings)
+        except ValueError as error:
+            raise ValueError(f"task '{task}': {error}") from error

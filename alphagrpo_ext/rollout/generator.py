@@ -68,6 +68,10 @@ def _runs(rows: Sequence[Mapping[str, Any]]) -> list[range]:
     return runs
 
 
+def _row_config(row: Mapping[str, Any], config: RolloutConfig | Mapping[str, RolloutConfig]) -> RolloutConfig:
+    return config if isinstance(config, RolloutConfig) else config[row["task"]]
+
+
 @dataclass
 class _Turn:
     """
@@ -112,7 +116,10 @@ class RolloutGenerator:
         return self.task if isinstance(self.task, Task) else self.task[row["task"]]
 
     def __call__(
-        self, rows: Sequence[Mapping[str, Any]], generators: Sequence[torch.Generator], config: RolloutConfig
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        generators: Sequence[torch.Generator],
+        config: RolloutConfig | Mapping[str, RolloutConfig],
     ) -> list[Trajectory]:
         """
         Sample one trajectory per row.
@@ -120,16 +127,21 @@ class RolloutGenerator:
         Args:
             rows (`Sequence[Mapping[str, Any]]`): Dataset rows, with the members of a group one after the other.
             generators (`Sequence[torch.Generator]`): Randomness of every sample; see [`sample_generator`].
-            config ([`RolloutConfig`]): How to sample.
+            config ([`RolloutConfig`] or `Mapping[str, RolloutConfig]`):
+                How to sample all rows, or the rows of each task, by the name in a row's column `task`. The batch size
+                of the first row's task holds for all.
         """
         return [trajectory for part in self.parts(rows, generators, config) for trajectory in part]
 
     def parts(
-        self, rows: Sequence[Mapping[str, Any]], generators: Sequence[torch.Generator], config: RolloutConfig
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        generators: Sequence[torch.Generator],
+        config: RolloutConfig | Mapping[str, RolloutConfig],
     ) -> Iterator[list[Trajectory]]:
         """Sample `config.batch_size` rows at a time, and yield each part as soon as it is complete."""
         batch: list[range] = []
-        limit = config.batch_size or len(rows)
+        limit = (rows and _row_config(rows[0], config).batch_size) or len(rows)
         for run in _runs(rows):
             if batch and run.stop - batch[0].start > limit:
                 yield self._generate(rows, generators, batch, config)
@@ -145,9 +157,31 @@ class RolloutGenerator:
         rows: Sequence[Mapping[str, Any]],
         generators: Sequence[torch.Generator],
         runs: Sequence[range],
-        config: RolloutConfig,
+        config: RolloutConfig | Mapping[str, RolloutConfig],
     ) -> list[Trajectory]:
-        """Trajectories of the consecutive groups `runs`."""
+        """Trajectories of the consecutive groups `runs`. Those that are sampled in the same way are one batch."""
+        batches: list[tuple[tuple[RolloutConfig, bool], list[range]]] = []
+        for run in runs:
+            row = rows[run.start]
+            way = (_row_config(row, config).effective, self.task_of(row).think)
+            alike = next((batch for other, batch in batches if other == way), None)
+            if alike is None:
+                batches.append((way, [run]))
+            else:
+                alike.append(run)
+        sampled: dict[int, Trajectory] = {}
+        for (row_config, _), alike in batches:
+            sampled |= self._generate_alike(rows, generators, alike, row_config)
+        return [sampled[i] for run in runs for i in run]
+
+    def _generate_alike(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        generators: Sequence[torch.Generator],
+        runs: Sequence[range],
+        config: RolloutConfig,
+    ) -> dict[int, Trajectory]:
+        """Trajectories of groups with one configuration, by the index of their row."""
         turn: _Turn | None = self._first_turn(rows, runs, config)
         members, group_size = turn.members, turn.group_size
         segments = {i: list(turn.contexts[place // group_size]) for place, i in enumerate(members)}
@@ -159,7 +193,7 @@ class RolloutGenerator:
                 _check_finite(new, rows[i], i, self.model)
                 segments[i] += new
             turn = self._next_turn(rows, turn, turn_index, segments)
-        return [Trajectory(segments[i]) for i in members]
+        return {i: Trajectory(segments[i], rows[i].get("task")) for i in members}
 
     def _first_turn(self, rows: Sequence[Mapping[str, Any]], runs: Sequence[range], config: RolloutConfig) -> _Turn:
         # Groups of one size share a prefix by a plain reshape, so unequal runs are cut into equal parts.
@@ -174,7 +208,7 @@ class RolloutGenerator:
             row = rows[run.start]
             context = self.task_of(row).context(row, self.processor, self.model, config.size)
             contexts += [context] * (len(run) // group_size)
-        members = list(range(runs[0].start, runs[-1].stop))
+        members = [i for run in runs for i in run]
         return _Turn(members, contexts, group_size, config, self.task_of(rows[members[0]]).think)
 
     def _next_turn(

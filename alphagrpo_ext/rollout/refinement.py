@@ -17,7 +17,7 @@ from PIL import Image
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
-from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
 
 
 Scorer: TypeAlias = Callable[[list[Image.Image], list[Mapping[str, Any]]], list[float | None]]
@@ -70,7 +70,7 @@ class _Refiner:
         self,
         model: UnifiedModel,
         processor: UnifiedProcessor,
-        config: RolloutConfig,
+        config: RolloutConfig | Mapping[str, RolloutConfig],
         seed: int | str,
         scorer: Scorer | None,
     ) -> None:
@@ -86,12 +86,13 @@ class _Refiner:
         ]
 
     def sample(
-        self, task: Task, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], turn: int
+        self, name: str, think: bool, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], turn: int
     ) -> list[RefinementStep]:
         """One step per row. `indices` are those of the rows among all, and set the noise together with `turn`."""
-        generate = RolloutGenerator(self.model, self.processor, task)
+        generate = RolloutGenerator(self.model, self.processor, TASKS.get(name)(think=think))
+        config = self.config if isinstance(self.config, RolloutConfig) else self.config[name]
         generators = [sample_generator(self.seed, turn, index) for index in indices]
-        trajectories = generate(rows, generators, self.config)
+        trajectories = generate(rows, generators, config)
         images = [trajectory.final_image for trajectory in trajectories]
         texts = [
             self.processor.decode([token_id for text in trajectory.sampled_texts for token_id in text.content_ids])
@@ -107,7 +108,7 @@ def refine(
     model: UnifiedModel,
     processor: UnifiedProcessor,
     rows: Sequence[Mapping[str, Any]],
-    config: RolloutConfig,
+    config: RolloutConfig | Mapping[str, RolloutConfig],
     num_rounds: int = 1,
     think: bool = True,
     seed: int | str = 0,
@@ -123,7 +124,8 @@ def refine(
         model ([`UnifiedModel`]): The policy.
         processor ([`UnifiedProcessor`]): Its processor.
         rows (`Sequence[Mapping[str, Any]]`): Each has a `prompt`. A row with an `image` starts from that image.
-        config ([`RolloutConfig`]): How to sample.
+        config ([`RolloutConfig`] or `Mapping[str, RolloutConfig]`):
+            How to sample all images, or those of the tasks `"reasoning_t2i"` and `"self_reflection"`.
         num_rounds (`int`, *optional*, defaults to `1`): Largest number of rounds; 0 only paints.
         think (`bool`, *optional*, defaults to `True`): Whether the first image follows a thought.
         seed (`int` or `str`, *optional*, defaults to `0`): Seed of all noise.
@@ -147,8 +149,8 @@ def refine(
     given = [i for i, row in enumerate(rows) if row.get("image") is not None]
     painted = [i for i in range(len(rows)) if i not in given]
     first_steps = dict(zip(given, refiner.given([rows[i] for i in given]), strict=True))
-    paint = TASKS.get("reasoning_t2i")(think=think)
-    first_steps |= zip(painted, refiner.sample(paint, [rows[i] for i in painted], painted, turn=0), strict=True)
+    prompts = [rows[i] for i in painted]
+    first_steps |= zip(painted, refiner.sample(PAINTING_TASK, think, prompts, painted, turn=0), strict=True)
     results = [Refinement([first_steps[i]]) for i in range(len(rows))]
     for turn in range(1, num_rounds + 1):
         open_rows = [i for i, result in enumerate(results) if not result.reached(stop_reward)]
@@ -156,7 +158,7 @@ def refine(
             break
         sources = [results[i].best if keep_best else results[i].steps[-1] for i in open_rows]
         inputs = [{**rows[i], "image": source.image} for i, source in zip(open_rows, sources, strict=True)]
-        reflect = TASKS.get("self_reflection")(think=True)
-        for i, step in zip(open_rows, refiner.sample(reflect, inputs, open_rows, turn), strict=True):
+        steps = refiner.sample(REFLECTION_TASK, True, inputs, open_rows, turn)
+        for i, step in zip(open_rows, steps, strict=True):
             results[i].steps.append(step)
     return results

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from PIL import Image
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.rollout.config import RolloutConfig
+from alphagrpo_ext.rollout.settings import TaskSettings
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
 
@@ -26,6 +27,11 @@ TASKS: Registry = Registry(
         "self_reflection": "alphagrpo_ext.rollout.tasks.self_reflection:SelfReflection",
     },
 )
+
+PAINTING_TASK = "reasoning_t2i"
+"""The task that paints from a prompt alone; it also paints the images that other tasks refine."""
+REFLECTION_TASK = "self_reflection"
+"""The task that refines such an image."""
 
 
 class Task(ABC):
@@ -41,7 +47,9 @@ class Task(ABC):
     needs_image: bool = False
     """Whether a row needs an `image` when the policy starts to act."""
     paints_initial_image: bool = False
-    """Whether the policy paints the image of a row that has none."""
+    """Whether the policy paints the image of a row that has none, with the settings of [`PAINTING_TASK`]."""
+    settings: ClassVar[TaskSettings] = TaskSettings()
+    """The guidance, schedule, size and sampling of texts that this task needs; the run decides about the others."""
 
     def __init__(self, think: bool, num_reflection_rounds: int = 1) -> None:
         if num_reflection_rounds < 1:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from alphagrpo_ext.ranges import (
 )
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
-from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, read_task_settings, resolve_settings
+from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
 
 
 INHERITED_RANGES = {
@@ -54,6 +56,32 @@ SELECTIONS = ("lowest", "sampled")
 """Ways to choose which of several initial images is refined."""
 ROLLOUT_POLICIES = ("policy", "reference")
 """The models that can sample the rollouts."""
+TASK_DEFAULTS: dict[str, Any] = {
+    **TaskSettings(
+        cfg_text_scale=4.0,
+        cfg_img_scale=1.0,
+        cfg_interval=(0.4, 1.0),
+        cfg_renorm_type="global",
+        cfg_renorm_min=0.0,
+        num_timesteps=16,
+        timestep_shift=3.0,
+        ode_solver="euler",
+        image_height=512,
+        image_width=512,
+        max_completion_length=512,
+        temperature=1.0,
+        top_p=0.8,
+        top_k=0,
+    ).given(),
+    **{"eval_num_timesteps": 50, "eval_ode_solver": "euler", "eval_temperature": 0.3, "eval_top_p": 1.0},
+}
+"""What holds where neither the user nor the task sets it. Arguments of these names are `None` until then."""
+TASK_SETTINGS = (
+    *SETTING_NAMES,
+    *("eval_num_timesteps", "eval_timestep_shift", "eval_ode_solver", "eval_ode_steps"),
+    *("eval_cfg_text_scale", "eval_cfg_img_scale", "eval_cfg_interval", "eval_temperature", "eval_top_p"),
+)
+"""Arguments that are settings of a task."""
 
 
 @dataclass
@@ -79,9 +107,18 @@ class AlphaGRPOConfig(GRPOConfig):
     )
     learning_rate: NonNegativeFloat = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
     weight_decay: NonNegativeFloat = field(default=1e-4, metadata={"help": "Weight decay."})
-    max_completion_length: NonNegativeInt | None = field(default=512, metadata={"help": "Longest thought, in tokens."})
-    top_p: PositiveUnitFloat = field(
-        default=0.8, metadata={"help": "Nucleus of thoughts that are sampled for training."}
+    max_completion_length: NonNegativeInt | None = field(
+        default=None, metadata={"help": "Longest thought, in tokens; 512 by default."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of thoughts that are sampled for training; 1.0 by default."}
+    )
+    top_p: PositiveUnitFloat | None = field(
+        default=None, metadata={"help": "Nucleus of thoughts that are sampled for training; 0.8 by default."}
+    )
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Number of likeliest tokens that thoughts are drawn from; 0, the default, takes all."},
     )
     scale_rewards: str = field(
         default="batch",
@@ -106,6 +143,17 @@ class AlphaGRPOConfig(GRPOConfig):
         default="reasoning_t2i",
         metadata={"help": "Task of the policy, a registered name. The column 'task' of a row takes precedence."},
     )
+    task_settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Settings of single tasks, as JSON or a mapping in YAML, e.g. \'{"reasoning_t2i": {"cfg_text_scale": '
+            "3.0}}'. They are guidance (cfg_*), schedule (num_timesteps, timestep_shift, ode_*), size (image_height, "
+            "image_width) and thought (max_completion_length, temperature, top_p, top_k), and those of evaluation (eval_*). "
+            "They win over the argument of that name, which is about --task: a task beside it (rows of other tasks, and "
+            "reasoning_t2i as the painter of initial images) keeps the guidance that it declares, and takes the argument "
+            "for all that it does not declare. Arguments that are not given are what --task declares, or their default."
+        },
+    )
     think: bool = field(default=True, metadata={"help": "Whether the policy writes a thought before it paints."})
     freeze_vision_tower: bool = field(
         default=True,
@@ -121,16 +169,22 @@ class AlphaGRPOConfig(GRPOConfig):
     )
 
     # Parameters that control rollouts
-    image_height: PositiveInt = field(default=512, metadata={"help": "Height of painted images, in pixels."})
-    image_width: PositiveInt = field(default=512, metadata={"help": "Width of painted images, in pixels."})
-    num_timesteps: AtLeastTwo = field(
-        default=16,
+    image_height: PositiveInt | None = field(
+        default=None, metadata={"help": "Height of painted images, in pixels; 512 by default."}
+    )
+    image_width: PositiveInt | None = field(
+        default=None, metadata={"help": "Width of painted images, in pixels; 512 by default."}
+    )
+    num_timesteps: AtLeastTwo | None = field(
+        default=None,
         metadata={
-            "help": "Points of the denoising schedule: without ode_steps, the network is evaluated num_timesteps - 1 "
-            "times."
+            "help": "Points of the denoising schedule, 16 by default: without ode_steps, the network is evaluated "
+            "num_timesteps - 1 times."
         },
     )
-    timestep_shift: PositiveFloat = field(default=3.0, metadata={"help": "Shift of the schedule towards noise."})
+    timestep_shift: PositiveFloat | None = field(
+        default=None, metadata={"help": "Shift of the schedule towards noise; 3.0 by default."}
+    )
     sde_type: str = field(
         default="flow_sde",
         metadata={"help": "Transition inside the window: 'flow_sde' or 'flow_cps'."},
@@ -144,22 +198,37 @@ class AlphaGRPOConfig(GRPOConfig):
         default_factory=lambda: [0, 11],
         metadata={"help": "First step that may be trained, and the step after the last one that may."},
     )
-    cfg_text_scale: float = field(default=4.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
-    cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
-    cfg_interval: list[UnitFloat] = field(
-        default_factory=lambda: [0.4, 1.0],
-        metadata={"help": "Half-open interval (low, high] of shifted times that are guided."},
+    cfg_text_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of text; at most 1 is off. 4.0 by default."}
     )
-    cfg_renorm_type: str = field(
-        default="global",
-        metadata={"help": "Renormalisation of guidance: 'global', 'channel' or 'text_channel'."},
-    )
-    cfg_renorm_min: UnitFloat = field(default=0.0, metadata={"help": "Least factor of the renormalisation; 1 is off."})
-    ode_solver: str = field(
-        default="euler",
+    cfg_img_scale: float | None = field(
+        default=None,
         metadata={
-            "help": "Solver of the steps outside the window, one evaluation of the network each: 'euler', or of second "
-            "order 'ab2' (Adams-Bashforth) or 'dpmpp_2m' (DPM-Solver++). Its history is cleared after the window "
+            "help": "Guidance scale of images; at most 1 is off. By default 1.0, in tasks that refine or edit 2.0."
+        },
+    )
+    cfg_interval: list[UnitFloat] | None = field(
+        default=None,
+        metadata={
+            "help": "Half-open interval (low, high] of shifted times that are guided. By default 0.4 1.0, in tasks that "
+            "refine or edit 0.0 1.0."
+        },
+    )
+    cfg_renorm_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Renormalisation of guidance: 'global', 'channel' or 'text_channel'. By default 'global', in tasks "
+            "that refine or edit 'text_channel'."
+        },
+    )
+    cfg_renorm_min: UnitFloat | None = field(
+        default=None, metadata={"help": "Least factor of the renormalisation; 1 is off. 0.0 by default."}
+    )
+    ode_solver: str | None = field(
+        default=None,
+        metadata={
+            "help": "Solver of the steps outside the window, one evaluation of the network each: 'euler', the default, or "
+            "of second order 'ab2' (Adams-Bashforth) or 'dpmpp_2m' (DPM-Solver++). Its history is cleared after the window "
             "and where guidance is switched on or off."
         },
     )
@@ -224,11 +293,13 @@ class AlphaGRPOConfig(GRPOConfig):
     )
 
     # Parameters that control evaluation
-    eval_num_timesteps: AtLeastTwo = field(
-        default=50,
-        metadata={"help": "num_timesteps in evaluation, where all steps are deterministic."},
+    eval_num_timesteps: AtLeastTwo | None = field(
+        default=None,
+        metadata={"help": "num_timesteps in evaluation, where all steps are deterministic; 50 by default."},
     )
-    eval_ode_solver: str = field(default="euler", metadata={"help": "ode_solver in evaluation."})
+    eval_ode_solver: str | None = field(
+        default=None, metadata={"help": "ode_solver in evaluation; 'euler' by default."}
+    )
     eval_ode_steps: PositiveInt | None = field(
         default=None,
         metadata={
@@ -255,10 +326,12 @@ class AlphaGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "cfg_interval in evaluation; the training value by default."},
     )
-    eval_temperature: NonNegativeFloat = field(
-        default=0.3, metadata={"help": "Temperature of thoughts in evaluation."}
+    eval_temperature: NonNegativeFloat | None = field(
+        default=None, metadata={"help": "Temperature of thoughts in evaluation; 0.3 by default."}
     )
-    eval_top_p: PositiveUnitFloat = field(default=1.0, metadata={"help": "Nucleus of thoughts in evaluation."})
+    eval_top_p: PositiveUnitFloat | None = field(
+        default=None, metadata={"help": "Nucleus of thoughts in evaluation; 1.0 by default."}
+    )
 
     # Parameters that control the report
     report: bool = field(
@@ -373,16 +446,13 @@ class AlphaGRPOConfig(GRPOConfig):
         self.use_cpu = self.use_cpu or not (torch.accelerator.is_available() or named_device)
         # Before, because TRL calculates with the numbers, and after, because it reads dictionaries from texts.
         self.check_numbers()
+        self._resolve_own_task()
         super().__post_init__()
         self.check_numbers()
         if self.use_vllm or self.use_transformers_continuous_batching:
             raise ValueError(
                 "use_vllm and use_transformers_continuous_batching generate text only; AlphaGRPOTrainer samples text "
                 "and images with its own rollout generator, so set both to False"
-            )
-        if self.think and not (self.max_completion_length or 0) > 0:
-            raise ValueError(
-                f"max_completion_length, the longest thought, must be positive, but is {self.max_completion_length}"
             )
         self.make_task(self.task)
         self._check_choices()
@@ -396,6 +466,57 @@ class AlphaGRPOConfig(GRPOConfig):
             )
         self._check_rollouts()
         self._check_branches()
+        for name in self.with_painting_task([self.task, *self.task_settings]):
+            self.check_task(name)
+
+    def _resolve_own_task(self) -> None:
+        """Set the arguments that are settings of a task, and were not given, to those of the run's own task."""
+        run_names = {f.name for f in fields(self)}
+        self.task_settings = read_task_settings(self.task_settings, TASKS, TASK_SETTINGS, run_names)
+        self._given = {name: value for name in TASK_SETTINGS if (value := getattr(self, name)) is not None}
+        self._set_task_settings(self, self.task)
+
+    def _set_task_settings(self, config: AlphaGRPOConfig, task: str) -> None:
+        """Write the settings of a task into this configuration or a copy of it."""
+        overrides = self.task_settings.get(task, {})
+        declared = TASKS.get(task).settings
+        values = resolve_settings(declared, self._given, TASK_DEFAULTS, overrides, is_main_task=task == self.task)
+        for name in TASK_SETTINGS:
+            value = values.get(name)
+            setattr(config, name, list(value) if isinstance(value, tuple | list) else value)
+
+    def for_task(self, name: str | None) -> AlphaGRPOConfig:
+        """
+        The configuration of another task's rows: its arguments that are settings of a task have the values of that task. Rows
+        of the run's own task, and of none (`None`), have this configuration.
+        """
+        if name is None or name == self.task:
+            return self
+        result = copy.copy(self)
+        self._set_task_settings(result, name)
+        return result
+
+    def with_painting_task(self, names: Iterable[str]) -> list[str]:
+        """The names of tasks, and of the task that paints the images that one of them refines."""
+        unique = list(dict.fromkeys(names))
+        paints = any(TASKS.get(name).paints_initial_image for name in unique)
+        return [*unique, PAINTING_TASK] if paints and PAINTING_TASK not in unique else unique
+
+    def check_task(self, name: str) -> None:
+        """
+        Check the settings of a task as those of the run are checked.
+
+        Raises:
+            `ValueError`: If one of them is out of range, or its images cannot be painted. The message names the task.
+        """
+        settings = self.for_task(name)
+        if settings is self:
+            return
+        try:
+            settings._check_bounds()
+            settings._check_rollouts()
+        except ValueError as error:
+            raise ValueError(f"task '{name}': {error}") from error
 
     def check_numbers(self) -> None:
         """Raise `ValueError` at the first number that is not finite or out of its range; the message names the field."""
@@ -433,7 +554,11 @@ class AlphaGRPOConfig(GRPOConfig):
             raise ValueError(f"reward_weights={self.reward_weights} are all 0, so nothing would be trained")
 
     def _check_rollouts(self) -> None:
-        """Check that every window that may be drawn, and the path of an evaluation, can be sampled."""
+        """Check that every thought, every window that may be drawn, and the path of an evaluation can be sampled."""
+        if self.think and not self.max_completion_length > 0:
+            raise ValueError(
+                f"max_completion_length, the longest thought, must be positive, but is {self.max_completion_length}"
+            )
         try:
             self.train_rollout(0)
             if not self.trains_forward_process:

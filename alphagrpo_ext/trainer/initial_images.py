@@ -3,7 +3,7 @@
 """
 Stage 1 of self-reflection: the policy paints the images that its groups then refine.
 
-The policy paints without a thought and without noise. Every process paints for the prompts that it holds, the reward functions
+The policy paints without a thought and without noise, with the guidance, schedule and size of text-to-image. Every process paints for the prompts that it holds, the reward functions
 score the images as they score everything, and the image to refine is chosen among those of all processes by a generator that
 all of them share.
 """
@@ -22,8 +22,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
-from alphagrpo_ext.rollout.task import TASKS, Task
-from alphagrpo_ext.trainer.rewards import judges_images, select_initial, weighted_sum
+from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
+from alphagrpo_ext.trainer.rewards import check_finite, complete_sum, judges_images, select_initial
 from alphagrpo_ext.trainer.step import RolloutStep, reward_row
 
 
@@ -56,17 +56,17 @@ class ImageRewards:
         functions = [function for function, judges in zip(trainer.reward_funcs, keep.tolist(), strict=True) if judges]
         return cls(functions, trainer.reward_weights[keep], trainer.state, getattr(trainer, "async_loop", None))
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> list[float | None]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> torch.Tensor:
         """
-        Weighted reward of each image for its row; `None` where no function gave one.
+        Rewards `(images, functions)` of the images for their rows; NaN where a function gave none.
 
         What the functions log is dropped, since it would be about images that get no gradient.
 
         Raises:
-            `ValueError`: If a function returns another number of rewards.
+            `ValueError`: If a function returns another number of rewards, or an infinite one.
         """
         if not images or not self.functions:
-            return [None] * len(images)
+            return torch.full((len(images), len(self.functions)), torch.nan)
         judged = [reward_row(row) for row in rows]
         prompts = [row["prompt"] for row in judged]
         arguments = {
@@ -83,13 +83,18 @@ class ImageRewards:
             future = asyncio.run_coroutine_threadsafe(_gather([results[i] for i in waiting]), self.loop)
             for i, result in zip(waiting, future.result(), strict=True):
                 results[i] = result
-        for function, result in zip(self.functions, results, strict=True):
+        names = [getattr(function, "__name__", type(function).__name__) for function in self.functions]
+        for name, result in zip(names, results, strict=True):
             if len(result) != len(rows):
-                name = getattr(function, "__name__", type(function).__name__)
                 raise ValueError(f"the reward function '{name}' returned {len(result)} rewards for {len(rows)} images")
         columns = [[torch.nan if reward is None else reward for reward in result] for result in results]
         rewards = torch.tensor(columns, dtype=torch.float32).T
-        totals = weighted_sum(rewards, self.weights.cpu()).tolist()
+        check_finite(rewards, names)
+        return rewards
+
+    def totals(self, rewards: torch.Tensor) -> list[float | None]:
+        """Weighted sums of rewards `(images of one prompt, functions)`; `None` where a reward is missing."""
+        totals = complete_sum(rewards, self.weights.cpu(), max(len(rewards), 1)).tolist()
         return [None if total != total else total for total in totals]
 
 
@@ -112,7 +117,7 @@ def paint_initial_images(
     Give every row of a task that refines the image that its group starts from, and note the reward of that image.
 
     Args:
-        step ([`RolloutStep`]): Its `rows` and `initial_rewards` are set.
+        step ([`RolloutStep`]): Its `rows` and `initial_scores` are set.
         generate ([`RolloutGenerator`]): Holds the policy and its processor.
         tasks (`Mapping[str, Task]`): The tasks of the rows by name.
         rewards ([`ImageRewards`]): Scores the images.
@@ -128,29 +133,31 @@ def paint_initial_images(
     scores = rewards([rows[i] for i, _ in candidates], [image for _, image in candidates])
     # A prompt can stand on several processes, which must all choose the same image.
     found = gather_object(
-        [(same_context(rows[i]), score, image) for (i, image), score in zip(candidates, scores, strict=True)]
+        [(same_context(rows[i]), score, image) for (i, image), score in zip(candidates, scores.tolist(), strict=True)]
     )
-    choices: dict[tuple[str, ...], tuple[float | None, Image.Image]] = {}
+    choices: dict[tuple[str, ...], tuple[list[float], Image.Image]] = {}
     step.rows = list(rows)
+    step.initial_scores = torch.full((len(rows), len(rewards.functions)), torch.nan)
     for i in refining:
         context = same_context(rows[i])
         if context not in choices:
             offered = [(score, image) for other, score, image in found if other == context]
             rng = random.Random(f"{step.seed}-{step.index}-{context}")
-            choices[context] = offered[select_initial([score for score, _ in offered], args.stage1_selection, rng)]
+            totals = rewards.totals(torch.tensor([score for score, _ in offered]))
+            choices[context] = offered[select_initial(totals, args.stage1_selection, rng)]
         score, image = choices[context]
         step.rows[i] = {**rows[i], "image": image}
-        step.initial_rewards[i] = float("nan") if score is None else score
+        step.initial_scores[i] = torch.tensor(score)
 
 
 def _paint(
     step: RolloutStep, generate: RolloutGenerator, indices: Sequence[int], num_images: int
 ) -> list[Image.Image]:
     """Paint `num_images` images for each row of `indices`, one row after the other."""
-    config = step.config.deterministic()
+    config = step.configs[PAINTING_TASK].deterministic()
     # There is no image yet whose absence could guide.
     guidance = replace(config.denoising.guidance, image_scale=1.0)
-    paint = RolloutGenerator(generate.model, generate.processor, TASKS.get("reasoning_t2i")(think=False))
+    paint = RolloutGenerator(generate.model, generate.processor, TASKS.get(PAINTING_TASK)(think=False))
     trajectories = paint(
         [step.rows[i] for i in indices for _ in range(num_images)],
         [

@@ -57,10 +57,34 @@ def select_initial(rewards: Sequence[float | None], selection: str, rng: random.
     return rng.choices(scored, weights.tolist())[0]
 
 
-def weighted_sum(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum `(samples, functions)` rewards to `(samples,)` as TRL does: NaN counts as 0, and the sum is NaN where all are NaN."""
-    total = (rewards * weights).nansum(dim=1)
-    return total.masked_fill(torch.isnan(rewards).all(dim=1), torch.nan)
+def missing_rewards(rewards: torch.Tensor, always: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    Rewards that a function owes. A function that gave none to a whole group does not apply to its prompt, as in TRL, unless it
+    says that it applies always. One that gave some of a group a reward failed for the others.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(samples, functions)`): NaN where a function gave none.
+        always (`torch.Tensor` of shape `(functions,)`): Functions that apply to every sample, bool.
+        num_generations (`int`): Samples per group.
+
+    Returns:
+        `torch.Tensor` of shape `(samples, functions)`: True where a reward is missing.
+    """
+    given = ~rewards.isnan()
+    groups = given.unflatten(0, (-1, num_generations))
+    applies = groups.any(dim=1, keepdim=True).expand_as(groups).reshape_as(given) | always
+    return applies & ~given
+
+
+def complete_sum(rewards: torch.Tensor, weights: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    Weighted sum `(samples,)` in fp64 of `(samples, functions)` rewards. It is NaN where a reward is missing, see
+    [`missing_rewards`], since a part of a sum cannot be compared with a whole one. Functions with a weight of 0 do not count.
+    """
+    counted = weights != 0
+    missing = missing_rewards(rewards, torch.zeros_like(counted), num_generations) & counted
+    total = (rewards.double() * weights.double()).nansum(dim=1)
+    return total.masked_fill(missing.any(dim=1) | rewards.isnan().all(dim=1), torch.nan)
 
 
 def rectify_false_positives(
@@ -86,19 +110,19 @@ def rectify_false_positives(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Rewards `(samples, functions)`, and which samples are false positives, bool
-        `(samples,)`.
+        `(samples,)`. A sample with a missing reward is none.
     """
-    total = weighted_sum(rewards, weights)
+    # In the precision of the initial rewards, so that equal rewards are equal.
+    total = complete_sum(rewards, weights, num_generations).to(initial_rewards.dtype)
     is_false = total <= initial_rewards
-    if rectification == "off" or not is_false.any():
+    if rectification == "off" or not is_false.any() or not weights.any():
         return rewards, is_false
     if rectification == "initial":
-        # Only the sum over functions matters, so the first one carries the difference.
-        columns = torch.nan_to_num(rewards)
-        share = torch.zeros_like(columns)
-        first = int((weights != 0).nonzero()[0])
-        share[:, first] = (initial_rewards - total) / weights[first]
-        return torch.where(is_false[:, None], columns + share, rewards), is_false
+        # Only the sum over functions matters, so the first one that counts carries the difference.
+        counted = ~rewards.isnan() & (weights != 0)
+        first = torch.nn.functional.one_hot(counted.int().argmax(dim=1), len(weights)).bool() & counted
+        share = ((initial_rewards - total)[:, None] / weights).to(rewards.dtype)
+        return torch.where(is_false[:, None] & first, rewards + share, rewards), is_false
     groups = total.view(-1, num_generations)
     worst = torch.where(torch.isnan(groups), torch.inf, groups).argmin(dim=1)
     worst = worst + torch.arange(len(groups), device=worst.device) * num_generations
@@ -113,7 +137,8 @@ def group_advantages(
     multi_objective_aggregation: str = "sum_then_normalize",
 ) -> torch.Tensor:
     """
-    Group-relative advantages from some of the reward functions, computed as [`~trl.GRPOTrainer`] does from all of them.
+    Group-relative advantages from some of the reward functions, computed as [`~trl.GRPOTrainer`] does from all of them, but in
+    fp64: the mean of equal rewards is then that reward, and no rounding is divided by a standard deviation near 0.
 
     Args:
         rewards (`torch.Tensor` of shape `(samples, functions)`): NaN where a function gave none.
@@ -122,22 +147,23 @@ def group_advantages(
         scale_rewards, multi_objective_aggregation (`str`): As in [`~trl.GRPOConfig`].
 
     Returns:
-        `torch.Tensor` of shape `(samples,)`: 0 where no function gave a reward.
+        `torch.Tensor` of shape `(samples,)`: In the type of the rewards, 0 where a reward is missing.
     """
+    total = complete_sum(rewards, weights, num_generations)
     if multi_objective_aggregation == "normalize_then_sum":
-        grouped = rewards.view(-1, num_generations, rewards.shape[1])
+        columns = rewards.double().masked_fill(total.isnan()[:, None], torch.nan)
+        grouped = columns.view(-1, num_generations, columns.shape[1])
         normalized = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
-        total = weighted_sum(normalized.view_as(rewards), weights)
+        total = (normalized.view_as(columns) * weights.double()).nansum(dim=1).masked_fill(total.isnan(), torch.nan)
         advantages = (total - total.nanmean()) / (nanstd(total) + 1e-4)
-        return torch.nan_to_num(advantages, nan=0.0)
-    total = weighted_sum(rewards, weights)
+        return torch.nan_to_num(advantages, nan=0.0).to(rewards.dtype)
     grouped = total.view(-1, num_generations)
     advantages = grouped - grouped.nanmean(dim=1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (nanstd(grouped, dim=1)[:, None] + 1e-4)
     elif scale_rewards == "batch":
         advantages = advantages / (nanstd(total) + 1e-4)
-    return torch.nan_to_num(advantages.flatten(), nan=0.0)
+    return torch.nan_to_num(advantages.flatten(), nan=0.0).to(rewards.dtype)
 
 
 def mean_by_name(rewards: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
@@ -174,6 +200,22 @@ def reflection_metrics(
     return {f"reflection/{name}": value[compared].mean().item() for name, value in values.items()}
 
 
+def check_finite(rewards: torch.Tensor, names: Sequence[str]) -> None:
+    """
+    Raise `ValueError` if a reward is infinite.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(samples, functions)`): What the functions gave; NaN is no reward.
+        names (`Sequence[str]`): Names of the functions.
+    """
+    if rewards.isinf().any():
+        sample, function = rewards.isinf().nonzero()[0].tolist()
+        raise ValueError(
+            f"the reward function '{names[function]}' returned {rewards[sample, function].item()} for sample {sample} of the "
+            f"rollout: a reward must be a finite number, or None where there is none"
+        )
+
+
 def judge_step(
     step: RolloutStep,
     rewards: torch.Tensor,
@@ -184,47 +226,71 @@ def judge_step(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """
-    Set `image_rewards` and, after rectification, `rewards` of a rollout.
+    Set `image_rewards`, `is_false_positive` and, after rectification, `rewards` of a rollout.
+
+    A sample with a missing reward is not trained on, neither its text nor its image: all its rewards become NaN, before
+    anything is summed. A sample with an image needs the reward of at least one function that judges images.
 
     Args:
         step ([`RolloutStep`]): Its trajectories are sampled.
         rewards (`torch.Tensor` of shape `(samples of all processes, functions)`): What the functions gave.
-        functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`): All functions and their weights.
+        functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`):
+            All functions and their weights. A function with a true attribute `always_applies` owes every sample a reward;
+            others owe none to a group of which they judged no sample.
         tasks (`Mapping[str, Task]`): The tasks of the rows by name.
         args ([`AlphaGRPOConfig`]): `rectification`, one of [`RECTIFICATIONS`].
         accelerator ([`~accelerate.Accelerator`]): Gathers what is known of this process alone.
 
     Returns:
         `dict[str, float]`: Metrics: the mean reward of every task if there are several, and those of [`reflection_metrics`].
+
+    Raises:
+        `ValueError`: If a reward is infinite.
     """
-    metrics = {}
-    is_image = judges_images(functions).to(rewards.device)
-    weights = weights.to(rewards.device)[is_image]
-    step.rewards, step.image_rewards = rewards, weighted_sum(rewards[:, is_image], weights)
+    check_finite(rewards, [getattr(function, "__name__", type(function).__name__) for function in functions])
+    device, metrics = rewards.device, {}
+    weights, is_image = weights.to(device), judges_images(functions).to(device)
+    always = torch.tensor([bool(getattr(function, "always_applies", False)) for function in functions], device=device)
+    is_missing = missing_rewards(rewards, always, step.group_size) & (weights != 0)
+    needed = is_image & (weights != 0)
+    painted = accelerator.gather(torch.tensor([bool(t.sampled_images) for t in step.trajectories], device=device))
+    is_unjudged = painted & needed.any() & rewards[:, needed].isnan().all(dim=1)
+    step.rewards = rewards.masked_fill((is_missing.any(dim=1) | is_unjudged)[:, None], torch.nan)
+    images, image_weights = step.rewards[:, is_image], weights[is_image]
+    step.image_rewards = complete_sum(images, image_weights, step.group_size).to(rewards.dtype)
+    step.is_false_positive = torch.zeros(len(rewards), dtype=torch.bool, device=device)
+    step.initial_rewards = torch.full_like(step.image_rewards, torch.nan)
     if len(tasks) > 1:
         names = gather_object([row["task"] for row in step.rows])
         metrics = {f"rewards/{task}": value for task, value in mean_by_name(step.image_rewards, names).items()}
     if any(task.paints_initial_image for task in tasks.values()):
-        initial_rewards = accelerator.gather(torch.tensor(step.initial_rewards, device=rewards.device))
+        initial = accelerator.gather(step.initial_scores.to(device))
+        # What a function does not judge in the refined images, it does not count for in the initial one.
+        is_uncounted = (rewards[:, is_image].isnan() & ~is_missing[:, is_image]) | (image_weights == 0)
+        initial = (initial.double() * image_weights.double()).masked_fill(is_uncounted, 0.0).sum(dim=1)
+        step.initial_rewards = initial.to(rewards.dtype)
         rectified, is_false = rectify_false_positives(
-            rewards[:, is_image], weights, initial_rewards, step.group_size, args.rectification
+            images, image_weights, step.initial_rewards, step.group_size, args.rectification
         )
-        is_rectified = is_false if args.rectification != "off" else torch.zeros_like(is_false)
-        metrics |= reflection_metrics(initial_rewards, step.image_rewards, is_rectified)
-        step.rewards = rewards.clone()
+        step.is_false_positive = is_false if args.rectification != "off" else torch.zeros_like(is_false)
+        metrics |= reflection_metrics(step.initial_rewards, step.image_rewards, step.is_false_positive)
+        step.rewards = step.rewards.clone()
         step.rewards[:, is_image] = rectified
     return metrics
 
 
-def image_advantages(
+def joint_advantages(
     step: RolloutStep,
     advantages: torch.Tensor,
     functions: Sequence[Callable],
     weights: torch.Tensor,
     args: AlphaGRPOConfig,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Advantages of images: TRL's, unless some rewards are about text alone.
+    Advantages of texts, which are TRL's but for rounding, and of images, which leave rewards of text alone out.
+
+    A false positive that is rectified has no positive advantage, neither its text for a good format nor its image for one of
+    several rewards. The thought that several images share is one action: its advantage is the mean of theirs.
 
     Args:
         step ([`RolloutStep`]): Its rewards are rectified.
@@ -233,20 +299,49 @@ def image_advantages(
         args ([`AlphaGRPOConfig`]): `separate_advantages`, `mask_broken_format`, and TRL's settings of advantages.
 
     Returns:
-        `torch.Tensor` of shape `(samples of this process,)`: A new tensor.
+        `tuple[torch.Tensor, torch.Tensor]`: New tensors. Advantages of texts are `(samples of this process,)`, or `(samples of
+        this process, tokens)` if thoughts are shared and more texts follow them, and those of images `(samples of this
+        process,)`.
     """
-    is_image = judges_images(functions).to(advantages.device)
-    if is_image.all():
-        return advantages.clone()
-    if args.separate_advantages:
-        advantages = group_advantages(
-            step.rewards[:, is_image],
-            weights.to(advantages.device)[is_image],
-            step.group_size,
-            args.scale_rewards,
-            args.multi_objective_aggregation,
-        )[step.local]
+    is_image, weights = judges_images(functions).to(advantages.device), weights.to(advantages.device)
+    settings = (step.group_size, args.scale_rewards, args.multi_objective_aggregation)
+    exact = group_advantages(step.rewards, weights, *settings)[step.local]
+    # TRL divides the rounding of equal rewards, in fp32, by a standard deviation of 1e-4.
+    is_close = torch.isclose(advantages, exact, rtol=1e-3, atol=1e-5) & (exact != 0)
+    text = image = torch.where(is_close, advantages, exact)
+    if args.separate_advantages and not is_image.all():
+        image = group_advantages(step.rewards[:, is_image], weights[is_image], *settings)[step.local]
     if args.mask_broken_format:
         is_broken = (step.rewards[step.local][:, ~is_image] < 0.5).any(dim=1)
-        advantages = advantages.masked_fill(is_broken, 0.0)
-    return advantages.clone()
+        image = image.masked_fill(is_broken, 0.0)
+    is_false = step.is_false_positive[step.local]
+    text, image = (torch.where(is_false, values.clamp(max=0.0), values) for values in (text, image))
+    return share_advantages(text, step), image
+
+
+def share_advantages(advantages: torch.Tensor, step: RolloutStep) -> torch.Tensor:
+    """
+    Give the texts of samples that share a thought the mean advantage of these samples, as far as they share it.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(samples of this process,)`): One per sample.
+        step ([`RolloutStep`]): `branches_per_thought` consecutive samples share their first text.
+
+    Returns:
+        `torch.Tensor`: `(samples,)`, or `(samples, tokens)` if a sample has more than one text. Samples without a reward keep 0
+        and do not count.
+    """
+    # A setting of the run, the same for every task.
+    num_branches = next(iter(step.configs.values())).branches_per_thought
+    if num_branches == 1:
+        return advantages
+    has_reward = ~step.rewards[step.local].isnan().all(dim=1)
+    branches = advantages.masked_fill(~has_reward, torch.nan).view(-1, num_branches)
+    shared = branches.nanmean(dim=1, keepdim=True).expand_as(branches).flatten()
+    shared = torch.where(has_reward, shared, 0.0)
+    if all(len(trajectory.sampled_texts) <= 1 for trajectory in step.trajectories):
+        return shared
+    lengths = [[len(text.token_ids) for text in trajectory.sampled_texts] for trajectory in step.trajectories]
+    tokens = torch.arange(max(sum(row) for row in lengths), device=advantages.device)
+    is_first = tokens < torch.tensor([sum(row[:1]) for row in lengths], device=advantages.device)[:, None]
+    return torch.where(is_first, shared[:, None], advantages[:, None])

@@ -65,22 +65,18 @@ class PackedScorer:
     Scores trajectories with a policy or a reference.
 
     Args:
-        args ([`AlphaGRPOConfig`]): Guidance, split of the window and gradient of contexts.
+        args ([`AlphaGRPOConfig`]): Guidance and temperature of each task, split of the window and gradient of contexts.
         accelerator ([`~accelerate.Accelerator`]): Device and autocast of the forward.
-        temperature (`float`): Temperature at which texts were sampled.
         runs_all_parts (`bool`):
             Whether every forward must run every part of the model. With sharded parameters all processes gather the same
             weights, and one of them may have an image to look at where another has none.
     """
 
-    def __init__(
-        self, args: AlphaGRPOConfig, accelerator: Accelerator, temperature: float, runs_all_parts: bool
-    ) -> None:
-        self.guidance = args.objective_guidance
+    def __init__(self, args: AlphaGRPOConfig, accelerator: Accelerator, runs_all_parts: bool) -> None:
+        self.args = args
         self.steps_per_forward = args.image_steps_per_forward
         self.context_gradient = args.context_gradient
         self.accelerator = accelerator
-        self.temperature = temperature
         self.runs_all_parts = runs_all_parts
 
     def score_rollout(
@@ -111,12 +107,16 @@ class PackedScorer:
         """Score a batch of trajectories in one packed forward, with a gradient where that is enabled."""
         # accelerate's unwrapping asks which backends are installed, which takes longer than a small model's forward.
         unwrapped = model if isinstance(model, UnifiedModel) else self.accelerator.unwrap_model(model)
-        batch = unwrapped.pack(trajectories, self.guidance)
+        settings = [self.args.for_task(trajectory.task) for trajectory in trajectories]
+        batch = unwrapped.pack(trajectories, _one_or_each([own.objective_guidance.effective for own in settings]))
         inputs = unwrapped.with_all_parts(batch.inputs) if self.runs_all_parts else batch.inputs
         device = self.accelerator.device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        temperature = _one_or_each([own.temperature for own in settings])
+        if isinstance(temperature, list):
+            temperature = torch.tensor(temperature)[batch.score_trajectory].to(device)
         with self.accelerator.autocast():
-            output = model(**inputs, temperature=self.temperature, context_gradient=self.context_gradient)
+            output = model(**inputs, temperature=temperature, context_gradient=self.context_gradient)
         length = max(sum(len(text.token_ids) for text in t.sampled_texts) for t in trajectories)
         index = (batch.score_trajectory.to(device), batch.score_column.to(device))
         blank = output.log_probs.new_zeros(len(trajectories), length)
@@ -158,11 +158,13 @@ class ImageLoss:
         Returns:
             [`ObjectiveOutput`]: With a scalar loss, before `weight`.
         """
-        num_steps = scores.t.shape[1]
+        num_steps, num_tokens = scores.velocities.shape[1:3]
 
         def velocities(name: str) -> torch.Tensor | None:
             kept = inputs.get(name)
-            return None if kept is None else torch.cat(kept)[:, start : start + num_steps]
+            if kept is None:
+                return None
+            return torch.cat([fit_tokens(tensor, num_tokens) for tensor in kept])[:, start : start + num_steps]
 
         output = self.objective(
             scores,
@@ -173,8 +175,10 @@ class ImageLoss:
         trajectories = inputs["trajectories"]
         window = next(image.window for t in trajectories for image in t.sampled_images if image.window)
         share = num_steps / window.num_steps
+        # A trajectory with several images weighs as much as one with a single image.
+        num_images = torch.bincount(scores.trajectory, minlength=len(trajectories))
         return ObjectiveOutput(
-            loss=share * output.loss.sum() / len(trajectories),
+            loss=share * (output.loss / num_images[scores.trajectory]).sum() / len(trajectories),
             metrics={name: share * value for name, value in output.metrics.items()},
         )
 
@@ -230,6 +234,15 @@ def pad_columns(scores: torch.Tensor, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(scores, (0, length - scores.shape[1]))
 
 
+def fit_tokens(velocities: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """
+    Velocities `(images, steps, tokens, channels)` with `num_tokens` tokens. Tasks can paint images of different sizes, and a
+    batch is padded to its largest one, so what is added or cut off is padding.
+    """
+    missing = num_tokens - velocities.shape[2]
+    return torch.nn.functional.pad(velocities, (0, 0, 0, missing)) if missing else velocities
+
+
 def velocities_by_trajectory(scores: ImageScores) -> tuple[torch.Tensor, ...]:
     """Velocities `(images of the trajectory, steps, tokens, channels)` of each trajectory."""
     _, num_images = scores.trajectory.unique_consecutive(return_counts=True)
@@ -278,7 +291,12 @@ def _with_window_steps(trajectory: Trajectory, start: int, stop: int) -> Traject
             return replace(segment, window=window) if window else segment
         return TextSegment(segment.content_ids, role=segment.role) if segment.sampled and start else segment
 
-    return Trajectory([narrow(segment) for segment in trajectory.segments])
+    return replace(trajectory, segments=[narrow(segment) for segment in trajectory.segments])
+
+
+def _one_or_each(values: list[Any]) -> Any:
+    """The one value of all trajectories, or the list of theirs."""
+    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _narrowed_window(window: DenoisingWindow, start: int, stop: int) -> DenoisingWindow:

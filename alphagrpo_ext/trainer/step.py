@@ -14,7 +14,7 @@ import asyncio
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -80,18 +80,23 @@ class RolloutStep:
     Args:
         rows (`list[dict[str, Any]]`):
             Dataset rows with their `task`, one per sample; the members of a group follow each other.
-        config ([`RolloutConfig`]): How the samples are generated.
+        configs (`dict[str, RolloutConfig]`): How the samples of each task are generated; see [`rollout_configs`].
         seed (`int` or `str`), index (`int`):
             Seed of the run and number of this rollout in it. All randomness of the rollout is derived from the two.
         offset (`int`): Position of the first sample among the samples of all processes.
         group_size (`int`): Samples per prompt.
         trajectories (`list[Trajectory]`): One per row, once they are sampled.
         texts (`list[list[str]]`): Decoded sampled texts of each trajectory, one per turn.
-        initial_rewards (`list[float]`):
-            Reward of the image that each sample set out to refine; NaN where there is none.
+        initial_scores (`torch.Tensor` of shape `(samples, functions that judge images)`):
+            Rewards of the image that each sample set out to refine; NaN where there is none.
+        initial_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
+            Their weighted sum; NaN where one that counts is missing.
         image_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
-            Weighted sum of the rewards of images, before rectification; NaN where no function gave one.
-        rewards (`torch.Tensor` of shape `(samples of all processes, functions)`): Rewards after rectification.
+            Weighted sum of the rewards of images, before rectification; NaN where one is missing.
+        is_false_positive (`torch.Tensor` of shape `(samples of all processes,)`, bool):
+            Samples whose rewards rectification replaced.
+        rewards (`torch.Tensor` of shape `(samples of all processes, functions)`):
+            Rewards after rectification; NaN in all columns of a sample that is not trained on.
         image_advantages (`torch.Tensor` of shape `(samples,)`): Advantages of the images of this process.
         scores (`dict[str, RolloutScores]`):
             What a policy that is not trained makes of the trajectories: `"old"` is the policy that sampled them,
@@ -99,21 +104,20 @@ class RolloutStep:
     """
 
     rows: list[dict[str, Any]]
-    config: RolloutConfig
+    configs: dict[str, RolloutConfig]
     seed: int | str
     index: int
     offset: int
     group_size: int
     trajectories: list[Trajectory] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
-    initial_rewards: list[float] = field(default_factory=list)
+    initial_scores: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    initial_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     image_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    is_false_positive: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     image_advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     scores: dict[str, RolloutScores] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.initial_rewards = self.initial_rewards or [float("nan")] * len(self.rows)
 
     @property
     def local(self) -> slice:
@@ -151,13 +155,31 @@ def new_step(
     """
     rows = [{**row, "task": task_name(row, args.task)} for row in inputs]
     offset = process_index * len(rows)
+    names = dict.fromkeys(row["task"] for row in rows)
     if training_position is None:
-        return RolloutStep(rows, args.eval_rollout(), f"eval-{args.seed}", 0, offset, group_size)
+        return RolloutStep(rows, rollout_configs(args, names), f"eval-{args.seed}", 0, offset, group_size)
     global_step, micro_step = training_position
     # Several rollouts may serve one optimizer step; each has its own noise.
     accumulation = args.gradient_accumulation_steps
     index = global_step * accumulation + micro_step % accumulation
-    return RolloutStep(rows, args.train_rollout(global_step), args.seed, index, offset, group_size)
+    return RolloutStep(rows, rollout_configs(args, names, global_step), args.seed, index, offset, group_size)
+
+
+def rollout_configs(
+    args: AlphaGRPOConfig, names: Iterable[str], global_step: int | None = None
+) -> dict[str, RolloutConfig]:
+    """
+    How rows are sampled, by the name of their task.
+
+    Args:
+        args ([`AlphaGRPOConfig`]): Settings of the run and of its tasks.
+        names (`Iterable[str]`): Tasks. If one of them refines images of the policy, the task that paints them is added.
+        global_step (`int`, *optional*): Optimizer steps done; `None` in evaluation.
+    """
+    settings = {name: args.for_task(name) for name in args.with_painting_task(names)}
+    if global_step is None:
+        return {name: own.eval_rollout() for name, own in settings.items()}
+    return {name: own.train_rollout(global_step) for name, own in settings.items()}
 
 
 def start_judging(

@@ -40,7 +40,7 @@ from alphagrpo_ext.trainer.finite_steps import FiniteSteps, check_trained_weight
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
-from alphagrpo_ext.trainer.rewards import image_advantages, judge_step
+from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
@@ -122,6 +122,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         processing_class = processing_class or load_processor(policy.config._name_or_path)
         named = named_datasets(train_dataset, eval_dataset)
         self.tasks = validated_tasks(args, reward_funcs, named, processing_class, policy)
+        policy.config.sampling = {"task": args.task, **args.eval_rollout().to_settings()}
         check_optimizer_is_made_here(args, optimizers[0])
         peft_config = freeze_for_training(policy, peft_config, args)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
@@ -162,7 +163,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         check_trains(self.model, args)
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
         runs_all_parts = sharding.shards_parameters and len(self.tasks) > 1
-        self.scorer = PackedScorer(args, self.accelerator, self.temperature, runs_all_parts)
+        self.scorer = PackedScorer(args, self.accelerator, runs_all_parts)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)
         self.image_loss = ImageLoss(objective, args.image_loss_weight, self.accelerator)
         self._finite_steps = FiniteSteps(self.accelerator, processing_class)
@@ -204,7 +205,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         try:
             output = super()._generate_and_score_completions([reward_row(row) for row in step.rows])
             functions, weights = self.reward_funcs, self.reward_weights
-            step.image_advantages = image_advantages(step, output["advantages"], functions, weights, self.args)
+            advantages = joint_advantages(step, output["advantages"], functions, weights, self.args)
+            output["advantages"], step.image_advantages = advantages
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:
@@ -226,7 +228,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             generate = RolloutGenerator(policy, self.processing_class, self.tasks)
             if any(task.paints_initial_image for task in self.tasks.values()):
                 paint_initial_images(step, generate, self.tasks, ImageRewards.from_trainer(self), self.args)
-            for part in generate.parts(step.rows, step.generators(), step.config):
+            for part in generate.parts(step.rows, step.generators(), step.configs):
                 start = len(step.trajectories)
                 start_judging(self.reward_funcs, part, step.rows[start : start + len(part)], loop)
                 step.trajectories += part
@@ -294,9 +296,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
             # The gradient of the other parts is there already, so only the value of their loss is added.
             image_loss = sum([output.loss.detach() for output in outputs[1:]], outputs[0].loss)
             losses["images"] = self.args.image_loss_weight * (image_loss / accumulation_steps)
-        if self.model.training:
-            self._finite_steps.add(losses, scores, inputs, self.state.global_step)
-        return sum(losses.values())
+        step = self.state.global_step if self.model.training else None
+        return self._finite_steps.total(losses, scores, inputs, step)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
         return self._finite_steps.checked_norm(super()._get_grad_norm(model, grad_norm), self.state.global_step)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,7 +18,7 @@ from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task, prompt_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.step import task_name
+from alphagrpo_ext.trainer.step import rollout_configs, task_name
 
 
 ADAPTER_RANGES = {"r": "[1, inf)", "lora_alpha": "(0, inf)", "lora_dropout": "[0, 1)"}
@@ -90,7 +90,7 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.
 
 
 def validate_rewards(
-    functions: Sequence[Callable], named: Mapping[str, datasets.Dataset], height: int, width: int
+    functions: Sequence[Callable], named: Mapping[str, datasets.Dataset], sizes: Sequence[tuple[int, int]]
 ) -> None:
     """
     Ask reward functions to check the datasets and the size of images, if they have a `validate_dataset` or a
@@ -99,7 +99,7 @@ def validate_rewards(
     Args:
         functions (`Sequence[Callable]`): Reward functions.
         named (`Mapping[str, datasets.Dataset]`): From [`named_datasets`].
-        height, width (`int`): Size of sampled images in pixels.
+        sizes (`Sequence[tuple[int, int]]`): Heights and widths of sampled images in pixels.
 
     Raises:
         `ValueError`: If a function refuses a dataset; the message begins with its name.
@@ -112,7 +112,8 @@ def validate_rewards(
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         if validate := getattr(function, "validate_image_size", None):
-            validate(height, width)
+            for size in dict.fromkeys(sizes):
+                validate(*size)
 
 
 def validated_tasks(
@@ -138,14 +139,35 @@ def validated_tasks(
     args.eval_rollout().grid(model)
     model.guidance(args.guidance)
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    validate_rewards(functions, named, args.image_height, args.image_width)
     names = dict.fromkeys(
         [args.task, *(name for dataset in named.values() for name in task_names(dataset, args.task))]
     )
+    configs = validated_configs(args, names, model)
+    validate_rewards(functions, named, [config.size for config in configs.values()])
     tasks = {name: args.make_task(name) for name in names}
     for dataset in named.values():
-        validate_rows(dataset, tasks, args.task, processor, model, args.eval_rollout())
+        validate_rows(dataset, tasks, args.task, processor, model, configs)
     return tasks
+
+
+def validated_configs(args: AlphaGRPOConfig, names: Iterable[str], model: UnifiedModel) -> dict[str, RolloutConfig]:
+    """
+    How rows of each task are sampled in an evaluation, which has the image size and the longest thought of training.
+
+    Raises:
+        `ValueError`: If the settings of a task contradict each other, or the model does not support them.
+    """
+    for name in args.with_painting_task(names):
+        args.check_task(name)
+    configs = rollout_configs(args, names)
+    for name, config in configs.items():
+        try:
+            config.grid(model)
+            for own in (config, args.for_task(name).train_rollout(0)):
+                model.guidance(own.denoising.guidance)
+        except ValueError as error:
+            raise ValueError(f"task '{name}': {error}") from error
+    return configs
 
 
 def task_names(dataset: datasets.Dataset, default: str) -> list[str]:
@@ -172,7 +194,7 @@ def validate_rows(
     default: str,
     processor: UnifiedProcessor,
     model: UnifiedModel,
-    config: RolloutConfig,
+    configs: Mapping[str, RolloutConfig],
 ) -> None:
     """
     Check that every row has the image that its task needs, and that the longest prompt fits the model.
@@ -182,7 +204,7 @@ def validate_rows(
         tasks (`Mapping[str, Task]`): By name, all that the rows mention.
         default (`str`): Task of rows that name none.
         processor, model: Processor and model of the policy.
-        config ([`RolloutConfig`]): Size of images, and the longest thought.
+        configs (`Mapping[str, RolloutConfig]`): Size of images, and the longest thought, of each task.
 
     Raises:
         `ValueError`: At the first row that fails; the message names it.
@@ -200,10 +222,10 @@ def validate_rows(
         if name not in longest or len(str(row["prompt"])) > len(str(longest[name][1]["prompt"])):
             longest[name] = (index, row)
     for name, (index, row) in longest.items():
-        positions = tasks[name].max_positions(row, processor, model, config)
+        positions = tasks[name].max_positions(row, processor, model, configs[name])
         if positions > model.max_positions:
             raise ValueError(
                 f"row {index} of task '{name}' can take {positions} positions, more than the model's "
                 f"{model.max_positions}: lower num_reflection_rounds ({tasks[name].num_reflection_rounds}) or "
-                f"max_completion_length ({config.max_new_tokens}), or shorten the prompt ({prompt_text(row['prompt'])[:80]!r})"
+                f"max_completion_length ({configs[name].max_new_tokens}), or shorten the prompt ({prompt_text(row['prompt'])[:80]!r})"
             )

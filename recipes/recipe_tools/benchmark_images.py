@@ -20,7 +20,7 @@ from alphagrpo_ext.files import write_text
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
-from alphagrpo_ext.rollout.task import TASKS
+from alphagrpo_ext.rollout.task import REFLECTION_TASK, TASKS
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from recipe_tools.processes import load_policy
 from reward_models.benchmarks import Benchmark, BenchmarkPrompt
@@ -97,13 +97,18 @@ def image_size(row: Mapping[str, Any], processor: ProcessorMixin, args: ExportAr
 
 
 def paint(
-    painter: RolloutGenerator, refiner: RolloutGenerator, jobs: Sequence[MissingImages], args: ExportArguments
+    painter: RolloutGenerator,
+    task: str,
+    refiner: RolloutGenerator,
+    jobs: Sequence[MissingImages],
+    args: ExportArguments,
 ) -> list[dict[int, Image.Image]]:
     """
     Paint the missing images of some prompts. The noise of an image depends on seed, prompt and number alone.
 
     Args:
         painter, refiner ([`RolloutGenerator`]): The policy, for first images and for rounds of reflection.
+        task (`str`): Name of the task of first images.
         jobs (`Sequence[MissingImages]`): What to paint.
         args ([`ExportArguments`]): Size, sampling and number of rounds.
 
@@ -123,7 +128,8 @@ def paint(
                 sample_generator(f"export-{args.seed}-{number}", turn, jobs[place].index)
                 for place, number in (places[i] for i in members)
             ]
-            trajectories = (refiner if turn else painter)([rows[i] for i in members], generators, args.rollout(*size))
+            generate, name = (refiner, REFLECTION_TASK) if turn else (painter, task)
+            trajectories = generate([rows[i] for i in members], generators, args.rollout(*size, name))
             for i, trajectory in zip(members, trajectories, strict=True):
                 rows[i] = {**rows[i], "image": trajectory.final_image}
     images: list[dict[int, Image.Image]] = [{} for _ in jobs]
@@ -184,10 +190,10 @@ def paint_missing(benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], args
         return
     model, processor = load_policy(args.model_name_or_path, args.dtype)
     painter = RolloutGenerator(model, processor, TASKS.get(benchmark.task)(think=args.think))
-    refiner = RolloutGenerator(model, processor, TASKS.get("self_reflection")(think=True))
+    refiner = RolloutGenerator(model, processor, TASKS.get(REFLECTION_TASK)(think=True))
     with tqdm(total=share, desc="painted", disable=not state.is_main_process) as progress:
         while jobs:
-            for job, images in zip(jobs, paint(painter, refiner, jobs, args), strict=True):
+            for job, images in zip(jobs, paint(painter, benchmark.task, refiner, jobs, args), strict=True):
                 benchmark.save(folder, job.prompt, images)
             # Images that existed before count as done when the loop passes them.
             progress.update((jobs[-1].index // state.num_processes + 1) * num_images - progress.n)

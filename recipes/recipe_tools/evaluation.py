@@ -70,24 +70,25 @@ def evaluate_model(
         args ([`EvaluationArguments`]): How to sample and score, and the output folder.
     """
     policy = functools.cache(functools.partial(load_policy, name, args.dtype))
-    config = args.rollout(args.image_size, args.image_size)
+    configs = {stage.task: args.rollout(args.image_size, args.image_size, stage.task) for stage in stages}
     settings = [
-        *(checkpoint_fingerprint(name), args.dtype, rows_digest, config, args.answer_settings()),
+        *(checkpoint_fingerprint(name), args.dtype, rows_digest, args.answer_settings()),
         *(args.eval_seeds, args.batch_size),
     ]
     seeds = range(args.eval_seeds)
     evaluations: dict[str, Evaluation] = {}
     for stage in stages:
         folder = Path(args.output_dir) / "images" / model_label(name) / stage.mode.replace(" ", "_")
-        with EvaluationStore(folder, settings_digest(settings, stage.lineage)) as store:
+        sampling = [configs[earlier.task] for earlier in stage.lineage]
+        with EvaluationStore(folder, settings_digest(settings, stage.lineage, sampling)) as store:
             evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
             if evaluation is None:
                 reward = args.make_reward(policy())
-                reward.validate_image_size(args.image_size, args.image_size)
+                reward.validate_image_size(*configs[stage.task].size)
                 evaluation = evaluate(
                     RolloutGenerator(*policy(), TASKS.get(stage.task)(think=stage.think)),
                     rows,
-                    config,
+                    configs[stage.task],
                     reward,
                     seeds,
                     args.batch_size,

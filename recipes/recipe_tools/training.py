@@ -10,8 +10,13 @@ in its file.
 from __future__ import annotations
 
 import json
+import os
+import random
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,14 @@ from alphagrpo_ext.files import atomic_path, write_text
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
+from alphagrpo_ext.report.model_card import write_model_card
 from alphagrpo_ext.rollout.generator import RolloutGenerator
-from alphagrpo_ext.rollout.task import Task
+from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
+from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
+from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.contact_sheet import contact_sheet
 from reward_models.arguments import PromptArguments
@@ -101,7 +109,7 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
     preset = run.model.family.lora_target_modules(run.training_args.lora_targets)
     run.model_args.lora_target_modules = run.model_args.lora_target_modules or preset
     aggregation = run.script_args.aggregation
-    return AlphaGRPOTrainer(
+    trainer = AlphaGRPOTrainer(
         model=run.model,
         reward_funcs=list(reward_funcs),
         args=run.training_args,
@@ -113,10 +121,64 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
             *run.script_args.make_holdout_callbacks(aggregation, (run.model, run.processor)),
         ],
     )
+    if not run.script_args.verbose_logs:
+        ConsoleCallback("Training", run_facts(run, trainer)).attach(trainer)
+    return trainer
+
+
+def load_rewards(run: TrainingRun) -> list[Callable[..., Any]]:
+    """
+    The reward functions that `--reward` names, in its order.
+
+    Raises:
+        `ValueError`: If a name is neither `"dvreward"` nor a function that can be imported.
+    """
+    # Modules beside the command, as for `python -m`.
+    sys.path.insert(0, os.getcwd())
+    try:
+        return [run.reward if name == "dvreward" else _import_function(name) for name in run.script_args.reward]
+    finally:
+        sys.path.pop(0)
+
+
+def _import_function(name: str) -> Callable[..., Any]:
+    module, separator, function = name.rpartition(":") if ":" in name else name.rpartition(".")
+    if not separator:
+        raise ValueError(f"--reward {name}: give 'dvreward', or a function as module:function")
+    try:
+        value = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--reward {name}: {error}") from error
+    if not callable(value):
+        raise ValueError(f"--reward {name}: {function} is {type(value).__name__}, not a function")
+    # A class is made without arguments, as for a reward that keeps something between its calls.
+    return value() if isinstance(value, type) else value
+
+
+def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
+    """What the console says of a run before it starts."""
+    parameters = list(trainer.model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    args = run.training_args
+    samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "model": run.model_args.model_name_or_path,
+        "trained": f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
+        "task": args.task,
+        "rewards": f"{', '.join(trainer.reward_func_names)} (judge: {run.script_args.judge})",
+        "steps": f"{args.max_steps if args.max_steps > 0 else f'{args.num_train_epochs:g} epochs'} of {samples} samples",
+        "output": run.output_dir,
+        **({"report": run.output_dir / "report.html"} if args.report else {}),
+    }
 
 
 def evaluate_policy(
-    run: TrainingRun, policy: UnifiedModel, task: Task, description: str, initial: Evaluation | None = None
+    run: TrainingRun,
+    policy: UnifiedModel,
+    name: str,
+    think: bool,
+    description: str,
+    initial: Evaluation | None = None,
 ) -> Evaluation:
     """
     Score the images that a policy paints for the evaluation prompts.
@@ -124,14 +186,17 @@ def evaluate_policy(
     Args:
         run ([`TrainingRun`]): Prompts, settings and reward.
         policy ([`UnifiedModel`]): The trainer's gathered policy.
-        task ([`Task`]): How the policy is asked.
+        name (`str`): Name of the task, whose settings are those of evaluation.
+        think (`bool`): Whether the policy writes a thought before it paints.
         description (`str`): Label of the progress bar.
         initial ([`Evaluation`], *optional*): Images that the policy refines.
     """
+    args = run.training_args
+    task = TASKS.get(name)(think=think, num_reflection_rounds=args.num_reflection_rounds)
     return evaluate(
         RolloutGenerator(policy, run.processor, task),
         run.eval_rows,
-        run.training_args.eval_rollout(),
+        args.for_task(name).eval_rollout(),
         run.reward,
         seeds=range(run.script_args.eval_seeds),
         batch_size=run.script_args.eval_batch_size,
@@ -159,17 +224,52 @@ def train_between_evaluations(
     if script_args.eval_seeds:
         settings = settings_digest(
             *(model_args.model_name_or_path, model_args.dtype, script_args, run.eval_rows),
-            *(training_args.eval_rollout(), training_args.task, training_args.think),
+            rollout_configs(training_args, [training_args.task, PAINTING_TASK]),
+            *(training_args.task, training_args.think),
         )
         resuming = asks_to_resume(training_args.resume_from_checkpoint)
         before = evaluate_once(
             run.output_dir / "before_training", settings, resuming, lambda: evaluations("before training")
         )
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    except KeyboardInterrupt:
+        print(f"\n{how_to_go_on(run.output_dir)}")
+        # The status of a program that SIGINT ended.
+        sys.exit(130)
     if script_args.eval_seeds:
         after = evaluations("after training")
     trainer.save_model(run.output_dir)
     return (before, after) if before is not None and PartialState().is_main_process else None
+
+
+def save_model_card(run: TrainingRun, trainer: AlphaGRPOTrainer, table: str, picture: str) -> None:
+    """Write the model card of a run with a table of its evaluations and the name of its picture."""
+    prompt = run.eval_rows[0]["prompt"]
+    write_model_card(
+        run.output_dir,
+        run.model_args.model_name_or_path,
+        run.training_args.task,
+        command=shlex.join(["accelerate", "launch", *sys.argv]),
+        prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
+        facts={name: v for name, v in run_facts(run, trainer).items() if name not in ("output", "report")},
+        table=table,
+        picture=picture,
+    )
+
+
+def how_to_go_on(output_dir: Path) -> str:
+    """What somebody who interrupted a run can do next."""
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if checkpoints:
+        return (
+            f"Interrupted. The last checkpoint is {checkpoints[-1]}: the same command with --resume_from_checkpoint last "
+            f"continues there."
+        )
+    return (
+        "Interrupted before the first checkpoint. With --save_strategy steps --save_steps 10 --resume_from_checkpoint last, "
+        "the same command starts a run and continues it."
+    )
 
 
 def save_scores(run: TrainingRun, summary: dict[str, Any], before: Evaluation, after: Evaluation) -> None:
@@ -190,23 +290,27 @@ def save_picture(
     caption_width: int = 260,
 ) -> None:
     """
-    Draw the images of some pairs of each category side by side, with their rewards.
+    Draw the images of some pairs of each category side by side, with their rewards and whether they pass strictly.
+
+    Pairs are drawn at random, always with the same seed, so that the picture shows what the table says.
 
     Args:
         path (`Path`): The PNG file.
-        pairs (`Sequence[tuple[EvaluatedSample, EvaluatedSample]]`): What to choose from; the first ones are taken.
+        pairs (`Sequence[tuple[EvaluatedSample, EvaluatedSample]]`): What to choose from.
         categories (`Sequence[str]`): Categories in their order.
         headers (`tuple[str, str]`): What the two images of a pair are.
         caption (`Callable[[EvaluatedSample, EvaluatedSample], str]`): Makes the text beside a pair.
         caption_width (`int`, *optional*, defaults to `260`): Width of the texts, in pixels.
     """
-    chosen = []
+    chosen, rng = [], random.Random(0)
     for category in categories:
         members = [pair for pair in pairs if pair[0].category == category]
-        chosen += members[: max(1, NUM_PICTURED // len(categories))]
-    rows = [
-        (caption(*pair), [(sample.load_image(), f"reward {sample.reward:.2f}") for sample in pair]) for pair in chosen
-    ]
+        chosen += rng.sample(members, min(len(members), max(1, NUM_PICTURED // len(categories))))
+    rows = [(caption(*pair), [(sample.load_image(), _picture_label(sample)) for sample in pair]) for pair in chosen]
     sheet = contact_sheet(rows, headers, caption_width=caption_width)
     with atomic_path(path) as temporary:
         sheet.save(temporary)
+
+
+def _picture_label(sample: EvaluatedSample) -> str:
+    return f"reward {sample.reward:.2f}, {'passes' if sample.strict_pass else 'fails'}"

@@ -7,11 +7,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from alphagrpo_ext.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat, check_ranges
+from alphagrpo_ext.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from alphagrpo_ext.registry import Registry
 
 
@@ -100,12 +100,29 @@ class PainterArguments:
     )
     timestep_shift: PositiveFloat = field(default=1.0, metadata={"help": "Shift of the schedule towards noise."})
     cfg_text_scale: float = field(default=1.0, metadata={"help": "Guidance scale of text; at most 1 is off."})
-    cfg_img_scale: float = field(default=1.0, metadata={"help": "Guidance scale of images; at most 1 is off."})
-    cfg_interval: list[UnitFloat] = field(
-        default_factory=lambda: [0.4, 1.0], metadata={"help": "Half-open interval of guided times."}
+    cfg_img_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance scale of images; at most 1 is off. By default 1.0, and 2.0 to refine an image."},
     )
-    cfg_renorm_type: str = field(
-        default="global", metadata={"help": "Renormalisation of the guidance: 'global', 'channel' or 'text_channel'."}
+    cfg_interval: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Half-open interval (low, high] of guided times. By default 0.4 1.0, and 0.0 1.0 to refine an image."
+        },
+    )
+    cfg_renorm_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Renormalisation of the guidance: 'global', 'channel' or 'text_channel'. By default 'global', and "
+            "'text_channel' to refine an image."
+        },
+    )
+    task_settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of the policy's single tasks, 'reasoning_t2i' to paint and 'self_reflection' to refine, as JSON "
+            "or a mapping in YAML. They win over the argument of that name, which holds for both."
+        },
     )
 
     def __post_init__(self) -> None:

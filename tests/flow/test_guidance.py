@@ -37,6 +37,13 @@ def test_settings_reject_bad_values(change, message):
         replace(GuidanceConfig(), **change)
 
 
+def test_settings_without_effect_are_equal():
+    off = [GuidanceConfig(1.0, 2.0, (0.0, 1.0), "text_channel"), GuidanceConfig(0.0)]
+    assert off[0].effective == off[1].effective != off[0]
+    on = GuidanceConfig(1.5, 2.0, (0.0, 1.0), "text_channel")
+    assert on.effective is on
+
+
 class TestPlainGuidance:
     VELOCITIES = dict(
         zip(("full", "negative"), torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0)), strict=True)
@@ -67,6 +74,9 @@ class TestPlainGuidance:
         alone = guidance.combine({name: v[:, :4] for name, v in self.VELOCITIES.items()})
         torch.testing.assert_close(guidance.combine(garbage, mask)[:, :4], alone)
 
-    def test_rejects_the_renormalisation_of_image_guidance(self):
-        with pytest.raises(ValueError, match="'text_channel' needs image guidance"):
-            PlainGuidance(GuidanceConfig(renorm_type="text_channel"))
+    def test_renormalisation_before_image_guidance_is_that_of_channels(self):
+        by_type = [
+            PlainGuidance(GuidanceConfig(4.0, renorm_type=name)).combine(self.VELOCITIES)
+            for name in ("text_channel", "channel")
+        ]
+        assert torch.equal(*by_type)

@@ -180,6 +180,23 @@ class FamilyConformance:
             velocities = together[1].velocities[together[1].trajectory == i]
             torch.testing.assert_close(scores.velocities, velocities, atol=1e-5, rtol=1e-5)
 
+    def test_trajectories_have_guidance_and_temperature_of_their_own(self, case: FamilyCase) -> None:
+        """A batch of several tasks is scored as its trajectories are alone."""
+        trajectories = [case.sample()[0], *case.sample("reasoning_t2i")[1:3]]
+        settings = [ON, PARTLY, OFF]
+        temperatures = [0.5, 1.0, 2.0]
+        batch = case.model.pack(trajectories, settings)
+        output = case.model(**batch.inputs, temperature=torch.tensor(temperatures)[batch.score_trajectory])
+        scores = ImageScores.from_packed(trajectories, batch, output)
+        for i, (trajectory, guidance, temperature) in enumerate(
+            zip(trajectories, settings, temperatures, strict=True)
+        ):
+            alone, alone_scores = case.score([trajectory], guidance, temperature=temperature)
+            log_probs = output.log_probs[batch.score_trajectory == i]
+            torch.testing.assert_close(log_probs, alone.log_probs, atol=1e-5, rtol=1e-5)
+            velocities = scores.velocities[scores.trajectory == i]
+            torch.testing.assert_close(velocities, alone_scores.velocities, atol=1e-5, rtol=1e-5)
+
     def test_samples_do_not_depend_on_their_batch(self, case: FamilyCase) -> None:
         samples = ((0, 0), (0, 1), (1, 2), (1, 3))
         together = case.sample("reasoning_t2i", samples=samples)

@@ -94,7 +94,7 @@ def test_bad_value_names_the_variable(name: str, value: str, monkeypatch: pytest
     ("name", "value", "rule"),
     [
         ("POLICY_SEES_IMAGES", "maybe", "true or false"),
-        ("RECTIFICATION", "zero", "'minimum', 'initial' or 'off'"),
+        ("RECTIFICATION", "zero", "'minimum' or 'off'"),
         ("MAX_CONCURRENCY", "0", "greater than or equal to 1"),
         ("SERVER_URL", "localhost", "start with http:// or https://"),
     ],

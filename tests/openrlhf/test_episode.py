@@ -41,22 +41,24 @@ def test_every_turn_has_room(num_tokens: int, turns_left: int, max_new_tokens: i
 
 
 @pytest.mark.parametrize(
-    ("initial", "final", "minimum", "kept", "off"),
+    ("initial", "final", "minimum", "off"),
     [
-        (score(0.4), score(0.7), 0.7, 0.7, 0.7),
-        (score(0.7), score(0.7), 0.0, 0.7, 0.7),
-        (score(0.7), score(0.4), 0.0, 0.7, 0.4),
+        (score(0.4), score(0.7), 0.7, 0.7),
+        (score(0.7), score(0.7), 0.0, 0.7),
+        (score(0.7), score(0.4), 0.0, 0.4),
         # A right image that stays right needed no improvement; one that is spoilt did not stay right.
-        (score(0.95, True), score(0.9, True), 0.9, 0.9, 0.9),
-        (score(0.9, True), score(0.6), 0.0, 0.9, 0.6),
+        (score(0.95, True), score(0.9, True), 0.9, 0.9),
+        (score(0.9, True), score(0.6), 0.0, 0.6),
     ],
 )
-def test_only_an_improvement_is_praised(
-    initial: ImageScore, final: ImageScore, minimum: float, kept: float, off: float
-) -> None:
+def test_only_an_improvement_is_praised(initial: ImageScore, final: ImageScore, minimum: float, off: float) -> None:
     assert rectified_reward(initial, final, "minimum") == minimum
-    assert rectified_reward(initial, final, "initial") == kept
     assert rectified_reward(initial, final, "off") == off
+
+
+def test_the_reward_of_the_first_image_is_not_offered_without_a_group() -> None:
+    with pytest.raises(ValueError, match="rectification must be one of .*'minimum', 'off'.*, but is 'initial'"):
+        rectified_reward(score(0.9), score(0.85), "initial")
 
 
 def test_logs_are_not_rectified() -> None:

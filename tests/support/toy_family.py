@@ -146,8 +146,11 @@ class ToyModel(PreTrainedModel, contract.UnifiedModel):
             states = layer(states, mask, detached)
         return states
 
-    def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> contract.PackedBatch:
-        guide = self.guidance(guidance)
+    def pack(
+        self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig | Sequence[GuidanceConfig]
+    ) -> contract.PackedBatch:
+        each = [guidance] * len(trajectories) if isinstance(guidance, GuidanceConfig) else guidance
+        guides = [self.guidance(settings) for settings in each]
         rows, copies, keys, scores, image_trajectory = [], [], [], [], []
         for index, trajectory in enumerate(trajectories):
             row, column = ToyRow(), 0
@@ -158,7 +161,9 @@ class ToyModel(PreTrainedModel, contract.UnifiedModel):
                     column += len(ids)
                 if segment.sampled and isinstance(segment, ImageSegment) and segment.window is not None:
                     times = segment.window.timesteps[:-1].tolist()
-                    for step, name in ((s, name) for s, t in enumerate(times) for name in guide.branches_at(t)):
+                    for step, name in (
+                        (s, name) for s, t in enumerate(times) for name in guides[index].branches_at(t)
+                    ):
                         seen = segment.guidance_contexts[name] if name != "full" else trajectory.segments[:i]
                         copies.append(ToyRow().add(seen).add_latents(segment.window.latents[step], times[step]))
                         keys.append((len(image_trajectory), step, self.branches.index(name), len(segment.latents)))
@@ -175,7 +180,8 @@ class ToyModel(PreTrainedModel, contract.UnifiedModel):
             mask = offsets < lengths[:, None]
             inputs["velocity_index"] = torch.where(mask, starts[:, None] + offsets, 0)
             layout = contract.VelocityLayout(image, step, branch, mask, self.branches)
-        return contract.PackedBatch(inputs, table[:, 0], table[:, 3], layout, torch.tensor(image_trajectory), guide)
+        own = tuple(guides[index] for index in image_trajectory)
+        return contract.PackedBatch(inputs, table[:, 0], table[:, 3], layout, torch.tensor(image_trajectory), own)
 
     def forward(
         self, temperature: float = 1.0, context_gradient: str = "exact", **inputs: torch.Tensor

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import json
+import pickle
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -185,3 +187,127 @@ def test_objective_gets_the_image_settings(make_config: Callable[..., AlphaGRPOC
     ).objective
     assert (objective.epsilon, objective.beta, objective.kl_type) == (0.1, 0.2, "velocity")
     assert (objective.advantage_clip, objective.sde_type, objective.noise_level) == (3.0, "flow_cps", 0.7)
+
+
+PAINTING = GuidanceConfig(4.0, 1.0, (0.4, 1.0), "global")
+REFINING = GuidanceConfig(4.0, 2.0, (0.0, 1.0), "text_channel")
+
+
+@pytest.mark.parametrize("task", ["reasoning_t2i", "self_reflection", "image_editing"])
+def test_every_task_has_the_guidance_that_it_declares(make_config: Callable[..., AlphaGRPOConfig], task: str) -> None:
+    config = make_config(task=task)
+    expected = {"reasoning_t2i": PAINTING, "self_reflection": REFINING, "image_editing": REFINING}
+    assert config.guidance == expected[task]
+    for name, guidance in expected.items():
+        for rollout in (config.for_task(name).train_rollout(0), config.for_task(name).eval_rollout()):
+            assert rollout.denoising.guidance == guidance
+
+
+def test_released_guidance_of_refinement_does_not_reach_painting(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    """The arguments of the run are about its own task, also where they are given."""
+    path = Path(__file__).parents[2] / "recipes" / "configs" / "self_reflection_bagel.yaml"
+    names = ("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_type")
+    given = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name in names}
+    assert len(given) == 4
+    config = make_config(task="self_reflection", **given)
+    assert config.guidance == REFINING
+    assert config.for_task("reasoning_t2i").guidance == PAINTING
+    other = make_config(task="self_reflection", cfg_text_scale=3.0, cfg_img_scale=1.5, cfg_interval=[0.1, 0.9])
+    assert other.guidance == GuidanceConfig(3.0, 1.5, (0.1, 0.9), "text_channel")
+    # Text-to-image declares no text scale, so it takes that of the run.
+    assert other.for_task("reasoning_t2i").guidance == replace(PAINTING, text_scale=3.0)
+
+
+def test_given_default_is_not_taken_for_one_that_was_not_given(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    config = make_config(task="self_reflection", cfg_img_scale=1.0, cfg_renorm_type="global")
+    assert config.guidance == GuidanceConfig(4.0, 1.0, (0.0, 1.0), "global")
+
+
+@pytest.mark.parametrize("source", ["command line", "file"])
+def test_task_settings_are_read_from_both(source: str, tmp_path: Path) -> None:
+    own = {"reasoning_t2i": {"cfg_text_scale": 3, "image_height": 256, "eval_num_timesteps": 9, "top_p": 1.0}}
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--task", "self_reflection"]
+    if source == "file":
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"task_settings": own}))
+        arguments += ["--config", str(tmp_path / "config.yaml")]
+    else:
+        arguments += ["--task_settings", json.dumps(own)]
+    (config,) = TrlParser((AlphaGRPOConfig,)).parse_args_and_config(arguments)
+    painting = config.for_task("reasoning_t2i")
+    assert painting.guidance == replace(PAINTING, text_scale=3.0)
+    assert painting.train_rollout(0).size == (256, 512) and config.train_rollout(0).size == (512, 512)
+    assert painting.eval_rollout().denoising.num_timesteps == 9 and config.eval_num_timesteps == 50
+    assert (painting.top_p, config.top_p) == (1.0, 0.8)
+
+
+def test_task_settings_win_over_what_was_given_for_the_run(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    own = {"cfg_text_scale": 2.0, "temperature": 0.7, "max_completion_length": 9, "eval_temperature": 0.1}
+    for task in ("reasoning_t2i", "self_reflection"):
+        settings = {"cfg_text_scale": 3.0, "temperature": 0.9, "max_completion_length": 20, "eval_temperature": 0.5}
+        config = make_config(task=task, **settings, task_settings={"reasoning_t2i": own})
+        training = config.for_task("reasoning_t2i").train_rollout(0)
+        assert training.denoising.guidance.text_scale == 2.0
+        assert (training.temperature, training.max_new_tokens) == (0.7, 9)
+        assert config.for_task("reasoning_t2i").eval_rollout().temperature == 0.1
+        assert config.for_task("image_editing").temperature == 0.9
+
+
+def test_evaluation_of_a_task_follows_its_training(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    own = {
+        "reasoning_t2i": {"cfg_text_scale": 2.0, "timestep_shift": 1.5},
+        "image_editing": {"eval_cfg_img_scale": 1.3},
+    }
+    config = make_config(task="self_reflection", eval_cfg_img_scale=1.7, task_settings=own)
+
+    def guidance(task: str) -> GuidanceConfig:
+        return config.for_task(task).eval_rollout().denoising.guidance
+
+    assert guidance("reasoning_t2i") == replace(PAINTING, text_scale=2.0)
+    assert guidance("image_editing") == replace(REFINING, image_scale=1.3)
+    assert guidance("self_reflection") == replace(REFINING, image_scale=1.7)
+    assert config.for_task("reasoning_t2i").eval_rollout().denoising.timestep_shift == 1.5
+
+
+def test_copies_know_what_was_given(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    config = make_config(task="self_reflection", cfg_text_scale=3.0)
+    for same in (config.copy(), pickle.loads(pickle.dumps(config)), config.for_task("image_editing")):
+        assert same.for_task("reasoning_t2i").guidance == replace(PAINTING, text_scale=3.0)
+    assert config.for_task("self_reflection") is config.for_task(None) is config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"self_reflection": {"num_timesteps": 8}}, "task 'self_reflection': .*window"),
+        ({"self_reflection": {"cfg_renorm_type": "row"}}, "task 'self_reflection': unknown renorm_type 'row'"),
+        ({"self_reflection": {"cfg_interval": [0.9, 0.1]}}, r"task 'self_reflection': interval must be \(low, high\)"),
+        (
+            {"self_reflection": {"max_completion_length": 0}},
+            "task 'self_reflection': max_completion_length.*be positive",
+        ),
+        ({"self_reflection": {"top_p": 1.5}}, "task 'self_reflection': top_p must be in"),
+        ({"self_reflection": {"eval_num_timesteps": 1}}, "task 'self_reflection': in evaluation: num_timesteps must"),
+        ({"self_reflection": {"eval_ode_solver": "rk4"}}, "task 'self_reflection': in evaluation: unknown"),
+        (
+            {"reasoning_t2i": {"cfg_text_scale": float("nan")}},
+            "'cfg_text_scale'.* must be a finite number, but is nan",
+        ),
+        ({"reasoning_t2i": {"eval_cfg_interval": [0.4]}}, "'eval_cfg_interval' takes two numbers"),
+        ({"reasoning_t2j": {}}, "task_settings: unknown task 'reasoning_t2j'. Did you mean 'reasoning_t2i'"),
+        ({"reasoning_t2i": {"cfg_txt_scale": 1}}, "unknown setting 'cfg_txt_scale'. Did you mean 'cfg_text_scale'"),
+        ({"reasoning_t2i": {"sde_window_size": 3}}, "'sde_window_size' is a setting of the run, which all its tasks"),
+        ({"reasoning_t2i": {"num_generations": 3}}, "'num_generations' is a setting of the run"),
+        ({"reasoning_t2i": {"image_objective": "awm"}}, "'image_objective' is a setting of the run"),
+        ("{reasoning_t2i: 3}", "task_settings is no JSON"),
+    ],
+)
+def test_bad_task_settings_raise(
+    make_config: Callable[..., AlphaGRPOConfig], settings: dict[str, Any] | str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(task_settings=settings)
+
+
+def test_settings_of_the_task_that_paints_first_are_checked(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    with pytest.raises(ValueError, match="task 'reasoning_t2i': .*num_timesteps"):
+        make_config(task="self_reflection", task_settings={"reasoning_t2i": {"num_timesteps": 5}})

@@ -98,14 +98,19 @@ def test_trained_steps_are_those_of_the_schedule(make_trainer: MakeTrainer) -> N
     assert images[1] < images[0] / 2
 
 
-def test_branches_have_advantages_of_their_own(make_trainer: MakeTrainer) -> None:
+def test_images_of_a_thought_have_advantages_of_their_own_and_the_thought_their_mean(
+    make_trainer: MakeTrainer,
+) -> None:
     trainer = make_trainer(branches_per_thought=2)
     trainer.train()
     (update,) = trainer.recorder.updates
     texts = [tuple(trajectory.sampled_texts[0].token_ids) for trajectory in update.trajectories]
     assert len(set(texts)) == 2
     assert sorted(texts.count(text) for text in texts) == [2, 2, 2, 2]
-    assert len(set(update.inputs["advantages"].tolist())) == 4
+    images = update.inputs["image_advantages"]
+    assert len(set(images.tolist())) == 4
+    means = [images[[other == text for other in texts]].mean() for text in texts]
+    torch.testing.assert_close(update.inputs["advantages"], torch.stack(means))
 
 
 def test_initial_images_have_no_branches_and_as_many_steps(make_trainer: MakeTrainer) -> None:

@@ -2,11 +2,29 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from alphagrpo_ext.trainer.rewards import group_advantages, rectify_false_positives, select_initial, weighted_sum
+from alphagrpo_ext.rollout import TASKS
+from alphagrpo_ext.trainer import AlphaGRPOConfig
+from alphagrpo_ext.trainer.rewards import (
+    complete_sum,
+    group_advantages,
+    joint_advantages,
+    judge_step,
+    missing_rewards,
+    rectify_false_positives,
+    select_initial,
+    share_advantages,
+)
+from alphagrpo_ext.trainer.step import RolloutStep
+from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 
 
 NAN = float("nan")
@@ -82,7 +100,161 @@ def test_without_an_initial_reward_nothing_is_rectified() -> None:
     assert torch.equal(result, rewards)
 
 
-def test_weighted_sum_skips_what_is_missing() -> None:
-    rewards = torch.tensor([[1.0, NAN], [NAN, NAN], [1.0, 2.0]])
-    expected = torch.tensor([2.0, NAN, 4.0])
-    torch.testing.assert_close(weighted_sum(rewards, torch.tensor([2.0, 1.0])), expected, equal_nan=True)
+def test_a_sum_without_a_part_is_unknown() -> None:
+    rewards = torch.tensor([[1.0, NAN], [NAN, NAN], [1.0, 2.0], [1.0, NAN], [3.0, NAN], [NAN, NAN]])
+    weights = torch.tensor([2.0, 1.0])
+    # The second function judged a sample of the first group, so it failed for another; it does not apply to the second.
+    expected = torch.tensor([NAN, NAN, 4.0, 2.0, 6.0, NAN], dtype=torch.float64)
+    torch.testing.assert_close(complete_sum(rewards, weights, 3), expected, equal_nan=True)
+    without = complete_sum(rewards, torch.tensor([2.0, 0.0]), 3)
+    torch.testing.assert_close(without[:3], torch.tensor([2.0, NAN, 2.0], dtype=torch.float64), equal_nan=True)
+
+
+def test_a_function_that_always_applies_owes_every_sample_a_reward() -> None:
+    rewards = torch.tensor([[NAN, NAN, 1.0]] * 4)
+    always = torch.tensor([True, False, False])
+    assert missing_rewards(rewards, always, 4).tolist() == [[True, False, False]] * 4
+
+
+REWARD = st.one_of(st.none(), st.floats(-2, 2, width=32), st.sampled_from([0.1, 0.3, 0.7]))
+SETTINGS = st.sampled_from(
+    [
+        *({"scale_rewards": scale} for scale in ("batch", "group", "none")),
+        {"multi_objective_aggregation": "normalize_then_sum"},
+    ]
+)
+
+
+@st.composite
+def reward_matrices(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Rewards `(samples, functions)`, weights and group size."""
+    size, groups, functions = draw(st.integers(2, 6)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    values = draw(
+        st.lists(
+            st.lists(REWARD, min_size=functions, max_size=functions), min_size=size * groups, max_size=size * groups
+        )
+    )
+    weights = draw(st.lists(st.sampled_from([0.0, 0.1, 1.0, 2.0]), min_size=functions, max_size=functions))
+    matrix = torch.tensor([[NAN if value is None else value for value in row] for row in values])
+    return matrix, torch.tensor(weights), size
+
+
+@pytest.mark.invariant
+@given(reward_matrices(), SETTINGS)
+@settings(max_examples=200, deadline=None)
+def test_a_sample_with_a_missing_reward_has_no_advantage_and_changes_none(drawn: tuple, options: dict) -> None:
+    rewards, weights, size = drawn
+    advantages = group_advantages(rewards, weights, size, **options)
+    assert advantages.isfinite().all()
+    incomplete = complete_sum(rewards, weights, size).isnan()
+    assert (advantages[incomplete] == 0).all()
+    # The other rewards of such a sample do not matter.
+    changed = torch.where(incomplete[:, None] & ~rewards.isnan(), rewards + 5, rewards)
+    torch.testing.assert_close(group_advantages(changed, weights, size, **options), advantages)
+
+
+@pytest.mark.invariant
+@given(st.floats(-1e3, 1e3, width=32), st.integers(2, 16), SETTINGS)
+@settings(max_examples=100, deadline=None)
+def test_equal_rewards_have_no_advantage(value: float, size: int, options: dict) -> None:
+    rewards = torch.full((2 * size, 1), value)
+    rewards[size:] = 0.37
+    assert group_advantages(rewards, torch.ones(1), size, **options).abs().max() < 1e-6
+
+
+def step_of(
+    rewards: torch.Tensor,
+    size: int,
+    functions: Sequence[Callable],
+    weights: torch.Tensor,
+    initial: torch.Tensor | None = None,
+    task: str = "reasoning_t2i",
+    **options: Any,
+) -> tuple[RolloutStep, AlphaGRPOConfig]:
+    """A rollout of one process with given rewards, judged."""
+    args = AlphaGRPOConfig("unused", num_generations=size, per_device_train_batch_size=size, bf16=False, **options)
+    image = ImageSegment(torch.zeros(1, 1), (1, 1), sampled=True)
+    rows = [{"prompt": "x", "task": task}] * len(rewards)
+    step = RolloutStep(
+        rows, {task: args.train_rollout(0)}, 0, 0, 0, size, trajectories=[Trajectory([image])] * len(rows)
+    )
+    if initial is not None:
+        step.initial_scores = initial
+    judge_step(step, rewards, functions, weights, {task: TASKS.get(task)(think=True)}, args, Accelerator(cpu=True))
+    return step, args
+
+
+def judge(images: Any) -> None: ...
+
+
+def form(completions: Any) -> None: ...
+
+
+form.text_only = True
+
+
+@pytest.mark.invariant
+@given(reward_matrices(), st.data(), st.sampled_from(["minimum", "initial"]), SETTINGS, st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_no_false_positive_is_praised(
+    drawn: tuple, data: st.DataObject, rectification: str, options: dict, separate: bool
+) -> None:
+    """Neither its image, by one of several rewards, nor its text, by its form."""
+    rewards, weights, size = drawn
+    num_groups = len(rewards) // size
+    initial = torch.tensor(data.draw(st.lists(st.floats(-2, 2, width=32), min_size=num_groups, max_size=num_groups)))
+    images = initial.repeat_interleave(size)[:, None].expand(len(rewards), rewards.shape[1])
+    forms = torch.tensor(
+        data.draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=len(rewards), max_size=len(rewards)))
+    )
+    functions = [*[judge] * rewards.shape[1], form]
+    weights = torch.cat([weights, torch.tensor([0.5])])
+    step, args = step_of(
+        torch.cat([rewards, forms[:, None]], dim=1),
+        *(size, functions, weights, images, "self_reflection"),
+        rectification=rectification,
+        separate_advantages=separate,
+        **options,
+    )
+    trl = group_advantages(step.rewards, weights, size, args.scale_rewards, args.multi_objective_aggregation)
+    for advantages in joint_advantages(step, trl, functions, weights, args):
+        assert advantages.isfinite().all()
+        assert (advantages[step.is_false_positive] <= 0).all()
+        assert (advantages[step.rewards.isnan().all(dim=1)] == 0).all()
+
+
+def test_without_a_reward_of_its_image_a_text_is_not_praised_for_its_form() -> None:
+    rewards = torch.tensor([[NAN, 1.0], [0.8, 1.0], [0.9, 0.0], [NAN, 0.0]])
+    step, _ = step_of(rewards, 4, [judge, form], torch.ones(2))
+    assert step.rewards.isnan().all(dim=1).tolist() == [True, False, False, True]
+    # Nor if no image of the group could be judged.
+    step, _ = step_of(torch.tensor([[NAN, 1.0], [NAN, 0.0]]), 2, [judge, form], torch.ones(2))
+    assert step.rewards.isnan().all()
+    # Where images are not judged at all, texts are trained alone.
+    step, _ = step_of(torch.tensor([[1.0], [0.0]]), 2, [form], torch.ones(1))
+    assert not step.rewards.isnan().any()
+
+
+def test_functions_for_some_prompts_each_train_theirs() -> None:
+    rewards = torch.tensor([[0.1, NAN], [0.3, NAN], [NAN, 0.5], [NAN, 0.9]])
+    step, _ = step_of(rewards, 2, [judge, judge], torch.ones(2))
+    assert torch.equal(step.rewards.nan_to_num(), rewards.nan_to_num())
+    assert group_advantages(step.rewards, torch.ones(2), 2, "none").tolist() == pytest.approx([-0.1, 0.1, -0.2, 0.2])
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_infinite_rewards_are_refused_by_name(value: float) -> None:
+    with pytest.raises(ValueError, match=f"the reward function 'form' returned {value} for sample 1 of the rollout"):
+        step_of(torch.tensor([[0.1, 1.0], [0.3, value]]), 2, [judge, form], torch.ones(2))
+
+
+def test_texts_that_follow_a_shared_thought_have_their_own_advantage() -> None:
+    step, _ = step_of(torch.tensor([[0.0], [1.0], [NAN], [0.5]]), 4, [judge], torch.ones(1), branches_per_thought=2)
+    advantages = torch.tensor([-0.5, 0.25, 0.0, 0.5])
+    one = [TextSegment([5, 6], sampled=True, role="assistant")]
+    step.trajectories = [Trajectory(one)] * 4
+    assert share_advantages(advantages, step).tolist() == [-0.125, -0.125, 0.0, 0.5]
+    step.trajectories = [Trajectory([*one, TextSegment([7] * (1 + i), sampled=True)]) for i in range(4)]
+    shared = share_advantages(advantages, step)
+    first, after = [-0.125, -0.125, 0.0, 0.5], advantages.tolist()
+    assert shared.tolist() == [[a, a, b, b, b, b] for a, b in zip(first, after, strict=True)]

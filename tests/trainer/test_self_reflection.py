@@ -168,7 +168,8 @@ def test_advantages_are_trls(make: Callable[..., AlphaGRPOTrainer], scale_reward
     trainer.train()
     weights = trainer.reward_weights
     expected = group_advantages(rewards[0], weights, 4, scale_rewards, aggregation)
-    torch.testing.assert_close(outputs[0]["advantages"], expected, atol=1e-5, rtol=1e-5)
+    # TRL computes in fp32.
+    torch.testing.assert_close(outputs[0]["advantages"], expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("separate", [True, False])

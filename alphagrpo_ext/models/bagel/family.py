@@ -34,6 +34,17 @@ class BagelFamily(Family):
     vision_modules = ("vit_model", "connector")
     hub_marker = "llm_config.json"
     hub_files = DOWNLOADED_FILES
+    # Those of BAGEL's own demonstration.
+    sampling_settings = {
+        "image_height": 1024,
+        "image_width": 1024,
+        "num_timesteps": 50,
+        "timestep_shift": 3.0,
+        "cfg_text_scale": 4.0,
+        "cfg_interval": [0.4, 1.0],
+        "max_completion_length": 1000,
+        "temperature": 0.3,
+    }
 
     def matches(self, folder: Path) -> bool:
         return is_released_layout(folder)

@@ -279,7 +279,7 @@ class BagelHead(nn.Linear):
     """
 
     def forward(
-        self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None, temperature: float = 1.0
+        self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None, temperature: float | torch.Tensor = 1.0
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits `(..., vocabulary)`, or what [`score_tokens`] returns if there are `targets`."""
         if targets is None:
@@ -562,8 +562,12 @@ class BagelModel(BagelPreTrainedModel, UnifiedModel):
     def answer_logits(self, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
         return generation.answer_logits(self, pixel_values, questions)
 
-    def pack(self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig) -> PackedBatch:
-        return pack_trajectories(trajectories, self.guidance(guidance), self.config)
+    def pack(
+        self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig | Sequence[GuidanceConfig]
+    ) -> PackedBatch:
+        one = isinstance(guidance, GuidanceConfig)
+        made = self.guidance(guidance) if one else [self.guidance(settings) for settings in guidance]
+        return pack_trajectories(trajectories, made, self.config)
 
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if "vit_patches" in inputs:
@@ -591,7 +595,7 @@ class BagelModel(BagelPreTrainedModel, UnifiedModel):
         sequence_ids: torch.Tensor | None = None,
         buckets: torch.Tensor | None = None,
         velocity_index: torch.Tensor | None = None,
-        temperature: float = 1.0,
+        temperature: float | torch.Tensor = 1.0,
         context_gradient: str = "exact",
         **images: torch.Tensor,
     ) -> PackedOutput:

@@ -124,25 +124,27 @@ class _PackedSequence(BagelSequence):
 class _Packer:
     """Lays out trajectories one after the other, and attaches noised copies to the contexts that they see."""
 
-    def __init__(self, guidance: BagelGuidance, config: BagelConfig, shares_contexts: bool) -> None:
-        self.guidance, self.config, self.shares_contexts = guidance, config, shares_contexts
+    def __init__(self, config: BagelConfig, shares_contexts: bool) -> None:
+        self.config, self.shares_contexts = config, shares_contexts
         self.tree = ContextTree()
         self.trajectory_sequences: list[_PackedSequence] = []
         self.image_trajectory: list[int] = []
+        self.image_guidance: list[BagelGuidance] = []
         self.branch_sequences: dict[int, _PackedSequence] = {}
         """Contexts of branches that begin no trajectory that sees them, by their nodes in the tree."""
         self.branch_paths: list[list[int]] = []
         """Their paths in the tree."""
 
-    def add(self, trajectory: Trajectory) -> None:
+    def add(self, trajectory: Trajectory, guidance: BagelGuidance) -> None:
         """Lay out a trajectory. A sampled image that nothing follows is in no context and is left out."""
         sequence = _PackedSequence(self.config)
         path = self.tree.add(trajectory.segments)
         for i, segment in enumerate(trajectory.segments):
             if isinstance(segment, ImageSegment) and segment.sampled:
                 if segment.window is not None:
-                    self._add_copies(sequence, path[: i + 1], segment)
+                    self._add_copies(sequence, path[: i + 1], segment, guidance)
                     self.image_trajectory.append(len(self.trajectory_sequences))
+                    self.image_guidance.append(guidance)
                 if i + 1 == len(trajectory.segments):
                     break
             start = sequence.add_segment(segment)
@@ -150,12 +152,14 @@ class _Packer:
                 sequence.sampled_tokens += zip(itertools.count(start), segment.token_ids, strict=False)
         self.trajectory_sequences.append(sequence)
 
-    def _add_copies(self, sequence: _PackedSequence, path: list[int], image: ImageSegment) -> None:
+    def _add_copies(
+        self, sequence: _PackedSequence, path: list[int], image: ImageSegment, guidance: BagelGuidance
+    ) -> None:
         """Attach an image's noised copies to its trajectory, whose context has a `path`, or to other contexts."""
         window, index = image.window, len(self.image_trajectory)
         times = window.timesteps[:-1].tolist()
         for branch, name in enumerate(BRANCHES):
-            steps = [step for step, time in enumerate(times) if name in self.guidance.branches_at(time)]
+            steps = [step for step, time in enumerate(times) if name in guidance.branches_at(time)]
             if not steps:
                 continue
             if name == "full":
@@ -360,7 +364,7 @@ def _packed_inputs(buckets: Sequence[_PackedBucket], config: BagelConfig) -> dic
 
 def pack_trajectories(
     trajectories: Sequence[Trajectory],
-    guidance: BagelGuidance,
+    guidance: BagelGuidance | Sequence[BagelGuidance],
     config: BagelConfig,
     shares_contexts: bool = True,
 ) -> PackedBatch:
@@ -369,7 +373,8 @@ def pack_trajectories(
 
     Args:
         trajectories (`Sequence[Trajectory]`): What to score.
-        guidance ([`BagelGuidance`]): Decides which branches are needed at which times.
+        guidance ([`BagelGuidance`] or `Sequence[BagelGuidance]`):
+            Decides for all trajectories, or for each, which branches are needed at which times.
         config ([`BagelConfig`]): Sizes and delimiters.
         shares_contexts (`bool`, *optional*, defaults to `True`):
             With `False`, every guidance branch of every image has a packed sequence of its own, for comparisons.
@@ -377,9 +382,10 @@ def pack_trajectories(
     Returns:
         [`PackedBatch`]: Its inputs are a batch of size 1, and `buckets` `(buckets, 5)` holds one [`Bucket`] per line.
     """
-    packer = _Packer(guidance, config, shares_contexts)
-    for trajectory in trajectories:
-        packer.add(trajectory)
+    packer = _Packer(config, shares_contexts)
+    is_shared = isinstance(guidance, BagelGuidance)
+    for trajectory, own in zip(trajectories, [guidance] * len(trajectories) if is_shared else guidance, strict=True):
+        packer.add(trajectory, own)
     buckets = _collate_buckets(packer.sequences(), config)
     inputs = _packed_inputs(buckets, config)
     context_starts, copy_starts = _starts(buckets)
@@ -400,5 +406,5 @@ def pack_trajectories(
         score_column=column,
         velocities=velocities,
         image_trajectory=torch.tensor(packer.image_trajectory, dtype=torch.long),
-        guidance=guidance,
+        guidance=guidance if is_shared else tuple(packer.image_guidance),
     )

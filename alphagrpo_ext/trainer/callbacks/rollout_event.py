@@ -106,7 +106,7 @@ def scored_rollout(step: RolloutStep, logs: Mapping[str, Any], accelerator: Acce
         offset=step.offset,
         group_size=step.group_size,
         rewards=step.image_rewards,
-        initial_rewards=accelerator.gather(torch.tensor(step.initial_rewards, device=accelerator.device)),
+        initial_rewards=step.initial_rewards,
         function_rewards={name: newest(values) for name, values in logs["rewards"].items()},
         advantages=newest(logs["advantages"]),
         extra_columns={name: newest(values) for name, values in logs["extra"].items()},

@@ -246,11 +246,16 @@ def test_nothing_to_paint_is_no_image(policy: tuple[Any, Any]) -> None:
 def test_arguments_make_the_painter_they_name() -> None:
     assert PainterArguments().make_painter() is None
     painter = PainterArguments(
-        painter="policy", num_timesteps=6, cfg_text_scale=3.0, cfg_img_scale=2.0, painter_batch_size=4
+        painter="policy", num_timesteps=6, cfg_text_scale=3.0, cfg_interval=[0.2, 1.0], painter_batch_size=4
     ).make_painter()
     assert isinstance(painter, Policy)
-    guidance = GuidanceConfig(3.0, 2.0, (0.4, 1.0), "global")
-    assert painter.config == RolloutConfig(SIZE, SIZE, denoising=DenoisingConfig(6, 1.0, guidance), batch_size=4)
+    expected = {
+        "reasoning_t2i": GuidanceConfig(3.0, 1.0, (0.2, 1.0), "global"),
+        "self_reflection": GuidanceConfig(3.0, 2.0, (0.2, 1.0), "text_channel"),
+    }
+    for name, guidance in expected.items():
+        denoising = DenoisingConfig(6, 1.0, guidance)
+        assert painter.configs[name] == RolloutConfig(SIZE, SIZE, denoising=denoising, batch_size=4)
     assert not painter.policy[0].training
     (image,) = paint(painter, ImageRequest(PROMPT, THOUGHT, seed=0))
     assert image.shape == (SIZE, SIZE, 3)
