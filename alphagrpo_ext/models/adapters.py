@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
 from alphagrpo_ext.models.contract import UnifiedModel
-from alphagrpo_ext.models.finite import check_finite
+from alphagrpo_ext.models.finite import check_finite_weights
 from alphagrpo_ext.models.saving import staged_folder
 from alphagrpo_ext.models.weight_files import check_weight_file, read_shapes, shape_differences, summarize
 
@@ -230,6 +230,6 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """
     # Without the option, PEFT asks the Hub whether the vocabulary has grown.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    check_finite(state.items(), f"the adapter is not saved to {folder}")
+    check_finite_weights(state.items(), f"the adapter is not saved to {folder}")
     with staged_folder(folder, sum(tensor.nbytes for tensor in state.values())) as stage:
         model.save_pretrained(str(stage), save_embedding_layers=False)

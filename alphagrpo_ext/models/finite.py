@@ -32,7 +32,7 @@ def names_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     return [name for name, flag in flags if not flag]
 
 
-def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], purpose: str) -> None:
+def check_finite_weights(tensors: Iterable[tuple[str, torch.Tensor]], purpose: str) -> None:
     """
     Check that all values are finite.
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.finite import check_finite
+from alphagrpo_ext.models.finite import check_finite_weights
 
 
 def check_output_folder(folder: str | Path) -> None:
@@ -109,6 +109,6 @@ def save_model(
         `FloatingPointError`: If a weight is NaN or infinite; the message names it.
     """
     with staged_folder(folder, state_bytes(model)) as stage:
-        check_finite(model.state_dict().items(), f"the model is not saved to {folder}")
+        check_finite_weights(model.state_dict().items(), f"the model is not saved to {folder}")
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         processor.save_pretrained(stage)

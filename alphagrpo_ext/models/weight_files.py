@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from alphagrpo_ext.models.finite import check_finite, is_finite
+from alphagrpo_ext.models.finite import check_finite_weights, is_finite
 
 
 # The map is renewed after this many bytes, because its pages count as memory of the process until it is closed.
@@ -111,7 +111,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is of type {tensor.dtype}, but weights must be floating point")
-    check_finite(tensors.items(), f"{path} is not written")
+    check_finite_weights(tensors.items(), f"{path} is not written")
     # Wide types first, so that every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, DTYPE_NAMES[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

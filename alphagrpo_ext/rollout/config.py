@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.contract import UnifiedModel
@@ -40,7 +40,7 @@ class RolloutConfig:
     width: PositiveInt
     max_new_tokens: NonNegativeInt | None = 512
     temperature: NonNegativeFloat = 1.0
-    top_k: Annotated[int, "[-1, inf)"] = 0
+    top_k: NonNegativeInt = 0
     top_p: PositiveUnitFloat = 1.0
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     batch_size: PositiveInt | None = None

@@ -40,11 +40,11 @@ INHERITED_RANGES = {
         "[1, inf)": "gradient_accumulation_steps per_device_eval_batch_size num_generations_eval generation_batch_size "
         "steps_per_generation num_iterations ref_model_sync_steps ddp_timeout",
         "[0, inf)": "warmup_steps max_grad_norm logging_steps eval_steps eval_delay save_steps "
-        "dataloader_num_workers beta epsilon",
+        "dataloader_num_workers beta epsilon top_k",
         "(0, inf)": "adam_epsilon num_train_epochs temperature repetition_penalty delta",
         "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor",
         "[0, 1]": "min_p ref_model_mixup_alpha top_entropy_quantile",
-        "[-1, inf)": "max_steps top_k",
+        "[-1, inf)": "max_steps",
         f"[0, {2**32 - 1}]": "seed data_seed",
     }.items()
     for name in names.split()
@@ -444,9 +444,9 @@ class AlphaGRPOConfig(GRPOConfig):
         # off where the launcher names the device to accelerate, because DeepSpeed takes a CPU only without it.
         named_device = "ACCELERATE_TORCH_DEVICE" in os.environ
         self.use_cpu = self.use_cpu or not (torch.accelerator.is_available() or named_device)
-        self._resolve_own_task()
         # Before, because TRL calculates with the numbers, and after, because it reads dictionaries from texts.
         self.check_numbers()
+        self._resolve_own_task()
         super().__post_init__()
         self.check_numbers()
         if self.use_vllm or self.use_transformers_continuous_batching:

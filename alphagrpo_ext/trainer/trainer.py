@@ -293,9 +293,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
             # The gradient of the other parts is there already, so only the value of their loss is added.
             image_loss = sum([output.loss.detach() for output in outputs[1:]], outputs[0].loss)
             losses["images"] = self.args.image_loss_weight * (image_loss / accumulation_steps)
-        if self.model.training:
-            self._finite_steps.add(losses, scores, inputs, self.state.global_step)
-        return sum(losses.values())
+        step = self.state.global_step if self.model.training else None
+        return self._finite_steps.total(losses, scores, inputs, step)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
         return self._finite_steps.checked_norm(super()._get_grad_norm(model, grad_norm), self.state.global_step)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from alphagrpo_ext.models.adapters import save_adapter
 from alphagrpo_ext.models.bagel.checkpoint import save_released
 from alphagrpo_ext.models.bagel.configuration_bagel import FLOAT_RANGES, LORA_TARGET_MODULES, WHOLE_RANGES
-from alphagrpo_ext.models.finite import check_finite, is_finite, names_not_finite
+from alphagrpo_ext.models.finite import check_finite_weights, is_finite, names_not_finite
 from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model
 from alphagrpo_ext.models.saving import save_model
 
@@ -197,5 +197,5 @@ def test_first_names_are_listed() -> None:
     with pytest.raises(
         FloatingPointError, match="^no: values are NaN or infinite in weight_1, .*weight_5 and 3 more$"
     ):
-        check_finite(tensors, "no")
-    check_finite([("ids", torch.tensor([1, 2])), tensors[0]], "no")
+        check_finite_weights(tensors, "no")
+    check_finite_weights([("ids", torch.tensor([1, 2])), tensors[0]], "no")

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from alphagrpo_ext.models.contract import UnifiedProcessor
-from alphagrpo_ext.models.finite import check_finite
+from alphagrpo_ext.models.finite import check_finite_weights
 from alphagrpo_ext.trainer.scoring import PackedScores
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
@@ -103,29 +103,32 @@ class FiniteSteps:
         self.processor = processor
         self._batches: list[MicroBatch] = []
 
-    def add(
-        self, losses: Mapping[str, torch.Tensor], scores: PackedScores, inputs: Mapping[str, Any], step: int
-    ) -> None:
+    def total(
+        self, losses: Mapping[str, torch.Tensor], scores: PackedScores, inputs: Mapping[str, Any], step: int | None
+    ) -> torch.Tensor:
         """
-        Remember a micro-batch. With the last one of an optimizer step, look at the losses of all of them. All processes call
+        Return the sum of the losses of a micro-batch, and remember them in training. With the last one of an optimizer step, look at the losses of all of them. All processes call
         this together.
 
         Args:
             losses (`Mapping[str, torch.Tensor]`): The terms of the loss, scalars by name.
             scores ([`PackedScores`]): What the losses were computed from.
             inputs (`Mapping[str, Any]`): The micro-batch as TRL buffered it.
-            step (`int`): Optimizer steps done.
+            step (`int`, *optional*): Optimizer steps done; `None` in evaluation.
 
         Raises:
             `FloatingPointError`: If a loss is NaN or infinite, in every process; the message names step, terms and samples.
         """
-        losses = {name: loss.detach() for name, loss in losses.items()}
-        self._batches.append(MicroBatch(inputs["trajectories"], losses, _finite_samples(scores, inputs)))
+        loss = sum(losses.values())
+        if step is None:
+            return loss
+        values = {name: value.detach() for name, value in losses.items()}
+        self._batches.append(MicroBatch(inputs["trajectories"], values, _finite_samples(scores, inputs)))
         if not self.accelerator.sync_gradients:
-            return
+            return loss
         total = torch.stack([loss.float() for batch in self._batches for loss in batch.losses.values()]).sum()
         if torch.isfinite(self.accelerator.reduce(total, reduction="sum")):
-            return
+            return loss
         found = [text for batch in self._batches if (text := batch.describe(self.processor.decode))]
         found = gather_object(found) if self.accelerator.num_processes > 1 else found
         raise FloatingPointError(f"training stops before step {step + 1}: {'; '.join(found[:NUM_NAMED])}")
@@ -174,7 +177,9 @@ def check_trained_weights(model: torch.nn.Module, state: Mapping[str, torch.Tens
         `FloatingPointError`: If a value is NaN or infinite; the message names weights and what to do.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    check_finite(trained if state is None else state.items(), "training failed, so go on from an earlier checkpoint")
+    check_finite_weights(
+        trained if state is None else state.items(), "training failed, so go on from an earlier checkpoint"
+    )
 
 
 def _finite_samples(scores: PackedScores, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

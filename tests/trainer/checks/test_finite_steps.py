@@ -175,11 +175,11 @@ steps = FiniteSteps(accelerator, SimpleNamespace(decode=str))
 inputs = {"trajectories": [Trajectory([TextSegment([rank])])]}
 scores = PackedScores(torch.zeros(1, 2), torch.zeros(1, 2), None)
 accelerator.gradient_state._set_sync_gradients(True)
-steps.add({"texts": torch.tensor(1.0)}, scores, inputs, 0)
+steps.total({"texts": torch.tensor(1.0)}, scores, inputs, 0)
 steps.checked_norm(torch.tensor(1.0), 0)
 scores.log_probs = torch.tensor([[0.0, math.nan if rank else 0.0]])
 try:
-    steps.add({"texts": torch.tensor(math.nan if rank else 1.0)}, scores, inputs, 1)
+    steps.total({"texts": torch.tensor(math.nan if rank else 1.0)}, scores, inputs, 1)
 except FloatingPointError as error:
     print(f"rank {rank}: {error}", flush=True)
 """
