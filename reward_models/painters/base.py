@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from alphagrpo_ext.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
+from alphagrpo_ext.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat, check_ranges
 from alphagrpo_ext.registry import Registry
 
 
