@@ -85,6 +85,8 @@ def test_commands_have_arguments_that_their_scripts_know(command: str, monkeypat
     monkeypatch.setattr(sys, "argv", words[place:])
     with pytest.raises(Parsed), contextlib.redirect_stderr(io.StringIO()):
         if is_server:
+            # Another test may have imported what is now run as a script.
+            monkeypatch.delitem(sys.modules, "reward_models.server.__main__", raising=False)
             runpy.run_module("reward_models.server", run_name="__main__")
         else:
             runpy.run_path(words[place], run_name="__main__")

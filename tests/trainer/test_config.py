@@ -305,7 +305,7 @@ def test_copies_know_what_was_given(make_config: Callable[..., AlphaGRPOConfig])
             "task 'self_reflection': max_completion_length.*be positive",
         ),
         ({"self_reflection": {"top_p": 1.5}}, "task 'self_reflection': top_p must be in"),
-        ({"self_reflection": {"eval_num_timesteps": 1}}, "task 'self_reflection': in evaluation: num_timesteps must"),
+        ({"self_reflection": {"eval_num_timesteps": 1}}, "task 'self_reflection': eval_num_timesteps must"),
         ({"self_reflection": {"eval_ode_solver": "rk4"}}, "task 'self_reflection': in evaluation: unknown"),
         (
             {"reasoning_t2i": {"cfg_text_scale": float("nan")}},

@@ -143,7 +143,7 @@ def test_evaluation_has_a_solver_of_its_own(make_trainer: MakeTrainer) -> None:
         ({"eval_ode_solver": "dpm"}, "in evaluation: unknown ODE solver 'dpm'.*eval_ode_solver=dpm"),
         # Most windows of the range lie inside the path, so there are two stretches.
         ({"ode_steps": 1}, r"ode_steps=1: .* sde_window_range=\[0, 11\]"),
-        ({"eval_ode_steps": 0}, "in evaluation: .* 0 steps are too few.*eval_ode_steps=0"),
+        ({"eval_ode_steps": 0}, "eval_ode_steps must be at least 1, but is 0"),
         ({"branches_per_thought": 0}, "branches_per_thought must be at least 1, but is 0"),
         ({"branches_per_thought": 4}, "branches_per_thought=4 must divide num_generations 14"),
     ],

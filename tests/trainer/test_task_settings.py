@@ -171,7 +171,7 @@ RELEASED = {
 def test_initial_images_are_painted_as_text_to_image(
     make: Callable[..., AlphaGRPOTrainer], settings: dict[str, Any]
 ) -> None:
-    rows = Dataset.from_list(ROWS[1:2], features=FEATURES)
+    rows = Dataset.from_list(ROWS[1:2] * 4, features=FEATURES)
     trainer = make(
         datasets={"train_dataset": rows, "eval_dataset": rows},
         per_device_train_batch_size=2,
@@ -235,7 +235,7 @@ def test_every_size_of_images_is_shown_to_the_reward_functions(make: Callable[..
 def test_settings_of_a_task_without_rows_are_said_to_have_no_effect(
     make: Callable[..., AlphaGRPOTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = Dataset.from_list(ROWS[1:2], features=FEATURES)
+    rows = Dataset.from_list(ROWS[1:2] * 4, features=FEATURES)
     make(datasets={"train_dataset": rows}, task_settings=DIFFERENT)
     (record,) = [record for record in caplog.records if "task_settings" in record.message]
     assert record.message.startswith("task_settings of 'image_editing' have no effect")
