@@ -261,7 +261,7 @@ class ScriptedEngine(LocalEngine):
         return RequestOutput([Completion(written, text, "stop", [{token: Logprob(-1.0)} for token in written])])
 
 
-@pytest.mark.parametrize("rectification", ["minimum", "initial", "off"])
+@pytest.mark.parametrize("rectification", ["minimum", "off"])
 def test_reward_is_that_of_the_last_image(smollm, server, example, load_agent, rectification: str) -> None:
     tokenizer = smollm[1]
     executor = load_agent(policy_sees_images="false", rectification=rectification)
@@ -275,12 +275,16 @@ def test_reward_is_that_of_the_last_image(smollm, server, example, load_agent, r
     assert better["reward"] == pytest.approx(logs["final_reward"]) and better["scores"] == logs["final_reward"]
     assert logs["improved"] == logs["strict_pass"] == 1.0 and logs["initial_reward"] < logs["final_reward"]
     assert worse["extra_logs"]["improved"] == 0.0
-    expected = {
-        "minimum": 0.0,
-        "initial": worse["extra_logs"]["initial_reward"],
-        "off": worse["extra_logs"]["final_reward"],
-    }
-    assert worse["reward"] == pytest.approx(expected[rectification], abs=1e-12)
+    expected = 0.0 if rectification == "minimum" else worse["extra_logs"]["final_reward"]
+    assert worse["reward"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_a_round_the_first_image_counts(smollm, server, example, load_agent) -> None:
+    tokenizer = smollm[1]
+    executor = load_agent(policy_sees_images="false", num_reflection_rounds=0, rectification="minimum")
+    engine = ScriptedEngine(tokenizer, example.wrong)
+    result = execute(executor, engine, prompt_of(tokenizer, "Plan it."), example.label)
+    assert result["reward"] == pytest.approx(result["extra_logs"]["final_reward"]) and result["reward"] > 0
 
 
 def test_two_rounds_refine_twice(smollm, server, example, load_agent) -> None:
