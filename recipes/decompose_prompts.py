@@ -40,11 +40,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
-from trl import TrlParser
 
 from alphagrpo_ext.files import FileInUseError, atomic_path, read_json_lines
 from alphagrpo_ext.ranges import PositiveInt
 from alphagrpo_ext.shapes.prompts import prompt_rows
+from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
 from reward_models.decomposition.record_file import RecordFile
 from reward_models.prompts.questions import PromptRecord
@@ -271,7 +271,7 @@ def main(args: DecompositionArguments) -> int:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((DecompositionArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([DecompositionArguments], __doc__).parse_args_and_config()
     try:
         sys.exit(main(arguments))
     except FileInUseError as error:
