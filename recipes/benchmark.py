@@ -25,11 +25,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import TrlParser
-
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.ranges import PositiveInt, check_ranges
 from benchmark_parts.sizes import SIZES, Size
+from recipe_tools.recipe_arguments import RecipeParser
 
 
 if TYPE_CHECKING:
@@ -109,5 +108,5 @@ def main(args: BenchmarkArguments) -> list[ResultTable]:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((BenchmarkArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([BenchmarkArguments], __doc__).parse_args_and_config()
     main(arguments)

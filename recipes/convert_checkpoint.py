@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl import TrlParser
+from recipe_tools.recipe_arguments import RecipeParser
 
 
 LAYOUTS = ("pretrained", "released")
@@ -76,5 +76,5 @@ def main(args: ConversionArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((ConversionArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([ConversionArguments], __doc__).parse_args_and_config()
     main(arguments)

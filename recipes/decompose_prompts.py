@@ -40,11 +40,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
-from trl import TrlParser
 
 from alphagrpo_ext.files import FileInUseError, atomic_path, read_json_lines
 from alphagrpo_ext.ranges import PositiveInt
 from alphagrpo_ext.shapes.prompts import prompt_rows
+from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
 from reward_models.decomposition.record_file import RecordFile
 from reward_models.prompts.questions import PromptRecord
@@ -62,6 +62,9 @@ class DecompositionArguments(DecomposerArguments):
     input: str | None = field(
         default=None,
         metadata={"help": "Prompts: a text file, JSON lines, or a dataset. Default: prompts of the shapes world."},
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Name of the column or field of prompts in `input`. Default: prompt or text."}
     )
     benchmark: str | None = field(
         default=None,
@@ -86,6 +89,10 @@ class DecompositionArguments(DecomposerArguments):
         if self.benchmark and not self.input:
             raise ValueError(
                 f"input is missing: name the file, folder or dataset with the prompts of '{self.benchmark}'"
+            )
+        if self.prompt_column is not None and (self.benchmark or not self.input):
+            raise ValueError(
+                f"prompt_column={self.prompt_column!r} names a column of `input`, which must be a table or JSON of your own"
             )
         if self.decomposer is None:
             self.decomposer = "openai" if self.input else "shapes"
@@ -139,7 +146,7 @@ def load_input(args: DecompositionArguments) -> list[str]:
         texts = BENCHMARKS.get(args.benchmark)("none").texts(args.input)
         return list(dict.fromkeys(texts))[: args.limit]
     if args.input is not None:
-        return read_prompts(args.input)[: args.limit]
+        return read_prompts(args.input, args.prompt_column)[: args.limit]
     rows = prompt_rows("train", args.limit or NUM_SHAPES_PROMPTS, seed=0)
     return list(dict.fromkeys(row["prompt"] for row in rows))
 
@@ -264,7 +271,7 @@ def main(args: DecompositionArguments) -> int:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((DecompositionArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([DecompositionArguments], __doc__).parse_args_and_config()
     try:
         sys.exit(main(arguments))
     except FileInUseError as error:

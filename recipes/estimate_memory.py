@@ -25,10 +25,9 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
-from trl import TrlParser
-
 from alphagrpo_ext.ranges import PositiveInt
 from recipe_tools.memory_settings import MemorySettings
+from recipe_tools.recipe_arguments import RecipeParser
 
 
 if TYPE_CHECKING:
@@ -107,5 +106,5 @@ def main(args: EstimationArguments, show_overview: bool) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((EstimationArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([EstimationArguments], __doc__).parse_args_and_config()
     main(arguments, show_overview=len(sys.argv) == 1)

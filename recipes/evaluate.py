@@ -31,12 +31,11 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
 from alphagrpo_ext.files import FileInUseError
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments
 from recipe_tools.evaluation_stages import DIRECT, EDITING, PAINTING, REFINE, THOUGHT, make_stages
+from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import RewardArguments
 
 
@@ -121,7 +120,7 @@ def main(args: EvaluationArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((EvaluationArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([EvaluationArguments], __doc__).parse_args_and_config()
     try:
         main(arguments)
     except FileInUseError as error:

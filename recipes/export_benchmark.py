@@ -34,10 +34,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import TrlParser
-
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments
+from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import RewardArguments
 
 
@@ -203,5 +202,5 @@ def main(args: ExportArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((ExportArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([ExportArguments], __doc__).parse_args_and_config()
     main(arguments)

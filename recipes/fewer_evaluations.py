@@ -18,10 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.ranges import AtLeastTwo, check_ranges
+from recipe_tools.recipe_arguments import RecipeParser
 
 
 @dataclass
@@ -68,5 +67,5 @@ def main(args: MeasurementArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((MeasurementArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([MeasurementArguments], __doc__).parse_args_and_config()
     main(arguments)

@@ -30,11 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl import TrlParser
-
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments
+from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import RewardArguments
 
 
@@ -177,5 +176,5 @@ def main(args: GenerationArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((GenerationArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([GenerationArguments], __doc__).parse_args_and_config()
     main(arguments)

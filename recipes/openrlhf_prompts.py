@@ -28,10 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.ranges import PositiveInt, check_ranges
+from recipe_tools.recipe_arguments import RecipeParser
 
 
 # OpenRLHF replaces this text by an image.
@@ -119,5 +118,5 @@ def main(args: OpenRLHFPromptArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((OpenRLHFPromptArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([OpenRLHFPromptArguments], __doc__).parse_args_and_config()
     main(arguments)

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from trl import TrlParser
-
 from alphagrpo_ext.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitFloat, check_ranges
+from recipe_tools.recipe_arguments import RecipeParser
 
 
 @dataclass
@@ -103,5 +102,5 @@ def main(args: PretrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((PretrainingArguments,)).parse_args_and_config()
+    (arguments,) = RecipeParser([PretrainingArguments], __doc__).parse_args_and_config()
     main(arguments)

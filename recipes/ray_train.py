@@ -14,7 +14,7 @@ a running cluster (`ray start --head`, and `ray start --address HEAD:6379` on th
 then be on every node, and the output directory on storage that all nodes share:
 
 ```bash
-python recipes/ray_train.py --recipe self_reflection --ray_address auto --num_workers 16 --use_gpu \
+python recipes/ray_train.py --recipe self_reflection --ray_address auto --num_workers 16 --use_gpu \\
     --config recipes/configs/self_reflection_bagel.yaml --output_dir /shared/runs/reflection --save_steps 20
 ```
 
@@ -22,18 +22,18 @@ OpenRLHF's dotted flags are accepted, too. `--help` lists what becomes of each; 
 nodes with eight GPUs each, and with a reward server beside them:
 
 ```bash
-python recipes/ray_train.py --recipe reasoning_t2i --ray_address auto \
-    --config recipes/configs/reasoning_t2i_bagel.yaml \
-    --actor.model_name_or_path /models/BAGEL-7B-MoT \
-    --actor.num_nodes 2 --actor.num_gpus_per_node 8 \
-    --actor.adam.lr 5e-5 --actor.max_norm 1.0 --actor.gradient_checkpointing_enable \
-    --actor.policy_loss_type gspo --actor.eps_clip_low_high 0.2 0.28 \
-    --algo.advantage.estimator group_norm --algo.kl.init_coef 0 \
-    --rollout.batch_size 32 --rollout.n_samples_per_prompt 14 --rollout.max_new_tokens 512 \
-    --rollout.temperature 1.0 --rollout.top_p 0.8 \
-    --train.batch_size 448 --train.micro_batch_size 14 --train.num_episodes 1 --train.seed 42 \
-    --ds.lora.rank 32 --ds.lora.alpha 64 --ds.param_dtype bf16 \
-    --reward.remote_url http://judge:8001 --data.prompt_dataset /shared/questions.jsonl \
+python recipes/ray_train.py --recipe reasoning_t2i --ray_address auto \\
+    --config recipes/configs/reasoning_t2i_bagel.yaml \\
+    --actor.model_name_or_path /models/BAGEL-7B-MoT \\
+    --actor.num_nodes 2 --actor.num_gpus_per_node 8 \\
+    --actor.adam.lr 5e-5 --actor.max_norm 1.0 --actor.gradient_checkpointing_enable \\
+    --actor.policy_loss_type gspo --actor.eps_clip_low_high 0.2 0.28 \\
+    --algo.advantage.estimator group_norm --algo.kl.init_coef 0 \\
+    --rollout.batch_size 32 --rollout.n_samples_per_prompt 14 --rollout.max_new_tokens 512 \\
+    --rollout.temperature 1.0 --rollout.top_p 0.8 \\
+    --train.batch_size 448 --train.micro_batch_size 14 --train.num_episodes 1 --train.seed 42 \\
+    --ds.lora.rank 32 --ds.lora.alpha 64 --ds.param_dtype bf16 \\
+    --reward.remote_url http://judge:8001 --data.prompt_dataset /shared/questions.jsonl \\
     --ckpt.output_dir /shared/runs/t2i --ckpt.save_steps 20 --ckpt.max_num 3
 ```
 
@@ -58,12 +58,14 @@ from recipe_tools.openrlhf_flags import JOINT, RENAMED, SWITCHES, FlagParser, tr
 from recipe_tools.openrlhf_joint_flags import FlagError
 from recipe_tools.ray_job import ATTEMPTS_FILE, RayJob, choose_initial_checkpoint, describe_attempts, train_worker
 from recipe_tools.recipe_arguments import (
+    RecipeParser,
     UnknownArgumentError,
     argument_types,
     find_recipe,
     load_recipe,
     make_parser,
     read_settings,
+    with_config,
 )
 
 
@@ -239,14 +241,20 @@ def run_job(args: RayArguments, job: RayJob) -> None:
 
 
 def main(command_line: Sequence[str]) -> None:
-    wants_help = not {"-h", "--help"}.isdisjoint(command_line)
-    translated, notes = translate_flags([part for part in command_line if part not in ("-h", "--help")])
+    asked = {"-h", "--help", "--help_all", "--help-all"}
+    wants_help = not asked.isdisjoint(command_line)
+    translated, notes = translate_flags([part for part in command_line if part not in asked])
     args, arguments = make_parser([RayArguments]).parse_args_into_dataclasses(
         translated, return_remaining_strings=True, look_for_args_file=False
     )
     if wants_help:
         recipe = load_recipe(find_recipe(args.recipe))
-        print(make_parser([RayArguments, *argument_types(recipe)]).format_help())
+        parser = RecipeParser([RayArguments, *argument_types(recipe)], __doc__)
+        line = with_config(recipe, arguments)
+        if "--config" in line:
+            parser.show_config(line[line.index("--config") + 1])
+        # All means all: "--help" ends with the name of the option that shows the rest.
+        print(parser.format_help() if {"-h", "--help"} & set(command_line) else parser.format_all())
         print(FlagParser().format_help())
         return
     for note in notes:

@@ -20,21 +20,21 @@ Every argument of `AlphaGRPOConfig` and `ModelConfig` can be given on the comman
 precedence:
 
 ```bash
-accelerate launch --multi_gpu --num_processes 2 recipes/reasoning_t2i.py \
+accelerate launch --multi_gpu --num_processes 2 recipes/reasoning_t2i.py \\
     --config recipes/configs/reasoning_t2i_shapes.yaml --max_steps 50 --output_dir runs/try
 ```
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.sole_writer import writes_alone
+from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import PromptArguments
 
 
@@ -78,9 +78,8 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(DEFAULT_CONFIG), *sys.argv[1:]]
-    parser = TrlParser((PromptArguments, AlphaGRPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
+    parser = RecipeParser([PromptArguments, AlphaGRPOConfig, ModelConfig], __doc__, DEFAULT_CONFIG)
+    main(*parser.parse_args_and_config())
 
     from recipe_tools.processes import end_processes
 

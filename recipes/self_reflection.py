@@ -27,15 +27,15 @@ accelerate launch recipes/self_reflection.py --formats shapes_reflection --rewar
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.sole_writer import writes_alone
+from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import PromptArguments
 
 
@@ -143,9 +143,8 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(DEFAULT_CONFIG), *sys.argv[1:]]
-    parser = TrlParser((ReflectionArguments, AlphaGRPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
+    parser = RecipeParser([ReflectionArguments, AlphaGRPOConfig, ModelConfig], __doc__, DEFAULT_CONFIG)
+    main(*parser.parse_args_and_config())
 
     from recipe_tools.processes import end_processes
 

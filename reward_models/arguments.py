@@ -105,6 +105,10 @@ class PromptArguments(HoldoutArguments, RewardArguments):
     eval_file: str | None = field(
         default=None, metadata={"help": "Evaluation prompts with questions, in the formats of train_file."}
     )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Name of the column of prompts in train_file and eval_file. Default: prompt."},
+    )
     num_train_prompts: PositiveInt = field(
         default=2048, metadata={"help": "Number of training prompts drawn from the shapes world."}
     )
@@ -132,6 +136,10 @@ class PromptArguments(HoldoutArguments, RewardArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.prompt_column is not None and not (self.train_file or self.eval_file):
+            raise ValueError(
+                f"prompt_column={self.prompt_column!r} needs train_file or eval_file, whose column it names"
+            )
         RewardArguments.__post_init__(self)
         HoldoutArguments.__post_init__(self)
 

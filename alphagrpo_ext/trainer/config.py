@@ -73,7 +73,7 @@ TASK_DEFAULTS: dict[str, Any] = {
         top_p=0.8,
         top_k=0,
     ).given(),
-    **{"eval_num_timesteps": 50, "eval_ode_solver": "euler", "eval_temperature": 0.3, "eval_top_p": 1.0},
+    **{"eval_ode_solver": "euler", "eval_temperature": 0.3, "eval_top_p": 1.0},
 }
 """What holds where neither the user nor the task sets it. Arguments of these names are `None` until then."""
 TASK_SETTINGS = (
@@ -295,7 +295,10 @@ class AlphaGRPOConfig(GRPOConfig):
     # Parameters that control evaluation
     eval_num_timesteps: AtLeastTwo | None = field(
         default=None,
-        metadata={"help": "num_timesteps in evaluation, where all steps are deterministic; 50 by default."},
+        metadata={
+            "help": "num_timesteps in evaluation, where all steps are deterministic; the training value by default. BAGEL's "
+            "own setting is 50."
+        },
     )
     eval_ode_solver: str | None = field(
         default=None, metadata={"help": "ode_solver in evaluation; 'euler' by default."}
@@ -303,7 +306,7 @@ class AlphaGRPOConfig(GRPOConfig):
     eval_ode_steps: PositiveInt | None = field(
         default=None,
         metadata={
-            "help": "Steps of the whole path in evaluation, whatever eval_num_timesteps is; eval_num_timesteps - 1 by "
+            "help": "Steps of the whole path in evaluation, whatever eval_num_timesteps is; those of its schedule by "
             "default."
         },
     )
@@ -454,6 +457,11 @@ class AlphaGRPOConfig(GRPOConfig):
                 "use_vllm and use_transformers_continuous_batching generate text only; AlphaGRPOTrainer samples text "
                 "and images with its own rollout generator, so set both to False"
             )
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel replaces TRL's loss of text, and modules of architectures that Liger knows; "
+                "AlphaGRPOTrainer computes text and images in one packed forward, which uses neither, so set it to False"
+            )
         self.make_task(self.task)
         self._check_choices()
         self._check_bounds()
@@ -575,7 +583,7 @@ class AlphaGRPOConfig(GRPOConfig):
             self.eval_rollout()
         except ValueError as error:
             raise ValueError(
-                f"in evaluation: {error} (eval_num_timesteps={self.eval_num_timesteps}, "
+                f"in evaluation: {error} (num_timesteps={self.num_timesteps}, eval_num_timesteps={self.eval_num_timesteps}, "
                 f"eval_ode_solver={self.eval_ode_solver}, eval_ode_steps={self.eval_ode_steps})"
             ) from error
 
@@ -691,7 +699,7 @@ class AlphaGRPOConfig(GRPOConfig):
             renorm_min=self.cfg_renorm_min,
         )
         denoising = DenoisingConfig(
-            num_timesteps=self.eval_num_timesteps,
+            num_timesteps=either(self.eval_num_timesteps, self.num_timesteps),
             timestep_shift=either(self.eval_timestep_shift, self.timestep_shift),
             guidance=guidance,
             ode_solver=self.eval_ode_solver,

@@ -97,8 +97,11 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     # First, so that a checkpoint that cannot be resumed is reported before anything is loaded.
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
     skipped: list[str] | None = [] if script_args.skip_broken_rows else None
-    train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts, skipped)
-    eval_rows = PromptRows(load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts, skipped))
+    column = script_args.prompt_column
+    train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts, skipped, column)
+    eval_rows = PromptRows(
+        load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts, skipped, column)
+    )
     attention = model_args.attn_implementation
     load_policy = functools.cache(
         functools.partial(

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,12 +60,25 @@ def file_kind(path: Path) -> FileKind:
     return "json lines" if path.suffix in (".jsonl", ".json") else "text"
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def decompose_command(source: str, prompt_column: str | None = None) -> str:
+    """The command that writes questions for prompts without any: a file beside a file or folder, or in this folder."""
+    path = Path(source)
+    output = f"{path.stem if path.is_file() else path.name}_questions.jsonl"
+    output = str(path.with_name(output)) if path.exists() else output
+    column = "" if prompt_column in (None, "prompt") else f" --prompt_column {shlex.quote(prompt_column)}"
+    return (
+        f"python recipes/decompose_prompts.py --input {shlex.quote(source)}{column} --output {shlex.quote(output)} "
+        f"--base_url http://localhost:8000/v1 --model NAME"
+    )
+
+
+def read_rows(path: Path, prompt_column: str | None = None) -> Iterator[tuple[str, Any]]:
     """
     Read the rows of a file of JSON.
 
     Args:
         path (`Path`): JSON lines, or an array of rows.
+        prompt_column (`str`, *optional*): Name of the column of prompts, for the message about a file without questions.
 
     Yields:
         `tuple[str, Any]`: The name of the row for error messages, and the row.
@@ -90,10 +104,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 ) from error
             raise
     else:
+        command = decompose_command(str(path), prompt_column)
+        delimiter = _DELIMITERS.get(_delimiter(path, prompt_column), "CSV or TSV")
         advice = {
-            "table": f"the file is a {_DELIMITERS.get(_delimiter(path), 'CSV or TSV')} table, and questions have no place in a "
-            f"table: write JSON lines, or decompose its prompts with recipes/decompose_prompts.py",
-            "text": "the file is plain text: write JSON lines, or decompose its prompts with recipes/decompose_prompts.py",
+            "table": f"the file is a {delimiter} table, and questions have no place in a table: write JSON lines, or let a "
+            f"language model write questions for its prompts: {command}",
+            "text": f"the file is plain text: write JSON lines, or let a language model write questions for its prompts: "
+            f"{command}",
             "parquet": "the file is a Parquet file, which is not read here",
         }
         raise ValueError(f"{path}: {advice[kind]}")
@@ -133,9 +150,13 @@ def read_saved_dataset(source: str) -> Dataset | None:
     return dataset
 
 
-def read_prompt_column(path: Path) -> list[tuple[str, str | None]]:
+def read_prompt_column(path: Path, prompt_column: str | None = None) -> list[tuple[str, str | None]]:
     """
-    Read the column of prompts of a CSV or TSV file with a header; see [`PROMPT_COLUMNS`].
+    Read the column of prompts of a CSV or TSV file with a header.
+
+    Args:
+        path (`Path`): The file.
+        prompt_column (`str`, *optional*): Name of the column, in any case. [`PROMPT_COLUMNS`] by default.
 
     Returns:
         `list[tuple[str, str | None]]`: The name of each row for error messages, and its prompt.
@@ -144,14 +165,18 @@ def read_prompt_column(path: Path) -> list[tuple[str, str | None]]:
         `ValueError`: If there is no such column, or if a line has another number of cells than the header. The message names the
             file and the line.
     """
-    delimiter = _delimiter(path) or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    delimiter = _delimiter(path, prompt_column) or ("\t" if path.suffix.lower() == ".tsv" else ",")
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         names = [cell.strip().casefold() for cell in header]
-        name = next((name for name in PROMPT_COLUMNS if name in names), None)
+        wanted = _column_names(prompt_column)
+        name = next((name for name in wanted if name in names), None)
         if name is None:
-            raise ValueError(f"{path} is a table without a column 'prompt' or 'text'; its first line is {header}")
+            raise ValueError(
+                f"{path} is a table without a column {' or '.join(map(repr, wanted))}; its first line is {header}. "
+                f"--prompt_column names another"
+            )
         if names.count(name) > 1:
             raise ValueError(f"{path} has the column '{name}' more than once; its first line is {header}")
         column, rows = names.index(name), []
@@ -230,12 +255,16 @@ def _object_keys(path: Path) -> list[str]:
     return list(value)[:20] if isinstance(value, dict) else []
 
 
-def _delimiter(path: Path) -> str | None:
+def _column_names(prompt_column: str | None) -> tuple[str, ...]:
+    return PROMPT_COLUMNS if prompt_column is None else (prompt_column.strip().casefold(),)
+
+
+def _delimiter(path: Path, prompt_column: str | None = None) -> str | None:
     """The delimiter of a table, if the file's first line is a header that names prompts."""
     with open(path, "rb") as file:
         line = file.readline(10_000).decode("utf-8-sig", errors="replace").strip("\r\n")
     for delimiter in _DELIMITERS:
         cells = [cell.strip().strip('"').casefold() for cell in line.split(delimiter)]
-        if len(cells) > 1 and any(name in cells for name in PROMPT_COLUMNS):
+        if len(cells) > 1 and any(name in cells for name in _column_names(prompt_column)):
             return delimiter
     return None

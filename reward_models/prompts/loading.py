@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from alphagrpo_ext.image_rows import RowImage, broken_images, refuse_broken_images, refuse_images_column
 from alphagrpo_ext.shapes.prompts import build_dataset
 from reward_models.prompts.files import (
+    decompose_command,
     file_kind,
     prompt_field,
     read_prompt_column,
@@ -48,7 +49,13 @@ class _FileRow:
     where: str
 
 
-def load_prompts(file: str | None, split: str, num_prompts: int, skipped: list[str] | None = None) -> Dataset:
+def load_prompts(
+    file: str | None,
+    split: str,
+    num_prompts: int,
+    skipped: list[str] | None = None,
+    prompt_column: str | None = None,
+) -> Dataset:
     """
     Load prompts with their questions.
 
@@ -65,6 +72,8 @@ def load_prompts(file: str | None, split: str, num_prompts: int, skipped: list[s
             Number of prompts to draw from the shapes world.
         skipped (`list[str]`, *optional*):
             If given, rows whose image cannot be read are left out, and what is broken about each is appended to the list.
+        prompt_column (`str`, *optional*):
+            Name of the column of prompts in `file`, if it is not `prompt`. A column `prompt` beside it is dropped.
 
     Returns:
         `datasets.Dataset`: The columns `prompt`, `semantic_questions` and `quality_questions`, and those of `task`, `image` and
@@ -74,16 +83,21 @@ def load_prompts(file: str | None, split: str, num_prompts: int, skipped: list[s
     Raises:
         `FileNotFoundError`: If `file` is a path that does not exist.
         `ValueError`: If a row is malformed or its image cannot be read, or if there are no rows. The message names the file and
-            the line, or the dataset and the row. If the file has another format, the message names it.
+            the line, or the dataset and the row. If the file has another format, the message names it. If a row has no
+            questions, the message has the command that makes some.
     """
     if file is None:
         # The prompts belong to the task and not to a run, so they do not depend on the run's seed.
         return build_dataset(split, num_prompts, seed=0)
     if (dataset := _dataset(file)) is not None:
-        dataset = _with_records(dataset, file)
+        dataset = _with_records(_with_prompt_column(dataset, file, prompt_column), file, prompt_column)
         places = [f"dataset {file}, row {index}" for index in range(len(dataset))]
     else:
-        rows = [_file_row(row, where, path.parent) for path in _files(file) for where, row in read_rows(path)]
+        rows = [
+            _file_row(_with_prompt(row, where, prompt_column), where, path, prompt_column)
+            for path in _files(file)
+            for where, row in read_rows(path, prompt_column)
+        ]
         if not rows:
             raise ValueError(f"{file} has no records")
         dataset, places = _file_dataset(rows, file), [row.where for row in rows]
@@ -124,7 +138,7 @@ def _with_readable_images(dataset: Dataset, file: str, places: Sequence[str], sk
     return dataset.select([index for index in range(len(dataset)) if index not in faults])
 
 
-def read_prompts(source: str) -> list[str]:
+def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
     """
     Read prompts without questions.
 
@@ -134,6 +148,7 @@ def read_prompts(source: str) -> list[str]:
             file is found by its content: plain text with one prompt per line, JSON lines or a JSON array of texts or of objects
             with a field `prompt` or `Prompt`, CSV or TSV with a column `prompt` or `text` in any case, or Parquet. A folder holds
             a saved dataset, or files `*.txt` of one prompt each, in alphabetical order. Text is in UTF-8.
+        prompt_column (`str`, *optional*): Name of the column or field of prompts, if it has another one.
 
     Returns:
         `list[str]`: The distinct prompts in order, without surrounding blanks. Blank lines of a text file are skipped.
@@ -146,29 +161,35 @@ def read_prompts(source: str) -> list[str]:
     path = Path(source)
     texts = sorted(path.glob("*.txt")) if path.is_dir() else []
     if texts and len(texts) == sum(file.is_file() and not file.name.startswith(".") for file in path.iterdir()):
+        _refuse_column_of_text(source, prompt_column)
         found = [(str(file), _one_prompt(file)) for file in texts]
     elif (dataset := _dataset(source, folders=True)) is not None:
-        if "prompt" not in dataset.column_names:
-            raise ValueError(f"dataset {source} has no column 'prompt'; its columns are {dataset.column_names}")
+        dataset = _with_prompt_column(dataset, source, prompt_column)
         found = [(f"dataset {source}, row {index}", prompt) for index, prompt in enumerate(dataset["prompt"])]
     else:
-        found = _prompts_of_file(path)
+        found = _prompts_of_file(path, prompt_column)
     prompts = list(dict.fromkeys(_checked_prompt(prompt, where) for where, prompt in found))
     if not prompts:
         raise ValueError(f"{source} has no prompts")
     return prompts
 
 
-def _prompts_of_file(path: Path) -> list[tuple[str, Any]]:
+def _prompts_of_file(path: Path, prompt_column: str | None) -> list[tuple[str, Any]]:
     kind = file_kind(path)
     if kind == "table":
-        return read_prompt_column(path)
+        return read_prompt_column(path, prompt_column)
     if kind == "text":
+        _refuse_column_of_text(str(path), prompt_column)
         lines = enumerate(read_text(path).split("\n"), start=1)
         return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
-    takes_texts = kind == "json array"
+    takes_texts = kind == "json array" and prompt_column is None
     return [
-        (where, row if takes_texts and isinstance(row, str) else prompt_field(row, where))
+        (
+            where,
+            row
+            if takes_texts and isinstance(row, str)
+            else prompt_field(_with_prompt(row, where, prompt_column), where),
+        )
         for where, row in read_rows(path)
     ]
 
@@ -219,13 +240,55 @@ def _files(source: str) -> list[Path]:
     return files
 
 
-def _file_row(row: Any, where: str, folder: Path) -> _FileRow:
+def _with_prompt(row: Any, where: str, prompt_column: str | None) -> Any:
+    """A row of JSON whose field of that name, if there is one to look for, is called `prompt`."""
+    if prompt_column in (None, "prompt") or not isinstance(row, Mapping):
+        return row
+    if prompt_column not in row:
+        raise ValueError(f"{where} has no column '{prompt_column}' (prompt_column); its columns are {list(row)}")
+    return {name: value for name, value in row.items() if name != prompt_column} | {"prompt": row[prompt_column]}
+
+
+def _with_prompt_column(dataset: Dataset, name: str, prompt_column: str | None) -> Dataset:
+    """A dataset with a column `prompt`, which may have another name before."""
+    columns = dataset.column_names
+    column = prompt_column or "prompt"
+    if column not in columns:
+        advice = " (prompt_column)" if prompt_column else ""
+        hint = "" if prompt_column else ". --prompt_column names another column of prompts"
+        raise ValueError(f"dataset {name} has no column '{column}'{advice}; its columns are {columns}{hint}")
+    if column == "prompt":
+        return dataset
+    if "prompt" in columns:
+        dataset = dataset.remove_columns("prompt")
+    return dataset.rename_column(column, "prompt")
+
+
+def _refuse_column_of_text(source: str, prompt_column: str | None) -> None:
+    if prompt_column is not None:
+        raise ValueError(f"{source} is plain text, which has no column '{prompt_column}' (prompt_column)")
+
+
+def _refuse_prompts_alone(columns: Container[str], where: str, source: str, prompt_column: str | None) -> None:
+    """Raise an error with the command that makes questions, if there are prompts and no questions."""
+    if "prompt" in columns and not any(name in columns for name in TAGS):
+        raise ValueError(
+            f"{where} has a prompt and no questions. Let a language model write them, and give the file of --output instead: "
+            f"{decompose_command(source, prompt_column)}"
+        )
+
+
+def _file_row(row: Any, where: str, path: Path, prompt_column: str | None) -> _FileRow:
+    if isinstance(row, Mapping):
+        _refuse_prompts_alone(row, where, str(path), prompt_column)
+        if "prompt" not in row:
+            raise ValueError(f"{where} has no 'prompt'; its fields are {list(row)}. --prompt_column names another")
     record = from_row(row, where)
     refuse_images_column(row, where)
     for name in ("task", "category"):
         if not isinstance(row.get(name), str | None):
             raise ValueError(f"{where}: {name} must be a string, got {row[name]!r}")
-    image = _image_path(row.get("image"), where, folder)
+    image = _image_path(row.get("image"), where, path.parent)
     return _FileRow(record, row.get("task"), image, row.get("category"), where)
 
 
@@ -241,9 +304,10 @@ def _image_path(image: Any, where: str, folder: Path) -> str | None:
     return image if "://" in image else str(folder / image)
 
 
-def _with_records(dataset: Dataset, name: str) -> Dataset:
+def _with_records(dataset: Dataset, name: str, prompt_column: str | None) -> Dataset:
     """Check the questions of a dataset and convert them to one format. Images stay undecoded."""
-    missing = [column for column in ("prompt", *TAGS) if column not in dataset.column_names]
+    _refuse_prompts_alone(dataset.column_names, f"dataset {name}", name, prompt_column)
+    missing = [column for column in TAGS if column not in dataset.column_names]
     if missing:
         raise ValueError(f"dataset {name} has no column '{missing[0]}'; its columns are {dataset.column_names}")
     refuse_images_column(dataset.column_names, f"dataset {name}")

@@ -97,6 +97,17 @@ def test_training_names_the_row_that_the_shapes_judge_cannot_judge(
         train("reasoning_t2i", option, foreign_prompts, "--output_dir", tmp_path)
 
 
+@pytest.mark.parametrize("option", ["--train_file", "--eval_file"])
+def test_training_reads_the_column_of_prompts_that_is_named(
+    option: str, foreign_prompts: Path, tmp_path: Path
+) -> None:
+    renamed = tmp_path / "captions.jsonl"
+    renamed.write_text(foreign_prompts.read_text().replace('"prompt"', '"caption"'))
+    # The row that the judge cannot judge is named by its prompt, so it was read.
+    with pytest.raises(ValueError, match=r"row 1 \('dog'\): .* choose another judge"):
+        train("reasoning_t2i", option, renamed, "--prompt_column", "caption", "--output_dir", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["evaluate", "generate", "export_benchmark"])
 def test_painting_recipes_ask_the_judge_before_they_load_the_model(
     name: str, recipe_of: Callable[[str], ModuleType], foreign_prompts: Path, tmp_path: Path

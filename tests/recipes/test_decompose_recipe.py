@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from fastapi.responses import JSONResponse
+from trl import TrlParser
 
 from alphagrpo_ext.shapes.prompts import prompt_rows
 from reward_models.decomposition.record_file import RecordFile
@@ -105,6 +107,28 @@ def test_prompts_from_a_file_are_decomposed_once_each(tmp_path: Path) -> None:
         row = json.loads(line)
         assert list(row) == ["prompt", "semantic_questions", "quality_questions"]
         assert [question["is_valid"] for question in row["semantic_questions"]][-2:] == [True, False]
+
+
+def test_the_command_of_the_error_about_missing_questions_makes_them(tmp_path: Path) -> None:
+    file = tmp_path / "own prompts.jsonl"
+    file.write_text("".join(json.dumps({"caption": prompt}) + "\n" for prompt in ("two cats", "a dog")))
+    with pytest.raises(ValueError) as caught:
+        load_prompts(str(file), "train", 1, prompt_column="caption")
+    (command,) = re.findall(r"python recipes/decompose_prompts.py (.*)", str(caught.value))
+    recipe = load_recipe("decompose_prompts")
+    with chat_stub() as stub:
+        words = shlex.split(command.replace("http://localhost:8000/v1", stub.url).replace("NAME", "stub"))
+        (arguments,) = TrlParser((recipe.DecompositionArguments,)).parse_args_and_config(words)
+        assert recipe.main(arguments) == 0
+    rows = load_prompts(str(tmp_path / "own prompts_questions.jsonl"), "train", 1)
+    assert sorted(rows["prompt"]) == ["a dog", "two cats"]
+
+
+def test_a_column_of_prompts_needs_an_input_of_ones_own() -> None:
+    recipe = load_recipe("decompose_prompts")
+    for other in ({}, {"benchmark": "wise", "input": "wise"}):
+        with pytest.raises(ValueError, match="prompt_column='caption' names a column of `input`"):
+            recipe.DecompositionArguments(prompt_column="caption", **other)
 
 
 def test_prompts_are_read_from_the_files_of_a_benchmark(tmp_path: Path) -> None:

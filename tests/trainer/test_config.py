@@ -17,6 +17,9 @@ from alphagrpo_ext.rollout.tasks.reasoning_t2i import ReasoningT2I
 from alphagrpo_ext.trainer import AlphaGRPOConfig
 
 
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+
+
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., AlphaGRPOConfig]:
     def make(**kwargs: Any) -> AlphaGRPOConfig:
@@ -114,6 +117,7 @@ def test_parser_reads_lists(tmp_path: Path) -> None:
         ({"sde_type": "cps"}, "unknown sde_type 'cps', available: flow_sde, flow_cps"),
         ({"cfg_renorm_type": "row"}, "unknown renorm_type 'row'"),
         ({"use_vllm": True}, "use_vllm"),
+        ({"use_liger_kernel": True}, "use_liger_kernel replaces TRL's loss of text"),
         ({"noise_level": 0.0}, "noise_level must be positive, but is 0.0"),
         ({"image_epsilon": -1e-5}, "image_epsilon must be positive"),
         ({"image_advantage_clip": 0.0}, "image_advantage_clip must be positive"),
@@ -181,6 +185,30 @@ def test_evaluation_guidance_defaults_to_that_of_training(make_config: Callable[
     guidance = config.eval_rollout().denoising.guidance
     assert guidance == config.guidance
     assert replace(guidance, text_scale=3.0) != config.guidance
+
+
+def test_evaluation_has_the_schedule_of_training_unless_it_is_given(
+    make_config: Callable[..., AlphaGRPOConfig],
+) -> None:
+    def steps(config: AlphaGRPOConfig) -> int:
+        return config.eval_rollout().denoising.num_timesteps
+
+    assert steps(make_config()) == 16 and steps(make_config(num_timesteps=20)) == 20
+    assert steps(make_config(num_timesteps=20, eval_num_timesteps=7)) == 7
+    config = make_config(task="self_reflection", task_settings={"reasoning_t2i": {"num_timesteps": 30}})
+    assert (steps(config), steps(config.for_task("reasoning_t2i"))) == (16, 30)
+
+
+@pytest.mark.parametrize(("world", "expected"), [("bagel", 50), ("shapes", 11)])
+@pytest.mark.parametrize("name", ["reasoning_t2i", "self_reflection"])
+def test_configurations_of_recipes_name_the_steps_of_evaluations(
+    make_config: Callable[..., AlphaGRPOConfig], name: str, world: str, expected: int
+) -> None:
+    values = yaml.safe_load((CONFIGS / f"{name}_{world}.yaml").read_text())
+    own = {field.name for field in fields(AlphaGRPOConfig)} - {"output_dir", "bf16"}
+    config = make_config(**{name: value for name, value in values.items() if name in own})
+    for task in (name, "reasoning_t2i"):
+        assert config.for_task(task).eval_rollout().denoising.num_timesteps == expected
 
 
 def test_objective_gets_the_image_settings(make_config: Callable[..., AlphaGRPOConfig]) -> None:
@@ -255,7 +283,7 @@ def test_task_settings_are_read_from_both(source: str, tmp_path: Path) -> None:
     painting = config.for_task("reasoning_t2i")
     assert painting.guidance == replace(PAINTING, text_scale=3.0)
     assert painting.train_rollout(0).size == (256, 512) and config.train_rollout(0).size == (512, 512)
-    assert painting.eval_rollout().denoising.num_timesteps == 9 and config.eval_num_timesteps == 50
+    assert painting.eval_rollout().denoising.num_timesteps == 9 and config.eval_rollout().denoising.num_timesteps == 16
     assert (painting.top_p, config.top_p) == (1.0, 0.8)
 
 

@@ -8,6 +8,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from reward_models.arguments import PromptArguments
 from reward_models.prompts.loading import load_prompts, read_prompts
 from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, from_row
 
@@ -59,6 +62,72 @@ def test_rows_are_read_from_every_format_of_rows(tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         assert [from_row(row) for row in load(path)] == expected, path.name
         assert read_prompts(str(path)) == ["a cat", "two\nlines"], path.name
+
+
+def renamed(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": "a short name", "caption": row["prompt"]} | {k: v for k, v in row.items() if k != "prompt"}
+
+
+def test_the_column_of_prompts_may_have_another_name(tmp_path: Path) -> None:
+    rows = [renamed(row) for row in ROWS]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    dataset = Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.remove_columns("prompt").save_to_disk(tmp_path / "caption_alone")
+    expected = [from_row(row) for row in ROWS]
+    for path in sorted(tmp_path.iterdir()):
+        assert [from_row(row) for row in load(path, prompt_column="caption")] == expected, path.name
+        assert read_prompts(str(path), "caption") == ["a cat", "two\nlines"], path.name
+        message = r"no column 'title' \(prompt_column\); its columns are \[.*'caption', 'semantic_questions', 'qual"
+        for read in (lambda path: load(path, prompt_column="title"), lambda path: read_prompts(str(path), "title")):
+            with pytest.raises(ValueError, match=f"{path.name}.* has {message}"):
+                read(path)
+    with pytest.raises(ValueError, match="caption_alone has no column 'prompt'.*--prompt_column names another"):
+        load(tmp_path / "caption_alone")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_column_of_a_table_may_have_another_name(tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text(f"id{delimiter}Caption\n1{delimiter}a cat\n")
+    assert read_prompts(str(path), "caption") == ["a cat"]
+    with pytest.raises(ValueError, match="without a column 'title'; its first line is .*Caption"):
+        read_prompts(str(path), "title")
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n")
+    with pytest.raises(ValueError, match="prompts.txt is plain text, which has no column 'caption'"):
+        read_prompts(str(path), "caption")
+
+
+@pytest.mark.parametrize("name", ["my prompts.jsonl", "rows.parquet", "saved", "table.csv", "text.txt"])
+@pytest.mark.parametrize("column", ["prompt", "caption"])
+def test_prompts_without_questions_are_sent_to_the_recipe_that_makes_some(
+    tmp_path: Path, name: str, column: str
+) -> None:
+    path = tmp_path / name
+    if path.suffix == ".jsonl":
+        path.write_text(json.dumps({column: "a cat"}))
+    elif path.suffix in (".csv", ".txt"):
+        path.write_text(f"{column},id\na cat,1\n" if path.suffix == ".csv" else "a cat\n")
+    else:
+        dataset = Dataset.from_list([{column: "a cat"}])
+        dataset.to_parquet(path) if path.suffix else dataset.save_to_disk(path)
+    with pytest.raises(ValueError) as caught:
+        load(path, prompt_column=None if column == "prompt" else column)
+    (command,) = re.findall(r"python recipes/decompose_prompts.py (.*)", str(caught.value))
+    arguments = shlex.split(command)
+    output = tmp_path / f"{path.stem}_questions.jsonl"
+    named = [] if column == "prompt" else ["--prompt_column", column]
+    assert arguments[:-4] == ["--input", str(path), *named, "--output", str(output)]
+    assert arguments[-4:] == ["--base_url", "http://localhost:8000/v1", "--model", "NAME"]
+
+
+def test_a_column_of_prompts_needs_a_file(tmp_path: Path) -> None:
+    assert PromptArguments(eval_file="a.jsonl", prompt_column="caption").prompt_column == "caption"
+    with pytest.raises(ValueError, match="prompt_column='caption' needs train_file or eval_file"):
+        PromptArguments(prompt_column="caption")
 
 
 def test_saved_splits_without_train_are_named(tmp_path: Path) -> None:
