@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,8 @@ class AlphaGRPOConfig(GRPOConfig):
     warns about other combinations.
 
     Each argument is described once, by the help text of its field, which `--help` shows.
+
+    `changed_arguments` has the names of the arguments that were given another value than their default.
     """
 
     per_device_train_batch_size: PositiveInt = field(
@@ -440,6 +442,12 @@ class AlphaGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # Before anything is resolved, so that what follows from the given arguments does not count.
+        self.changed_arguments = frozenset(
+            f.name
+            for f in fields(self)
+            if getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
+        )
         # On a machine without accelerators, processes that are launched together find each other only with `use_cpu`. It stays
         # off where the launcher names the device to accelerate, because DeepSpeed takes a CPU only without it.
         named_device = "ACCELERATE_TORCH_DEVICE" in os.environ
