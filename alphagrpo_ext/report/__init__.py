@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The report of a run: an HTML page with curves, a gallery of trajectories, and images before and after training."""
+"""The report of a run: an HTML page with images before and after training, trajectories, curves, and the run's settings."""
 
 from alphagrpo_ext.report.page import write_report
 from alphagrpo_ext.report.records import (
@@ -12,6 +12,7 @@ from alphagrpo_ext.report.records import (
     TrajectoryGroup,
     TrajectoryRecord,
 )
+from alphagrpo_ext.report.run_record import RunRecord, describe_run
 from alphagrpo_ext.report.store import ReportStore
 
 
@@ -21,8 +22,10 @@ __all__ = [
     "ImagePair",
     "ReportStore",
     "ReportTurn",
+    "RunRecord",
     "ScoreTable",
     "TrajectoryGroup",
     "TrajectoryRecord",
+    "describe_run",
     "write_report",
 ]

@@ -86,16 +86,19 @@ function forgetImages(container) {
 function compared(first, second, names, subject) {
   const frame = element("div", { class: "picture" });
   const edge = element("span", { class: "edge" });
-  const range = element("input", { type: "range", min: 0, max: 100, value: 100, "aria-label": `Boundary between the ${names[0]} and the ${names[1]} image: ${subject}` });
+  const labels = names.map((name) => element("span", {}, name));
+  const range = element("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": `Boundary between the ${names[0]} and the ${names[1]} image: ${subject}` });
   const update = () => {
-    // The edge is above the thumb of the slider. At each end of the slider, only the image that is named there is visible.
+    // The edge is above the thumb of the slider. On each side of it is the image that is named below that side.
     frame.style.setProperty("--split", `${range.value}%`);
     edge.hidden = range.value === "0" || range.value === "100";
-    range.setAttribute("aria-valuetext", `${range.value}% ${names[1]} image`);
+    labels[0].classList.toggle("covered", range.value === "0");
+    labels[1].classList.toggle("covered", range.value === "100");
+    range.setAttribute("aria-valuetext", `${range.value}% ${names[0]} image`);
   };
   frame.append(
-    picture(first, `${names[0]} image: ${subject}`),
-    picture(second, `${names[1]} image: ${subject}`, "top"),
+    picture(first, `${names[0]} image: ${subject}`, "top"),
+    picture(second, `${names[1]} image: ${subject}`),
     edge
   );
   range.addEventListener("input", update);
@@ -104,12 +107,12 @@ function compared(first, second, names, subject) {
     update();
   });
   update();
-  return [frame, element("div", { class: "slider" }, element("span", {}, names[0]), range, element("span", {}, names[1]))];
+  return [frame, element("div", { class: "slider" }, range, ...labels)];
 }
 
 /* Curves */
 
-const WIDTH = 320, HEIGHT = 150, LEFT = 46, RIGHT = 8, TOP = 10, BOTTOM = 24;
+const WIDTH = 320, HEIGHT = 150, LEAST_LEFT = 46, LABEL_GAP = 5, RIGHT = 8, TOP = 10, BOTTOM = 24;
 
 function ticks(low, high, most) {
   const raw = (high - low) / most;
@@ -136,11 +139,17 @@ function bounds(chart) {
 
 function axisLabel(value, step) {
   if (Math.abs(value) < step * 1e-6) return "0";
-  if (Math.abs(value) >= 1e5) return value.toExponential(1);
-  if (step < 1e-6) return value.toExponential(Math.max(0, Math.min(3, Math.round(Math.log10(Math.abs(value) / step)))));
+  if (Math.abs(value) >= 1e5 || step < 1e-6) {
+    const digits = Math.floor(Math.log10(Math.abs(value)) + 1e-9) - Math.floor(Math.log10(step) + 1e-9);
+    return value.toExponential(Math.max(0, Math.min(6, digits)));
+  }
   const decimals = -Math.floor(Math.log10(step) + 1e-9);
   return value.toFixed(Math.max(0, Math.abs(step * 10 ** decimals - 2.5) < 1e-6 ? decimals + 1 : decimals));
 }
+
+const pen = document.createElement("canvas").getContext("2d");
+pen.font = `11px ${getComputedStyle(document.body).fontFamily}`;
+const textWidth = (text) => pen.measureText(text).width;
 
 // All charts have the same horizontal axis.
 const [FIRST, LAST] = data.charts.flatMap((chart) => chart.series.flatMap((series) => series.points.map((point) => point[0])))
@@ -149,19 +158,23 @@ const [FIRST, LAST] = data.charts.flatMap((chart) => chart.series.flatMap((serie
 function drawChart(chart) {
   const steps = [...new Set(chart.series.flatMap((series) => series.points.map((point) => point[0])))].sort((a, b) => a - b);
   const [low, high] = bounds(chart);
+  const yTicks = ticks(low, high, 4);
+  const gap = yTicks.length > 1 ? yTicks[1] - yTicks[0] : high - low;
+  const yLabels = yTicks.map((value) => axisLabel(value, gap));
+  const LEFT = Math.max(LEAST_LEFT, ...yLabels.map((label) => Math.ceil(textWidth(label)) + LABEL_GAP + 1));
   const x = (step) => LEFT + (FIRST === LAST ? 0.5 : (step - FIRST) / (LAST - FIRST)) * (WIDTH - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - ((value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   const svg = svgElement("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, tabindex: 0, role: "slider", "aria-valuemin": steps[0], "aria-valuemax": steps[steps.length - 1] });
-  const yTicks = ticks(low, high, 4);
-  const gap = yTicks.length > 1 ? yTicks[1] - yTicks[0] : high - low;
-  for (const value of yTicks) {
+  for (const [i, value] of yTicks.entries()) {
     svg.append(svgElement("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
-    svg.append(svgElement("text", { x: LEFT - 5, y: y(value) + 4, "text-anchor": "end" }, axisLabel(value, gap)));
+    svg.append(svgElement("text", { x: LEFT - LABEL_GAP, y: y(value) + 4, "text-anchor": "end" }, yLabels[i]));
   }
   svg.append(svgElement("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM }));
-  const xTicks = FIRST === LAST ? [FIRST] : ticks(FIRST, LAST, 5).filter(Number.isInteger);
+  const most = Math.max(1, Math.min(5, Math.floor((WIDTH - LEFT - RIGHT) / (textWidth(LAST) + 14))));
+  const xTicks = FIRST === LAST ? [FIRST] : ticks(FIRST, LAST, most).filter(Number.isInteger);
   for (const value of xTicks) {
-    svg.append(svgElement("text", { x: x(value), y: HEIGHT - BOTTOM + 15, "text-anchor": x(value) > WIDTH - 20 ? "end" : "middle" }, value));
+    const middle = Math.min(x(value), WIDTH - textWidth(value) / 2 - 1);
+    svg.append(svgElement("text", { x: middle, y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, value));
   }
   chart.series.forEach((series, place) => {
     const path = series.points.map(([step, value], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("");
@@ -430,14 +443,36 @@ function showPairs() {
   showMorePairs();
 }
 
+// A column "<metric> before" begins the columns of a metric. A narrow screen shows the cells of a metric below each other.
+function scoreColumns(header) {
+  const metrics = [];
+  return header.map((title) => {
+    const [, name, note] = title.match(/^(.*?)(?: \((\*.*)\))?$/);
+    const metric = name.match(/^(.*) before$/);
+    if (metric) metrics.push(metric[1]);
+    return { name, note, metric: metrics.length, heading: metric ? metric[1] : "", label: metric ? "before" : name };
+  });
+}
+
+function drawScores({ header, rows }) {
+  const columns = scoreColumns(header);
+  const title = ({ name, note, metric, heading }) =>
+    element("th", { scope: "col", class: `metric-${metric}${heading ? " first" : ""}`, "data-heading": heading }, name, note ? "*" : "");
+  const cell = (text, { label, metric }) =>
+    element("td", { class: `metric-${metric}${label === "change" ? " change" : ""}`, "data-label": label }, text);
+  byId("scores").append(
+    element("thead", {}, element("tr", {}, ...columns.map(title))),
+    element("tbody", {}, ...rows.map(([name, ...cells]) =>
+      element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((text, i) => cell(text, columns[i + 1]))))));
+  const notes = columns.flatMap(({ note }) => (note ? [note] : []));
+  byId("scores-note").textContent = notes.join("; ");
+  byId("scores-note").hidden = !notes.length;
+}
+
 function prepareComparison() {
   if (!data.comparison) return;
   byId("comparison").hidden = byId("comparison-link").hidden = false;
-  const { header, rows } = data.comparison.table;
-  byId("scores").append(
-    element("thead", {}, element("tr", {}, ...header.map((title) => element("th", { scope: "col" }, title)))),
-    element("tbody", {}, ...rows.map(([name, ...cells]) =>
-      element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell))))));
+  drawScores(data.comparison.table);
   const categories = [...new Set(data.comparison.pairs.map((pair) => pair.category))];
   byId("category").append(option("", "all"), ...categories.map((category) => option(category, category.replaceAll("_", " "))));
   byId("comparison-filters").addEventListener("input", showPairs);
@@ -446,10 +481,48 @@ function prepareComparison() {
   showPairs();
 }
 
+/* The run */
+
+function drawSettings(id, settings) {
+  byId(id).append(element("tbody", {}, ...Object.entries(settings).map(([name, value]) =>
+    element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, value)))));
+}
+
+function drawRun() {
+  if (!data.run) return;
+  byId("run").hidden = byId("run-link").hidden = false;
+  byId("command").textContent = data.run.command;
+  drawSettings("versions", data.run.versions);
+  for (const id of ["changed", "unchanged"]) {
+    drawSettings(id, data.run[id]);
+    byId(`${id}-count`).textContent = Object.keys(data.run[id]).length;
+  }
+}
+
+/* Paper */
+
+// Paper does not scroll and has nothing to click: all pairs, their images, and how the run was started are there at once.
+function preparePrint() {
+  while (shownPairs < foundPairs.length) showMorePairs();
+  for (const image of [...waiting.keys()]) showImage(image);
+  for (const details of document.querySelectorAll("details[data-print]")) {
+    details.dataset.print = details.open ? "was open" : "";
+    details.open = true;
+  }
+}
+
+function restoreScreen() {
+  for (const details of document.querySelectorAll("details[data-print]")) details.open = details.dataset.print === "was open";
+}
+
+window.addEventListener("beforeprint", preparePrint);
+window.addEventListener("afterprint", restoreScreen);
+
 document.title = `${data.title}: training report`;
 byId("title").textContent = data.title;
 byId("summary").textContent = `step ${data.step} · written ${data.written.replace("T", " ").replace("+00:00", " UTC")}`;
 drawNumbers();
-drawCurves();
 prepareComparison();
 prepareGallery();
+drawCurves();
+drawRun();

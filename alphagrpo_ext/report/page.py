@@ -27,6 +27,7 @@ from typing import Any
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.report.charts import make_charts
 from alphagrpo_ext.report.records import Comparison, TrajectoryGroup
+from alphagrpo_ext.report.run_record import RunRecord
 from alphagrpo_ext.report.store import ReportStore, choose_groups, without_nan
 
 
@@ -53,15 +54,15 @@ def write_report(output_dir: str | os.PathLike[str], max_bytes: int = MAX_BYTES)
     store = ReportStore(output_dir)
     if not store.folder.is_dir():
         raise FileNotFoundError(f"{store.folder} does not exist: train with report=True to have something to report")
-    logs, groups, comparison = store.logs(), store.groups(), store.comparison()
+    logs, groups, comparison, run = store.logs(), store.groups(), store.comparison(), store.run()
     path = Path(output_dir) / PAGE_NAME
     title = Path(output_dir).resolve().name
-    page = render_page(title, logs, groups, comparison)
+    page = render_page(title, logs, groups, comparison, run)
     count = sum(len(group.trajectories) for group in groups)
     while len(page.encode()) > max_bytes and len(groups) > 1:
         count = count * 4 // 5
         groups = choose_groups(groups, count)
-        page = render_page(title, logs, groups, comparison)
+        page = render_page(title, logs, groups, comparison, run)
     write_text(path, page)
     return path
 
@@ -71,6 +72,7 @@ def render_page(
     logs: Sequence[dict[str, Any]],
     groups: Sequence[TrajectoryGroup],
     comparison: Comparison | None = None,
+    run: RunRecord | None = None,
 ) -> str:
     """
     Render the page.
@@ -80,6 +82,7 @@ def render_page(
         logs (`Sequence[dict[str, Any]]`): The trainer's `log_history`.
         groups (`Sequence[TrajectoryGroup]`): Trajectories for the gallery.
         comparison ([`Comparison`], *optional*): An evaluation before and after training.
+        run ([`RunRecord`], *optional*): How the run was started.
 
     Returns:
         `str`: The page.
@@ -92,6 +95,7 @@ def render_page(
         "charts": [asdict(chart) for chart in make_charts(logs)],
         "groups": [_with_image_indices(asdict(group), image_indices) for group in groups],
         "comparison": comparison and _with_image_indices(asdict(comparison), image_indices),
+        "run": run and asdict(run),
     }
     style, script = _resource("page.css"), _resource("page.js")
     policy = (

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from alphagrpo_ext.files import JsonLinesFile, read_json_lines, write_text
 from alphagrpo_ext.report.records import Comparison, TrajectoryGroup
+from alphagrpo_ext.report.run_record import RunRecord
 
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class ReportStore:
         self._prompts_path = self.folder / "prompts.jsonl"
         self._logs_path = self.folder / "logs.json"
         self._comparison_path = self.folder / "comparison.json"
+        self._run_path = self.folder / "run.json"
 
     def restart(self, step: int) -> None:
         """
@@ -127,6 +129,15 @@ class ReportStore:
         """The comparison of the evaluations before and after training, or `None`."""
         path = self._comparison_path
         return _adapter(Comparison).validate_json(path.read_bytes()) if path.is_file() else None
+
+    def save_run(self, run: RunRecord) -> None:
+        """Write how the run was started."""
+        write_text(self._run_path, _adapter(RunRecord).dump_json(run).decode())
+
+    def run(self) -> RunRecord | None:
+        """How the run was started, or `None`."""
+        path = self._run_path
+        return _adapter(RunRecord).validate_json(path.read_bytes()) if path.is_file() else None
 
 
 def choose_groups(groups: Sequence[TrajectoryGroup], max_trajectories: int) -> list[TrajectoryGroup]:

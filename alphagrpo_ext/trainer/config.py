@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,8 @@ class AlphaGRPOConfig(GRPOConfig):
     warns about other combinations.
 
     Each argument is described once, by the help text of its field, which `--help` shows.
+
+    `changed_arguments` has the names of the arguments that were given another value than their default.
     """
 
     per_device_train_batch_size: PositiveInt = field(
@@ -443,6 +445,8 @@ class AlphaGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # Before anything is resolved, because what follows from the given arguments was not given.
+        given = self._differing_arguments()
         # On a machine without accelerators, processes that are launched together find each other only with `use_cpu`. It stays
         # off where the launcher names the device to accelerate, because DeepSpeed takes a CPU only without it.
         named_device = "ACCELERATE_TORCH_DEVICE" in os.environ
@@ -476,6 +480,17 @@ class AlphaGRPOConfig(GRPOConfig):
         self._check_branches()
         for name in self.with_painting_task([self.task, *self.task_settings]):
             self.check_task(name)
+        # Parsers of command lines give some defaults in another form, which is resolved by now.
+        self.changed_arguments = given & self._differing_arguments()
+
+    def _differing_arguments(self) -> frozenset[str]:
+        """Names of the arguments that have another value than their default. An empty text and an empty list are the same."""
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        values = ((name, getattr(self, name), default) for name, default in defaults.items())
+        empty = ("", [])
+        return frozenset(
+            name for name, value, default in values if value != default and not (value in empty and default in empty)
+        )
 
     def _resolve_own_task(self) -> None:
         """Set the arguments that are settings of a task, and were not given, to those of the run's own task."""

@@ -2,19 +2,25 @@
 
 """The page in a real browser, from a file, without a network."""
 
+import base64
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from alphagrpo_ext.report import (
     Comparison,
     ImagePair,
     ReportStore,
     ReportTurn,
+    RunRecord,
     ScoreTable,
     TrajectoryGroup,
     write_report,
@@ -38,6 +44,35 @@ pytestmark = [
 
 ATTACK = "</script><img src=x onerror=\"document.title='attacked'\"><b>bold</b>"
 NUM_LARGE = 500
+SCORES = ScoreTable(
+    [
+        "Category",
+        "Samples (* few)",
+        "Reward before",
+        "after",
+        "change",
+        "p",
+        "Strict pass before",
+        "after",
+        "change",
+        "p",
+    ],
+    [
+        [
+            name,
+            "14*",
+            "0.652",
+            "0.851",
+            "+0.199 [+0.100, +0.300]",
+            "0.0312",
+            "10.0%",
+            "50.0%",
+            "+40.0 [+9.9, +70.0]",
+            "0.0010",
+        ]
+        for name in ("color attribution", "all")
+    ],
+)
 # Of the accessible name, as far as these elements go: https://www.w3.org/TR/accname-1.2/.
 UNNAMED_CONTROLS = """
 const name = (node) => (node.getAttribute("aria-label") || (node.labels && [...node.labels].map((l) => l.textContent).join(" "))
@@ -118,12 +153,15 @@ def page(tmp_path: Path, make_group: Callable[..., TrajectoryGroup], logs: list[
     images = [data_url(photograph(seed, 24)) for seed in range(4)]
     store.save_comparison(
         Comparison(
-            ScoreTable(["Category", "Reward"], [["shapes", "0.5"], ["all", "0.5"]]),
+            SCORES,
             [
                 ImagePair(ATTACK, "shapes", ReportTurn("", images[0]), ReportTurn(ATTACK, images[1]), 0.2, 0.8),
                 ImagePair("a circle", "count", ReportTurn("", images[2]), ReportTurn("", images[3]), 0.8, 0.2),
             ],
         )
+    )
+    store.save_run(
+        RunRecord("train.py --task x", {"torch": "2.13"}, {"max_steps": "30"}, {"seed": "42", "adam": ATTACK})
     )
     return write_report(tmp_path)
 
@@ -209,17 +247,22 @@ def test_slider_changes_what_is_seen_by_keyboard_and_pointer(browser: Any, page:
     browser.execute_script("arguments[0].scrollIntoView({ behavior: 'instant', block: 'center' })", frame)
     loaded = "return [...arguments[0].querySelectorAll('img')].every((image) => image.naturalWidth)"
     WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(loaded, frame))
-    refined = frame.screenshot_as_png
-    slider.send_keys(Keys.HOME)
-    initial = frame.screenshot_as_png
-    assert slider.get_attribute("aria-valuetext") == "0% refined image"
-    slider.send_keys(Keys.PAGE_UP, Keys.PAGE_UP, Keys.PAGE_UP)
+    assert slider.get_attribute("aria-valuetext") == "50% initial image"
     between = frame.screenshot_as_png
-    assert len({refined, initial, between}) == 3
+    slider.send_keys(Keys.HOME)
+    refined = frame.screenshot_as_png
+    assert slider.get_attribute("aria-valuetext") == "0% initial image"
     slider.send_keys(Keys.END)
-    assert slider.get_attribute("aria-valuetext") == "100% refined image"
+    initial = frame.screenshot_as_png
+    assert slider.get_attribute("aria-valuetext") == "100% initial image"
     frame.click()
-    assert slider.get_attribute("aria-valuetext") == "0% refined image"
+    assert slider.get_attribute("aria-valuetext") == "0% initial image"
+    # Each half of the picture in the middle is that of the image that is named below it.
+    columns = [np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int) for png in (initial, between, refined)]
+    quarter = columns[0].shape[1] // 4
+    left, right = (slice(None), slice(8, quarter)), (slice(None), slice(-quarter, -8))
+    assert (columns[0][left] == columns[1][left]).all() and (columns[1][right] == columns[2][right]).all()
+    assert (columns[1][left] != columns[2][left]).any() and (columns[0][right] != columns[1][right]).any()
 
 
 def test_curves_are_read_by_keyboard(browser: Any, page: Path) -> None:
@@ -268,9 +311,77 @@ def test_everything_has_a_name_and_contrast(browser: Any, page: Path, scheme: st
     assert browser.execute_script(LOW_CONTRAST) == []
 
 
-def test_narrow_screen_does_not_scroll_sideways(browser: Any, page: Path) -> None:
-    open_page(browser, page, width=400)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+@pytest.mark.parametrize("width", [320, 390])
+def test_narrow_screen_shows_every_score_and_does_not_scroll_sideways(browser: Any, page: Path, width: int) -> None:
+    open_page(browser, page, width=width)
+    browser.execute_script("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    right = browser.execute_script(
+        """
+        const ends = (cell) => { const range = document.createRange(); range.selectNodeContents(cell); return range.getBoundingClientRect().right; };
+        return [...document.querySelectorAll("#scores td")].map(ends);
+        """
+    )
+    assert len(right) == 18 and 0 < max(right) < width
+
+
+def test_what_was_trained_for_comes_first(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    sections = browser.execute_script("return [...document.querySelectorAll('main > section')].map((node) => node.id)")
+    assert sections == ["comparison", "gallery", "curves", "run"]
+    assert browser.find_element("id", "scores-note").text == "* few"
+
+
+def test_run_is_described_and_closed_at_first(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    assert not browser.find_element("id", "command").is_displayed()
+    browser.execute_script("document.querySelectorAll('#run details').forEach((details) => (details.open = true))")
+    text = browser.find_element("id", "run").text
+    assert (
+        text.index("train.py --task x") < text.index("torch 2.13") < text.index("max_steps 30") < text.index("seed 42")
+    )
+    assert "differ from the defaults (1)" in text and "at their defaults (2)" in text and ATTACK in text
+
+
+def test_labels_of_axes_are_whole_and_apart(browser: Any, tmp_path: Path) -> None:
+    series = {
+        "reward": lambda i: -0.00012 * i,
+        "image/ratio_mean": lambda i: 1 + 1e-7 * i,
+        "mine/large": lambda i: -1.2e6 - i,
+        "mine/huge": lambda i: 3e17 * i,
+        "mine/tiny": lambda i: 4e-9 * i,
+    }
+    store = ReportStore(tmp_path)
+    store.restart(0)
+    store.save_logs([{"step": 5000 * i, **{name: value(i) for name, value in series.items()}} for i in range(1, 31)])
+    open_page(browser, write_report(tmp_path))
+    browser.execute_script("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+    charts = "return document.querySelectorAll('.chart svg').length"
+    assert WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(charts) == len(series))
+    frames = browser.execute_script(
+        """
+        const sides = (node) => { const box = node.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]; };
+        return [...document.querySelectorAll(".chart svg")].map((svg) => [sides(svg), [...svg.querySelectorAll("text")].map((text) => [text.textContent, ...sides(text)])]);
+        """
+    )
+    for (left, top, right, bottom), labels in frames:
+        assert len(labels) > 3
+        for _, *box in labels:
+            assert box[0] >= left and box[1] >= top and box[2] <= right and box[3] <= bottom
+        for place, (name, *box) in enumerate(labels):
+            for other, *its in labels[:place]:
+                assert box[0] > its[2] or box[2] < its[0] or box[1] >= its[3] or box[3] <= its[1], (name, other)
+        # Labels of the same axis differ.
+        assert len({name for name, *_ in labels}) >= len(labels) - 1
+
+
+def test_paper_has_all_images(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})["data"])
+    images = browser.execute_script("return [...document.images].map((image) => image.src)")
+    assert images and all(images)
+    assert len(re.findall(rb"/Subtype ?/Image", pdf)) >= len(set(images))
+    assert not browser.find_element("id", "command").is_displayed()
 
 
 def test_large_report_is_drawn_at_once(

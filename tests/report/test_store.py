@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from alphagrpo_ext.report import Comparison, ImagePair, ReportStore, ReportTurn, ScoreTable, TrajectoryGroup
+from alphagrpo_ext.report import Comparison, ImagePair, ReportStore, ReportTurn, RunRecord, ScoreTable, TrajectoryGroup
 from alphagrpo_ext.report.store import PromptReward, choose_groups
 
 
@@ -25,6 +25,10 @@ def test_everything_comes_back(tmp_path: Path, make_group: MakeGroup) -> None:
     store.save_logs([{"step": 1, "reward": float("nan"), "loss": 0.5}])
     assert store.groups() == [group]
     assert store.comparison() == comparison
+    assert store.run() is None
+    run = RunRecord("train.py", {"torch": "2"}, {"seed": "1"}, {})
+    store.save_run(run)
+    assert store.run() == run
     assert store.logs() == [{"step": 1, "reward": None, "loss": 0.5}]
 
 

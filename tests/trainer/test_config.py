@@ -358,3 +358,17 @@ def test_bad_task_settings_raise(
 def test_settings_of_the_task_that_paints_first_are_checked(make_config: Callable[..., AlphaGRPOConfig]) -> None:
     with pytest.raises(ValueError, match="task 'reasoning_t2i': .*num_timesteps"):
         make_config(task="self_reflection", task_settings={"reasoning_t2i": {"num_timesteps": 5}})
+
+
+def test_changed_arguments_are_those_that_were_given(
+    make_config: Callable[..., AlphaGRPOConfig], tmp_path: Path
+) -> None:
+    # What follows from an argument, and an argument that is given its default, are not changed.
+    config = make_config(
+        per_device_train_batch_size=28, num_generations=14, eval_temperature=0.0, sde_window_range=[0, 11]
+    )
+    own = {"output_dir", "use_cpu", "bf16"}
+    assert config.changed_arguments == own | {"per_device_train_batch_size", "eval_temperature"}
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--num_timesteps", "12"]
+    (parsed,) = TrlParser([AlphaGRPOConfig]).parse_args_and_config(arguments)
+    assert parsed.changed_arguments == own | {"num_timesteps"}

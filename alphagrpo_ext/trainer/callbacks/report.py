@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.report.answers import COLUMN_SUFFIX, parse_answers
 from alphagrpo_ext.report.page import write_report
 from alphagrpo_ext.report.records import ReportTurn, TrajectoryGroup, TrajectoryRecord
+from alphagrpo_ext.report.run_record import describe_run
 from alphagrpo_ext.report.store import PromptReward, ReportStore
 from alphagrpo_ext.report.thumbnails import data_url
 from alphagrpo_ext.trainer.callbacks.rollout_event import ScoredRollout
@@ -44,6 +47,8 @@ class ReportCallback(TrainerCallback):
             return
         store = ReportStore(args.output_dir)
         store.restart(state.global_step)
+        settings = {f.name: getattr(args, f.name) for f in fields(args)}
+        store.save_run(describe_run(settings, args.changed_arguments, sys.argv))
         self._written_at = state.global_step
         self._earlier = {entry.prompt: entry for entry in store.prompt_rewards()}
 

@@ -50,6 +50,7 @@ def test_report_shows_what_was_trained_on(make_trainer: MakeTrainer, tmp_path: P
             assert trajectory.reward == pytest.approx(expected, abs=1e-3)
             assert trajectory.rewards == {"dvreward": pytest.approx(trajectory.reward)}
     data = page_data(tmp_path)
+    assert data["run"]["changed"]["report"] == "True" and data["run"]["unchanged"]["task"] == "reasoning_t2i"
     assert len(data["groups"]) == 2
     assert {"Reward", "Pass rate by tag", "Ratios", "Lengths", "Timings"} <= {c["section"] for c in data["charts"]}
 
