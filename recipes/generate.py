@@ -3,11 +3,11 @@
 """
 Paint prompts with a trained policy, and let it reflect on its images and refine them.
 
-Without arguments it paints eight held-out prompts of the shapes world with the packaged `bagel-shapes`, refines each image up to
-twice, and scores it with the pixel judge:
+Without arguments it paints eight held-out prompts of the shapes world with the packaged `bagel-shapes`, and scores the images with
+the pixel judge. With rounds the model refines each image, and the judge keeps the best:
 
 ```bash
-python recipes/generate.py
+python recipes/generate.py --num_rounds 2 --keep_best
 ```
 
 With prompts of your own and no judge (`--help` lists all options):
@@ -59,7 +59,11 @@ class GenerationArguments(RewardArguments, SamplingArguments):
         default=8, metadata={"help": "Number of prompts drawn from the shapes world if none are given."}
     )
     num_rounds: NonNegativeInt = field(
-        default=2, metadata={"help": "Largest number of rounds of reflection; 0 only paints."}
+        default=0,
+        metadata={
+            "help": "Largest number of rounds of reflection; 0 only paints. After a good first image a round breaks as many "
+            "images as it fixes, unless a judge keeps the best one (keep_best)."
+        },
     )
     think: bool = field(
         default=True, metadata={"help": "Whether the policy writes a thought before it paints the first image."}
@@ -93,6 +97,17 @@ def load_prompt_rows(args: GenerationArguments) -> list[dict[str, Any]]:
     if args.prompts:
         return [{"prompt": prompt} for prompt in args.prompts]
     return list(load_prompts(args.prompt_file, "evaluation", args.num_prompts))
+
+
+def unknown_words(rows: list[dict[str, Any]], processor: Any) -> list[str]:
+    """Words of the prompts that a model's tokenizer does not know, as that of the packaged model, which has whole words alone."""
+    from alphagrpo_ext.messages import prompt_text
+
+    tokenizer = processor.tokenizer
+    words = dict.fromkeys(word for row in rows for word in prompt_text(row["prompt"]).split())
+    if tokenizer.unk_token_id is None:
+        return []
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
 
 
 def make_scorer(
@@ -155,6 +170,10 @@ def main(args: GenerationArguments) -> None:
         sizes = [config.size for config in configs.values()]
         scorer = make_scorer(args.make_checked_reward(named_rows, sizes, policy))
     model, processor = policy()
+    if words := unknown_words(rows, processor):
+        print(
+            f"{args.model_name_or_path} does not know these words, and reads each as an unknown one: {', '.join(words)}"
+        )
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     refinements = []

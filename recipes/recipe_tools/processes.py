@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,21 @@ from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 
 
+def limit_threads() -> None:
+    """
+    Let each process compute in one thread on a CPU, unless `OMP_NUM_THREADS` says otherwise. The threads of a small model wait for
+    each other, so that more of them take longer.
+    """
+    if torch.accelerator.is_available() or "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(1)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("Each process computes in one thread; set OMP_NUM_THREADS for more.", flush=True)
+
+
 def start_processes() -> PartialState:
     """Connect the processes of a recipe that does not train; a trainer does this itself."""
+    limit_threads()
     # On a machine without an accelerator, processes find each other only if they are told to use the CPU.
     return PartialState(cpu=not torch.accelerator.is_available())
 

@@ -11,10 +11,12 @@ import argparse
 import difflib
 import importlib.util
 import inspect
+import logging
 import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -58,8 +60,33 @@ UPSTREAM = ("trl", "transformers")
 """Packages whose own arguments `--help` leaves to `--help_all`."""
 
 
+UPSTREAM_WARNINGS = {
+    # TRL's configuration sets a field that Transformers renames.
+    "`gradient_checkpointing` is deprecated": FutureWarning,
+    "`is_gradient_checkpointing` is deprecated": FutureWarning,
+    # The trainer is built on this seam, and `upstream.py` checks that it is as expected.
+    "You are using 'rollout_func', which is an experimental feature": UserWarning,
+}
+"""Warnings of other libraries that nobody who runs a recipe can do anything about."""
+UPSTREAM_RECORDS = {
+    # Written when Accelerate imports it on a machine without a GPU, whether it is used or not.
+    "DeepSpeed": "Setting accelerator to CPU",
+    # The packaged tokenizer names no token that begins a text, and the model has one that it does not use.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+}
+"""The same for messages that loggers write, by the names of the loggers."""
+
+
 class UnknownArgumentError(ValueError):
     """A command line or configuration names an argument that the recipe does not have."""
+
+
+def silence_upstream() -> None:
+    """Silence [`UPSTREAM_WARNINGS`] and [`UPSTREAM_RECORDS`], and nothing else."""
+    for message, category in UPSTREAM_WARNINGS.items():
+        warnings.filterwarnings("ignore", message=re.escape(message), category=category)
+    for name, text in UPSTREAM_RECORDS.items():
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
 
 
 def find_recipe(name: str) -> Path:
@@ -183,6 +210,7 @@ class RecipeParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options: Any) -> tuple[Any, ...]:
         """Parse as [`~trl.TrlParser`] does. An unknown argument ends the program with a suggestion."""
+        silence_upstream()
         arguments = list(sys.argv[1:] if args is None else args)
         for index, argument in enumerate(arguments):
             if argument.startswith("--config="):

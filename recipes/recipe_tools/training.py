@@ -41,7 +41,7 @@ from alphagrpo_ext.trainer.resume.exact_resume import check_run
 from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.contact_sheet import contact_sheet
-from recipe_tools.processes import print_skipped
+from recipe_tools.processes import limit_threads, print_skipped
 from reward_models.arguments import PromptArguments
 from reward_models.dvreward import DVReward
 from reward_models.evaluation.evaluate import evaluate
@@ -94,6 +94,7 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     Load prompts, model and reward. What the judge cannot judge, and a judge that does not answer, is reported before the model is
     loaded unless the judge needs one itself.
     """
+    limit_threads()
     # First, so that a checkpoint that cannot be resumed is reported before anything is loaded.
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
     skipped: list[str] | None = [] if script_args.skip_broken_rows else None

@@ -93,7 +93,8 @@ def create_app(args: ServerArguments, reward: DVReward | None = None, painter: P
         lifespan=lifespan,
         middleware=middleware,
         exception_handlers={RequestValidationError: _explain_validation_error, Exception: _hide_error},
-        docs_url=None,
+        # Without a key the server listens on loopback alone.
+        docs_url="/docs" if key is None else None,
         redoc_url=None,
     )
     app.state.queue = RequestQueue(args, metrics.queue_length)

@@ -107,8 +107,8 @@ class FiniteSteps:
         self, losses: Mapping[str, torch.Tensor], scores: PackedScores, inputs: Mapping[str, Any], step: int | None
     ) -> torch.Tensor:
         """
-        Return the sum of the losses of a micro-batch, and remember them in training. With the last one of an optimizer step, look at the losses of all of them. All processes call
-        this together.
+        Return the sum of the losses of a micro-batch, and remember them in training. With the last micro-batch of an optimizer
+        step, look at the losses of all of them. All processes call this together.
 
         Args:
             losses (`Mapping[str, torch.Tensor]`): The terms of the loss, scalars by name.

@@ -68,7 +68,7 @@ def test_health_says_what_is_running(shapes: httpx.Client, plain: httpx.Client) 
 def test_protocol_is_described(plain: httpx.Client) -> None:
     paths = plain.get("/openapi.json").json()["paths"]
     assert sorted(paths) == ["/generate", "/get_reward", "/health", "/metrics", "/score"]
-    assert plain.get("/docs").status_code == 404
+    assert "/openapi.json" in plain.get("/docs").text
 
 
 def test_metrics_count_what_happened() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import psutil
@@ -155,3 +157,22 @@ def test_two_hundred_clients_for_a_minute() -> None:
         assert "alphagrpo_queue_length 0.0" in httpx.get(f"{url}/metrics", timeout=60).text
         lines = [json.loads(line) for line in process.lines if line.startswith('{"path": "/score"')]
         assert len(lines) == sum(load.statuses.values())
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[3] / "reward_models" / "README.md").read_text(encoding="utf-8")
+    (block,) = [
+        block for block in re.findall(r"^```bash\n(.*?)^```", readme, re.MULTILINE | re.DOTALL) if "curl" in block
+    ]
+    assert {"/health", "/metrics", "/generate", "/score", "/get_reward"} == set(re.findall(r":8001(/\w+)", block))
+    with server_process("--painter", "policy") as (_, url):
+        script = "set -e\n" + block.replace("http://127.0.0.1:8001", url)
+        result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert '"status":"ok"' in result.stdout
+    scores, rewards = (
+        re.search(r'\{"scores":\[\{"reward":([\d.e-]+)', result.stdout),
+        re.search(r'"rewards":\[([\d.e-]+)', result.stdout),
+    )
+    assert 0 <= float(scores[1]) <= 1 and 0 <= float(rewards[1]) <= 1
