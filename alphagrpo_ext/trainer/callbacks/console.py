@@ -91,12 +91,10 @@ class ConsoleCallback(ProgressCallback):
     ) -> None:
         super().on_step_end(args, state, control, **kwargs)
         then, step = self._first
-        if state.is_world_process_zero and state.global_step == step + 2:
+        left = state.max_steps - state.global_step
+        if state.is_world_process_zero and state.global_step == step + 2 and left > 0:
             seconds = (time.perf_counter() - then) / 2
-            minutes = seconds * (state.max_steps - state.global_step) / 60
-            self._say(
-                f"{seconds:.1f} s per step: about {minutes:.0f} min for the other {state.max_steps - step - 2} steps"
-            )
+            self._say(f"{seconds:.1f} s per step: about {seconds * left / 60:.1f} min for the other {left} steps")
 
     def _say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
