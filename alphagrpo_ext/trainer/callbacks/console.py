@@ -27,7 +27,7 @@ SHOWN_METRICS = {
     "image/ratio_mean": ("image ratio", "{:.4f}"),
     "judge/failed_frac": ("unscored", "{:.0%}"),
 }
-"""Metrics of a line, by the end of their names, with their labels and formats. `unscored` is shown only above 0."""
+"""Metrics of a line, by their names or the end of these, with their labels and formats. `unscored` is shown only above 0."""
 
 
 def banner(title: str, facts: dict[str, Any]) -> str:
@@ -47,12 +47,17 @@ def log_line(step: int, max_steps: int, logs: dict[str, Any], seconds_per_step: 
     """
     parts = [f"step {step}/{max_steps}"]
     for name, (label, form) in SHOWN_METRICS.items():
-        value = next((v for key, v in logs.items() if key == name or key.endswith(f"/{name}")), None)
+        value = _metric(logs, name)
         if isinstance(value, int | float) and (name != "judge/failed_frac" or value > 0):
             parts.append(f"{label} {form.format(value)}")
     if seconds_per_step is not None:
         parts.append(f"{seconds_per_step:.1f} s per step")
     return "  |  ".join(parts)
+
+
+def _metric(logs: dict[str, Any], name: str) -> Any:
+    """The metric of this name, or else the first one whose name ends in it: a log also has `timing/reward`."""
+    return logs[name] if name in logs else next((v for key, v in logs.items() if key.endswith(f"/{name}")), None)
 
 
 class ConsoleCallback(ProgressCallback):

@@ -27,6 +27,12 @@ def test_a_line_has_what_tells_whether_a_run_is_healthy() -> None:
     assert "unscored 25%" in log_line(5, 80, logs | {"judge/failed_frac": 0.25})
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_metric_of_the_exact_name_is_shown_and_not_one_that_ends_in_it(reverse: bool) -> None:
+    logs = {"timing/reward": 12.0, "reward": 0.25, "holdout/reward": 0.75}
+    assert log_line(1, 2, dict(sorted(logs.items(), reverse=reverse))) == "step 1/2  |  reward 0.250"
+
+
 def test_banner_lines_up() -> None:
     assert banner("Training", {"model": "bagel-shapes", "steps": 80}).splitlines() == [
         "Training",
