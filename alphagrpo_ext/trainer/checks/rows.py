@@ -18,6 +18,7 @@ from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
+from alphagrpo_ext.trainer.reward_functions import reward_hooks
 from alphagrpo_ext.trainer.step import task_name
 
 
@@ -168,8 +169,7 @@ def readable_rows(dataset: Any, label: str, check: RowCheck, functions: Sequence
     rows = undecoded_images(dataset)
     if isinstance(dataset, datasets.Dataset):
         return rows
-    validators = [validate for function in functions if (validate := getattr(function, "validate_dataset", None))]
-    return rows.filter(_StreamCheck(label, check, validators), with_indices=True)
+    return rows.filter(_StreamCheck(label, check, reward_hooks(functions, "validate_dataset")), with_indices=True)
 
 
 class _StreamCheck:

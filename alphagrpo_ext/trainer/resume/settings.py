@@ -20,6 +20,7 @@ from peft import PeftConfig, PeftModel
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.setting_kinds import SAVED_RATE_SCHEDULERS, SETTING_KINDS, SettingKind
+from alphagrpo_ext.trainer.reward_functions import reward_attribute
 
 
 SETTINGS_NAME = "settings.json"
@@ -110,7 +111,7 @@ def given_settings(
         "model.frozen_weights": weights_digest(model, reference),
         "train_dataset": dataset_identity(train_dataset),
         "reward_funcs": [
-            {"name": name, **plain(getattr(function, "run_settings", {}))}
+            {"name": name, **plain(reward_attribute(function, "run_settings", {}))}
             for name, function in zip(reward_names, reward_funcs, strict=True)
         ],
         "sharding": sharding,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,12 @@ def test_a_malformed_row_is_found_in_every_form(
 @pytest.mark.parametrize(
     ("bad", "message"), [(CHAT, "row 5: prompt has no user message"), (TAGGED, "row 1: semantic_")]
 )
-def test_a_stream_is_checked_as_it_comes(make_trainer: MakeTrainer, bad: Dataset, message: str) -> None:
+@pytest.mark.parametrize("wrap", [lambda reward: reward, lambda reward: partial(reward)], ids=["plain", "partial"])
+def test_a_stream_is_checked_as_it_comes(
+    make_trainer: MakeTrainer, bad: Dataset, message: str, wrap: Callable[[DVReward], Callable]
+) -> None:
     stream = bad.to_iterable_dataset()
-    options = {"reward_funcs": DVReward("shapes"), "think": False, "max_steps": 8}
+    options = {"reward_funcs": wrap(DVReward("shapes")), "think": False, "max_steps": 8}
     trainer = make_trainer(datasets={"train_dataset": stream}, **options)
     with pytest.raises(ValueError, match=f"train_dataset, {message}"):
         trainer.train()

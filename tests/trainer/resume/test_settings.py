@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def test_what_the_trainer_is_given_cannot_change(
         "reward_funcs": {"reward_funcs": darkness},
         "reward_funcs was": {"reward_funcs": [brightness, brightness]},
         "'scale': 2": {"reward_funcs": Bright({"scale": 2})},
+        "'scale': 3": {"reward_funcs": partial(Bright({"scale": 3}))},
         "train_dataset was '8 rows .*and is '7 rows": {"datasets": {"train_dataset": rows.select(range(7))}},
         "train_dataset was '8 rows .*and is '8 rows": {"datasets": {"train_dataset": rows.select(range(7, -1, -1))}},
         "train_dataset was '8 rows .*and is 'a stream": {"datasets": {"train_dataset": rows.to_iterable_dataset()}},
