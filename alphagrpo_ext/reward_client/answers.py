@@ -5,20 +5,14 @@
 from __future__ import annotations
 
 import time
-import zlib
 from typing import TYPE_CHECKING, Any
 
+from alphagrpo_ext.reward_client.compression import DecompressionError, OversizedBodyError, decompress
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 
 
 if TYPE_CHECKING:
     import httpx
-
-
-ACCEPTED_ENCODING = "gzip"
-"""The compression that is asked for. Its output can be bounded while it is made."""
-# Reads the headers of gzip and of zlib.
-_ANY_HEADER = 32 + zlib.MAX_WBITS
 
 
 class RewardServerError(RuntimeError):
@@ -65,28 +59,19 @@ class BoundedAnswer:
         """
         import httpx
 
-        names = self._response.headers.get("content-encoding", "").lower().split(",")
-        body = bytes(self._body)
-        for name in reversed([name.strip() for name in names if name.strip() not in ("", "identity")]):
-            body = self._decompress(body, name)
+        encoding = self._response.headers.get("content-encoding", "")
+        try:
+            body = decompress(bytes(self._body), encoding, self._config.max_answer_bytes)
+        except OversizedBodyError as error:
+            raise self._too_large() from error
+        except DecompressionError as error:
+            raise RewardServerError(
+                f"{self._response.url} sent an answer that {error}: a proxy may be in between"
+            ) from error
         headers = [(name, value) for name, value in self._response.headers.items() if name not in _BODY_HEADERS]
         return httpx.Response(
             self._response.status_code, headers=headers, content=body, request=self._response.request
         )
-
-    def _decompress(self, body: bytes, encoding: str) -> bytes:
-        decompressor = zlib.decompressobj(_ANY_HEADER)
-        try:
-            if encoding not in ("gzip", "x-gzip", "deflate"):
-                raise zlib.error("which was not asked for")
-            decompressed = decompressor.decompress(body, self._config.max_answer_bytes + 1)
-        except zlib.error as error:
-            raise RewardServerError(
-                f"{self._response.url} sent an answer that is compressed by {encoding!r} ({error}): a proxy may be in between"
-            ) from error
-        if len(decompressed) > self._config.max_answer_bytes:
-            raise self._too_large()
-        return decompressed
 
     def _too_large(self) -> RewardServerError:
         return RewardServerError(

@@ -26,7 +26,8 @@ from weakref import WeakKeyDictionary
 from PIL import Image
 
 from alphagrpo_ext.images import open_image, read_image, to_rgb
-from alphagrpo_ext.reward_client.answers import ACCEPTED_ENCODING, RewardServerError, send, send_async
+from alphagrpo_ext.reward_client.answers import RewardServerError, send, send_async
+from alphagrpo_ext.reward_client.compression import ACCEPTED_ENCODINGS
 from alphagrpo_ext.reward_client.json_values import has_more_values
 from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
@@ -393,7 +394,7 @@ def _http_options(config: ClientSettings) -> dict[str, Any]:
     return {
         "base_url": config.server_url,
         "headers": {
-            "Accept-Encoding": ACCEPTED_ENCODING,
+            "Accept-Encoding": ACCEPTED_ENCODINGS,
             **({} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}),
         },
         # Requests that wait for a free connection are a queue, so they do not time out.

@@ -20,12 +20,12 @@ def has_more_values(text: bytes, max_values: int) -> bool:
     """
     if b"\\" in text:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if text.count(b'"') > 2 * max_values:
+    count = text.count(b'"') // 2
+    if count > max_values:
         return True
     # Now strings are the odd parts between quotation marks.
-    count = 0
     for part in text.split(b'"')[::2]:
-        count += part.count(b"[") + part.count(b"{") + part.count(b",") + 1
+        count += part.count(b"[") + part.count(b"{") + part.count(b",")
         if count > max_values:
             return True
     return False

@@ -10,22 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import zlib
 from collections.abc import AsyncIterable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from alphagrpo_ext.reward_client.compression import DecompressionError, OversizedBodyError, decompress
+from alphagrpo_ext.reward_client.json_values import has_more_values
 from reward_models.endpoints.errors import InvalidAnswerError, describe_mismatch, server_message
 
 
-ACCEPTED_ENCODINGS = "gzip, deflate"
-"""Compressions that are asked for: those whose output can be bounded while it is made."""
-
 MAX_VALUES = 100_000
 """Largest number of values in an answer. Parsed, a list of empty lists takes 30 times the memory of its text."""
-
-_GZIP, _ZLIB, _RAW_DEFLATE = 31, 15, -15
 
 
 class EndpointAnswer(BaseModel):
@@ -139,11 +135,10 @@ def bounded_body(max_bytes: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
         if re.fullmatch("[0-9]{1,20}", declared) and int(declared) > max_bytes:
             raise _too_large(max_bytes)
         body = await _read_bounded(response.stream, max_bytes)
-        encodings = [name.strip().lower() for name in response.headers.get("content-encoding", "").split(",")]
-        for encoding in reversed([name for name in encodings if name not in ("", "identity")]):
+        if encoding := response.headers.get("content-encoding"):
             # Megabytes take milliseconds, which would block the event loop.
             body = await asyncio.to_thread(_decompress, body, encoding, max_bytes)
-        if sum(map(body.count, (b"[", b"{", b","))) > MAX_VALUES:
+        if has_more_values(body, MAX_VALUES):
             raise InvalidAnswerError(f"the answer holds more than {MAX_VALUES} values")
         response.headers.pop("content-encoding", None)
         # The stream of a response that is complete, in whichever generation of httpx the official client uses.
@@ -163,25 +158,13 @@ async def _read_bounded(stream: AsyncIterable[bytes], max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _decompress(data: bytes, encoding: str, max_bytes: int) -> bytes:
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise InvalidAnswerError(f"the answer is compressed by {encoding!r}, which was not asked for")
-    # Servers send deflate with and without the header of zlib.
-    formats = (_ZLIB, _RAW_DEFLATE) if encoding == "deflate" else (_GZIP,)
-    failure: zlib.error | None = None
-    for wbits in formats:
-        decompressor = zlib.decompressobj(wbits)
-        try:
-            body = decompressor.decompress(data, max_bytes + 1)
-        except zlib.error as error:
-            failure = error
-            continue
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
-        if not decompressor.eof:
-            raise InvalidAnswerError(f"the answer, compressed by {encoding}, is cut off")
-        return body
-    raise InvalidAnswerError(f"the answer is not {encoding}, as its header says ({failure})")
+def _decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    try:
+        return decompress(body, encoding, max_bytes)
+    except OversizedBodyError as error:
+        raise _too_large(max_bytes) from error
+    except DecompressionError as error:
+        raise InvalidAnswerError(f"the answer {error}") from error
 
 
 def _too_large(max_bytes: int) -> InvalidAnswerError:

@@ -25,9 +25,9 @@ from weakref import WeakKeyDictionary
 
 from alphagrpo_ext.files import require_extra
 from alphagrpo_ext.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
+from alphagrpo_ext.reward_client.compression import ACCEPTED_ENCODINGS
 from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
 from reward_models.endpoints.answers import (
-    ACCEPTED_ENCODINGS,
     ChatAnswers,
     ChatChoice,
     PaintedImages,
@@ -234,7 +234,7 @@ class OpenAIEndpoint:
                     return read(body)
 
         retrying = AsyncRetrying(
-            retry=retry_if_exception(_is_transient),
+            retry=retry_if_exception(is_transient),
             wait=waits,
             stop=stop_any(stop_after_attempt(self.max_retries + 1), waits.are_too_long),
             before_sleep=lambda state: self._log_retry(route, state),
@@ -411,7 +411,7 @@ def _checked_url(url: str) -> str:
     return url
 
 
-def _is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether another try may succeed."""
     from openai import APIConnectionError, APIStatusError
 

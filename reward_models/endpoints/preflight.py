@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 
-from reward_models.endpoints.endpoint import OpenAIEndpoint, _is_transient
+from reward_models.endpoints.endpoint import OpenAIEndpoint, is_transient
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
 
 
@@ -49,7 +49,7 @@ async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[obje
                 await ask()
                 return
             except Exception as error:
-                if time.monotonic() + pause >= end or not _is_transient(error.__cause__ or error):
+                if time.monotonic() + pause >= end or not is_transient(error.__cause__ or error):
                     times = f" It was asked {num_asked} times." if num_asked > 1 else ""
                     message = f"{str(error).removesuffix('.')}.{times}{_advice(error)}"
                     # These say all that is known, and their own causes are hundreds of lines long.

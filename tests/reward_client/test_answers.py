@@ -88,10 +88,22 @@ def test_gzip_bomb_costs_no_more_memory_than_the_bound(ask, say: Say) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd"])
-def test_answer_that_cannot_be_decompressed_is_named(ask, say: Say, encoding: str) -> None:
-    with pytest.raises(RewardServerError, match=f"compressed by '{encoding}'"):
-        ask(say(ANSWER, content_encoding=encoding), "generate", [PaintRequest("a")])
+@pytest.mark.parametrize(
+    ("answer", "encoding", "reason"),
+    [
+        (ANSWER, "gzip", "is not gzip, as its header says"),
+        (ANSWER, "deflate", "is not deflate, as its header says"),
+        (ANSWER, "br", "is compressed by 'br', which was not asked for"),
+        (ANSWER, "zstd", "is compressed by 'zstd', which was not asked for"),
+        (gzip.compress(ANSWER, mtime=0)[:-9], "gzip", "is compressed by 'gzip' and is cut off"),
+        (gzip.compress(ANSWER, mtime=0)[:-4], "gzip", "is compressed by 'gzip' and is cut off"),
+        (b"", "gzip", "is compressed by 'gzip' and is cut off"),
+    ],
+    ids=["not gzip", "not deflate", "brotli", "zstandard", "cut off", "cut off in its checksum", "empty"],
+)
+def test_answer_that_cannot_be_decompressed_is_named(ask, say: Say, answer: bytes, encoding: str, reason: str) -> None:
+    with pytest.raises(RewardServerError, match=f"{reason}.*a proxy may be in between"):
+        ask(say(answer, content_encoding=encoding), "generate", [PaintRequest("a")])
 
 
 def test_answer_that_drips_is_left_after_the_deadline(ask, say: Say) -> None:
