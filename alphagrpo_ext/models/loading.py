@@ -87,10 +87,9 @@ def _model_type(config: str | Path) -> str | None:
 
 
 def _check_saved_files(folder: Path, names: Sequence[str]) -> None:
-    missing = [name for name in names if not (folder / name).exists()]
     weights = weight_files(folder)
-    missing = [name for name in missing if name != "model.safetensors"]
-    missing += [path.name for path in weights if not path.exists()]
+    others = [folder / name for name in names if name != "model.safetensors"]
+    missing = [path.name for path in (*others, *weights) if not path.exists()]
     if missing:
         raise FileNotFoundError(f"the checkpoint folder {folder} lacks {', '.join(missing)}")
     for path in weights:
@@ -152,8 +151,7 @@ def load_model(
     Raises:
         `FileNotFoundError`: If there is no such model, or it lacks a file; the message names it.
         `ValueError`: If a file is truncated or damaged, if a weight is missing, left over or of another shape, if an
-        adapter was
-            made for another model, or if no registered family has the model's type.
+            adapter was made for another model, or if no registered family has the model's type.
     """
     path = resolve_model_path(model_name_or_path, revision)
     if is_adapter(path):

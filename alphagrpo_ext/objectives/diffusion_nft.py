@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from alphagrpo_ext.flow.transitions import latent_mean
-from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveConfig, ObjectiveOutput
+from alphagrpo_ext.objectives.base import OBJECTIVES, ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.objectives.regularizers import regularized
 
 
@@ -41,9 +41,6 @@ class DiffusionNFT(ImageObjective):
     """
 
     trains_on = "forward_process"
-
-    def __init__(self, config: ObjectiveConfig) -> None:
-        super().__init__(config)
 
     def __call__(
         self,

@@ -701,31 +701,11 @@ class AlphaGRPOConfig(GRPOConfig):
         )
 
     def eval_rollout(self) -> RolloutConfig:
-        """Settings of an evaluation: deterministic denoising, and its own guidance and temperature."""
-
-        def either(value, default):
-            return default if value is None else value
-
-        guidance = GuidanceConfig(
-            text_scale=either(self.eval_cfg_text_scale, self.cfg_text_scale),
-            image_scale=either(self.eval_cfg_img_scale, self.cfg_img_scale),
-            interval=tuple(either(self.eval_cfg_interval, self.cfg_interval)),
-            renorm_type=self.cfg_renorm_type,
-            renorm_min=self.cfg_renorm_min,
-        )
-        denoising = DenoisingConfig(
-            num_timesteps=either(self.eval_num_timesteps, self.num_timesteps),
-            timestep_shift=either(self.eval_timestep_shift, self.timestep_shift),
-            guidance=guidance,
-            ode_solver=self.eval_ode_solver,
-            ode_steps=self.eval_ode_steps,
-        )
-        return RolloutConfig(
-            height=self.image_height,
-            width=self.image_width,
-            max_new_tokens=self.max_completion_length,
-            temperature=self.eval_temperature,
-            top_p=self.eval_top_p,
-            denoising=denoising,
-            batch_size=self.rollout_batch_size,
-        )
+        """Settings of an evaluation: deterministic denoising, and each setting's `eval_` field where it has a value."""
+        evaluation = {name: getattr(self, f"eval_{name}", None) for name in SETTING_NAMES}
+        values = {name: getattr(self, name) if value is None else value for name, value in evaluation.items()}
+        # An evaluation has a solver of its own, whose number of steps may be left open, and samples from all tokens.
+        settings = TaskSettings(**values | {"ode_steps": self.eval_ode_steps, "top_k": None})
+        rollout = RolloutConfig.from_settings(settings, batch_size=self.rollout_batch_size)
+        # Without a bound in the settings, there is none; `from_settings` would take its default.
+        return replace(rollout, max_new_tokens=self.max_completion_length)

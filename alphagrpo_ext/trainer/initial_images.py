@@ -3,9 +3,9 @@
 """
 Stage 1 of self-reflection: the policy paints the images that its groups then refine.
 
-The policy paints without a thought and without noise, with the guidance, schedule and size of text-to-image. Every process paints for the prompts that it holds, the reward functions
-score the images as they score everything, and the image to refine is chosen among those of all processes by a generator that
-all of them share.
+The policy paints without a thought and without noise, with the guidance, schedule and size of text-to-image. Every process
+paints for the prompts that it holds, the reward functions score the images as they score everything, and the image to refine
+is chosen among those of all processes by a generator that all of them share.
 """
 
 from __future__ import annotations

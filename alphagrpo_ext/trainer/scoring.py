@@ -107,12 +107,14 @@ class PackedScorer:
         """Score a batch of trajectories in one packed forward, with a gradient where that is enabled."""
         # accelerate's unwrapping asks which backends are installed, which takes longer than a small model's forward.
         unwrapped = model if isinstance(model, UnifiedModel) else self.accelerator.unwrap_model(model)
-        settings = [self.args.for_task(trajectory.task) for trajectory in trajectories]
-        batch = unwrapped.pack(trajectories, _one_or_each([own.objective_guidance.effective for own in settings]))
+        tasks = [trajectory.task for trajectory in trajectories]
+        settings = {task: self.args.for_task(task) for task in set(tasks)}
+        guidance = {task: own.objective_guidance.effective for task, own in settings.items()}
+        batch = unwrapped.pack(trajectories, _one_or_each([guidance[task] for task in tasks]))
         inputs = unwrapped.with_all_parts(batch.inputs) if self.runs_all_parts else batch.inputs
         device = self.accelerator.device
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        temperature = _one_or_each([own.temperature for own in settings])
+        temperature = _one_or_each([settings[task].temperature for task in tasks])
         if isinstance(temperature, list):
             temperature = torch.tensor(temperature)[batch.score_trajectory].to(device)
         with self.accelerator.autocast():
