@@ -141,8 +141,14 @@ def make_parser(types: Sequence[type]) -> TrlParser:
 
 def with_config(recipe: ModuleType, arguments: Sequence[str]) -> list[str]:
     """Add the recipe's default configuration to its command line if no configuration is named."""
-    default = getattr(recipe, "DEFAULT_CONFIG", None)
-    return list(arguments) if "--config" in arguments or default is None else ["--config", str(default), *arguments]
+    return _with_config(getattr(recipe, "DEFAULT_CONFIG", None), arguments)
+
+
+def _with_config(default: Path | None, arguments: Iterable[str]) -> list[str]:
+    """Write `--config=FILE` as two arguments, and begin with a default if no configuration is named."""
+    parts = [a.split("=", 1) if a.startswith("--config=") else [a] for a in arguments]
+    result = [argument for part in parts for argument in part]
+    return result if "--config" in result or default is None else ["--config", str(default), *result]
 
 
 def read_settings(recipe: ModuleType, arguments: Sequence[str], other_names: Iterable[str] = ()) -> argparse.Namespace:
@@ -211,13 +217,7 @@ class RecipeParser(TrlParser):
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options: Any) -> tuple[Any, ...]:
         """Parse as [`~trl.TrlParser`] does. An unknown argument ends the program with a suggestion."""
         silence_upstream()
-        arguments = list(sys.argv[1:] if args is None else args)
-        for index, argument in enumerate(arguments):
-            if argument.startswith("--config="):
-                arguments[index : index + 1] = argument.split("=", 1)
-                break
-        if "--config" not in arguments and self.default_config is not None:
-            arguments = ["--config", str(self.default_config), *arguments]
+        arguments = _with_config(self.default_config, sys.argv[1:] if args is None else args)
         if "--config" in arguments:
             self.config = next(iter(arguments[arguments.index("--config") + 1 :]), None)
             if self.config is None or not os.path.isfile(self.config):

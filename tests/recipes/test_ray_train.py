@@ -106,6 +106,10 @@ def test_arguments_are_checked_before_ray_starts() -> None:
     assert settings.learning_rate == 1e-5
     # Of the recipe's own configuration.
     assert settings.task == "self_reflection"
+    other = str(recipe_arguments.RECIPES / "configs" / "reasoning_t2i_shapes.yaml")
+    for spelling in (["--config", other], [f"--config={other}"]):
+        assert recipe_arguments.read_settings(recipe, spelling).task == "reasoning_t2i"
+        assert recipe_arguments.with_config(recipe, spelling) == ["--config", other]
     with pytest.raises(UnknownArgumentError, match="unknown argument --learnin_rate: did you mean --learning_rate?"):
         recipe_arguments.read_settings(recipe, ["--learnin_rate", "1e-5"])
     with pytest.raises(UnknownArgumentError, match="did you mean --num_workers?"):
