@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from PIL import Image
 
+from alphagrpo_ext.ranges import check_number
 from reward_models.judges.base import Judge
-from reward_models.judges.yes_no import YesNo, check_min_answer_mass, yes_no_of_logits, yes_no_token_ids
+from reward_models.judges.yes_no import (
+    DEFAULT_MIN_ANSWER_MASS,
+    YesNo,
+    check_min_answer_mass,
+    yes_no_of_logits,
+    yes_no_token_ids,
+)
 
 
 class LocalJudge(Judge):
@@ -25,18 +32,19 @@ class LocalJudge(Judge):
             The model.
         processor (`Any`):
             Its processor, with a `tokenizer`.
-        batch_size (`int`):
+        batch_size (`int`, *optional*, defaults to `32`):
             Number of questions per forward.
-        min_answer_mass (`float`):
+        min_answer_mass (`float`, *optional*, defaults to `0.5`):
             Smallest probability that yes and no must hold together, in [0, 1]. With less, a question has no answer.
 
     Raises:
         `ValueError`: If an argument is out of range, or the vocabulary has no single token for yes or for no.
     """
 
-    def __init__(self, model: Any, processor: Any, batch_size: int, min_answer_mass: float) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+    def __init__(
+        self, model: Any, processor: Any, batch_size: int = 32, min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS
+    ) -> None:
+        check_number("batch_size", batch_size, "[1, inf)")
         check_min_answer_mass(min_answer_mass)
         self.model = model
         self.processor = processor

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES
 from reward_models.judges.local import LocalJudge
-from reward_models.judges.yes_no import DEFAULT_MIN_ANSWER_MASS, YesNo
+from reward_models.judges.yes_no import YesNo
 
 
 @JUDGES.register("policy")
@@ -34,15 +33,6 @@ class PolicyJudge(LocalJudge):
         batch_size (`int`, *optional*, defaults to `32`): Number of questions per forward.
         min_answer_mass (`float`, *optional*, defaults to `0.5`): As in [`LocalJudge`].
     """
-
-    def __init__(
-        self,
-        model: UnifiedModel,
-        processor: UnifiedProcessor,
-        batch_size: int = 32,
-        min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS,
-    ) -> None:
-        super().__init__(model, processor, batch_size, min_answer_mass)
 
     @classmethod
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> PolicyJudge:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from alphagrpo_ext.ranges import check_number
+
 
 QUESTION_PROMPT = (
     "Look at the image and answer the question about it. If you cannot tell, answer no.\n"
@@ -95,8 +97,7 @@ def check_min_answer_mass(value: float) -> None:
     Raises:
         `ValueError`: If it is not in [0, 1].
     """
-    if not 0 <= value <= 1:
-        raise ValueError(f"min_answer_mass must be in [0, 1], but is {value}")
+    check_number("min_answer_mass", value, "[0, 1]")
 
 
 def read_word(text: str) -> bool | None:
