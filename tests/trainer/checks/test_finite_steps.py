@@ -182,6 +182,8 @@ try:
     steps.total({"texts": torch.tensor(math.nan if rank else 1.0)}, scores, inputs, 1)
 except FloatingPointError as error:
     print(f"rank {rank}: {error}", flush=True)
+# Threads of Gloo that outlive the interpreter may abort it.
+accelerator.end_training()
 """
 
 
