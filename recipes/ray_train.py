@@ -54,8 +54,8 @@ from pathlib import Path
 
 from alphagrpo_ext.files import require_extra
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt, check_ranges
-from recipe_tools.openrlhf_flags import JOINT, RENAMED, SWITCHES, FlagParser, translate_flags
-from recipe_tools.openrlhf_joint_flags import FlagError
+from recipe_tools.openrlhf.flags import JOINT, RENAMED, SWITCHES, FlagParser, translate_flags
+from recipe_tools.openrlhf.joint_flags import FlagError
 from recipe_tools.ray_job import ATTEMPTS_FILE, RayJob, choose_initial_checkpoint, describe_attempts, train_worker
 from recipe_tools.recipe_arguments import (
     RecipeParser,

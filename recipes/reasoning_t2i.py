@@ -30,12 +30,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import ModelConfig
+from recipe_tools.startup import without_garbage_collection
 
-from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.resume.sole_writer import writes_alone
-from recipe_tools.recipe_arguments import RecipeParser
-from reward_models.arguments import PromptArguments
+
+with without_garbage_collection():
+    from trl import ModelConfig
+
+    from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+    from alphagrpo_ext.trainer.resume.sole_writer import writes_alone
+    from recipe_tools.recipe_arguments import RecipeParser
+    from reward_models.arguments import PromptArguments
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trl import ModelConfig, TrlParser
 
 from alphagrpo_ext.trainer import AlphaGRPOConfig
-from recipe_tools.openrlhf_flags import (
+from recipe_tools.openrlhf.flags import (
     FIXED,
     JOINT,
     RENAMED,
@@ -26,7 +26,7 @@ from recipe_tools.openrlhf_flags import (
     target_arguments,
     translate_flags,
 )
-from recipe_tools.openrlhf_joint_flags import FlagError, batch_arguments
+from recipe_tools.openrlhf.joint_flags import FlagError, batch_arguments
 from reward_models.arguments import PromptArguments
 
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from recipe_tools.openrlhf_joint_flags import CONVERSIONS, FlagError
+from recipe_tools.openrlhf.joint_flags import CONVERSIONS, FlagError
 
 
 def number(text: str, low: float = -math.inf, high: float = math.inf) -> str:
@@ -149,7 +149,7 @@ JOINT: Mapping[str, tuple[str, dict[str, Any]]] = {
     "train.micro_batch_size": ("per_device_train_batch_size", {"type": whole(1)}),
     "train.num_episodes": ("num_train_epochs max_steps", {"type": whole(1)}),
 }
-"""Flags whose translation needs a function of `openrlhf_joint_flags.py`, and the arguments that they set."""
+"""Flags whose translation needs a function of `joint_flags.py`, and the arguments that they set."""
 
 WITHOUT_EFFECT = """
     algo.advantage.is_correction_gating algo.advantage.is_correction_level algo.advantage.is_correction_mode

@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Flags of OpenRLHF, translated to arguments of a recipe."""
