@@ -28,75 +28,18 @@ mode or round only adds what is new. With `accelerate launch`, several processes
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from alphagrpo_ext.files import FileInUseError
-from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
-from alphagrpo_ext.rollout.arguments import SamplingArguments
-from recipe_tools.evaluation_stages import DIRECT, EDITING, PAINTING, REFINE, THOUGHT, make_stages
+from recipe_tools.evaluation.arguments import EvaluationArguments
+from recipe_tools.evaluation.stages import make_stages
 from recipe_tools.recipe_arguments import RecipeParser
-from reward_models.arguments import RewardArguments
-
-
-@dataclass
-class EvaluationArguments(RewardArguments, SamplingArguments):
-    """
-    Arguments of the evaluation; for the rest see [`RewardArguments`] and [`SamplingArguments`]. The help text of a field describes
-    it.
-    """
-
-    models: list[str] = field(
-        default_factory=lambda: ["bagel-shapes"],
-        metadata={"help": "Checkpoints and adapters: names, folders, or ids on the Hub."},
-    )
-    task: str = field(default=PAINTING, metadata={"help": "'reasoning_t2i' or 'image_editing'."})
-    eval_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts with questions, and images to edit: JSON lines, a JSON array, Parquet, a folder, or a dataset. "
-            "Default: prompts of the shapes world."
-        },
-    )
-    num_eval_prompts: PositiveInt = field(
-        default=504, metadata={"help": "Number of prompts drawn from the shapes world."}
-    )
-    skip_broken_rows: bool = field(
-        default=False,
-        metadata={"help": "Leave out rows whose image cannot be read, and list them at the end, instead of stopping."},
-    )
-    eval_seeds: PositiveInt = field(default=2, metadata={"help": "Noise seeds per prompt."})
-    modes: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "How images are made: 'direct' (without a thought), 'thought' (after one), 'refine' (after a thought and "
-            "num_rounds rounds of reflection, each of which is scored). Default: 'thought', and 'refine' if there are rounds."
-        },
-    )
-    num_rounds: NonNegativeInt = field(default=0, metadata={"help": "Number of rounds of reflection."})
-    image_size: PositiveInt = field(default=24, metadata={"help": "Height and width of images, in pixels."})
-    batch_size: PositiveInt = field(default=128, metadata={"help": "Samples per batch."})
-    output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder for scores and images."})
-
-    def __post_init__(self) -> None:
-        RewardArguments.__post_init__(self)
-        SamplingArguments.__post_init__(self)
-        if self.task not in (PAINTING, EDITING):
-            raise ValueError(f"task must be '{PAINTING}' or '{EDITING}', but is '{self.task}'")
-        if self.modes is None:
-            self.modes = [THOUGHT, REFINE] if self.num_rounds else [THOUGHT]
-        unknown = [mode for mode in self.modes if mode not in (DIRECT, THOUGHT, REFINE)]
-        if unknown or not self.modes:
-            raise ValueError(f"modes must be among '{DIRECT}', '{THOUGHT}' and '{REFINE}', but are {self.modes}")
-        if (REFINE in self.modes) != (self.num_rounds > 0):
-            raise ValueError(
-                f"mode '{REFINE}' and num_rounds go together, but modes are {self.modes} and num_rounds is {self.num_rounds}"
-            )
 
 
 def main(args: EvaluationArguments) -> None:
     # Here, so that `--help` does not import models.
-    from recipe_tools.evaluation import evaluate_model, load_rows, print_rounds
+    from recipe_tools.evaluation.models import evaluate_model, load_rows, print_rounds
     from recipe_tools.processes import end_processes, print_skipped, start_processes
     from reward_models.evaluation.results import save_results
     from reward_models.evaluation.settings_digest import settings_digest

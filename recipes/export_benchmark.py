@@ -30,14 +30,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
-from alphagrpo_ext.rollout.arguments import SamplingArguments
+from recipe_tools.benchmark_export.arguments import ExportArguments
 from recipe_tools.recipe_arguments import RecipeParser
-from reward_models.arguments import RewardArguments
 
 
 if TYPE_CHECKING:
@@ -47,70 +45,6 @@ if TYPE_CHECKING:
 
 
 MAX_LISTED_ROWS = 20
-
-
-@dataclass
-class ExportArguments(RewardArguments, SamplingArguments):
-    """
-    Arguments of the export; for the rest see [`RewardArguments`] and [`SamplingArguments`]. The help text of a field describes it.
-    """
-
-    benchmark: str = field(
-        default="geneval",
-        metadata={"help": "'geneval', 'dpg_bench', 'tiif_bench', 'wise', 'gedit_bench', or a registered one."},
-    )
-    prompts: str | None = field(
-        default=None, metadata={"help": "The benchmark's own prompts: a file, a folder or a dataset."}
-    )
-    questions: str | None = field(
-        default=None,
-        metadata={"help": "Questions about its prompts, as JSON lines; they precede the benchmark's own."},
-    )
-    model_name_or_path: str = field(
-        default="bagel-shapes", metadata={"help": "The policy: a name, a folder, or an id on the Hub."}
-    )
-    model_label: str | None = field(
-        default=None,
-        metadata={"help": "Name of the model for the benchmark's scorer. Default: made from --model_name_or_path."},
-    )
-    num_images: PositiveInt | None = field(
-        default=None, metadata={"help": "Images per prompt. Default: as in the benchmark's protocol."}
-    )
-    think: bool = field(default=True, metadata={"help": "Whether the policy writes a thought before it paints."})
-    num_rounds: NonNegativeInt = field(
-        default=0, metadata={"help": "Number of rounds of reflection; the last image is exported."}
-    )
-    height: PositiveInt | None = field(
-        default=None,
-        metadata={"help": "Height of images, in pixels. Default: 24, or for an edited image that of the original."},
-    )
-    width: PositiveInt | None = field(
-        default=None,
-        metadata={"help": "Width of images, in pixels. Default: 24, or for an edited image that of the original."},
-    )
-    skip_broken_rows: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to leave out prompts whose image cannot be read, and to list them at the end. Default: nothing is "
-            "painted if there are any."
-        },
-    )
-    batch_size: PositiveInt = field(default=16, metadata={"help": "Images per batch, rounded to whole prompts."})
-    seed: int = field(default=0, metadata={"help": "Seed of all noise."})
-    judge: str = field(
-        default="none", metadata={"help": "Judge that answers questions about the images; 'none' asks no questions."}
-    )
-    output_dir: str = field(default="runs/export_benchmark", metadata={"help": "Folder for images and scores."})
-
-    def __post_init__(self) -> None:
-        RewardArguments.__post_init__(self)
-        SamplingArguments.__post_init__(self)
-        if not self.prompts:
-            raise ValueError(f"prompts is missing: name the file or folder with the prompts of '{self.benchmark}'")
-        if self.questions and self.judge == "none":
-            raise ValueError("questions are answered by a judge: give one, e.g. --judge openai")
-        if (self.height is None) != (self.width is None):
-            raise ValueError(f"give height and width, or neither, but they are {self.height} and {self.width}")
 
 
 def prompts_with_questions(
@@ -126,7 +60,7 @@ def prompts_with_questions(
 
 def early_reward(records: list[PromptRecord], args: ExportArguments) -> DVReward | None:
     """The checked reward, before images are painted for hours; `None` for a judge that takes a model."""
-    from recipe_tools.benchmark_images import IMAGE_SIZE
+    from recipe_tools.benchmark_export.images import IMAGE_SIZE
     from reward_models.judges import JUDGES
 
     if not records or not JUDGES.get(args.judge).is_light:
@@ -144,7 +78,7 @@ def score_images(
     args: ExportArguments,
 ) -> None:
     """Let the judge answer the questions about all images, save the scores and print their table."""
-    from recipe_tools.benchmark_images import score
+    from recipe_tools.benchmark_export.images import score
     from recipe_tools.processes import load_policy
     from reward_models.evaluation.kept_scores import KeptScores
     from reward_models.evaluation.results import save_results
@@ -173,7 +107,7 @@ def list_broken_rows(broken: Mapping[int, str], args: ExportArguments) -> str:
 def main(args: ExportArguments) -> None:
     # Here, so that `--help` does not import models.
     from alphagrpo_ext.models.fingerprint import model_label
-    from recipe_tools.benchmark_images import claim_folder, find_broken_rows, paint_missing
+    from recipe_tools.benchmark_export.images import claim_folder, find_broken_rows, paint_missing
     from recipe_tools.processes import end_processes, print_skipped, start_processes
     from reward_models.benchmarks import BENCHMARKS
 

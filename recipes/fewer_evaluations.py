@@ -41,7 +41,7 @@ def main(args: MeasurementArguments) -> None:
 
     from alphagrpo_ext.models.loading import load_model
     from alphagrpo_ext.rollout import TASKS, RolloutGenerator
-    from recipe_tools.evaluation_costs import NUM_SEEDS, TABLE_HEADER, Meter, measure_rollouts, measure_solvers
+    from recipe_tools.evaluation.costs import NUM_SEEDS, TABLE_HEADER, Meter, measure_rollouts, measure_solvers
     from reward_models.prompts.loading import load_prompts
 
     # Threads that wait for each other cost more than they save at this size.

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from benchmark_parts.arguments import BenchmarkArguments
 from benchmark_parts.breakdown import PHASES, phase_seconds
 from benchmark_parts.flops import denoising_flops, training_flops
 from benchmark_parts.sizes import Size
@@ -30,10 +31,6 @@ from benchmark_parts.text_overhead import build_trainers, step_seconds
 from benchmark_parts.timing import Spread, matmul_functions, peak_bytes, ratio, time_interleaved
 from benchmark_parts.workload import GUIDANCE, build_image_processor, build_model, self_reflection_trajectories
 from reward_models.dvreward import DVReward
-
-
-if TYPE_CHECKING:
-    from benchmark import BenchmarkArguments
 
 
 def make_update(size: Size, dtype: torch.dtype) -> Update:

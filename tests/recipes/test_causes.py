@@ -66,11 +66,11 @@ def recipe_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
     def load(name: str) -> ModuleType:
         recipe = load_recipe(name)
-        import recipe_tools.benchmark_images
-        import recipe_tools.evaluation
+        import recipe_tools.benchmark_export.images
+        import recipe_tools.evaluation.models
         import recipe_tools.processes
 
-        for module in (recipe_tools.processes, recipe_tools.evaluation, recipe_tools.benchmark_images):
+        for module in (recipe_tools.processes, recipe_tools.evaluation.models, recipe_tools.benchmark_export.images):
             monkeypatch.setattr(module, "load_policy", refuse)
         return recipe
 

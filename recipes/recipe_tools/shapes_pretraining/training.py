@@ -9,7 +9,6 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from alphagrpo_ext.models.bagel.layout import visibility_mask
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.model import build_processor
+from recipe_tools.shapes_pretraining.arguments import PretrainingArguments
 from recipe_tools.shapes_pretraining.examples import (
     GROUNDING,
     PAINTING,
@@ -35,10 +35,6 @@ from recipe_tools.shapes_pretraining.examples import (
     scene_pixels,
     unique_scenes,
 )
-
-
-if TYPE_CHECKING:
-    from pretrain_shapes import PretrainingArguments
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.task import TASKS
 from alphagrpo_ext.shapes.editing import editing_rows
-from recipe_tools.evaluation_stages import EDITING, EvaluationStage
+from recipe_tools.evaluation.arguments import EvaluationArguments
+from recipe_tools.evaluation.stages import EDITING, EvaluationStage
 from recipe_tools.processes import load_policy
 from reward_models.evaluation.evaluate import evaluate, share_of_work
 from reward_models.evaluation.samples import Evaluation
@@ -28,10 +29,6 @@ from reward_models.evaluation.store import EvaluationStore
 from reward_models.evaluation.text_tables import refinement_table
 from reward_models.prompts.loading import load_prompts
 from reward_models.prompts.rows import PromptRows
-
-
-if TYPE_CHECKING:
-    from evaluate import EvaluationArguments
 
 
 def load_rows(

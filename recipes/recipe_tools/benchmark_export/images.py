@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -23,6 +23,7 @@ from alphagrpo_ext.rollout.arguments import SamplingArguments
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
 from alphagrpo_ext.rollout.task import REFLECTION_TASK, TASKS
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
+from recipe_tools.benchmark_export.arguments import ExportArguments
 from recipe_tools.processes import load_policy
 from reward_models.benchmarks import Benchmark, BenchmarkPrompt
 from reward_models.dvreward import DVReward, Score
@@ -30,10 +31,6 @@ from reward_models.evaluation.kept_scores import KeptScores
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.prompts.questions import PromptRecord
-
-
-if TYPE_CHECKING:
-    from export_benchmark import ExportArguments
 
 
 @dataclass(frozen=True)
