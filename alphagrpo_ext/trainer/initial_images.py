@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
+from trl import GRPOTrainer
 
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
@@ -30,7 +31,6 @@ from alphagrpo_ext.trainer.step import RolloutStep, reward_row
 
 if TYPE_CHECKING:
     from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ImageRewards:
     loop: asyncio.AbstractEventLoop | None
 
     @classmethod
-    def from_trainer(cls, trainer: AlphaGRPOTrainer) -> ImageRewards:
+    def from_trainer(cls, trainer: GRPOTrainer) -> ImageRewards:
         """The functions of a trainer that judge images."""
         keep = judges_images(trainer.reward_funcs)
         functions = [function for function, judges in zip(trainer.reward_funcs, keep.tolist(), strict=True) if judges]

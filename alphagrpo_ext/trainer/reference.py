@@ -28,6 +28,7 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
@@ -39,9 +40,8 @@ from alphagrpo_ext.trainer.distributed import gathered_policy
 
 
 if TYPE_CHECKING:
-    from alphagrpo_ext.trainer.scoring import RolloutScores
+    from alphagrpo_ext.trainer.scoring import PackedScorer, RolloutScores
     from alphagrpo_ext.trainer.step import RolloutStep
-    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 REFERENCE_ADAPTER = "ref"
@@ -109,7 +109,7 @@ def on_device(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def acting_reference(trainer: AlphaGRPOTrainer) -> Iterator[torch.nn.Module]:
+def acting_reference(trainer: GRPOTrainer) -> Iterator[torch.nn.Module]:
     """
     The module that computes as the reference while the block runs: a model of its own, or the policy with the adapter `"ref"` or
     with its adapter switched off.
@@ -124,7 +124,7 @@ def acting_reference(trainer: AlphaGRPOTrainer) -> Iterator[torch.nn.Module]:
 
 
 @contextmanager
-def gathered_reference(trainer: AlphaGRPOTrainer) -> Iterator[UnifiedModel]:
+def gathered_reference(trainer: GRPOTrainer) -> Iterator[UnifiedModel]:
     """The reference, unwrapped and with whole parameters, to sample rollouts with; see [`gathered_policy`]."""
     with acting_reference(trainer) as model:
         wrapped = trainer.model_wrapped if model is trainer.model else model
@@ -133,12 +133,12 @@ def gathered_reference(trainer: AlphaGRPOTrainer) -> Iterator[UnifiedModel]:
 
 
 @torch.no_grad()
-def score_with_reference(trainer: AlphaGRPOTrainer, step: RolloutStep, length: int) -> RolloutScores:
+def score_with_reference(trainer: GRPOTrainer, scorer: PackedScorer, step: RolloutStep, length: int) -> RolloutScores:
     """The reference's scores of a rollout, where TRL does not ask for them; `length` is that of the longest text."""
     args = trainer.args
     batch_size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
     with acting_reference(trainer) as model:
-        return trainer.scorer.score_rollout(model, step.trajectories, batch_size, length)
+        return scorer.score_rollout(model, step.trajectories, batch_size, length)
 
 
 def acts_as_reference(policy: torch.nn.Module) -> bool:

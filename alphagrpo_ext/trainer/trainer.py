@@ -155,8 +155,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
             self.ref_model = references.prepare_reference(reference, self.accelerator, args.offload_ref_model)
         if args.sync_ref_model and has_reference:
             self.add_callback(references.follow_policy(self.model, self.ref_model, self.accelerator))
-        self._resume = ExactResume(self)
-        for callback in (self._resume, *own_callbacks(args, self.callback_handler.callbacks, self._logs)):
+        self.resume = ExactResume(self)
+        for callback in (self.resume, *own_callbacks(args, self.callback_handler.callbacks, self._logs)):
             self.add_callback(callback)
         check_trains(self.model, args)
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
@@ -171,7 +171,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         optimizer = super().create_optimizer(model)
         if is_new and (learning_rate := self.args.generation_learning_rate) is not None:
             set_generation_learning_rate(optimizer, model, self.accelerator.unwrap_model(model), learning_rate)
-        self._resume.remember_rates(optimizer)
+        self.resume.remember_rates(optimizer)
         return optimizer
 
     @contextmanager
@@ -207,7 +207,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:
-                announce_rollout(self, step)
+                announce_rollout(self, step, self.stopwatch)
             self._add_scores(step, output)
         finally:
             self._rollout_step = None
@@ -267,7 +267,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         is_needed = self._reference_samples or (self.args.image_beta and step.has_windows)
         if is_needed and "reference" not in step.scores:
             length = output["completion_ids"].shape[1]
-            step.scores["reference"] = references.score_with_reference(self, step, length)
+            step.scores["reference"] = references.score_with_reference(self, self.scorer, step, length)
         if self._reference_samples:
             step.scores["old"] = step.scores["reference"]
             output["old_per_token_logps"] = step.scores["old"].log_probs
@@ -303,21 +303,21 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in [`~transformers.Trainer`]; see [`ExactResume.run`] for what can be resumed from, and for errors."""
-        with self._resume.run(resume_from_checkpoint) as checkpoint:
+        with self.resume.run(resume_from_checkpoint) as checkpoint:
             return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
-        if skip_scheduler and self._resume.checkpoint is not None:
+        if skip_scheduler and self.resume.checkpoint is not None:
             return {}  # The evaluation of `eval_on_start`, which a resumed run has in its history.
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
-        self._resume.sampler = super()._get_train_sampler(*args, **kwargs)
-        return self._resume.sampler
+        self.resume.sampler = super()._get_train_sampler(*args, **kwargs)
+        return self.resume.sampler
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs) -> tuple[int, int]:
         done = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-        return self._resume.position(*done, num_update_steps_per_epoch * self.args.gradient_accumulation_steps)
+        return self.resume.position(*done, num_update_steps_per_epoch * self.args.gradient_accumulation_steps)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # Transformers would train one step more than there are to do.
@@ -328,14 +328,14 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         check_trained_weights(self.model)
-        return super()._finalize_training(trial, num_train_samples, start_time - self._resume.seconds_before)
+        return super()._finalize_training(trial, num_train_samples, start_time - self.resume.seconds_before)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self._resume.output_dir(super()._get_output_dir(trial))
+        return self.resume.output_dir(super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The upload goes on in the background, so it has to read from where the checkpoint stays.
-        if not self._resume.is_saving:
+        if not self.resume.is_saving:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -343,5 +343,5 @@ class AlphaGRPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with self._resume.saved_checkpoint(Path(self._get_output_dir(trial))):
+        with self.resume.saved_checkpoint(Path(self._get_output_dir(trial))):
             super()._save_checkpoint(model, trial)

@@ -37,7 +37,6 @@ from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
-from alphagrpo_ext.trainer.resume.exact_resume import check_run
 from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.contact_sheet import contact_sheet
@@ -244,7 +243,7 @@ def train_between_evaluations(
     script_args, training_args, model_args = run.script_args, run.training_args, run.model_args
     before = after = None
     # First, so that a run that cannot go on leaves the evaluation of the one that it would resume.
-    check_run(trainer, run.checkpoint)
+    trainer.resume.check_run(run.checkpoint)
     if script_args.eval_seeds:
         settings = settings_digest(
             *(model_args.model_name_or_path, model_args.dtype, script_args, run.eval_rows),

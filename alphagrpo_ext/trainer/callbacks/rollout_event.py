@@ -6,17 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from trl import GRPOTrainer
 
-from alphagrpo_ext.trainer.step import RolloutStep
+from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch
 from alphagrpo_ext.trajectory import Trajectory
-
-
-if TYPE_CHECKING:
-    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class ScoredRollout:
     extra_columns: dict[str, list[Any]]
 
 
-def announce_rollout(trainer: AlphaGRPOTrainer, step: RolloutStep) -> None:
+def announce_rollout(trainer: GRPOTrainer, step: RolloutStep, stopwatch: Stopwatch) -> None:
     """
     Call the callbacks that have a method `on_rollout`, in every process, as
 
@@ -68,13 +65,14 @@ def announce_rollout(trainer: AlphaGRPOTrainer, step: RolloutStep) -> None:
     generators and their arguments unchanged.
 
     Args:
-        trainer ([`AlphaGRPOTrainer`]): Has the callbacks and TRL's table of completions.
+        trainer ([`~trl.GRPOTrainer`]): Has the callbacks and the table of completions.
         step ([`RolloutStep`]): A training rollout, once its advantages are known.
+        stopwatch ([`Stopwatch`]): Measures the time of the callbacks.
     """
     listeners = [c for c in trainer.callback_handler.callbacks if hasattr(c, "on_rollout")]
     if not listeners:
         return
-    with trainer.stopwatch.measure("on_rollout"):
+    with stopwatch.measure("on_rollout"):
         rollout = scored_rollout(step, trainer._logs, trainer.accelerator)
 
         def log_metric(name: str, value: float) -> None:

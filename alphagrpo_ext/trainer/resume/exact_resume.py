@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -41,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import GRPOTrainer
 
 from alphagrpo_ext.models.saving import check_free_space
 from alphagrpo_ext.trainer.distributed import Sharding
@@ -68,10 +69,6 @@ from alphagrpo_ext.trainer.resume.settings import (
     write_settings,
 )
 from alphagrpo_ext.trainer.resume.sole_writer import sole_writer
-
-
-if TYPE_CHECKING:
-    from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -118,10 +115,10 @@ class ExactResume(TrainerCallback):
     the trainer has reset its counters and before its first step.
 
     Args:
-        trainer ([`AlphaGRPOTrainer`]): Whose state is saved and restored.
+        trainer ([`~trl.GRPOTrainer`]): Whose state is saved and restored.
     """
 
-    def __init__(self, trainer: AlphaGRPOTrainer) -> None:
+    def __init__(self, trainer: GRPOTrainer) -> None:
         self.trainer = trainer
         self.checkpoint: Path | None = None
         self.changes: list[Change] = []
@@ -164,6 +161,18 @@ class ExactResume(TrainerCallback):
                 if processes.is_main():
                     logger.warning("the run goes on with other settings than it had: %s", "; ".join(said))
             yield self.checkpoint
+
+    def check_run(self, checkpoint: Path | None) -> None:
+        """
+        Check what `train` checks, before anything else is done: that there is room on the disk, and that the trainer can go on
+        from a checkpoint; see [`check_room`] and [`ExactResume.check`].
+
+        Args:
+            checkpoint (`Path`, *optional*): From [`resolve_checkpoint`].
+        """
+        check_room(self.trainer.model, self.trainer.args)
+        if checkpoint is not None:
+            self.check(checkpoint)
 
     def check(self, checkpoint: Path) -> list[Change]:
         """
@@ -332,17 +341,3 @@ class ExactResume(TrainerCallback):
             state = reference_state(trainer.ref_model, trainer.model, trainer.accelerator)
             if args.should_save:
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / REFERENCE_NAME)
-
-
-def check_run(trainer: AlphaGRPOTrainer, checkpoint: Path | None) -> None:
-    """
-    Check what `train` checks, before anything else is done: that there is room on the disk, and that the trainer can go on from a
-    checkpoint; see [`check_room`] and [`ExactResume.check`].
-
-    Args:
-        trainer ([`AlphaGRPOTrainer`]): Before training.
-        checkpoint (`Path`, *optional*): From [`resolve_checkpoint`].
-    """
-    check_room(trainer.model, trainer.args)
-    if checkpoint is not None:
-        trainer._resume.check(checkpoint)
