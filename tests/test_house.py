@@ -45,16 +45,10 @@ def modules() -> dict[str, tuple[Path, ast.Module]]:
     return found
 
 
-def imported_modules(name: str, tree: ast.Module, at_runtime: bool = False) -> Iterator[str]:
-    """Modules of the project that a module imports anywhere in its code, or outside blocks for type checkers alone."""
+def imported_modules(name: str, tree: ast.Module) -> Iterator[str]:
+    """Modules of the project that a module imports anywhere in its code, for type checkers too."""
     known = modules()
-    nodes = list(ast.walk(tree))
-    if at_runtime:
-        for node in nodes:
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                skipped = {id(child) for statement in node.body for child in ast.walk(statement)}
-                nodes = [other for other in nodes if id(other) not in skipped]
-    for node in nodes:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):
@@ -97,9 +91,7 @@ def test_nothing_imports_what_comes_later() -> None:
 
 
 def test_no_circle() -> None:
-    graph = {
-        name: set(imported_modules(name, tree, at_runtime=True)) - {name} for name, (_, tree) in modules().items()
-    }
+    graph = {name: set(imported_modules(name, tree)) - {name} for name, (_, tree) in modules().items()}
     # The face of a package hands names on, and its own modules do not go through it.
     for name in graph:
         graph[name] = {other for other in graph[name] if not name.startswith(f"{other}.")}

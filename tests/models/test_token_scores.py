@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models import token_scores
 from alphagrpo_ext.models.bagel import BagelModel
-from alphagrpo_ext.models.bagel.modeling_bagel import BagelHead
+from alphagrpo_ext.models.bagel.network import BagelHead
 from alphagrpo_ext.models.token_scores import score_tokens
 
 

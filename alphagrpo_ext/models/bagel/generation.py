@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,13 +29,10 @@ from alphagrpo_ext.models.bagel.layout import (
     grid_position_ids,
     visibility_mask,
 )
+from alphagrpo_ext.models.bagel.network import BagelNetwork
 from alphagrpo_ext.models.contract import SampledText
 from alphagrpo_ext.models.token_sampling import sample_tokens
 from alphagrpo_ext.trajectory import Segment, TextSegment
-
-
-if TYPE_CHECKING:
-    from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def plan_prefill(
 
 @torch.no_grad()
 def prefill(
-    model: BagelModel,
+    model: BagelNetwork,
     contexts: Sequence[Sequence[Segment]],
     group_size: int = 1,
     capacity: int = 0,
@@ -125,7 +121,7 @@ def prefill(
 
 
 @torch.no_grad()
-def prefill_sequences(model: BagelModel, sequences: Sequence[BagelSequence]) -> BagelCache:
+def prefill_sequences(model: BagelNetwork, sequences: Sequence[BagelSequence]) -> BagelCache:
     """Run sequences. Returns a cache without slots that has each of them as a prefix."""
     inputs = _collate(model, sequences)
     cache = BagelCache.without_slots(inputs["blocks"], *_ends(model, sequences))
@@ -135,13 +131,13 @@ def prefill_sequences(model: BagelModel, sequences: Sequence[BagelSequence]) -> 
 
 
 @torch.no_grad()
-def append_sequences(model: BagelModel, cache: BagelCache, sequences: Sequence[BagelSequence]) -> None:
+def append_sequences(model: BagelNetwork, cache: BagelCache, sequences: Sequence[BagelSequence]) -> None:
     """Read one sequence for every sample of a cache, each laid out from the sample's position, into its slots."""
     _append(model, cache, sequences, _collate(model, sequences))
 
 
 def _append(
-    model: BagelModel, cache: BagelCache, sequences: Sequence[BagelSequence], inputs: dict[str, torch.Tensor]
+    model: BagelNetwork, cache: BagelCache, sequences: Sequence[BagelSequence], inputs: dict[str, torch.Tensor]
 ) -> None:
     mask = cache.visibility(visibility_mask(inputs["positions"], inputs["blocks"], inputs["horizons"]))
     model.language_model.model(*model.embed_sequences(inputs), inputs["positions"], mask, cache)
@@ -149,13 +145,13 @@ def _append(
     cache.segments = None
 
 
-def _collate(model: BagelModel, sequences: Sequence[BagelSequence]) -> dict[str, torch.Tensor]:
+def _collate(model: BagelNetwork, sequences: Sequence[BagelSequence]) -> dict[str, torch.Tensor]:
     """What [`collate_sequences`] returns, on the model's device."""
     device = model.language_model.lm_head.weight.device
     return {name: tensor.to(device) for name, tensor in collate_sequences(sequences, model.config).items()}
 
 
-def _ends(model: BagelModel, sequences: Sequence[BagelSequence]) -> torch.Tensor:
+def _ends(model: BagelNetwork, sequences: Sequence[BagelSequence]) -> torch.Tensor:
     """Rotary positions and numbers of blocks after sequences, `(2, sequences)`."""
     ends = torch.tensor([sequence.extent for sequence in sequences])
     return ends.T.to(model.language_model.lm_head.weight.device)
@@ -163,7 +159,7 @@ def _ends(model: BagelModel, sequences: Sequence[BagelSequence]) -> torch.Tensor
 
 @torch.no_grad()
 def sample_text(
-    model: BagelModel,
+    model: BagelNetwork,
     cache: BagelCache,
     uniforms: torch.Tensor,
     temperature: float = 1.0,
@@ -174,7 +170,7 @@ def sample_text(
     Sample one text per sample and leave it in the cache between its delimiters, as [`UnifiedModel.sample_text`] says.
 
     Args:
-        model ([`BagelModel`]): The model.
+        model ([`BagelNetwork`]): The model.
         cache ([`BagelCache`]): Its first `batch` samples are continued. It has `max_new_tokens + 2` free slots.
         uniforms (`torch.Tensor` of shape `(batch, max_new_tokens)`): Random numbers in [0, 1), one per token.
         temperature, top_k, top_p: See [`sample_tokens`].
@@ -229,12 +225,14 @@ def _collect_text(sampled: torch.Tensor, log_probs: torch.Tensor, counted: torch
 
 
 @torch.no_grad()
-def feed_tokens(model: BagelModel, cache: BagelCache, tokens: torch.Tensor, is_reading: torch.Tensor) -> torch.Tensor:
+def feed_tokens(
+    model: BagelNetwork, cache: BagelCache, tokens: torch.Tensor, is_reading: torch.Tensor
+) -> torch.Tensor:
     """
     Read one token per sample.
 
     Args:
-        model ([`BagelModel`]): The model.
+        model ([`BagelNetwork`]): The model.
         cache ([`BagelCache`]): Takes the tokens into its slots.
         tokens (`torch.Tensor` of shape `(samples,)`): Token ids.
         is_reading (`torch.Tensor` of shape `(samples,)`, bool): False for samples that leave no trace in the cache.
@@ -252,13 +250,13 @@ def feed_tokens(model: BagelModel, cache: BagelCache, tokens: torch.Tensor, is_r
 
 @torch.no_grad()
 def predict_velocity(
-    model: BagelModel, cache: BagelCache, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
+    model: BagelNetwork, cache: BagelCache, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
 ) -> torch.Tensor:
     """
     Velocity of noised images, as [`UnifiedModel.predict_velocity`] says. Only spare slots of the cache are written.
 
     Args:
-        model ([`BagelModel`]): The model.
+        model ([`BagelNetwork`]): The model.
         cache ([`BagelCache`]): The contexts.
         latents (`torch.Tensor` of shape `(images, tokens, channels)`):
             The same number of consecutive images for every sample of the cache.
@@ -285,12 +283,12 @@ def predict_velocity(
 
 
 @torch.no_grad()
-def answer_logits(model: BagelModel, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
+def answer_logits(model: BagelNetwork, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
     """
     Logits of the first token of an answer, in the order of BAGEL's understanding mode: image, question, answer.
 
     Args:
-        model ([`BagelModel`]): The model.
+        model ([`BagelNetwork`]): The model.
         pixel_values (`torch.Tensor` of shape `(3, height, width)`): The image in [-1, 1], for the vision tower.
         questions (`Sequence[TextSegment]`): Questions about it.
 

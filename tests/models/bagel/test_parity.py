@@ -30,7 +30,7 @@ from alphagrpo_ext.models.bagel.layout import (
     patchify,
     unpatchify,
 )
-from alphagrpo_ext.models.bagel.modeling_bagel import sinusoidal_time_embedding
+from alphagrpo_ext.models.bagel.network import sinusoidal_time_embedding
 from alphagrpo_ext.models.contract import SampledText
 from alphagrpo_ext.models.pixels import tensor_to_image
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
