@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -104,13 +106,25 @@ def test_memory_of_the_packaged_model_is_estimated(capsys: pytest.CaptureFixture
     recipe = load_recipe("estimate_memory")
     settings = {"height": 24, "width": 24, "batch_size": 8, "lora_rank": 0, "num_shards": 2}
     recipe.main(recipe.EstimationArguments(model_name_or_path="bagel-shapes", **settings), show_overview=False)
-    output = capsys.readouterr().out
+    output, progress = capsys.readouterr()
+    assert "estimates: 100%" in progress and "1/1" in progress
     header, _, row, *_ = output.splitlines()
     assert header == "| | weights | gathered | reference | gradients | optimizer | activations | total |"
     values = [float(value) for value in row.split("|")[2:-1]]
     # In GiB, a model of 2 million parameters.
     assert values[-1] == pytest.approx(sum(values[:-1]), rel=0.01)
     assert 0.01 < values[-1] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.low_priority
+def test_memory_in_the_page_is_what_its_command_prints() -> None:
+    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## `estimate_memory.py`\n")[1].split("\n## ")[0]
+    (command,) = re.findall(r"`python (recipes/estimate_memory\.py[^`]*)`", section)
+    printed = [line for line in run(*shlex.split(command)).splitlines() if line.startswith("|")]
+    assert len(printed) == 8
+    assert [line for line in section.splitlines() if line.startswith("|")] == printed
 
 
 @pytest.mark.slow
