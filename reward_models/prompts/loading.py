@@ -24,7 +24,8 @@ from reward_models.prompts.files import (
     read_saved_dataset,
     read_text,
 )
-from reward_models.prompts.questions import TAGS, PromptRecord, from_row
+from reward_models.prompts.questions import PromptRecord, check_own_tags, from_row
+from reward_models.prompts.tags import TAGS
 
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def load_prompts(
         ]
         if not rows:
             raise ValueError(f"{file} has no records")
+        check_own_tags((row.where, row.record) for row in rows)
         dataset, places = _file_dataset(rows, file), [row.where for row in rows]
     return _with_readable_images(dataset, file, places, skipped)
 
@@ -315,6 +317,7 @@ def _with_records(dataset: Dataset, name: str, prompt_column: str | None) -> Dat
     records = [from_row(row, f"dataset {name}, row {index}") for index, row in enumerate(rows)]
     if not records:
         raise ValueError(f"dataset {name} has no records")
+    check_own_tags((f"dataset {name}, row {index}", record) for index, record in enumerate(records))
     extras = dataset.select_columns([column for column in EXTRA_FEATURES if column in dataset.column_names])
     for column, feature in extras.features.items():
         if not isinstance(feature, _CASTABLE[column]):
