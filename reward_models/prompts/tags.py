@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -84,7 +85,7 @@ def read_tag(side: str, tag: str, where: str) -> str:
 class OwnTags:
     """
     The tags of a file or a run that are not known ones. Each becomes a metric, so there may be only few. One that looks like a
-    known tag is warned of, once per process.
+    known tag is warned of, once per run.
 
     Args:
         found (`set[tuple[str, str]]`, *optional*): Those found so far, each with the field of its questions.
@@ -112,14 +113,15 @@ class OwnTags:
                     f"the known ones: each becomes a metric, so give questions about one topic the same tag"
                 )
             self.found.add((side, tag))
-            hint = _hint(side, tag)
-            if hint and (side, tag) not in _warned:
+            if (side, tag) not in _warned and (hint := _hint(side, tag)):
                 _warned.add((side, tag))
-                logger.warning("%s: %s", where, hint)
+                # All processes of a run read the same files.
+                if os.environ.get("RANK", "0") == "0":
+                    logger.warning("%s: %s", where, hint)
 
 
 def _hint(side: str, tag: str) -> str | None:
-    """What a tag that is not a known one of its field may be meant to be."""
+    """What a tag that is not a known one of its side may be meant to be; `None` if it looks like no known one."""
     for other, known in TAGS.items():
         if match_tag(known, tag) in known:
             return f"{tag!r} in {side} is a known tag of {other}, and is logged as a tag of your own. Did you mean {other}?"

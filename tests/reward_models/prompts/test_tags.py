@@ -140,6 +140,13 @@ def test_a_dataset_names_the_row_of_a_misspelled_tag(tmp_path: Path, caplog: pyt
     assert caplog.records[2].getMessage().startswith(f"{tmp_path / 'rows.jsonl'}, line 2: 'Actoin'")
 
 
+def test_one_process_of_several_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for rank, tag in enumerate(("Stlye", "Actoin")):
+        monkeypatch.setenv("RANK", str(rank))
+        validate_dataset([make_row(tag)])
+    assert [record.args[1].split()[0] for record in caplog.records] == ["'Stlye'"]
+
+
 def test_a_column_of_free_text_is_refused(tmp_path: Path) -> None:
     own = [f"topic {index}" for index in range(MAX_OWN_TAGS + 1)]
     message = f"the tag 'topic {MAX_OWN_TAGS}' in semantic_questions is one more than the {MAX_OWN_TAGS} different"
