@@ -63,6 +63,20 @@ def write_text(path: str | Path, text: str, errors: str = "strict") -> None:
         temporary.write_text(text, encoding="utf-8", errors=errors)
 
 
+def read_text(path: Path) -> str:
+    """
+    Read a text file in UTF-8.
+
+    Raises:
+        `ValueError`: If it is not UTF-8. The message names the file.
+    """
+    try:
+        # Line ends stay as they are, because a cell of a table may hold them.
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid UTF-8 ({error})") from error
+
+
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     """
     Read a JSON-lines file in UTF-8, line by line. Blank lines are skipped.

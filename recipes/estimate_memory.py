@@ -3,7 +3,8 @@
 """
 Estimate the memory of an update, also for a model that this machine could not hold. No weights are loaded.
 
-Without arguments it prints a table for BAGEL-7B, with LoRA and with all weights trained, for K = 10 and K = 5 trained steps:
+Without arguments it prints a table for BAGEL-7B, with LoRA and with all weights trained, for K = 10 and K = 5 trained steps. That takes
+about a minute:
 
 ```bash
 python recipes/estimate_memory.py
@@ -68,10 +69,8 @@ def format_table(rows: list[tuple[str, MemoryEstimate]]) -> str:
     return "\n".join(lines)
 
 
-def overview(config: PreTrainedConfig, settings: MemorySettings) -> list[tuple[str, MemoryEstimate]]:
-    """Estimate LoRA on one device and all weights on eight, for 10, 5 and 1 trained steps per forward."""
-    from recipe_tools.memory import estimate_memory
-
+def overview(settings: MemorySettings) -> list[tuple[str, MemorySettings]]:
+    """Settings with labels: LoRA on one device and all weights on eight, for 10, 5 and 1 trained steps per forward."""
     rows = []
     for rank, shards in ((settings.lora_rank or 32, 1), (0, 8)):
         for window, part in ((10, None), (5, None), (10, 1)):
@@ -85,23 +84,21 @@ def overview(config: PreTrainedConfig, settings: MemorySettings) -> list[tuple[s
             )
             name = f"LoRA r = {rank}" if rank else "all weights"
             split = f", {part} per forward" if part else ""
-            label = f"{name}, {shards} {'shards' if shards > 1 else 'device'}, K = {window}{split}"
-            rows.append((label, estimate_memory(config, changed)))
+            rows.append((f"{name}, {shards} {'shards' if shards > 1 else 'device'}, K = {window}{split}", changed))
     return rows
 
 
 def main(args: EstimationArguments, show_overview: bool) -> None:
     # Here, so that `--help` does not import models.
     import torch
+    from tqdm import tqdm
 
     from recipe_tools.memory import estimate_memory
 
     config = load_config(args.model_name_or_path)
     torch.set_num_threads(1)
-    if show_overview:
-        rows = overview(config, args)
-    else:
-        rows = [("an update", estimate_memory(config, args))]
+    settings = overview(args) if show_overview else [("an update", args)]
+    rows = [(label, estimate_memory(config, row)) for label, row in tqdm(settings, desc="estimates", unit="row")]
     print(format_table(rows) + "\n\nGiB per process; leave a tenth of a device free.")
 
 

@@ -53,7 +53,7 @@ class GenerationArguments(RewardArguments, SamplingArguments):
     )
     prompts: list[str] = field(default_factory=list, metadata={"help": "Prompts to paint."})
     prompt_file: str | None = field(
-        default=None, metadata={"help": "Prompts with questions, as JSON lines, instead of --prompts."}
+        default=None, metadata={"help": "Prompts with questions, in the formats of evaluate.py, instead of --prompts."}
     )
     num_prompts: PositiveInt = field(
         default=8, metadata={"help": "Number of prompts drawn from the shapes world if none are given."}

@@ -43,7 +43,9 @@ class OpenRLHFPromptArguments:
 
     prompt_file: str | None = field(
         default=None,
-        metadata={"help": "File of prompts with questions, as JSON lines. Default: prompts of the shapes world."},
+        metadata={
+            "help": "Prompts with questions, in the formats of evaluate.py. Default: prompts of the shapes world."
+        },
     )
     split: str = field(default="train", metadata={"help": "Split of the shapes world: 'train' or 'evaluation'."})
     num_prompts: PositiveInt = field(default=1024, metadata={"help": "Number of prompts drawn from the shapes world."})

@@ -13,6 +13,7 @@ from reward_models.dvreward import DVReward
 from reward_models.holdout.arguments import HoldoutArguments
 from reward_models.judges import JUDGES
 from reward_models.judges.arguments import JudgeArguments
+from reward_models.prompts.tags import describe_tags
 
 
 _CANNOT_CHANGE_ANSWERS = (
@@ -98,8 +99,9 @@ class PromptArguments(HoldoutArguments, RewardArguments):
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Training prompts with questions: a file of JSON lines, a JSON array or a Parquet file, a folder, or a "
-            "dataset. Default: prompts of the shapes world."
+            "help": "Training prompts with questions: a file of JSON lines, a JSON array, CSV or TSV (whose columns of questions "
+            "hold JSON lists) or a Parquet file, a folder, or a dataset. Default: prompts of the shapes world. "
+            f"{describe_tags()}"
         },
     )
     eval_file: str | None = field(

@@ -21,6 +21,7 @@ from alphagrpo_ext.report.records import Answer
 from reward_models.aggregation import AGGREGATIONS, aggregate, all_yes
 from reward_models.judges import JUDGES, Judge
 from reward_models.prompts.questions import PromptRecord, Question, from_row, validate_dataset
+from reward_models.prompts.tags import OwnTags
 
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ class DVReward:
         self._last_cause: str | None = None
         self._is_reached = False
         self._logged_errors: set[type[Exception]] = set()
+        # Of all datasets that the reward is asked to check, which share the metrics of a run.
+        self._own_tags = OwnTags()
         # By the id of an image. The entry keeps the image alive, so that the id stays unique.
         self._started: dict[int, tuple[Image.Image, PromptRecord, asyncio.Task[Score]]] = {}
 
@@ -199,12 +202,16 @@ class DVReward:
 
     def validate_dataset(self, dataset: Iterable[Mapping[str, Any]]) -> None:
         """
-        Check the questions of a whole dataset, and that the judge can answer them; see [`Judge.validate_question`].
+        Check the questions of a whole dataset, that the judge can answer them (see [`Judge.validate_question`]), and that the run
+        does not get too many tags (see [`OwnTags`]).
 
         Raises:
             `ValueError`: At the first malformed row or question that the judge cannot answer. The message names the row.
         """
-        validate_dataset(dataset, self.judge.validate_question)
+        # A dataset that is refused leaves nothing behind.
+        own_tags = OwnTags(set(self._own_tags.found))
+        validate_dataset(dataset, self.judge.validate_question, own_tags)
+        self._own_tags = own_tags
 
     def validate_named(self, datasets: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
         """

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from reward_models.endpoints.structured_output import StructuredAnswer, UnicodeText
-from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, match_tag
+from reward_models.prompts.tags import QUALITY_TAGS, SEMANTIC_TAGS, match_tag
 
 
 MAX_SEMANTIC_QUESTIONS = 64

@@ -13,7 +13,8 @@ from reward_models.decomposition.requests import facts_request, quality_request,
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import InvalidAnswerError
 from reward_models.endpoints.structured_output import StructuredChat
-from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, PromptRecord, Question
+from reward_models.prompts.questions import PromptRecord, Question
+from reward_models.prompts.tags import QUALITY_TAGS, SEMANTIC_TAGS
 
 
 @DECOMPOSERS.register("openai")

@@ -19,7 +19,7 @@ class ScoreDifference:
     Difference between a model and the baseline on a part of the samples.
 
     Args:
-        scope (`str`): `"all"`, `"category"` or `"tag"`.
+        scope (`str`): `"all"`, `"category"`, `"semantic tag"` or `"quality tag"`.
         name (`str`): Name of the category or tag, or `"all"`.
         reward ([`PairedDifference`]): Difference of the mean reward; for a tag, of the mean P(yes).
         pass_rate ([`PairedDifference`]): Difference of the strict pass rate; for a tag, of the share of answers that are yes.
@@ -69,7 +69,7 @@ def compare_models(
     total, *differences = _group_differences(old, new)
     new_answers = answers_by_tag(new, records)
     for (side, tag), answers in answers_by_tag(old, records).items():
-        differences.append(_tag_difference(tag, answers, new_answers[side, tag]))
+        differences.append(_tag_difference(side, tag, answers, new_answers[side, tag]))
     return ModelComparison(baseline.model, other.model, baseline.mode, [total, *_corrected(differences)])
 
 
@@ -123,11 +123,13 @@ def _group_difference(
     )
 
 
-def _tag_difference(tag: str, old: Sequence[QuestionAnswer], new: Sequence[QuestionAnswer]) -> ScoreDifference:
+def _tag_difference(
+    side: str, tag: str, old: Sequence[QuestionAnswer], new: Sequence[QuestionAnswer]
+) -> ScoreDifference:
     pairs = [(a, b) for a, b in zip(old, new, strict=True) if a.p_yes is not None and b.p_yes is not None]
     prompts = [before.sample.index for before, _ in pairs]
     return ScoreDifference(
-        scope="tag",
+        scope=f"{side} tag",
         name=tag,
         reward=paired_difference(prompts, [after.p_yes - before.p_yes for before, after in pairs]),
         pass_rate=paired_difference(prompts, [after.passed - before.passed for before, after in pairs]),

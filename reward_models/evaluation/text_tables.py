@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from reward_models.evaluation.comparisons import ModelComparison
@@ -23,7 +24,8 @@ def score_table(evaluations: Sequence[EvaluationScores]) -> str:
     lines, few = [header, "-" * len(header)], False
     for entry in evaluations:
         groups = [(g.name, g.reward, g.strict_pass_rate) for g in (*entry.categories, entry.total)]
-        tags = [(f"[{t.name}]", t.p_yes, t.pass_rate) for t in entry.tags]
+        labels = _tag_labels([(t.side, t.name) for t in entry.tags])
+        tags = [(label, t.p_yes, t.pass_rate) for label, t in zip(labels, entry.tags, strict=True)]
         for name, value, pass_rate in [*tags, *groups]:
             few |= has_few_prompts(value)
             lines.append(
@@ -43,8 +45,11 @@ def difference_table(comparison: ModelComparison) -> str:
     p_values = f"{'p':>8}{'p, Holm':>9}"
     header = f"{'category, tag':<24}{'n':>6}{'reward, P(yes)':>28}{p_values}{'pass, in points':>26}{p_values}"
     lines, few = [title, header, "-" * len(header)], False
-    for entry in [*comparison.differences[1:], comparison.differences[0]]:
-        name = f"[{entry.name}]" if entry.scope == "tag" else entry.name
+    total, *parts = comparison.differences
+    tags = [entry for entry in parts if entry.scope.endswith(" tag")]
+    sides = [(entry.scope.removesuffix(" tag"), entry.name) for entry in tags]
+    names = [*(entry.name for entry in parts[: len(parts) - len(tags)]), *_tag_labels(sides), total.name]
+    for name, entry in zip(names, [*parts, total], strict=True):
         value, pass_rate = entry.reward.difference, entry.pass_rate.difference
         few |= has_few_prompts(value)
         lines.append(
@@ -92,6 +97,12 @@ def _change(old: CategoryScore, new: CategoryScore) -> str:
         f"{old.strict_pass_rate:>8.1%} ->{new.strict_pass_rate:>7.1%}"
         f"{100 * (new.strict_pass_rate - old.strict_pass_rate):>+9.1f}"
     )
+
+
+def _tag_labels(tags: Sequence[tuple[str, str]]) -> list[str]:
+    """Labels of tags, given by side and name. One that both sides have, as a tag of one's own may be, is told with its side."""
+    count = Counter(name for _, name in tags)
+    return [f"[{name}, {side}]" if count[name] > 1 else f"[{name}]" for side, name in tags]
 
 
 def _shorten(text: str, length: int) -> str:

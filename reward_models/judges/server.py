@@ -15,7 +15,7 @@ from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label, RewardS
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, PREFLIGHT_QUESTION, Judge
-from reward_models.prompts.questions import SEMANTIC_TAGS
+from reward_models.prompts.tags import SEMANTIC_TAGS
 
 
 # The server passes only the questions to its judge. Prompt and tag have to be valid, but do not matter.

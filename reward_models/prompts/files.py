@@ -8,8 +8,6 @@ The format is found by the content. What is none of these is refused with the na
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shlex
@@ -19,15 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from alphagrpo_ext.file_formats import HEAD_SIZE, format_name
 from alphagrpo_ext.files import read_json_lines
+from reward_models.prompts.tables import read_table_rows, table_delimiter, table_kind
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-PROMPT_COLUMNS = ("prompt", "text")
-"""Names of the column of prompts in a table, in any case; the first that there is."""
-_DELIMITERS = {"\t": "TSV", ",": "CSV", ";": "CSV with semicolons"}
 
 FileKind = Literal["json lines", "json array", "parquet", "table", "text"]
 
@@ -55,7 +50,7 @@ def file_kind(path: Path) -> FileKind:
         return "json array"
     if start.startswith((b"{", b"[")):
         return "json lines"
-    if path.suffix.lower() in (".csv", ".tsv") or _delimiter(path) is not None:
+    if path.suffix.lower() in (".csv", ".tsv") or table_delimiter(path) is not None:
         return "table"
     return "json lines" if path.suffix in (".jsonl", ".json") else "text"
 
@@ -74,18 +69,18 @@ def decompose_command(source: str, prompt_column: str | None = None) -> str:
 
 def read_rows(path: Path, prompt_column: str | None = None) -> Iterator[tuple[str, Any]]:
     """
-    Read the rows of a file of JSON.
+    Read the rows of a file: JSON lines, a JSON array, or a table with a column of questions (see [`read_table_rows`]).
 
     Args:
-        path (`Path`): JSON lines, or an array of rows.
-        prompt_column (`str`, *optional*): Name of the column of prompts, for the message about a file without questions.
+        path (`Path`): The file.
+        prompt_column (`str`, *optional*): Name of the column of prompts in a table.
 
     Yields:
         `tuple[str, Any]`: The name of the row for error messages, and the row.
 
     Raises:
-        `ValueError`: If the file has another format, or at the first line that is not JSON. The message names the file and the
-            line.
+        `ValueError`: If the file has another format or no column of questions, or at the first line that is not valid. The
+            message names the file and the line.
     """
     kind = file_kind(path)
     if kind == "json array":
@@ -103,12 +98,14 @@ def read_rows(path: Path, prompt_column: str | None = None) -> Iterator[tuple[st
                     f"an array of rows"
                 ) from error
             raise
+    elif kind == "table" and (rows := read_table_rows(path, prompt_column)) is not None:
+        yield from rows
     else:
         command = decompose_command(str(path), prompt_column)
-        delimiter = _DELIMITERS.get(_delimiter(path, prompt_column), "CSV or TSV")
         advice = {
-            "table": f"the file is a {delimiter} table, and questions have no place in a table: write JSON lines, or let a "
-            f"language model write questions for its prompts: {command}",
+            "table": f"the file is a {table_kind(path, prompt_column)} table without a column 'semantic_questions' or "
+            f"'quality_questions', whose cells hold lists of questions as JSON. Let a language model write questions for its "
+            f"prompts: {command}",
             "text": f"the file is plain text: write JSON lines, or let a language model write questions for its prompts: "
             f"{command}",
             "parquet": "the file is a Parquet file, which is not read here",
@@ -148,65 +145,6 @@ def read_saved_dataset(source: str) -> Dataset | None:
             )
         return dataset["train"]
     return dataset
-
-
-def read_prompt_column(path: Path, prompt_column: str | None = None) -> list[tuple[str, str | None]]:
-    """
-    Read the column of prompts of a CSV or TSV file with a header.
-
-    Args:
-        path (`Path`): The file.
-        prompt_column (`str`, *optional*): Name of the column, in any case. [`PROMPT_COLUMNS`] by default.
-
-    Returns:
-        `list[tuple[str, str | None]]`: The name of each row for error messages, and its prompt.
-
-    Raises:
-        `ValueError`: If there is no such column, or if a line has another number of cells than the header. The message names the
-            file and the line.
-    """
-    delimiter = _delimiter(path, prompt_column) or ("\t" if path.suffix.lower() == ".tsv" else ",")
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, [])
-        names = [cell.strip().casefold() for cell in header]
-        wanted = _column_names(prompt_column)
-        name = next((name for name in wanted if name in names), None)
-        if name is None:
-            raise ValueError(
-                f"{path} is a table without a column {' or '.join(map(repr, wanted))}; its first line is {header}. "
-                f"--prompt_column names another"
-            )
-        if names.count(name) > 1:
-            raise ValueError(f"{path} has the column '{name}' more than once; its first line is {header}")
-        column, rows = names.index(name), []
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            where = f"{path}, line {reader.line_num}"
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{where} has {len(cells)} cells, but the header has {len(header)}: quote cells that hold "
-                    f"{delimiter!r}"
-                )
-            rows.append((where, cells[column]))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not a valid table ({error})") from error
-    return rows
-
-
-def read_text(path: Path) -> str:
-    """
-    Read a text file in UTF-8.
-
-    Raises:
-        `ValueError`: If it is not UTF-8. The message names the file.
-    """
-    try:
-        # Line ends stay as they are, because a cell of a table may hold them.
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not valid UTF-8 ({error})") from error
 
 
 def prompt_field(row: Any, where: str) -> Any:
@@ -253,18 +191,3 @@ def _object_keys(path: Path) -> list[str]:
     except ValueError:
         return []
     return list(value)[:20] if isinstance(value, dict) else []
-
-
-def _column_names(prompt_column: str | None) -> tuple[str, ...]:
-    return PROMPT_COLUMNS if prompt_column is None else (prompt_column.strip().casefold(),)
-
-
-def _delimiter(path: Path, prompt_column: str | None = None) -> str | None:
-    """The delimiter of a table, if the file's first line is a header that names prompts."""
-    with open(path, "rb") as file:
-        line = file.readline(10_000).decode("utf-8-sig", errors="replace").strip("\r\n")
-    for delimiter in _DELIMITERS:
-        cells = [cell.strip().strip('"').casefold() for cell in line.split(delimiter)]
-        if len(cells) > 1 and any(name in cells for name in _column_names(prompt_column)):
-            return delimiter
-    return None

@@ -13,18 +13,13 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
+from alphagrpo_ext.files import read_text
 from alphagrpo_ext.image_rows import RowImage, broken_images, refuse_broken_images, refuse_images_column
 from alphagrpo_ext.shapes.prompts import build_dataset
-from reward_models.prompts.files import (
-    decompose_command,
-    file_kind,
-    prompt_field,
-    read_prompt_column,
-    read_rows,
-    read_saved_dataset,
-    read_text,
-)
-from reward_models.prompts.questions import TAGS, PromptRecord, from_row
+from reward_models.prompts.files import decompose_command, file_kind, prompt_field, read_rows, read_saved_dataset
+from reward_models.prompts.questions import PromptRecord, check_own_tags, from_row
+from reward_models.prompts.tables import read_prompt_column
+from reward_models.prompts.tags import TAGS
 
 
 logger = logging.getLogger(__name__)
@@ -61,11 +56,12 @@ def load_prompts(
 
     Args:
         file (`str`, *optional*):
-            A file of JSON lines, of a JSON array or in Parquet, a folder of JSON-lines files (all `*.jsonl` except
+            A file of JSON lines, of a JSON array, in CSV, TSV or Parquet, a folder of JSON-lines files (all `*.jsonl` except
             `*.failed.jsonl`, in alphabetical order), a folder that `save_to_disk` wrote or that holds Parquet files, or the name
-            of a dataset, whose split `"train"` is loaded. `None` for prompts of the shapes world. Rows are as in [`from_row`], with the optional columns
-            `task`, `category` (strings) and `image`. In JSON, `image` is a path relative to the folder of the file. In a
-            dataset, it is a column of images or of paths.
+            of a dataset, whose split `"train"` is loaded. `None` for prompts of the shapes world. Rows are as in [`from_row`],
+            with the optional columns `task`, `category` (strings) and `image`. In CSV and TSV, a cell holds a list of questions
+            as JSON. In JSON, CSV and TSV, `image` is a path relative to the folder of the file. In a dataset, it is a column of
+            images or of paths.
         split (`str`):
             Split of the shapes world: `"train"` or `"evaluation"`.
         num_prompts (`int`):
@@ -100,6 +96,7 @@ def load_prompts(
         ]
         if not rows:
             raise ValueError(f"{file} has no records")
+        check_own_tags((row.where, row.record) for row in rows)
         dataset, places = _file_dataset(rows, file), [row.where for row in rows]
     return _with_readable_images(dataset, file, places, skipped)
 
@@ -241,7 +238,7 @@ def _files(source: str) -> list[Path]:
 
 
 def _with_prompt(row: Any, where: str, prompt_column: str | None) -> Any:
-    """A row of JSON whose field of that name, if there is one to look for, is called `prompt`."""
+    """A row of a file whose field of that name, if there is one to look for, is called `prompt`."""
     if prompt_column in (None, "prompt") or not isinstance(row, Mapping):
         return row
     if prompt_column not in row:
@@ -315,6 +312,7 @@ def _with_records(dataset: Dataset, name: str, prompt_column: str | None) -> Dat
     records = [from_row(row, f"dataset {name}, row {index}") for index, row in enumerate(rows)]
     if not records:
         raise ValueError(f"dataset {name} has no records")
+    check_own_tags((f"dataset {name}, row {index}", record) for index, record in enumerate(records))
     extras = dataset.select_columns([column for column in EXTRA_FEATURES if column in dataset.column_names])
     for column, feature in extras.features.items():
         if not isinstance(feature, _CASTABLE[column]):

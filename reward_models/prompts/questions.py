@@ -11,22 +11,7 @@ from typing import Any
 
 from alphagrpo_ext.messages import prompt_text
 from reward_models.prompts.files import read_rows
-
-
-SEMANTIC_TAGS = (
-    "Style",
-    "Environment",
-    "Viewpoint",
-    "Existence",
-    "Count",
-    "Attribute",
-    "Action",
-    "Spatial",
-    "Text",
-    "Negative",
-)
-QUALITY_TAGS = ("Geometry", "Anatomy", "Texture", "Coherence", "Lighting", "Physics", "Legibility", "Aesthetics")
-TAGS = {"semantic_questions": SEMANTIC_TAGS, "quality_questions": QUALITY_TAGS}
+from reward_models.prompts.tags import TAGS, OwnTags, read_tag
 
 
 @dataclass(frozen=True)
@@ -38,7 +23,7 @@ class Question:
         question (`str`):
             The question.
         tag (`str`):
-            Topic of the question: one of `SEMANTIC_TAGS` or `QUALITY_TAGS`.
+            Topic of the question, by which answers are logged: one of `SEMANTIC_TAGS` or `QUALITY_TAGS`, or another short name.
         is_valid (`bool`, *optional*, defaults to `True`):
             Whether the question is scored. A faulty question stays in the record but is not scored.
     """
@@ -75,6 +60,12 @@ class PromptRecord:
     def valid_quality_questions(self) -> tuple[Question, ...]:
         """The quality questions that are scored."""
         return tuple(question for question in self.quality_questions if question.is_valid)
+
+    @property
+    def tags(self) -> list[tuple[str, str]]:
+        """Field and tag of each question that is scored."""
+        sides = zip(TAGS, (self.valid_semantic_questions, self.valid_quality_questions), strict=True)
+        return [(field, question.tag) for field, questions in sides for question in questions]
 
     def to_row(self) -> dict[str, Any]:
         """The record as a dataset row, which [`from_row`] reads."""
@@ -116,9 +107,22 @@ def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
     return record
 
 
-def match_tag(tags: Iterable[str], tag: str) -> str:
-    """The tag in its own spelling, if it differs from one of `tags` in case or surrounding blanks only."""
-    return next((known for known in tags if known.casefold() == tag.strip().casefold()), tag)
+def check_own_tags(records: Iterable[tuple[str, PromptRecord]]) -> None:
+    """
+    Check that few tags of a file or dataset are not known ones, and warn of those that look like known ones; see [`OwnTags`].
+
+    Args:
+        records (`Iterable[tuple[str, PromptRecord]]`): The name of each row for messages, and its record.
+
+    Raises:
+        `ValueError`: If there are too many. The message names the row.
+    """
+    own_tags = OwnTags()
+    for where, record in records:
+        try:
+            own_tags.add(record.tags, where)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
 
 def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
@@ -133,14 +137,17 @@ def load_records(path: str | PathLike[str]) -> list[PromptRecord]:
         `ValueError`: If a line is not a valid row, or if there is none. The message names the file and the line. If the file has
             another format, the message names it.
     """
-    records = [from_row(row, where) for where, row in read_rows(Path(path))]
+    records = [(where, from_row(row, where)) for where, row in read_rows(Path(path))]
     if not records:
         raise ValueError(f"{path} has no records")
-    return records
+    check_own_tags(records)
+    return [record for _, record in records]
 
 
 def validate_dataset(
-    dataset: Iterable[Mapping[str, Any]], validate_question: Callable[[str], None] | None = None
+    dataset: Iterable[Mapping[str, Any]],
+    validate_question: Callable[[str], None] | None = None,
+    own_tags: OwnTags | None = None,
 ) -> None:
     """
     Check every row of a dataset, so that a malformed row is found before training.
@@ -150,23 +157,28 @@ def validate_dataset(
             The rows (see [`from_row`]). A streamed dataset is read to its end.
         validate_question (`Callable[[str], None]`, *optional*):
             Raises a `ValueError` for a question that cannot be answered. It is called for every valid question.
+        own_tags ([`OwnTags`], *optional*):
+            The tags of the run that are not known ones. The dataset's are added. By default the dataset is looked at by itself.
 
     Raises:
         `ValueError`: At the first malformed row. The message names its 0-based index.
     """
+    own_tags = OwnTags() if own_tags is None else own_tags
     columns = getattr(dataset, "column_names", None)
     if columns and all(field in columns for field in ("prompt", *TAGS)):
         # Image columns stay undecoded.
         dataset = dataset.select_columns(["prompt", *TAGS])
     for index, row in enumerate(dataset):
         record = from_row(row, f"row {index}")
-        if validate_question is None:
-            continue
-        for question in record.valid_semantic_questions + record.valid_quality_questions:
-            try:
-                validate_question(question.question)
-            except ValueError as error:
-                raise ValueError(f"row {index} ({str(record.prompt)[:80]!r}): {error}") from error
+        prompt = repr(str(record.prompt)[:80])
+        try:
+            # A stream is handed over row by row, so the index says little to a reader.
+            own_tags.add(record.tags, f"prompt {prompt}")
+            if validate_question is not None:
+                for question in record.valid_semantic_questions + record.valid_quality_questions:
+                    validate_question(question.question)
+        except ValueError as error:
+            raise ValueError(f"row {index} ({prompt}): {error}") from error
 
 
 def _parse_questions(value: Any, field: str, where: str) -> tuple[Question, ...]:
@@ -190,12 +202,11 @@ def _parse_question(item: Any, field: str, where: str) -> Question:
             raise ValueError(f"{where} has no '{key}'")
         if not isinstance(item[key], str):
             raise ValueError(f"{where}: '{key}' must be a string, got {item[key]!r}")
-    question, tag = item["question"].strip(), match_tag(TAGS[field], item["tag"])
+    question = item["question"].strip()
     is_valid = True if item.get("is_valid") is None else item["is_valid"]
     if not question:
         raise ValueError(f"{where}: 'question' is blank")
-    if tag not in TAGS[field]:
-        raise ValueError(f"{where}: unknown tag '{tag}'; the tags of {field} are {', '.join(TAGS[field])}")
+    tag = read_tag(field, item["tag"], where)
     try:
         question.encode()
     except UnicodeEncodeError as error:

@@ -15,7 +15,8 @@ from alphagrpo_ext.reward_client.thought import extract_thought
 from reward_models.endpoints.structured_output import check_unicode
 from reward_models.files.image_decoding import EncodedImage
 from reward_models.painters.base import ImageRequest
-from reward_models.prompts.questions import TAGS, PromptRecord, from_row
+from reward_models.prompts.questions import PromptRecord, from_row
+from reward_models.prompts.tags import TAGS
 from reward_models.server.arguments import ServerArguments
 from reward_models.server.protocol import MAX_TEXT_LENGTH, GenerateRequest, RemoteRewardRequest, ScoreRequest
 

@@ -86,6 +86,15 @@ def test_several_samples_at_once(load_file, server, example, monkeypatch) -> Non
     assert result["rewards"][0] < result["rewards"][1]
 
 
+def test_questions_may_have_tags_of_ones_own(load_file, server, example, monkeypatch) -> None:
+    monkeypatch.setenv("ALPHAGRPO_SERVER_URL", server.url)
+    label = vars(example.label)
+    own = {**label, "semantic_questions": [{**question, "tag": "Brand"} for question in label["semantic_questions"]]}
+    results = [load_file("reward_file").reward_func(["p"], ["p"], [json.dumps(record)]) for record in (label, own)]
+    assert results[0] == results[1]
+    assert server.requests[-1][1]["items"][0]["semantic_questions"] == own["semantic_questions"]
+
+
 def test_failure_is_logged_with_its_cause_and_raised(load_file, server, example, monkeypatch, caplog) -> None:
     monkeypatch.setenv("ALPHAGRPO_SERVER_URL", server.url)
     monkeypatch.setenv("ALPHAGRPO_MAX_RETRIES", "1")

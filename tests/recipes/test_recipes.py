@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import csv
 import json
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -104,13 +107,25 @@ def test_memory_of_the_packaged_model_is_estimated(capsys: pytest.CaptureFixture
     recipe = load_recipe("estimate_memory")
     settings = {"height": 24, "width": 24, "batch_size": 8, "lora_rank": 0, "num_shards": 2}
     recipe.main(recipe.EstimationArguments(model_name_or_path="bagel-shapes", **settings), show_overview=False)
-    output = capsys.readouterr().out
+    output, progress = capsys.readouterr()
+    assert "estimates: 100%" in progress and "1/1" in progress
     header, _, row, *_ = output.splitlines()
     assert header == "| | weights | gathered | reference | gradients | optimizer | activations | total |"
     values = [float(value) for value in row.split("|")[2:-1]]
     # In GiB, a model of 2 million parameters.
     assert values[-1] == pytest.approx(sum(values[:-1]), rel=0.01)
     assert 0.01 < values[-1] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.low_priority
+def test_memory_in_the_page_is_what_its_command_prints() -> None:
+    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## `estimate_memory.py`\n")[1].split("\n## ")[0]
+    (command,) = re.findall(r"`python (recipes/estimate_memory\.py[^`]*)`", section)
+    printed = [line for line in run(*shlex.split(command)).splitlines() if line.startswith("|")]
+    assert len(printed) == 8
+    assert [line for line in section.splitlines() if line.startswith("|")] == printed
 
 
 @pytest.mark.slow
@@ -181,21 +196,43 @@ def test_reasoning_t2i_reads_prompts_from_files_and_trains_an_adapter(tmp_path: 
     rows = [
         {
             "prompt": f"a {color} circle",
-            "semantic_questions": [{"question": f"Is there a {color} circle?", "tag": "Existence"}],
+            "semantic_questions": [
+                {"question": f"Is there a {color} circle?", "tag": "Existence"},
+                {"question": f"Is the circle {color}?", "tag": "Brand colour"},
+            ],
             "quality_questions": [],
         }
         for color in ("red", "blue", "green", "yellow")
     ]
-    prompts = tmp_path / "prompts.jsonl"
+    prompts, table = tmp_path / "prompts.jsonl", tmp_path / "prompts.csv"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with table.open("w", newline="") as file:
+        cells = [[json.dumps(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
+        csv.writer(file).writerows([rows[0].keys(), *cells])
     run(
         *("-m", "accelerate.commands.launch", ROOT / "recipes" / "reasoning_t2i.py"),
-        *("--train_file", prompts, "--eval_file", prompts, "--use_peft", "true", "--lora_r", "4"),
+        *(
+            "--train_file",
+            table,
+            "--eval_file",
+            prompts,
+            "--logging_steps",
+            "1",
+            "--use_peft",
+            "true",
+            "--lora_r",
+            "4",
+        ),
         *("--max_steps", "1", "--per_device_train_batch_size", "8", "--eval_seeds", "1"),
         *("--output_dir", tmp_path / "run"),
     )
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["before"]["categories"].keys() == {"all"}
+    # A tag of one's own is logged like a known one.
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for tag in ("Existence", "Brand colour"):
+        assert any(0 <= entry.get(f"dvreward/semantic/{tag}", -1) <= 1 for entry in entries)
+        assert f"{tag} (semantic)" in (tmp_path / "run" / "report.html").read_text()
 
 
 PRETRAINING = (

@@ -284,6 +284,16 @@ def test_metrics_against_hand_computation():
     }
 
 
+def test_a_tag_of_ones_own_is_logged_as_it_is():
+    metrics, extra = {}, {}
+    rows = [make_row(("Brand colour", "size/large"), ("Brand colour",))]
+    call(DVReward(RedJudge()), [make_image(255)], rows, log_metric=metrics.__setitem__, log_extra=extra.__setitem__)
+    named = {"dvreward/semantic/Brand colour", "dvreward/semantic/size/large", "dvreward/quality/Brand colour"}
+    assert {name: metrics.get(name) for name in named} == dict.fromkeys(named, 1.0)
+    (text,) = extra["dvreward/answers"]
+    assert [answer.tag for answer in parse_answers(text)] == ["Brand colour", "size/large", "Brand colour"]
+
+
 def test_metrics_of_a_batch_in_which_everything_failed():
     records = [from_row(make_row())] * 2
     scores = asyncio.run(DVReward(RedJudge()).score([None, None], records))
@@ -382,8 +392,8 @@ def test_bad_images_are_named(images, message):
 
 
 def test_bad_questions_name_the_sample():
-    bad = make_row(semantic=("Colour",))
-    with pytest.raises(ValueError, match=r"sample 1: semantic_questions\[0\]: unknown tag 'Colour'"):
+    bad = make_row(semantic=("two\nlines",))
+    with pytest.raises(ValueError, match=r"sample 1: semantic_questions\[0\]: 'tag' holds a character"):
         call(DVReward(RedJudge()), [make_image(0)] * 2, [make_row(), bad])
 
 

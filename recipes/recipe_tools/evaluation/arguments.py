@@ -27,7 +27,7 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
     eval_file: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts with questions, and images to edit: JSON lines, a JSON array, Parquet, a folder, or a dataset. "
+            "help": "Prompts with questions, and images to edit: JSON lines, a JSON array, CSV, TSV, Parquet, a folder, or a dataset. "
             "Default: prompts of the shapes world."
         },
     )

@@ -16,7 +16,8 @@ from reward_models.decomposition.answers import (
 from reward_models.decomposition.requests import facts_request, quality_request, verification_request
 from reward_models.endpoints.structured_output import StructuredAnswer, json_objects
 from reward_models.format import ReflectionVerdict
-from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, Question
+from reward_models.prompts.questions import Question
+from reward_models.prompts.tags import QUALITY_TAGS, SEMANTIC_TAGS
 
 
 def verdict(number: int, tag: str = "Existence", **changes: bool) -> dict[str, Any]:

@@ -113,6 +113,22 @@ def test_comparison_leaves_out_what_one_of_them_lacks() -> None:
     assert differences["Attribute"].pass_rate.difference.value == pytest.approx(0.5)
 
 
+def test_a_tag_that_both_sides_have_is_told_with_its_side(tmp_path: Path) -> None:
+    records = [PromptRecord("a logo", (Question("Is it there?", "Brand"),), (Question("Is it sharp?", "Brand"),))]
+    old, new = (
+        Evaluation([EvaluatedSample(0, 0, "all", "a logo", "", None, value, True, (value,), (0.5,))])
+        for value in (0.6, 0.9)
+    )
+    evaluations = [NamedEvaluation("base", "thought", old), NamedEvaluation("trained", "thought", new)]
+    tables = save_results(tmp_path, evaluations, records, {})
+    assert tables.count("[Brand, semantic]") == tables.count("[Brand, quality]") == 3
+    (comparison,) = json.loads((tmp_path / "evaluation.json").read_text())["comparisons"]
+    changes = {(entry["scope"], entry["name"]): entry for entry in comparison["differences"]}
+    assert changes["semantic tag", "Brand"]["reward"]["difference"]["value"] == pytest.approx(0.3)
+    assert changes["quality tag", "Brand"]["reward"]["difference"]["value"] == 0
+    assert "[Count]" in score_table([score_evaluation(BASELINE, RECORDS)])
+
+
 def test_comparison_of_other_samples_is_refused() -> None:
     fewer = replace(TRAINED, evaluation=Evaluation(NEW.samples[:-1]))
     with pytest.raises(ValueError, match="base and trained were evaluated on other prompts"):

@@ -21,7 +21,8 @@ from PIL import Image
 
 from reward_models.arguments import PromptArguments
 from reward_models.prompts.loading import load_prompts, read_prompts
-from reward_models.prompts.questions import QUALITY_TAGS, SEMANTIC_TAGS, from_row
+from reward_models.prompts.questions import from_row, load_records
+from reward_models.prompts.tags import QUALITY_TAGS, SEMANTIC_TAGS
 
 
 def packed(data: bytes) -> bytes:
@@ -177,6 +178,135 @@ def test_files_that_hold_no_questions_are_named(tmp_path: Path, content: str, me
         load(path)
 
 
+QUESTION_COLUMNS = ("semantic_questions", "quality_questions")
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], delimiter: str = ",", **options: Any) -> Path:
+    """A table of rows, whose lists are JSON."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, **options)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for k, v in row.items()}
+            )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter"),
+    [("rows.csv", ","), ("rows.csv", ";"), ("rows.tsv", "\t"), ("rows.txt", "\t"), ("rows", ",")],
+)
+def test_rows_of_a_table_are_those_of_json_lines(tmp_path: Path, name: str, delimiter: str) -> None:
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    asked = [
+        {"question": 'does it say "a, b; c" ?', "tag": "text"},
+        {"question": "größer ?", "tag": "Eigenes", "is_valid": False},
+    ]
+    rows = [
+        make_row("a cat, two\nlines", category="animals", task="image_editing", image="red.png"),
+        make_row("a dog", semantic_questions=asked, quality_questions=[], category="", task="", image=""),
+    ]
+    path = write_table(tmp_path / name, rows, delimiter)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(
+        "".join(
+            json.dumps({k: v or None if k in ("category", "task", "image") else v for k, v in row.items()}) + "\n"
+            for row in rows
+        )
+    )
+    expected = load_prompts(str(lines), "train", 1)
+    loaded = load_prompts(str(path), "train", 1)
+    assert loaded.features == expected.features and list(loaded) == list(expected)
+    assert load_records(path) == load_records(lines)
+    # What does not read questions takes the prompts alone.
+    assert read_prompts(str(path)) == ["a cat, two\nlines", "a dog"]
+
+
+def test_a_tsv_needs_no_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    cells = [json.dumps(ROWS[0][name]) for name in QUESTION_COLUMNS]
+    path.write_text(
+        "\t".join(("Text", "Semantic_Questions ", "QUALITY_QUESTIONS")) + "\n" + "\t".join(("a cat", *cells))
+    )
+    assert [from_row(row) for row in load(path)] == [from_row(ROWS[0])]
+
+
+def test_the_prompts_of_a_table_with_questions_may_have_another_name(tmp_path: Path) -> None:
+    rows = [renamed(row) for row in ROWS]
+    path = write_table(
+        tmp_path / "rows.csv", [{"Caption" if k == "caption" else k: v for k, v in row.items()} for row in rows]
+    )
+    for column in ("caption", "Caption"):
+        assert [row["prompt"] for row in load(path, prompt_column=column)] == ["a cat", "two\nlines"]
+    with pytest.raises(ValueError, match="rows.csv is a table without a column 'title'"):
+        load(path, prompt_column="title")
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        (
+            "semantic_questions",
+            "is there a cat ?",
+            r"the cell is not a JSON list of questions, such as \[.*: 'is there a cat",
+        ),
+        ("quality_questions", "", "the cell is blank: write \\[\\] where there are no questions"),
+        ("quality_questions", '{"question": "a ?", "tag": "b"}', "the cell is not a JSON list"),
+        ("quality_questions", '"[]"', "the cell is not a JSON list"),
+        (
+            "semantic_questions",
+            str(ROWS[0]["semantic_questions"]),
+            "the cell is not .*Python's form of a list.*json.dumps",
+        ),
+        ("semantic_questions", "[" * 100_000, "the cell is not a JSON list"),
+    ],
+)
+def test_a_cell_that_holds_no_list_is_named(tmp_path: Path, column: str, cell: str, message: str) -> None:
+    path = write_table(tmp_path / "rows.csv", [ROWS[0], ROWS[0] | {column: cell}])
+    for read in (load, load_records):
+        with pytest.raises(ValueError, match=f"rows.csv, line 3, column '{column}': {message}") as error:
+            read(path)
+        assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"semantic_questions": ["is it ?"]}, r"line 3: semantic_questions\[0\] must be a mapping"),
+        ({"semantic_questions": [{"question": "is it ?"}]}, r"line 3: semantic_questions\[0\] has no 'tag'"),
+        (
+            dict.fromkeys(QUESTION_COLUMNS, []),
+            "line 3: semantic_questions and quality_questions have no valid question",
+        ),
+        ({"prompt": " "}, "line 3: prompt is empty"),
+    ],
+)
+def test_rows_of_a_table_are_checked_as_those_of_json_lines(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    rows = [ROWS[0], ROWS[0] | change]
+    (tmp_path / "rows.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    for path in (write_table(tmp_path / "rows.csv", rows), tmp_path / "rows.jsonl"):
+        with pytest.raises(ValueError, match=f"{path.name}, {message}"):
+            load(path)
+
+
+def test_columns_of_a_table_with_questions_are_checked(tmp_path: Path) -> None:
+    row = {name: value for name, value in ROWS[0].items() if name != "quality_questions"}
+    with pytest.raises(
+        ValueError, match=r"one.csv, line 2 has no 'quality_questions'; its fields are \['prompt', 'sem"
+    ):
+        load(write_table(tmp_path / "one.csv", [row]))
+    with pytest.raises(ValueError, match="images.csv, line 2 has a column 'images'"):
+        load(write_table(tmp_path / "images.csv", [ROWS[0] | {"images": "a.png"}]))
+    with pytest.raises(ValueError, match="two.csv has the column 'quality_questions' more than once"):
+        load(write_table(tmp_path / "two.csv", [ROWS[0] | {"Quality_Questions": []}]))
+    # An index without a name, as pandas writes it, and blank columns at the end are no harm.
+    path = write_table(tmp_path / "index.csv", [{"": 7, **ROWS[0], " ": "x"}])
+    assert [from_row(row) for row in load(path)] == [from_row(ROWS[0])]
+
+
 CELLS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map(str.strip).filter(bool)
 
 
@@ -241,8 +371,9 @@ def test_tags_are_taken_in_any_spelling(side: tuple[str, str], spell: Any) -> No
     field, tag = side
     record = from_row(make_row(**{field: [{"question": "is it so ?", "tag": spell(tag)}]}))
     assert getattr(record, field)[0].tag == tag
-    with pytest.raises(ValueError, match="unknown tag"):
-        from_row(make_row(**{field: [{"question": "is it so ?", "tag": f"{spell(tag).strip()}s"}]}))
+    own = f"{spell(tag).strip()}s"
+    record = from_row(make_row(**{field: [{"question": "is it so ?", "tag": f" {own} "}]}))
+    assert getattr(record, field)[0].tag == own
 
 
 def test_broken_images_are_named_or_left_out(tmp_path: Path) -> None:

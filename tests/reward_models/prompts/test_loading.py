@@ -119,8 +119,8 @@ def test_extra_columns_are_kept_and_image_paths_start_at_the_file(
     [
         (make_row(""), "line 2: prompt is empty"),
         (
-            make_row(semantic_questions=[{"question": "Is it?", "tag": "Color"}]),
-            "line 2: semantic_questions[0]: unknown tag",
+            make_row(semantic_questions=[{"question": "Is it?", "tag": " "}]),
+            "line 2: semantic_questions[0]: 'tag' is blank",
         ),
         (make_row(task=3), "line 2: task must be a string, got 3"),
         (make_row(category=["a"]), "line 2: category must be a string, got ['a']"),

@@ -32,6 +32,19 @@ def test_openrlhf_gets_rewards_from_policy_and_judge(shapes: httpx.Client) -> No
     assert [isinstance(value, float) for value in logs["strict_pass"]] == [True] * len(SAMPLES)
 
 
+def test_tags_of_ones_own_change_nothing(shapes: httpx.Client, plain: httpx.Client) -> None:
+    asked = [{**question, "tag": "Brand colour"} for question in SAMPLE.record["semantic_questions"]]
+    own = json.dumps({**SAMPLE.record, "semantic_questions": asked})
+    rewards = [
+        shapes.post("/get_reward", json={**SAMPLE.reward_body(), **labels}) for labels in ({}, {"labels": [own]})
+    ]
+    assert [response.status_code for response in rewards] == [200, 200]
+    assert rewards[0].json()["extra_logs"].keys() == rewards[1].json()["extra_logs"].keys()
+    items = [SAMPLE.score_item(), {**SAMPLE.score_item(), "semantic_questions": asked}]
+    first, second = plain.post("/score", json={"items": items}).json()["scores"]
+    assert first == second and first["reward"] is not None
+
+
 def test_openrlhf_client_itself_gets_its_reward() -> None:
     agent = pytest.importorskip("openrlhf.utils.agent")
     body = SAMPLE.reward_body()

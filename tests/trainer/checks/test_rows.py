@@ -49,7 +49,7 @@ def dataset(*prompts: Any, **columns: list[Any]) -> Dataset:
 CHAT = dataset(*[user(PROMPT)] * 5, user("  "))
 TAGGED = Dataset.from_list([{"prompt": PROMPT, **QUESTIONS}] * 2).map(
     lambda row, index: {
-        "semantic_questions": [{"question": "is there a red circle ?", "tag": "Existense" if index else "Count"}]
+        "semantic_questions": [{"question": "is there a red circle ?", "tag": "" if index else "Count"}]
     },
     with_indices=True,
 )
