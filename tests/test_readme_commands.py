@@ -235,6 +235,7 @@ for words in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
+@pytest.mark.low_priority
 def test_commands_of_pytest_select_tests() -> None:
     commands = {command for snippet in all_snippets() for command in snippet.commands if command[0] == "pytest"}
     assert len(commands) > 5

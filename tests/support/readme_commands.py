@@ -56,7 +56,7 @@ class Snippet:
 
     @property
     def name(self) -> str:
-        return f"{self.page}: {' '.join(self.code.split())[:60]}"
+        return f"{self.page}: {' '.join(self.code.split())[:90]}"
 
     @cached_property
     def commands(self) -> tuple[tuple[str, ...], ...]:
