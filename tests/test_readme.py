@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from trl import TrlParser
 from recipe_tools.recipe_arguments import find_recipe, make_parser, read_settings
 from recipe_tools.recipe_arguments import load_recipe as load_training_recipe
 from support.laptop_commands import NOT_RUN, known_options, reason_not_to_run, script_arguments, script_of
-from support.readme_commands import PAGES, PLACEHOLDERS, ROOT, all_snippets, blocks, inline_code
+from support.readme_commands import PAGES, PLACEHOLDERS, ROOT, all_snippets, blocks, filled_in, inline_code
 from support.recipe_modules import load_recipe
 
 
@@ -25,6 +26,7 @@ COMMANDS = list(dict.fromkeys(command for snippet in all_snippets() for command 
 RAY = "recipes/ray_train.py"
 SERVER = ("python", "-m", "reward_models.server")
 RECIPES = sorted(f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py"))
+TRAINING = ("reasoning_t2i", "self_reflection")
 ACCELERATE = {"--cpu", "--machine_rank", "--main_process_ip", "--main_process_port", "--multi_gpu", "--num_machines"}
 ACCELERATE |= {"--num_processes"}
 
@@ -93,7 +95,7 @@ def test_every_command_is_run_or_listed_with_a_reason() -> None:
 
 
 def test_placeholders_occur() -> None:
-    codes = [snippet.code for snippet in all_snippets()]
+    codes = [code for page in PAGES for code in inline_code(page)]
     for placeholder in PLACEHOLDERS:
         assert any(placeholder in code for code in codes), placeholder
 
@@ -102,11 +104,15 @@ def test_placeholders_occur() -> None:
 def test_options_in_a_text_are_known_to_a_script(page: str) -> None:
     scripts = [*RECIPES, "reward_models/server/__main__.py"]
     known = {"--config", *ACCELERATE}.union(*(known_options(script) for script in scripts))
-    for code in inline_code(page):
-        if code.startswith("--"):
-            for option in re.findall(r"(?<!\S)--[\w.]+", code):
-                # OpenRLHF's options have dots.
-                assert option in known or "." in option, code
+    for code in (code for code in inline_code(page) if code.startswith("--")):
+        words = [word for word in shlex.split(filled_in(code)) if word != "..."]
+        # OpenRLHF's options have dots.
+        names = {word for word in words if word.startswith("--") and "." not in word}
+        assert names <= known, code
+        trains = [name for name in TRAINING if names <= known_options(f"recipes/{name}.py")]
+        if names and trains and len(words) > len(names):
+            # It has values, which must be of the right type.
+            read_settings(load_training_recipe(find_recipe(trains[0])), words)
 
 
 def test_tests_that_are_named_exist() -> None:

@@ -30,6 +30,7 @@ PLACEHOLDERS = {
     "--models ...": "--models bagel-shapes",
     "--seed 0 ...": "--seed 0",
     "recipes/NAME.py": "recipes/generate.py",
+    "--branches_per_thought B": "--branches_per_thought 2",
 }
 """What READMEs leave open, with what stands for it."""
 RECORD = """
@@ -39,6 +40,13 @@ command_not_found_handle() { printf '%s\\0' "$#" "$@" >&9; }
 .() { command_not_found_handle . "$@"; }
 """
 """Makes bash write down the words of every command that it would start, past all redirections."""
+
+
+def filled_in(code: str) -> str:
+    """Code without placeholders."""
+    for placeholder, value in PLACEHOLDERS.items():
+        code = code.replace(placeholder, value)
+    return code
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,9 @@ class Snippet:
 
     @cached_property
     def commands(self) -> tuple[tuple[str, ...], ...]:
-        """The words of every command, as bash reads them: loops are run; quotes, comments and redirections are gone."""
-        code = self.code
-        for placeholder, value in PLACEHOLDERS.items():
-            code = code.replace(placeholder, value)
+        """The words of every command, as bash reads them: loops are run; quotes, redirections and `NAME=VALUE` are gone."""
         with tempfile.TemporaryDirectory() as folder:
-            script = f"{RECORD}\n{code}\nwait"
+            script = f"{RECORD}\n{filled_in(self.code)}\nwait"
             result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, check=True)
         words = iter(result.stdout.split("\0")[:-1])
         return tuple(tuple(next(words) for _ in range(int(count))) for count in words)
