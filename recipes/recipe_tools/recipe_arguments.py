@@ -64,6 +64,8 @@ UPSTREAM_WARNINGS = {
     # TRL's configuration sets a field that Transformers renames.
     "`gradient_checkpointing` is deprecated": FutureWarning,
     "`is_gradient_checkpointing` is deprecated": FutureWarning,
+    # The old name works with every version of Transformers that the package supports.
+    "`gradient_checkpointing_enable` is deprecated": FutureWarning,
     # The trainer is built on this seam, and `upstream.py` checks that it is as expected.
     "You are using 'rollout_func', which is an experimental feature": UserWarning,
 }

@@ -28,6 +28,7 @@ import uvicorn
 from reward_models.dvreward import DVReward
 from reward_models.server.app import create_app
 from reward_models.server.arguments import KEY_VARIABLE, ServerArguments
+from support.readme_commands import blocks
 from support.server_samples import JSON, SAMPLE, SAMPLES, GatedJudge, ScenePainter, wait_until
 
 
@@ -161,10 +162,7 @@ def test_two_hundred_clients_for_a_minute() -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_work(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[3] / "reward_models" / "README.md").read_text(encoding="utf-8")
-    (block,) = [
-        block for block in re.findall(r"^```bash\n(.*?)^```", readme, re.MULTILINE | re.DOTALL) if "curl" in block
-    ]
+    (block,) = [block for block in blocks("reward_models/README.md", "bash") if "curl" in block]
     assert {"/health", "/metrics", "/generate", "/score", "/get_reward"} == set(re.findall(r":8001(/\w+)", block))
     with server_process("--painter", "policy") as (_, url):
         script = "set -e\n" + block.replace("http://127.0.0.1:8001", url)
