@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from recipe_tools.startup import without_garbage_collection
 
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+SCRIPT = """
+import atexit, gc
+from recipe_tools.startup import without_garbage_collection
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > 0))
+with without_garbage_collection():
+    pass
+print("frozen", gc.get_freeze_count() > 0)
+"""
+
+
 @pytest.fixture(autouse=True)
-def restore_collector():
-    enabled = gc.isenabled()
+def restore_collector() -> Iterator[None]:
     yield
-    gc.unfreeze()
-    gc.enable() if enabled else gc.disable()
+    gc.enable()
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_collector_is_left_as_it_was(enabled: bool) -> None:
-    gc.enable() if enabled else gc.disable()
+    if not enabled:
+        gc.disable()
     with pytest.raises(ImportError), without_garbage_collection():
         assert not gc.isenabled()
         raise ImportError
     assert gc.isenabled() == enabled
 
 
-def test_what_was_imported_is_not_looked_at_again() -> None:
-    with without_garbage_collection():
-        module = [{}]
-    assert gc.get_freeze_count() > 0
-    assert not any(found is module for found in gc.get_objects())
+def test_objects_are_frozen_at_the_end_alone() -> None:
+    result = subprocess.run([sys.executable, "-c", SCRIPT], cwd=RECIPES, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["frozen False", "frozen True"]
