@@ -73,7 +73,7 @@ class UnifiedPipeline:
 
     ```python
     >>> pipe = UnifiedPipeline.from_pretrained("bagel-shapes")
-    >>> output = pipe("a red circle on a white background", num_rounds=1, seed=0)
+    >>> output = pipe("a red circle on a white background", cfg_text_scale=4.0, seed=0)
     >>> output.images[0].save("circle.png")
     ```
     """

@@ -13,8 +13,10 @@ from PIL import Image
 import alphagrpo_ext
 from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model
 from alphagrpo_ext.rollout.pipeline import UnifiedPipeline
+from alphagrpo_ext.shapes.judge import answer_questions, strict_pass
 
 
+README = Path(__file__).parents[2] / "README.md"
 PROMPTS = ["a red circle on a white background", "two blue squares , on gray"]
 
 
@@ -172,6 +174,20 @@ def test_saved_adapter_paints_the_same(tmp_path: Path) -> None:
     copy = alphagrpo_ext.pipeline(tmp_path / "adapter")
     assert "config.json" not in {file.name for file in (tmp_path / "adapter").iterdir()}
     assert (pixels(copy(PROMPTS).images) == pixels(adapted(PROMPTS).images)).all()
+
+
+def test_first_example_of_the_readme_paints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = README.read_text(encoding="utf-8").split("\n## Use what you trained\n")[1]
+    monkeypatch.chdir(tmp_path)
+    exec(section.split("```python\n")[1].split("```")[0], {})
+
+    questions = (
+        *("is the circle red ?", "is the square blue ?", "is the circle left of the square ?"),
+        *("is the background white ?", "is every shape complete and sharp ?"),
+    )
+    with Image.open("circle.png") as image:
+        answers = answer_questions(image, questions)
+    assert None not in answers and strict_pass(answers)
 
 
 def test_package_lists_what_it_offers() -> None:
