@@ -33,3 +33,7 @@ def __getattr__(name: str) -> Any:
     if name not in ("UnifiedPipeline", "pipeline"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("alphagrpo_ext.rollout.pipeline"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,6 +17,9 @@ python recipes/generate.py --model_name_or_path runs/self_reflection_shapes --ju
     --prompts "a red circle on a white background" "two blue squares , on gray"
 ```
 
+Without a judge, `--prompt_file` may hold prompts alone: a text file with one prompt per line, a table or JSON lines. Guidance is off
+unless `--cfg_text_scale` is given.
+
 The output folder holds one image per prompt and round, `samples.jsonl` and `contact_sheet.png`.
 """
 
@@ -53,7 +56,14 @@ class GenerationArguments(RewardArguments, SamplingArguments):
     )
     prompts: list[str] = field(default_factory=list, metadata={"help": "Prompts to paint."})
     prompt_file: str | None = field(
-        default=None, metadata={"help": "Prompts with questions, in the formats of evaluate.py, instead of --prompts."}
+        default=None,
+        metadata={
+            "help": "A file of prompts with questions, in the formats of evaluate.py, instead of --prompts. With '--judge none' they "
+            "need no questions, and plain text with one prompt per line is read as well."
+        },
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Name of the column of prompts in prompt_file. Default: prompt."}
     )
     num_prompts: PositiveInt = field(
         default=8, metadata={"help": "Number of prompts drawn from the shapes world if none are given."}
@@ -88,26 +98,19 @@ class GenerationArguments(RewardArguments, SamplingArguments):
         SamplingArguments.__post_init__(self)
         if self.prompts and self.prompt_file:
             raise ValueError("give prompts or prompt_file, not both")
+        if self.prompt_column is not None and not self.prompt_file:
+            raise ValueError(f"prompt_column={self.prompt_column!r} needs prompt_file, whose column it names")
 
 
 def load_prompt_rows(args: GenerationArguments) -> list[dict[str, Any]]:
-    """Load the rows to paint, which have questions unless their prompts are given on the command line."""
-    from reward_models.prompts.loading import load_prompts
+    """Load the rows to paint. They have questions where a judge needs them."""
+    from reward_models.prompts.loading import load_prompts, load_requests
 
     if args.prompts:
         return [{"prompt": prompt} for prompt in args.prompts]
-    return list(load_prompts(args.prompt_file, "evaluation", args.num_prompts))
-
-
-def unknown_words(rows: list[dict[str, Any]], processor: Any) -> list[str]:
-    """Words of the prompts that a model's tokenizer does not know, as that of the packaged model, which has whole words alone."""
-    from alphagrpo_ext.messages import prompt_text
-
-    tokenizer = processor.tokenizer
-    words = dict.fromkeys(word for row in rows for word in prompt_text(row["prompt"]).split())
-    if tokenizer.unk_token_id is None:
-        return []
-    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
+    if args.prompt_file and args.judge == "none":
+        return load_requests(args.prompt_file, args.prompt_column)
+    return list(load_prompts(args.prompt_file, "evaluation", args.num_prompts, prompt_column=args.prompt_column))
 
 
 def make_scorer(
@@ -128,11 +131,12 @@ def make_scorer(
 
 
 def save_refinements(
-    refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: Path, num_rounds: int
+    refinements: list[Refinement], rows: list[dict[str, Any]], output_dir: Path, num_rounds: int, keep_best: bool
 ) -> None:
     """Write all images, and then their list, so that it never names an image that does not exist."""
     from PIL import Image
 
+    from alphagrpo_ext.messages import prompt_text
     from recipe_tools.contact_sheet import contact_sheet
 
     lines, sheet = [], []
@@ -142,11 +146,14 @@ def save_refinements(
         for turn, step in enumerate(refinement.steps):
             name = f"{index:04d}_round{turn}.png"
             step.image.save(output_dir / name)
-            steps.append({"image": name, "text": step.text, "reward": step.reward, "best": step is refinement.best})
-            tiles.append((step.image, "" if step.reward is None else f"reward {step.reward:.2f}"))
+            is_best = step.reward is not None and step is refinement.best
+            steps.append({"image": name, "text": step.text, "reward": step.reward, "best": is_best})
+            label = "" if step.reward is None else f"reward {step.reward:.2f}"
+            tiles.append((step.image, f"{label} (kept)" if keep_best and is_best else label))
         lines.append(json.dumps({"prompt": row["prompt"], "steps": steps}, ensure_ascii=False))
         tiles += [(blank, "")] * (num_rounds + 1 - len(tiles))
-        sheet.append((f"{row['prompt']} | {refinement.steps[-1].text}", tiles))
+        shown = refinement.best if keep_best else refinement.steps[-1]
+        sheet.append((f"{prompt_text(row['prompt'])}\n\n{shown.text}", tiles))
     headers = ["painted", *(f"round {turn}" for turn in range(1, num_rounds + 1))]
     contact_sheet(sheet, headers, caption_width=420).save(output_dir / "contact_sheet.png")
     write_text(output_dir / "samples.jsonl", "\n".join(lines) + "\n")
@@ -158,8 +165,10 @@ def main(args: GenerationArguments) -> None:
 
     from alphagrpo_ext.rollout import refine
     from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK
-    from recipe_tools.processes import load_policy
+    from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
+    from recipe_tools.processes import limit_threads, load_policy
 
+    limit_threads()
     rows = load_prompt_rows(args)
     configs = {name: args.rollout(args.height, args.width, name) for name in (PAINTING_TASK, REFLECTION_TASK)}
     policy = functools.cache(functools.partial(load_policy, args.model_name_or_path, args.dtype))
@@ -170,10 +179,8 @@ def main(args: GenerationArguments) -> None:
         sizes = [config.size for config in configs.values()]
         scorer = make_scorer(args.make_checked_reward(named_rows, sizes, policy))
     model, processor = policy()
-    if words := unknown_words(rows, processor):
-        print(
-            f"{args.model_name_or_path} does not know these words, and reads each as an unknown one: {', '.join(words)}"
-        )
+    if words := unknown_words((row["prompt"] for row in rows), processor):
+        print(unknown_words_warning(words, processor))
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     refinements = []
@@ -190,7 +197,7 @@ def main(args: GenerationArguments) -> None:
             stop_reward=args.stop_reward,
             keep_best=args.keep_best,
         )
-    save_refinements(refinements, rows, output_dir, args.num_rounds)
+    save_refinements(refinements, rows, output_dir, args.num_rounds, args.keep_best)
     print(f"{len(rows)} prompts: images, samples.jsonl and contact_sheet.png in {output_dir}")
 
 

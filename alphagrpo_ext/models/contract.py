@@ -227,9 +227,9 @@ class UnifiedModel(ABC):
                 raise ValueError(f"{name}={side} is no positive multiple of the model's {stride} pixels")
         grid = (height // stride, width // stride)
         if max(grid) > self.max_latent_size:
+            largest = self.max_latent_size * stride
             raise ValueError(
-                f"an image of {height} x {width} pixels has {grid[0]} x {grid[1]} latent tokens, more than the model's "
-                f"{self.max_latent_size} per side"
+                f"an image of {height} x {width} pixels is too large: the model paints at most {largest} x {largest} pixels"
             )
         return grid
 

@@ -8,7 +8,9 @@ folder without one, or with a type that nobody registered, belongs to the family
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,14 @@ def resolve_model_path(model_name_or_path: str | Path, revision: str | None = No
 
     Raises:
         `FileNotFoundError`: If the name is a local folder that lacks a file, or does not exist at all; the message
-        names it.
-        `ValueError`: If a weight file is truncated.
+        names it. Names that cannot be those of a repository are not looked up on the Hub: paths, and names without an owner.
+        `ValueError`: If a weight file is truncated, or the name is none.
     """
+    if not isinstance(model_name_or_path, str | os.PathLike) or not str(model_name_or_path):
+        raise ValueError(
+            f"model_name_or_path must be a packaged name ({', '.join(PACKAGED_CHECKPOINTS)}), a folder, or an id on the Hub, but "
+            f"is {model_name_or_path!r}"
+        )
     path = Path(PACKAGED_CHECKPOINTS.get(str(model_name_or_path), model_name_or_path))
     if not path.is_dir():
         return _download(str(model_name_or_path), revision)
@@ -91,17 +98,55 @@ def _check_saved_files(folder: Path, names: Sequence[str]) -> None:
     others = [folder / name for name in names if name != "model.safetensors"]
     missing = [path.name for path in (*others, *weights) if not path.exists()]
     if missing:
-        raise FileNotFoundError(f"the checkpoint folder {folder} lacks {', '.join(missing)}")
+        newest = _newest_checkpoint(folder)
+        advice = f"; its newest checkpoint is {newest}: give that folder" if newest else ""
+        raise FileNotFoundError(f"the checkpoint folder {folder} lacks {', '.join(missing)}{advice}")
     for path in weights:
         read_shapes(path)
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint with a model or an adapter in the folder of a run."""
+    steps = {
+        path: int(match[1])
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        and ((path / "config.json").is_file() or is_adapter(path))
+    }
+    return max(steps, key=steps.__getitem__, default=None)
+
+
+def _refuse_local_names(name: str) -> None:
+    """Raise an error if a name that is no folder cannot be that of a repository on the Hub, which takes long to find out."""
+    if os.path.isfile(name):
+        raise FileNotFoundError(f"{name} is a file: give the folder that it is in")
+    owner, slash, _ = name.partition("/")
+    if not slash:
+        close = difflib.get_close_matches(name, PACKAGED_CHECKPOINTS, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise FileNotFoundError(
+            f"'{name}' is no packaged checkpoint ({', '.join(PACKAGED_CHECKPOINTS)}) and no folder.{hint} The id of a model on "
+            f"the Hub has its owner before a slash"
+        )
+    is_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path or owner == "runs" or os.path.isdir(owner):
+        folder = os.path.dirname(name.rstrip("/"))
+        there = sorted(path.name for path in Path(folder).iterdir() if path.is_dir()) if os.path.isdir(folder) else []
+        close = difflib.get_close_matches(os.path.basename(name.rstrip("/")), there, n=1)
+        hint = f". Did you mean {os.path.join(folder, close[0])}?" if close else ""
+        reason = (
+            ""
+            if is_path or owner == "runs"
+            else f", and as {owner} is one, no model of that name is looked up on the Hub"
+        )
+        raise FileNotFoundError(f"there is no folder {name}{reason}{hint}")
 
 
 def _download(name: str, revision: str | None) -> str:
     """
     Folder in the Hub's cache with the files of a released checkpoint, or the id of a repository with another layout.
     """
-    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"there is no folder {name}")
+    _refuse_local_names(name)
     try:
         for family in _families():
             if family.hub_marker is not None and _has_file(name, family.hub_marker, revision):
@@ -151,14 +196,14 @@ def load_model(
     Raises:
         `FileNotFoundError`: If there is no such model, or it lacks a file; the message names it.
         `ValueError`: If a file is truncated or damaged, if a weight is missing, left over or of another shape, if an
-            adapter was made for another model, or if no registered family has the model's type.
+            adapter was made for another model, if no registered family has the model's type, or if there is no such data type.
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = _dtype(dtype)
     path = resolve_model_path(model_name_or_path, revision)
     if is_adapter(path):
         model, processor = load_model(adapter_base(path), dtype, **kwargs)
         return load_adapter(model, path), processor
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
     model, processor = find_family(path, revision).load(path, dtype, revision=revision, **kwargs)
     if (
         Path(path).is_dir()
@@ -168,6 +213,15 @@ def load_model(
         # So that an adapter names the repository and not a folder of this machine.
         model.name_or_path = model.config._name_or_path = str(model_name_or_path)
     return model, processor
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"dtype must be the name of a data type of PyTorch, e.g. 'bfloat16', or 'auto', but is {name!r}"
+        )
+    return dtype
 
 
 def load_processor(model_name_or_path: str | Path, revision: str | None = None) -> ProcessorMixin:

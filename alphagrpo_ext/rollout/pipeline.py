@@ -3,28 +3,39 @@
 """
 Painting with a policy in a few lines: `alphagrpo_ext.pipeline("bagel-shapes")("a red circle").images[0]`.
 
-The settings of sampling (size, steps, guidance, thoughts) are those that the checkpoint was trained with. The trainer
+The settings of sampling (size, steps, guidance, texts) are those that the checkpoint was trained with. The trainer
 writes those of its evaluations, with the name of their task, as `sampling` into the model's configuration. A model without
 them has the family's. Another task keeps what it declares itself, as in training.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.models.adapters import save_adapter
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.saving import save_model
 from alphagrpo_ext.rollout.config import RolloutConfig
+from alphagrpo_ext.rollout.pipeline_inputs import as_images, as_prompts, refuse_unknown_names, whole_number
 from alphagrpo_ext.rollout.refinement import Refinement, refine
-from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, resolve_settings
+from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, check_setting, resolve_settings
 from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
+from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,9 @@ class PipelineOutput:
 
     Args:
         images (`list[PIL.Image.Image]`): The last image of each prompt.
-        texts (`list[str]`): What the policy wrote before it: its thought, or its reflection on the image before.
+        texts (`list[str]`):
+            What the policy wrote right before that image: after rounds its last reflection, otherwise its thought, which is empty
+            without one.
         refinements (`list[Refinement]`): All images of each prompt with their texts, from the first to the last.
     """
 
@@ -60,7 +73,7 @@ class UnifiedPipeline:
 
     ```python
     >>> pipe = UnifiedPipeline.from_pretrained("bagel-shapes")
-    >>> output = pipe("a red circle on a white background", num_rounds=1, seed=0)
+    >>> output = pipe("a red circle on a white background", cfg_text_scale=4.0, seed=0)
     >>> output.images[0].save("circle.png")
     ```
     """
@@ -73,6 +86,7 @@ class UnifiedPipeline:
         self.task = saved.pop("task", PAINTING_TASK)
         self.saved = _checked(saved)
         self.settings = _checked(settings or {})
+        self._words_warned_of: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -80,18 +94,79 @@ class UnifiedPipeline:
         model_name_or_path: str | Path,
         dtype: torch.dtype | str = torch.float32,
         revision: str | None = None,
-        **kwargs: Any,
+        *,
+        attn_implementation: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **unknown: Any,
     ) -> UnifiedPipeline:
         """
-        Load a model and its processor; arguments and errors as in [`~alphagrpo_ext.models.loading.load_model`].
+        Load a model and its processor. Where a model's family takes further options, pass what
+        [`~alphagrpo_ext.models.loading.load_model`] returns to the class itself.
+
+        Args:
+            model_name_or_path (`str` or `Path`): As in [`~alphagrpo_ext.models.loading.load_model`].
+            dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): Data type of the weights, e.g. `"bfloat16"`.
+            revision (`str`, *optional*): Branch, tag or commit of a repository on the Hub.
+            attn_implementation (`str`, *optional*): Implementation of attention, as in Transformers.
+            settings (`Mapping[str, Any]`, *optional*): As in the class.
+            unknown: Refused, with the name that was probably meant.
+
+        Raises:
+            `FileNotFoundError`, `ValueError`: As [`~alphagrpo_ext.models.loading.load_model`], and if an argument is unknown.
         """
-        model, processor = load_model(model_name_or_path, dtype, revision, **kwargs)
-        return cls(model.eval(), processor)
+        for name in unknown:
+            if name in SETTING_NAMES:
+                raise ValueError(
+                    f"{name} is an argument of the call, pipe(prompt, {name}=...); for all calls give "
+                    f"settings={{{name!r}: ...}}"
+                )
+        refuse_unknown_names(unknown, ("dtype", "revision", "attn_implementation", "settings"))
+        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model, processor = load_model(model_name_or_path, dtype, revision, **options)
+        return cls(model.eval(), processor, settings)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.model.device
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
 
     def to(self, *args: Any, **kwargs: Any) -> UnifiedPipeline:
         """Move the model, as `torch.nn.Module.to` does. Returns the pipeline."""
         self.model.to(*args, **kwargs)
         return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """
+        Write model and processor, for [`~UnifiedPipeline.from_pretrained`]; of an adapted model the adapter alone. The folder
+        appears complete or not at all.
+
+        Args:
+            folder (`str` or `Path`): The folder to write, which must be empty or not exist.
+
+        Raises:
+            `FileExistsError`, `OSError`, `FloatingPointError`: As [`~alphagrpo_ext.models.saving.save_model`].
+        """
+        if isinstance(self.model, PeftModel):
+            save_adapter(self.model, folder)
+        else:
+            save_model(self.model, self.processor, folder)
+
+    def __repr__(self) -> str:
+        weights = next(self.model.parameters())
+        millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        dtype = str(weights.dtype).removeprefix("torch.")
+        lines = [
+            f"{type(self).__name__}(",
+            f"  {type(self.model).__name__} of {self.model.config._name_or_path}: {millions:.1f} M parameters, {dtype}, "
+            f"{weights.device}",
+            f"  trained for {self.task}; defaults: {_listed(self.saved)}",
+        ]
+        return "\n".join([*lines, *([f"  settings: {_listed(self.settings)}"] if self.settings else []), ")"])
 
     def rollout(self, task: str, **settings: Any) -> RolloutConfig:
         """
@@ -112,8 +187,8 @@ class UnifiedPipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        image: Image.Image | Sequence[Image.Image] | None = None,
+        prompt: str | Sequence[Any],
+        image: Image.Image | str | Path | Sequence[Image.Image | str | Path] | None = None,
         *,
         think: bool = True,
         num_rounds: int = 0,
@@ -125,30 +200,33 @@ class UnifiedPipeline:
         Paint prompts.
 
         Args:
-            prompt (`str` or `Sequence[str]`): One prompt or several.
-            image (`PIL.Image.Image` or a sequence of them, *optional*):
-                An image per prompt that the policy refines in `num_rounds` rounds, instead of painting a first one.
+            prompt (`str`, `list[dict]`, or a sequence of them):
+                One prompt or several. A prompt is a text, or a conversation that ends with the user's message.
+            image (`PIL.Image.Image`, `str` or `Path`, or a list of them, *optional*):
+                An image per prompt, or the path of one, that the policy refines in `num_rounds` rounds, instead of painting a
+                first one. The prompt says what the image shall show; it is no instruction to edit.
             think (`bool`, *optional*, defaults to `True`): Whether the policy writes a thought before the first image.
             num_rounds (`int`, *optional*, defaults to `0`): Rounds in which it reflects on the image and repaints it.
             num_images_per_prompt (`int`, *optional*, defaults to `1`): Images of each prompt, which follow each other.
-            seed (`int`, *optional*, defaults to `0`): Seed of all noise.
+            seed (`int`, *optional*, defaults to `0`): Seed of all noise. Each image of a call has noise of its own.
             settings: Settings of sampling that replace the defaults; names as in [`TaskSettings`], e.g. `num_timesteps=20`.
 
         Raises:
-            `ValueError`: If a setting is unknown or out of range, or if images are given and do not match the prompts.
+            `ValueError`: If an argument is unknown, of another kind or out of range, or if images do not match the prompts.
         """
+        refuse_unknown_names(settings, _CALL_NAMES)
         configs = {task: self.rollout(task, **settings) for task in (PAINTING_TASK, REFLECTION_TASK)}
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, but is {num_images_per_prompt}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
+        seed = whole_number("seed", seed)
+        num_rounds = whole_number("num_rounds", num_rounds, least=0)
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt, least=1)
+        prompts = as_prompts(prompt)
+        rows: list[dict[str, Any]] = [{"prompt": one} for one in prompts]
         if image is not None:
-            images = [image] if isinstance(image, Image.Image) else list(image)
-            if len(images) != len(rows):
-                raise ValueError(f"{len(images)} images are given for {len(rows)} prompts")
+            images = as_images(image, len(prompts))
             if num_rounds < 1:
                 raise ValueError("a given image is refined: set num_rounds to at least 1")
             rows = [{**row, "image": given} for row, given in zip(rows, images, strict=True)]
+        self._warn_of_unknown_words(prompts)
         refinements = refine(
             self.model,
             self.processor,
@@ -160,6 +238,24 @@ class UnifiedPipeline:
         )
         last = [refinement.steps[-1] for refinement in refinements]
         return PipelineOutput([step.image for step in last], [step.text for step in last], refinements)
+
+    def _warn_of_unknown_words(self, prompts: Sequence[Any]) -> None:
+        """Warn of each word once."""
+        words = [word for word in unknown_words(prompts, self.processor) if word not in self._words_warned_of]
+        if words:
+            self._words_warned_of.update(words)
+            logger.warning(unknown_words_warning(words, self.processor))
+
+
+_CALL_NAMES = (
+    *(
+        name
+        for name, parameter in inspect.signature(UnifiedPipeline.__call__).parameters.items()
+        if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+    ),
+    *SETTING_NAMES,
+)
+"""Names of all arguments of a call."""
 
 
 def pipeline(model: str | Path, **kwargs: Any) -> UnifiedPipeline:
@@ -180,7 +276,10 @@ def pipeline(model: str | Path, **kwargs: Any) -> UnifiedPipeline:
 
 
 def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = [name for name in settings if name not in SETTING_NAMES]
-    if unknown:
-        raise ValueError(f"unknown settings of sampling: {', '.join(unknown)}; known are {', '.join(SETTING_NAMES)}")
-    return dict(settings)
+    refuse_unknown_names(settings, SETTING_NAMES)
+    # `None` leaves a setting to the run.
+    return {name: check_setting(value, name, name) for name, value in settings.items() if value is not None}
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "none"

@@ -160,11 +160,21 @@ def _task_entries(
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{where}: unknown setting {name!r}.{hint} Settings of a task: {', '.join(names)}")
-    return {name: _checked(value, name, f"{where}: {name!r}") for name, value in entries.items()}
+    return {name: check_setting(value, name, f"{where}: {name!r}") for name, value in entries.items()}
 
 
-def _checked(value: Any, name: str, where: str) -> Any:
-    """The value, as the type of the setting; integers stand for floats as well."""
+def check_setting(value: Any, name: str, where: str) -> Any:
+    """
+    Check the value of a setting, and return it as the setting's type. Integers stand for floats as well.
+
+    Args:
+        value (`Any`): The value.
+        name (`str`): One of [`SETTING_NAMES`], perhaps after `"eval_"`.
+        where (`str`): What the message calls the setting.
+
+    Raises:
+        `ValueError`: If it has another type, or is not finite.
+    """
     kind = _KINDS[name.removeprefix(EVALUATION_PREFIX)]
     if kind is float:
         # A boolean is an integer for Python, and a typo here.
@@ -178,7 +188,7 @@ def _checked(value: Any, name: str, where: str) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"{where} takes two numbers, but is {value!r}")
     # A list, as the arguments of a run have it.
-    return [_checked(bound, "cfg_text_scale", where) for bound in value]
+    return [check_setting(bound, "cfg_text_scale", where) for bound in value]
 
 
 _KINDS = {name: hint.__args__[0] for name, hint in get_type_hints(TaskSettings).items()}

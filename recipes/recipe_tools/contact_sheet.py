@@ -19,7 +19,8 @@ def contact_sheet(
     """
     Args:
         rows (`Sequence[tuple[str, Sequence[tuple[PIL.Image.Image, str]]]]`):
-            Caption of a row, and its pictures, each with a line under it.
+            Caption of a row, of one line or several, and its pictures, each with a line under it. What does not fit beside the
+            pictures is cut off.
         headers (`Sequence[str]`): Titles of the columns of pictures.
         tile_size (`int`, *optional*, defaults to `144`): Side of a picture in pixels; small ones are enlarged sharply.
         caption_width (`int`, *optional*, defaults to `260`): Width of the captions in pixels.
@@ -38,8 +39,8 @@ def contact_sheet(
         draw.text((left(column), margin), header, fill="black", font=font)
     for i, (caption, tiles) in enumerate(rows):
         top = 2 * margin + line + i * row_height
-        wrapped = textwrap.wrap(caption, width=caption_width // 8)
-        draw.multiline_text((margin, top), "\n".join(wrapped), fill="black", font=font, spacing=4)
+        text = _wrapped(caption, caption_width // 8, (tile_size + line) // line)
+        draw.multiline_text((margin, top), text, fill="black", font=font, spacing=4)
         for column, (image, label) in enumerate(tiles):
             method = Image.Resampling.NEAREST if max(image.size) < tile_size else Image.Resampling.LANCZOS
             frame = (left(column) - 1, top - 1, left(column) + tile_size, top + tile_size)
@@ -47,3 +48,9 @@ def contact_sheet(
             sheet.paste(image.resize((tile_size, tile_size), method), (left(column), top))
             draw.text((left(column), top + tile_size + 2), label, fill="#404040", font=font)
     return sheet
+
+
+def _wrapped(caption: str, width: int, num_lines: int) -> str:
+    """The caption with at most `width` characters per line, in at most `num_lines` lines."""
+    lines = [part for line in caption.split("\n") for part in textwrap.wrap(line, width) or [""]]
+    return "\n".join(lines if len(lines) <= num_lines else [*lines[: num_lines - 1], "..."])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from alphagrpo_ext.file_formats import HEAD_SIZE, format_name
 from alphagrpo_ext.files import read_json_lines
-from reward_models.prompts.tables import read_table_rows, table_delimiter, table_kind
+from reward_models.prompts.tables import has_question_columns, read_table_rows, table_delimiter, table_kind
 
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def read_rows(path: Path, prompt_column: str | None = None) -> Iterator[tuple[st
                     f"an array of rows"
                 ) from error
             raise
-    elif kind == "table" and (rows := read_table_rows(path, prompt_column)) is not None:
-        yield from rows
+    elif kind == "table" and has_question_columns(path, prompt_column):
+        yield from read_table_rows(path, prompt_column)
     else:
         command = decompose_command(str(path), prompt_column)
         advice = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,19 @@ from typing import Any
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
 from alphagrpo_ext.files import read_text
-from alphagrpo_ext.image_rows import RowImage, broken_images, refuse_broken_images, refuse_images_column
+from alphagrpo_ext.image_rows import (
+    RowImage,
+    broken_images,
+    refuse_broken_images,
+    refuse_images_column,
+    undecoded_images,
+)
+from alphagrpo_ext.images import read_image
+from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.shapes.prompts import build_dataset
 from reward_models.prompts.files import decompose_command, file_kind, prompt_field, read_rows, read_saved_dataset
 from reward_models.prompts.questions import PromptRecord, check_own_tags, from_row
-from reward_models.prompts.tables import read_prompt_column
+from reward_models.prompts.tables import read_prompt_column, read_table_rows
 from reward_models.prompts.tags import TAGS
 
 
@@ -169,6 +177,62 @@ def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
     if not prompts:
         raise ValueError(f"{source} has no prompts")
     return prompts
+
+
+def load_requests(source: str, prompt_column: str | None = None) -> list[dict[str, Any]]:
+    """
+    Load prompts to paint, which need no questions, and the images that rows have beside them.
+
+    Args:
+        source (`str`): As in [`load_prompts`], or a file of plain text with one prompt per line.
+        prompt_column (`str`, *optional*): Name of the column or field of prompts, if it has another one.
+
+    Returns:
+        `list[dict[str, Any]]`: All rows in order, with a `prompt`, a text without surrounding blanks or a conversation, and with an
+        `image`, decoded by [`~alphagrpo_ext.images.read_image`], where the row has one.
+
+    Raises:
+        `FileNotFoundError`: If `source` is a path that does not exist.
+        `ValueError`: If a prompt is missing, blank or malformed, if an image cannot be read, or if there are no rows. The message
+            names the place. If a file has another format, the message names it.
+    """
+    if (dataset := _dataset(source)) is not None:
+        dataset = undecoded_images(_with_prompt_column(dataset, source, prompt_column))
+        rows = [(f"dataset {source}, row {index}", row, Path()) for index, row in enumerate(dataset)]
+    else:
+        rows = [
+            (where, row, path.parent)
+            for path in _files(source)
+            for where, row in _requests_of_file(path, prompt_column)
+        ]
+    if not rows:
+        raise ValueError(f"{source} has no prompts")
+    return [_request(row, where, folder) for where, row, folder in rows]
+
+
+def _requests_of_file(path: Path, prompt_column: str | None) -> Iterable[tuple[str, Any]]:
+    kind = file_kind(path)
+    if kind == "text":
+        return [(where, {"prompt": prompt}) for where, prompt in _prompts_of_file(path, prompt_column)]
+    rows = read_table_rows(path, prompt_column) if kind == "table" else read_rows(path)
+    return (
+        (where, {"prompt": row} if isinstance(row, str) else _with_prompt(row, where, prompt_column))
+        for where, row in rows
+    )
+
+
+def _request(row: Any, where: str, folder: Path) -> dict[str, Any]:
+    prompt = prompt_field(row, where)
+    refuse_images_column(row, where)
+    image = row.get("image")
+    if not (isinstance(image, Mapping) and image.get("bytes") is not None):
+        image = _image_path(image, where, folder)
+    try:
+        prompt_text(prompt)
+        request = {"prompt": prompt.strip() if isinstance(prompt, str) else prompt}
+        return request if image is None else {**request, "image": read_image(image)}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _prompts_of_file(path: Path, prompt_column: str | None) -> list[tuple[str, Any]]:

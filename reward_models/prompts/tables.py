@@ -58,9 +58,14 @@ def read_prompt_column(path: Path, prompt_column: str | None = None) -> list[tup
     return [(where, cells[column]) for where, cells in table.rows()]
 
 
-def read_table_rows(path: Path, prompt_column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]] | None:
+def has_question_columns(path: Path, prompt_column: str | None = None) -> bool:
+    """Whether a CSV or TSV file has a column of questions."""
+    return any(name in _Table(path, prompt_column).names for name in TAGS)
+
+
+def read_table_rows(path: Path, prompt_column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    Read the rows of a CSV or TSV file that has a column of questions.
+    Read the rows of a CSV or TSV file.
 
     Args:
         path (`Path`): The file.
@@ -69,15 +74,13 @@ def read_table_rows(path: Path, prompt_column: str | None = None) -> Iterator[tu
     Returns:
         `Iterator[tuple[str, dict[str, Any]]]`: The name of each row for error messages, and the row: the prompt under the name
         that was asked for (`prompt` by default), lists under the names of columns of questions, and the texts of other cells,
-        `None` for a blank one. Names of columns are in lower case. `None` if no column holds questions.
+        `None` for a blank one. Names of columns are in lower case.
 
     Raises:
         `ValueError`: As in [`read_prompt_column`], if a column that is read is there twice, or, as the rows are read, if a cell
             of questions is not a list in JSON. The message names the file, the line and the column.
     """
     table = _Table(path, prompt_column)
-    if not any(name in table.names for name in TAGS):
-        return None
     prompt = table.prompt_place(prompt_column)
     places = {name: table.place(name) for name in table.names if name}
     return (

@@ -61,6 +61,17 @@ class TestSavedFolder:
         with pytest.raises(FileNotFoundError, match=f"lacks {re.escape(name)}"):
             load_model(saved)
 
+    def test_run_without_a_model_names_its_newest_checkpoint(self, saved, tmp_path):
+        run = tmp_path / "run"
+        for step in (9, 10):
+            shutil.copytree(saved, run / f"checkpoint-{step}")
+        (run / "checkpoint-11").mkdir()
+        (run / "checkpoint-best").mkdir()
+        with pytest.raises(
+            FileNotFoundError, match=f"lacks config.json.*; its newest checkpoint is {run}/checkpoint-10:"
+        ):
+            load_model(run)
+
     def test_truncated_file_is_named(self, saved):
         path = saved / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
@@ -165,10 +176,45 @@ class TestHub:
         with pytest.raises(FileNotFoundError, match=rf"'{name}' is no packaged checkpoint \(bagel-shapes\)"):
             load_model(name)
 
-    @pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "runs/some/folder", "~/folder"])
-    def test_missing_folder_is_not_looked_up(self, name):
+    def test_misspelled_name_says_what_was_meant(self):
+        with pytest.raises(FileNotFoundError, match="'bagel-shape' is no packaged .* Did you mean 'bagel-shapes'?"):
+            load_model("bagel-shape")
+
+    @pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "runs/some/folder", "~/folder", "runs/nope"])
+    def test_missing_folder_is_not_looked_up(self, name, unreachable_hub):
         with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
             load_model(name)
+
+    def test_neighbour_of_a_missing_folder_is_named(self, tmp_path, monkeypatch, unreachable_hub):
+        monkeypatch.chdir(tmp_path)
+        Path("models", "circles").mkdir(parents=True)
+        Path("models", "circles.safetensors").touch()
+        with pytest.raises(FileNotFoundError, match="as models is one, .* Did you mean models/circles?"):
+            load_model("models/circle")
+        with pytest.raises(FileNotFoundError, match="models/circles.safetensors is a file: give the folder"):
+            load_model("models/circles.safetensors")
+
+    @pytest.fixture
+    def unreachable_hub(self, monkeypatch) -> None:
+        """Fails the test if the Hub is asked."""
+
+        def ask(*args, **kwargs):
+            pytest.fail(f"the Hub was asked for {args}")
+
+        monkeypatch.setattr("alphagrpo_ext.models.loading.hf_hub_download", ask)
+
+
+@pytest.mark.parametrize("name", [None, "", 3])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(
+        ValueError, match=rf"model_name_or_path must be a packaged name \(bagel-shapes\), .* but is {name!r}"
+    ):
+        load_model(name)
+
+
+def test_unknown_data_type_is_named():
+    with pytest.raises(ValueError, match="dtype must be the name of a data type of PyTorch, .* but is 'half16'"):
+        load_model("bagel-shapes", dtype="half16")
 
 
 class HubHandler(BaseHTTPRequestHandler):

@@ -56,3 +56,14 @@ def test_long_captions_stay_beside_the_pictures() -> None:
     image = Image.new("RGB", (8, 8), "red")
     sheet = contact_sheet([("many words " * 10, [(image, "")])], headers=("image",))
     assert (tile(sheet, 0, 0, 144, 260) == (255, 0, 0)).all()
+
+
+def test_captions_have_lines_of_their_own_and_end_with_their_row() -> None:
+    image = Image.new("RGB", (8, 8), "red")
+
+    def draw(caption: str) -> np.ndarray:
+        return np.asarray(contact_sheet([(caption, [(image, "")])], headers=("image",)))
+
+    assert (draw("a\nb") != draw("a b")).any()
+    assert (draw("a\n" * 7 + "b") != draw("a\n" * 7 + "c")).any()
+    assert (draw("a\n" * 9 + "b") == draw("a\n" * 9 + "c")).all()

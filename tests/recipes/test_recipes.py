@@ -191,6 +191,36 @@ def test_generate_writes_a_picture_per_round(tmp_path: Path) -> None:
     assert (tmp_path / "contact_sheet.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("prompts.txt", "a red circle on a white background\n\nTwo squares, on gray\n", ()),
+        (
+            "prompts.csv",
+            'caption\na red circle on a white background\n"Two squares, on gray"\n',
+            ("--prompt_column", "caption"),
+        ),
+        ("p.jsonl", '{"prompt": "a red circle on a white background"}\n{"prompt": "Two squares, on gray"}\n', ()),
+    ],
+)
+def test_generate_paints_prompts_without_questions_if_there_is_no_judge(
+    name: str, content: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / name, tmp_path / "images"
+    file.write_text(content)
+    recipe = load_recipe("generate")
+    given = ("--prompt_file", file, "--output_dir", output, *options)
+    run_recipe(recipe, recipe.GenerationArguments, "--judge", "none", *given)
+
+    lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["a red circle on a white background", "Two squares, on gray"]
+    # Nothing says which image is good.
+    assert not any(step["best"] for line in lines for step in line["steps"])
+    assert "does not know these words, and reads each as an unknown one: 'Two' 'squares,'." in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"decompose_prompts\.py --input"):
+        run_recipe(recipe, recipe.GenerationArguments, *given)
+
+
 @pytest.mark.slow
 def test_reasoning_t2i_reads_prompts_from_files_and_trains_an_adapter(tmp_path: Path) -> None:
     rows = [

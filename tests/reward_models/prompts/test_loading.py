@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 
 from alphagrpo_ext.image_rows import RowImage
-from reward_models.prompts.loading import load_prompts, read_prompts
+from reward_models.prompts.loading import load_prompts, load_requests, read_prompts
 from reward_models.prompts.questions import from_row, validate_dataset
 
 
@@ -262,3 +262,61 @@ def test_a_side_without_questions_has_the_same_type(tmp_path: Path) -> None:
     dataset = load(write_rows(tmp_path / "a.jsonl", make_row(quality_questions=[])))
     assert dataset.features["prompt"] == Value("string")
     assert dataset.features["quality_questions"] == dataset.features["semantic_questions"]
+
+
+class TestRequests:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("p.txt", "a cat\n\n a dog \na cat\n"),
+            ("p.csv", "Prompt,size\na cat,1\na dog,2\na cat,3\n"),
+            ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a dog", "semantic_questions": []}\n{"Prompt": "a cat"}\n'),
+            ("p.json", '["a cat", "a dog", "a cat"]'),
+        ],
+    )
+    def test_prompts_need_no_questions_and_may_be_equal(self, name: str, content: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_text(content)
+        assert load_requests(str(tmp_path / name)) == [{"prompt": p} for p in ("a cat", "a dog", "a cat")]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("p.csv", "prompt,image\na cat,red.png\na dog,\n"),
+            ("p.jsonl", '{"prompt": "a cat", "image": "red.png"}\n{"prompt": "a dog"}\n'),
+        ],
+    )
+    def test_images_beside_prompts_are_read(self, name: str, content: str, tmp_path: Path) -> None:
+        make_image(tmp_path / "red.png", "red")
+        (tmp_path / name).write_text(content)
+        cat, dog = load_requests(str(tmp_path / name))
+        assert cat["image"].getpixel((0, 0)) == (255, 0, 0)
+        assert dog == {"prompt": "a dog"}
+
+    def test_saved_dataset(self, tmp_path: Path) -> None:
+        image = str(make_image(tmp_path / "red.png", "red"))
+        dataset = Dataset.from_dict({"caption": ["a cat", "a dog"], "image": [image, None]}).cast_column(
+            "image", Image()
+        )
+        dataset.save_to_disk(tmp_path / "saved")
+        dataset.to_parquet(tmp_path / "rows.parquet")
+        for source in ("saved", "rows.parquet"):
+            cat, dog = load_requests(str(tmp_path / source), "caption")
+            assert (cat["prompt"], cat["image"].size, dog) == ("a cat", (4, 4), {"prompt": "a dog"})
+
+    def test_conversations_stay_as_they_are(self, tmp_path: Path) -> None:
+        row = {"prompt": [{"role": "user", "content": "a cat"}]}
+        assert load_requests(write_rows(tmp_path / "p.jsonl", row)) == [row]
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"text": "a cat"}, "line 1 has no field 'prompt'"),
+            ({"prompt": " "}, "line 1: prompt is empty"),
+            ({"prompt": 3}, "line 1: prompt must be a string or a list of messages"),
+            ({"prompt": "a cat", "image": "no.png"}, "line 1: there is no image .*no.png"),
+            ({"prompt": "a cat", "image": 3}, "line 1: image must be the path of a file, got 3"),
+        ],
+    )
+    def test_bad_row_is_named(self, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_requests(write_rows(tmp_path / "p.jsonl", row))
