@@ -19,7 +19,7 @@ def contact_sheet(
     """
     Args:
         rows (`Sequence[tuple[str, Sequence[tuple[PIL.Image.Image, str]]]]`):
-            Caption of a row, and its pictures, each with a line under it.
+            Caption of a row, of one or several lines, and its pictures, each with a line under it.
         headers (`Sequence[str]`): Titles of the columns of pictures.
         tile_size (`int`, *optional*, defaults to `144`): Side of a picture in pixels; small ones are enlarged sharply.
         caption_width (`int`, *optional*, defaults to `260`): Width of the captions in pixels.
@@ -38,7 +38,7 @@ def contact_sheet(
         draw.text((left(column), margin), header, fill="black", font=font)
     for i, (caption, tiles) in enumerate(rows):
         top = 2 * margin + line + i * row_height
-        wrapped = textwrap.wrap(caption, width=caption_width // 8)
+        wrapped = [line for part in caption.splitlines() for line in textwrap.wrap(part, width=caption_width // 8)]
         draw.multiline_text((margin, top), "\n".join(wrapped), fill="black", font=font, spacing=4)
         for column, (image, label) in enumerate(tiles):
             method = Image.Resampling.NEAREST if max(image.size) < tile_size else Image.Resampling.LANCZOS
