@@ -86,7 +86,7 @@ _TEMPLATES = (
         "Mean ratio of images",
         {"images": "image/ratio_mean"},
         note="Probability of the sampled denoising steps under the present weights, divided by that under the weights that sampled "
-        "them. It is 1 until the weights change.",
+        "them. It is 1 in the first update after a rollout.",
     ),
     _Template(
         "Ratios",
