@@ -38,7 +38,7 @@ def contact_sheet(
         draw.text((left(column), margin), header, fill="black", font=font)
     for i, (caption, tiles) in enumerate(rows):
         top = 2 * margin + line + i * row_height
-        wrapped = [line for part in caption.splitlines() for line in textwrap.wrap(part, width=caption_width // 8)]
+        wrapped = [line for part in caption.splitlines() for line in textwrap.wrap(part, width=caption_width // 7)]
         draw.multiline_text((margin, top), "\n".join(wrapped), fill="black", font=font, spacing=4)
         for column, (image, label) in enumerate(tiles):
             method = Image.Resampling.NEAREST if max(image.size) < tile_size else Image.Resampling.LANCZOS

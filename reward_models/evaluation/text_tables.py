@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from alphagrpo_ext.report.records import REWARD_TOLERANCE
 from reward_models.evaluation.comparisons import ModelComparison
 from reward_models.evaluation.samples import CategoryScore, Evaluation
 from reward_models.evaluation.scores import EvaluationScores, RefinementScore
@@ -16,6 +17,11 @@ from reward_models.evaluation.statistics import MIN_PROMPTS, Estimate, PairedDif
 FEW_PROMPTS_MARK = "*"
 FEW_PROMPTS_NOTE = f"* fewer than {MIN_PROMPTS} prompts: intervals by resampling are too narrow to rely on"
 SIGNIFICANCE_LEVEL = 0.05
+_STRICT_PASS_NOTE = "n: scored images. strict pass: share of images for which every question is answered yes"
+_REFINEMENT_NOTE = (
+    f"improved, worsened: by reward, by more than {REWARD_TOLERANCE}. fixed, broken: images that pass strictly only after, only "
+    "before, refinement"
+)
 _ROW_HEADER = f"{'category or [tag]':<24}{'prompts':>8}{'n':>7}"
 _CHANGE_HEADER = f"{'reward':>18}{'':>9}{'strict pass':>18}{'':>9}"
 
@@ -126,7 +132,7 @@ def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
             f"{score.improved:>10.1%}{score.worsened:>10.1%}{score.unchanged:>11.1%}"
             f"{score.fixed:>8.1%}{score.broken:>8.1%}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, _STRICT_PASS_NOTE, _REFINEMENT_NOTE])
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:
@@ -138,7 +144,7 @@ def comparison_table(before: Evaluation, after: Evaluation) -> str:
         for name, score in before.categories.items()
     ]
     total = f"{'all':<20}{before.total.num_samples:>6}{_change(before.total, after.total)}"
-    return "\n".join([header, rule, *lines, rule, total])
+    return "\n".join([header, rule, *lines, rule, total, _STRICT_PASS_NOTE])
 
 
 def _change(old: CategoryScore, new: CategoryScore) -> str:

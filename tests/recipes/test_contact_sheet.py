@@ -56,3 +56,11 @@ def test_long_captions_stay_beside_the_pictures() -> None:
     image = Image.new("RGB", (8, 8), "red")
     sheet = contact_sheet([("many words " * 10, [(image, "")])], headers=("image",))
     assert (tile(sheet, 0, 0, 144, 260) == (255, 0, 0)).all()
+
+
+def test_lines_of_a_caption_stay_apart() -> None:
+    image = Image.new("RGB", (8, 8), "white")
+    one, two = (np.asarray(contact_sheet([(caption, [(image, "")])], headers=("",))) for caption in ("a b", "a\nb"))
+    # Dark rows of pixels in the column of captions: of one line of words, and of two.
+    extents = [np.flatnonzero((sheet[:, 5:200] < 128).any(axis=(1, 2))) for sheet in (one, two)]
+    assert np.ptp(extents[1]) > np.ptp(extents[0]) + 10

@@ -12,7 +12,7 @@ from PIL import Image
 from reward_models.evaluation.comparisons import compare_models
 from reward_models.evaluation.results import save_results
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
-from reward_models.evaluation.scores import NamedEvaluation, score_evaluation
+from reward_models.evaluation.scores import NamedEvaluation, first_failed_question, score_evaluation
 from reward_models.evaluation.statistics import bootstrap_mean, holm_p_values, paired_difference
 from reward_models.evaluation.text_tables import difference_table, overall_line, score_table, table_legend
 from reward_models.prompts.questions import PromptRecord, Question
@@ -85,6 +85,14 @@ def test_tags_equal_hand_computation() -> None:
     assert scores["Count"].p_yes == bootstrap_mean([0, 2, 0, 2], [0.9, 0.4, 0.7, 0.6])
     assert (scores["Existence"].p_yes.value, scores["Existence"].num_failed) == (0.1, 1)
     assert (scores["Geometry"].side, scores["Geometry"].pass_rate.value) == ("quality", 1.0)
+
+
+def test_first_failed_question_is_the_first_no() -> None:
+    assert first_failed_question(sample(0, 0, (0.9, 0.2), (0.1,)), RECORDS[0]) == "Red?"
+    assert first_failed_question(sample(0, 0, (0.9, 0.6), (0.1,)), RECORDS[0]) == "Sharp?"
+    assert first_failed_question(sample(0, 0, (0.9, 0.6), (0.5,)), RECORDS[0]) is None
+    # As files of earlier versions have it.
+    assert first_failed_question(sample(0, 0, ()), RECORDS[0]) is None
 
 
 def test_groups_equal_hand_computation() -> None:
