@@ -24,9 +24,9 @@ python recipes/decompose_prompts.py --benchmark wise --input WISE/data_verified 
     --base_url http://localhost:8000/v1 --model NAME
 ```
 
-`--dry_run` prints the questions of three prompts and writes nothing. The output has one line per prompt. The same command continues
-a run that was stopped, and tries the prompts again that failed, which are listed in `<output>.failed.jsonl`. The exit code is 0 if
-no prompt failed.
+`--dry_run` prints the questions of three prompts and writes nothing. The output has one line per prompt. It grows in the order in
+which answers come, and is put into the order of the input at the end. The same command continues a run that was stopped, and tries
+the prompts again that failed, which are listed in `<output>.failed.jsonl`. The exit code is 0 if no prompt failed.
 """
 
 from __future__ import annotations
@@ -266,8 +266,14 @@ def main(args: DecompositionArguments) -> int:
     decomposer = DECOMPOSERS.get(args.decomposer).from_arguments(args)
     if args.dry_run:
         return print_records(decomposer, prompts, args)
-    with RecordFile(args.output) as records:
-        return extend(records, decomposer, prompts, args)
+    records = RecordFile(args.output)
+    # Locked until the end, so that no other process opens the file before it is sorted.
+    with records.locked():
+        with records:
+            exit_code = extend(records, decomposer, prompts, args)
+        if exit_code != INTERRUPTED:
+            records.sort(prompts)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
         categories=list(before.categories),
         headers=("before", "after"),
         caption=lambda old, new: old.prompt,
+        prompt_rows=run.eval_rows,
     )
     table = comparison_table(before, after)
     training.save_model_card(run, trainer, table, "before_after.png")

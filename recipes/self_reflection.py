@@ -138,6 +138,7 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
         categories=list(initial.categories),
         headers=("flawed", "refined"),
         caption=lambda old, new: f"{old.prompt} | {new.text}",
+        prompt_rows=run.eval_rows,
         caption_width=420,
     )
     table = refinement_table({"before": before, "after": after})

@@ -33,6 +33,7 @@ class Chart:
         title (`str`): The quantity, with its unit.
         series (`list[Series]`): The lines, at most four.
         lower, upper (`float`, *optional*): Bounds of the axis; `None` for the bounds of the data.
+        note (`str`, *optional*): A sentence about the quantity.
     """
 
     section: str
@@ -40,6 +41,7 @@ class Chart:
     series: list[Series]
     lower: float | None = None
     upper: float | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class _Template:
     metrics: Mapping[str, str]
     lower: float | None = None
     upper: float | None = None
+    note: str | None = None
 
 
 _TEMPLATES = (
@@ -78,7 +81,13 @@ _TEMPLATES = (
     _Template(
         "Reward", "Mean P(yes)", {"semantic": "dvreward/semantic", "quality": "dvreward/quality"}, lower=0, upper=1
     ),
-    _Template("Ratios", "Mean ratio of images", {"images": "image/ratio_mean"}),
+    _Template(
+        "Ratios",
+        "Mean ratio of images",
+        {"images": "image/ratio_mean"},
+        note="Probability of the sampled denoising steps under the present weights, divided by that under the weights that sampled "
+        "them. It is 1 in the first update after a rollout.",
+    ),
     _Template(
         "Ratios",
         "Share of ratios that are clipped",
@@ -86,7 +95,13 @@ _TEMPLATES = (
         lower=0,
     ),
     _Template("Ratios", "KL to the reference", {"images": "image/kl", "text": "kl"}),
-    _Template("Ratios", "Entropy of the text, nats per token", {"text": "entropy"}, lower=0),
+    _Template(
+        "Ratios",
+        "Entropy of the text, nats per token",
+        {"text": "entropy"},
+        lower=0,
+        note="How undecided the policy is about the next token. At 0 it always writes the same.",
+    ),
     _Template(
         "Lengths",
         "Length of the text, tokens",
@@ -148,6 +163,7 @@ def make_charts(logs: Sequence[Mapping[str, Any]]) -> list[Chart]:
             [series(legend, metric) for legend, metric in template.metrics.items() if metric in points],
             template.lower,
             template.upper,
+            template.note,
         )
         for template in _TEMPLATES
         if any(metric in points for metric in template.metrics.values())

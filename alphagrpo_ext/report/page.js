@@ -45,69 +45,59 @@ const waiting = new Map();
 function showImage(image) {
   const source = byId(`image-${waiting.get(image)}`);
   // The element follows this script in the file, and the browser may not have read it yet.
-  if (!source) return false;
+  if (!source) return;
   waiting.delete(image);
   image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 64), { once: true });
   image.src = source.textContent;
-  return true;
 }
 
-const inView = new IntersectionObserver(
-  (entries) => {
-    for (const { isIntersecting, target } of entries) {
-      if (isIntersecting && waiting.has(target) && showImage(target)) inView.unobserve(target);
-    }
-  },
-  { rootMargin: "300px" }
-);
-
-document.addEventListener("DOMContentLoaded", () => {
-  for (const image of waiting.keys()) {
-    inView.unobserve(image);
-    inView.observe(image);
-  }
-});
+// Images below the window, too: paper and pictures of the whole page do not scroll.
+document.addEventListener("DOMContentLoaded", () => [...waiting.keys()].forEach(showImage));
 
 function picture(place, alt, extraClass = "") {
   const image = element("img", { alt, class: extraClass, decoding: "async", width: 256, height: 256 });
   waiting.set(image, place);
-  inView.observe(image);
+  showImage(image);
   return image;
 }
 
 function forgetImages(container) {
-  for (const image of container.querySelectorAll("img")) {
-    inView.unobserve(image);
-    waiting.delete(image);
-  }
+  for (const image of container.querySelectorAll("img")) waiting.delete(image);
   container.replaceChildren();
 }
 
 function compared(first, second, names, subject) {
   const frame = element("div", { class: "picture" });
   const edge = element("span", { class: "edge" });
-  const labels = names.map((name) => element("span", {}, name));
+  const labels = names.map((name) => element("span", { class: "half" }, name));
   const range = element("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": `Boundary between the ${names[0]} and the ${names[1]} image: ${subject}` });
   const update = () => {
-    // The edge is above the thumb of the slider. On each side of it is the image that is named below that side.
+    // The edge is above the thumb of the slider. On each side of it is the image that is named there.
     frame.style.setProperty("--split", `${range.value}%`);
     edge.hidden = range.value === "0" || range.value === "100";
     labels[0].classList.toggle("covered", range.value === "0");
     labels[1].classList.toggle("covered", range.value === "100");
     range.setAttribute("aria-valuetext", `${range.value}% ${names[0]} image`);
   };
+  const show = (value) => {
+    range.value = value;
+    update();
+  };
+  const whole = [first, second].map((image, i) => {
+    const button = element("button", { type: "button", class: "whole", "aria-label": `Show the whole ${names[i]} image: ${subject}` }, picture(image, `whole ${names[i]} image`), names[i]);
+    button.addEventListener("click", () => show(i === 0 ? 100 : 0));
+    return button;
+  });
   frame.append(
     picture(first, `${names[0]} image: ${subject}`, "top"),
     picture(second, `${names[1]} image: ${subject}`),
-    edge
+    edge,
+    ...labels
   );
   range.addEventListener("input", update);
-  frame.addEventListener("click", () => {
-    range.value = range.value < 50 ? 100 : 0;
-    update();
-  });
+  frame.addEventListener("click", () => show(range.value < 50 ? 100 : 0));
   update();
-  return [frame, element("div", { class: "slider" }, range, ...labels)];
+  return [frame, element("div", { class: "slider" }, range, ...whole)];
 }
 
 /* Curves */
@@ -221,7 +211,8 @@ function drawChart(chart) {
   });
   svg.setAttribute("aria-label", `${chart.title}, by step`);
   read(false);
-  return element("figure", { class: "chart" }, element("figcaption", {}, chart.title), svg, readout);
+  const caption = element("figcaption", {}, chart.title, chart.note ? element("small", {}, chart.note) : "");
+  return element("figure", { class: "chart" }, caption, svg, readout);
 }
 
 function drawCurves() {
@@ -454,7 +445,7 @@ function scoreColumns(header) {
   });
 }
 
-function drawScores({ header, rows }) {
+function drawScores({ header, rows, note: legend }) {
   const columns = scoreColumns(header);
   const title = ({ name, note, metric, heading }) =>
     element("th", { scope: "col", class: `metric-${metric}${heading ? " first" : ""}`, "data-heading": heading }, name, note ? "*" : "");
@@ -465,8 +456,8 @@ function drawScores({ header, rows }) {
     element("tbody", {}, ...rows.map(([name, ...cells]) =>
       element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((text, i) => cell(text, columns[i + 1]))))));
   const notes = columns.flatMap(({ note }) => (note ? [note] : []));
-  byId("scores-note").textContent = notes.join("; ");
-  byId("scores-note").hidden = !notes.length;
+  byId("scores-note").textContent = [...notes, legend].filter(Boolean).join(". ");
+  byId("scores-note").hidden = !byId("scores-note").textContent;
 }
 
 function prepareComparison() {
@@ -504,7 +495,6 @@ function drawRun() {
 // Paper does not scroll and has nothing to click: all pairs, their images, and how the run was started are there at once.
 function preparePrint() {
   while (shownPairs < foundPairs.length) showMorePairs();
-  for (const image of [...waiting.keys()]) showImage(image);
   for (const details of document.querySelectorAll("details[data-print]")) {
     details.dataset.print = details.open ? "was open" : "";
     details.open = true;

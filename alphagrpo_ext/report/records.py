@@ -133,10 +133,12 @@ class ScoreTable:
     Args:
         header (`list[str]`): Titles of the columns.
         rows (`list[list[str]]`): Cells as they are shown. The first cell of a row is its name.
+        note (`str`, *optional*, defaults to `""`): What the columns mean, shown under the table.
     """
 
     header: list[str]
     rows: list[list[str]]
+    note: str = ""
 
 
 @dataclass(frozen=True)

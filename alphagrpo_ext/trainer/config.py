@@ -348,7 +348,9 @@ class AlphaGRPOConfig(GRPOConfig):
     )
     report_steps: PositiveInt = field(
         default=10,
-        metadata={"help": "Steps between rollouts that the report shows, and the fewest between two writes of it."},
+        metadata={
+            "help": "Steps between rollouts that the report shows beside the first and the last, and the fewest between two writes of it."
+        },
     )
     report_num_trajectories: PositiveInt = field(
         default=240,

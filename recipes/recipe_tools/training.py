@@ -15,7 +15,7 @@ import os
 import random
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -46,9 +46,11 @@ from reward_models.dvreward import DVReward
 from reward_models.evaluation.evaluate import evaluate
 from reward_models.evaluation.page import make_report_comparison
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
+from reward_models.evaluation.scores import first_failed_question
 from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import evaluate_once
 from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.questions import from_row
 from reward_models.prompts.rows import PromptRows
 
 
@@ -312,10 +314,12 @@ def save_picture(
     categories: Sequence[str],
     headers: tuple[str, str],
     caption: Callable[[EvaluatedSample, EvaluatedSample], str],
+    prompt_rows: Sequence[Mapping[str, Any]],
     caption_width: int = 260,
 ) -> None:
     """
-    Draw the images of some pairs of each category side by side, with their rewards and whether they pass strictly.
+    Draw the images of some pairs of each category side by side, with their rewards, whether they pass strictly, and the first
+    question that a failed image was answered no to.
 
     Pairs are drawn at random, always with the same seed, so that the picture shows what the table says.
 
@@ -325,13 +329,22 @@ def save_picture(
         categories (`Sequence[str]`): Categories in their order.
         headers (`tuple[str, str]`): What the two images of a pair are.
         caption (`Callable[[EvaluatedSample, EvaluatedSample], str]`): Makes the text beside a pair.
+        prompt_rows (`Sequence[Mapping[str, Any]]`): The rows of the evaluation, with their questions.
         caption_width (`int`, *optional*, defaults to `260`): Width of the texts, in pixels.
     """
+
+    def text(pair: tuple[EvaluatedSample, EvaluatedSample]) -> str:
+        record = from_row(prompt_rows[pair[0].index], where=f"row {pair[0].index}")
+        questions = [(header, first_failed_question(s, record)) for header, s in zip(headers, pair, strict=True)]
+        return "\n".join(
+            [caption(*pair), *(f"{header} fails: {question}" for header, question in questions if question)]
+        )
+
     chosen, rng = [], random.Random(0)
     for category in categories:
         members = [pair for pair in pairs if pair[0].category == category]
         chosen += rng.sample(members, min(len(members), max(1, NUM_PICTURED // len(categories))))
-    rows = [(caption(*pair), [(sample.load_image(), _picture_label(sample)) for sample in pair]) for pair in chosen]
+    rows = [(text(pair), [(sample.load_image(), _picture_label(sample)) for sample in pair]) for pair in chosen]
     sheet = contact_sheet(rows, headers, caption_width=caption_width)
     with atomic_path(path) as temporary:
         sheet.save(temporary)

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from alphagrpo_ext.files import JsonLinesFile
+from alphagrpo_ext.files import JsonLinesFile, atomic_path
 from reward_models.prompts.questions import PromptRecord, from_row
 
 
@@ -35,3 +37,29 @@ class RecordFile(JsonLinesFile):
         """Write a record."""
         self.append_row(record.to_row())
         self.prompts.add(record.prompt)
+
+    def sort(self, prompts: Sequence[str]) -> None:
+        """
+        Put the records into the order of prompts. Records of other prompts come first, in the order that they have. The file is
+        replaced as a whole, or left alone if it is in order.
+
+        Call it while the file is closed, and [`~JsonLinesFile.locked`].
+        """
+        places = {prompt: place for place, prompt in enumerate(prompts)}
+        # Lines by their offsets, because a file may be larger than the memory.
+        lines: list[tuple[int, int, int]] = []
+        with open(self.path, "rb") as file:
+            for line in file:
+                start = lines[-1][1] + lines[-1][2] if lines else 0
+                lines.append((self._place(line, places), start, len(line)))
+            if lines == sorted(lines):
+                return
+            with atomic_path(self.path) as temporary, temporary.open("wb") as output:
+                for _, start, length in sorted(lines):
+                    file.seek(start)
+                    output.write(file.read(length))
+
+    @staticmethod
+    def _place(line: bytes, places: dict[str, int]) -> int:
+        prompt = json.loads(line.decode("utf-8-sig"))["prompt"] if line.strip() else None
+        return places.get(prompt, -1) if isinstance(prompt, str) else -1

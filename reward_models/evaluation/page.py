@@ -19,6 +19,12 @@ from reward_models.evaluation.text_tables import (
 )
 
 
+_NOTE = (
+    "Strict pass: share of images for which every question is answered yes. In brackets: 95% interval over prompts. p: how "
+    "probable a change at least this large is if training changed nothing; p, Holm: the same, corrected for the number of categories."
+)
+
+
 def make_report_comparison(
     before: Evaluation, after: Evaluation, num_pairs: int = 96, max_image_size: int = 256
 ) -> Comparison:
@@ -87,6 +93,7 @@ def _score_table(before: Evaluation, after: Evaluation) -> ScoreTable:
             for entry in (*categories, total)
             for old, new in [_scores(entry, before, after)]
         ],
+        note=_NOTE,
     )
 
 

@@ -25,7 +25,7 @@ from reward_models.evaluation.scores import (
     score_evaluation,
 )
 from reward_models.evaluation.statistics import Estimate
-from reward_models.evaluation.text_tables import difference_table, score_table
+from reward_models.evaluation.text_tables import difference_table, overall_line, score_table, table_legend
 from reward_models.prompts.questions import PromptRecord
 
 
@@ -53,7 +53,8 @@ def save_results(
         settings (`Mapping[str, Any]`): Settings of the evaluations, as JSON values.
 
     Returns:
-        `str`: Tables of the scores and of the differences, as text.
+        `str`: Tables of the scores and of the differences, what their columns mean, and the differences over all prompts as
+        sentences.
     """
     scores = [score_evaluation(evaluation, records) for evaluation in evaluations]
     baselines = {entry.mode: entry for entry in reversed(evaluations) if entry.model == evaluations[0].model}
@@ -75,7 +76,8 @@ def save_results(
     }.items():
         # A prompt may contain an unpaired surrogate, which UTF-8 cannot encode.
         write_text(folder / name, text, errors="backslashreplace")
-    return "\n\n".join([score_table(scores), *map(difference_table, comparisons)])
+    tables = [*map(score_table, scores), *map(difference_table, comparisons), table_legend(scores, comparisons)]
+    return "\n\n".join([*tables, *(["\n".join(map(overall_line, comparisons))] if comparisons else [])])
 
 
 def _sample_rows(

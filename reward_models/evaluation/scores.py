@@ -193,6 +193,13 @@ def sample_answers(sample: EvaluatedSample, record: PromptRecord) -> list[Questi
     ]
 
 
+def first_failed_question(sample: EvaluatedSample, record: PromptRecord) -> str | None:
+    """The first question of a sample that is answered no; `None` if there is none, or if the sample was kept without answers."""
+    answers = sample_answers(sample, record) if sample.semantic or sample.quality else []
+    failed = (answer for answer in answers if answer.p_yes is not None and not answer.passed)
+    return next((answer.question.question for answer in failed), None)
+
+
 def answers_by_tag(
     samples: Sequence[EvaluatedSample], records: Sequence[PromptRecord]
 ) -> dict[tuple[str, str], list[QuestionAnswer]]:

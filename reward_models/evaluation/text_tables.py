@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from alphagrpo_ext.report.records import REWARD_TOLERANCE
 from reward_models.evaluation.comparisons import ModelComparison
 from reward_models.evaluation.samples import CategoryScore, Evaluation
 from reward_models.evaluation.scores import EvaluationScores, RefinementScore
@@ -15,48 +16,103 @@ from reward_models.evaluation.statistics import MIN_PROMPTS, Estimate, PairedDif
 
 FEW_PROMPTS_MARK = "*"
 FEW_PROMPTS_NOTE = f"* fewer than {MIN_PROMPTS} prompts: intervals by resampling are too narrow to rely on"
+SIGNIFICANCE_LEVEL = 0.05
+_STRICT_PASS_NOTE = "n: scored images. strict pass: share of images for which every question is answered yes"
+_REFINEMENT_NOTE = (
+    f"improved, worsened: by reward, by more than {REWARD_TOLERANCE}. fixed, broken: images that pass strictly only after, only "
+    "before, refinement"
+)
+_ROW_HEADER = f"{'category or [tag]':<24}{'prompts':>8}{'n':>7}"
 _CHANGE_HEADER = f"{'reward':>18}{'':>9}{'strict pass':>18}{'':>9}"
 
 
-def score_table(evaluations: Sequence[EvaluationScores]) -> str:
-    """Scores of each evaluation by tag and by category, with their intervals, and a note about rows of few prompts."""
-    header = f"{'model':<24}{'mode':<12}{'category, tag':<24}{'n':>6}{'reward, P(yes)':>24}{'pass':>25}"
-    lines, few = [header, "-" * len(header)], False
-    for entry in evaluations:
-        groups = [(g.name, g.reward, g.strict_pass_rate) for g in (*entry.categories, entry.total)]
-        labels = _tag_labels([(t.side, t.name) for t in entry.tags])
-        tags = [(label, t.p_yes, t.pass_rate) for label, t in zip(labels, entry.tags, strict=True)]
-        for name, value, pass_rate in [*tags, *groups]:
-            few |= has_few_prompts(value)
-            lines.append(
-                f"{_shorten(entry.model, 23):<24}{_shorten(entry.mode, 11):<12}{_shorten(name, 23):<24}"
-                f"{count_samples(value):>6}{format_interval(value, '.3f'):>24}{format_interval(pass_rate, '.1%'):>25}"
-            )
-        lines.append("-" * len(header))
-    return "\n".join([*lines[:-1], *([FEW_PROMPTS_NOTE] if few else [])])
+def score_table(entry: EvaluationScores) -> str:
+    """Scores of an evaluation by category and by tag, then of all prompts, with their intervals."""
+    header = f"{_ROW_HEADER}{'reward, P(yes)':>25}{'pass':>25}"
+    labels = _tag_labels([(t.side, t.name) for t in entry.tags])
+    tags = [(label, t.p_yes, t.pass_rate) for label, t in zip(labels, entry.tags, strict=True)]
+    groups = [(g.name, g.reward, g.strict_pass_rate) for g in (*entry.categories, entry.total)]
+    *parts, total = (
+        f"{_row_start(name, value)}{format_interval(value, '.3f'):>25}{format_interval(pass_rate, '.1%'):>25}"
+        for name, value, pass_rate in [*groups[:-1], *tags, groups[-1]]
+    )
+    return _ruled(f"{entry.model}, {entry.mode}", header, parts, total)
 
 
 def difference_table(comparison: ModelComparison) -> str:
     """
-    Differences between a model and the baseline, with intervals, p-values, p-values with Holm's correction for the number of
-    categories and tags, and a note about rows of few prompts.
+    Differences between a model and the baseline by category and by tag, then over all prompts, with intervals, p-values, and
+    p-values with Holm's correction for the number of categories and tags.
     """
-    title = f"{comparison.baseline} -> {comparison.model}, {comparison.mode}"
     p_values = f"{'p':>8}{'p, Holm':>9}"
-    header = f"{'category, tag':<24}{'n':>6}{'reward, P(yes)':>28}{p_values}{'pass, in points':>26}{p_values}"
-    lines, few = [title, header, "-" * len(header)], False
+    header = f"{_ROW_HEADER}{'reward, P(yes)':>28}{p_values}{'pass, in points':>26}{p_values}"
     total, *parts = comparison.differences
     tags = [entry for entry in parts if entry.scope.endswith(" tag")]
     sides = [(entry.scope.removesuffix(" tag"), entry.name) for entry in tags]
     names = [*(entry.name for entry in parts[: len(parts) - len(tags)]), *_tag_labels(sides), total.name]
-    for name, entry in zip(names, [*parts, total], strict=True):
-        value, pass_rate = entry.reward.difference, entry.pass_rate.difference
-        few |= has_few_prompts(value)
-        lines.append(
-            f"{_shorten(name, 23):<24}{count_samples(value):>6}{format_interval(value, '+.3f'):>28}{_p_values(entry.reward)}"
-            f"{format_interval(pass_rate, '+.1f', scale=100):>26}{_p_values(entry.pass_rate)}"
+    *lines, last = (
+        f"{_row_start(name, entry.reward.difference)}{format_interval(entry.reward.difference, '+.3f'):>28}"
+        f"{_p_values(entry.reward)}{format_interval(entry.pass_rate.difference, '+.1f', scale=100):>26}"
+        f"{_p_values(entry.pass_rate)}"
+        for name, entry in zip(names, [*parts, total], strict=True)
+    )
+    return _ruled(f"{comparison.baseline} -> {comparison.model}, {comparison.mode}", header, lines, last)
+
+
+def table_legend(evaluations: Sequence[EvaluationScores], comparisons: Sequence[ModelComparison]) -> str:
+    """What the rows, columns and marks of [`score_table`] and [`difference_table`] mean, as far as they occur."""
+    values = [group.reward for entry in evaluations for group in (entry.total, *entry.categories)]
+    values += [tag.p_yes for entry in evaluations for tag in entry.tags]
+    values += [entry.reward.difference for comparison in comparisons for entry in comparison.differences]
+    has_tags = any(entry.tags for entry in evaluations)
+    lines = {
+        "category, all": "n: scored images. pass: share of images for which every question is answered yes (strict pass)",
+        "[tag]": "of the questions with this tag. n: answered questions. P(yes): its mean, in place of the reward. "
+        "pass: share answered yes",
+        "[low, high]": "95% interval, by resampling prompts",
+        "p": "how probable a difference at least this large is if the models do not differ",
+        "p, Holm": f"the same, corrected for the number of categories{' and tags' if has_tags else ''}",
+        FEW_PROMPTS_MARK: FEW_PROMPTS_NOTE.removeprefix(f"{FEW_PROMPTS_MARK} "),
+    }
+    absent = {
+        name for name, occurs in (("[tag]", has_tags), ("p", comparisons), ("p, Holm", comparisons)) if not occurs
+    }
+    absent |= set() if any(value.low is not None for value in values) else {"[low, high]"}
+    absent |= set() if any(map(has_few_prompts, values)) else {FEW_PROMPTS_MARK}
+    return "\n".join(f"{name:<16}{text}" for name, text in lines.items() if name not in absent)
+
+
+def overall_line(comparison: ModelComparison) -> str:
+    """The difference over all prompts as a sentence, with whether it is significant at 5%."""
+    total = comparison.differences[0]
+    parts = [
+        f"{name} {format_interval(entry.difference, form, scale)}{unit}, {_significance(entry)}"
+        for name, entry, form, scale, unit in (
+            ("reward", total.reward, "+.3f", 1, ""),
+            ("strict pass", total.pass_rate, "+.1f", 100, " points"),
         )
-    return "\n".join([*lines, *([FEW_PROMPTS_NOTE] if few else [])])
+    ]
+    count = total.reward.difference.num_prompts
+    return (
+        f"overall, {comparison.baseline} -> {comparison.model}, {comparison.mode}, {count} prompt{'s' * (count != 1)}: "
+        f"{'; '.join(parts)}"
+    )
+
+
+def _significance(difference: PairedDifference) -> str:
+    if difference.p_value is None:
+        return "nothing to compare"
+    return f"{'significant' if difference.p_value < SIGNIFICANCE_LEVEL else 'not significant'} at 5% (p {difference.p_value:.4f})"
+
+
+def _ruled(title: str, header: str, parts: Sequence[str], total: str) -> str:
+    rule = "-" * len(header)
+    return "\n".join([title, header, rule, *parts, rule, total])
+
+
+def _row_start(name: str, estimate: Estimate) -> str:
+    mark = FEW_PROMPTS_MARK if has_few_prompts(estimate) else ""
+    return f"{_shorten(name, 23):<24}{f'{estimate.num_prompts}{mark}':>8}{estimate.num_samples:>7}"
 
 
 def has_few_prompts(estimate: Estimate) -> bool:
@@ -76,7 +132,7 @@ def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
             f"{score.improved:>10.1%}{score.worsened:>10.1%}{score.unchanged:>11.1%}"
             f"{score.fixed:>8.1%}{score.broken:>8.1%}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, _STRICT_PASS_NOTE, _REFINEMENT_NOTE])
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:
@@ -88,7 +144,7 @@ def comparison_table(before: Evaluation, after: Evaluation) -> str:
         for name, score in before.categories.items()
     ]
     total = f"{'all':<20}{before.total.num_samples:>6}{_change(before.total, after.total)}"
-    return "\n".join([header, rule, *lines, rule, total])
+    return "\n".join([header, rule, *lines, rule, total, _STRICT_PASS_NOTE])
 
 
 def _change(old: CategoryScore, new: CategoryScore) -> str:

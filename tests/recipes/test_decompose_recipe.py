@@ -94,13 +94,13 @@ def test_prompts_from_a_file_are_decomposed_once_each(tmp_path: Path) -> None:
     output = tmp_path / "questions.jsonl"
     with chat_stub() as stub:
         run("--input", prompts, "--output", output, "--base_url", stub.url, "--model", "stub", "--limit", "2")
-        assert sorted(prompts_in(output)) == ["ein Käfer 🐈", "two cats"]
+        assert prompts_in(output) == ["two cats", "ein Käfer 🐈"]
         stub.requests.clear()
         arguments = ("--input", prompts, "--output", output, "--base_url", stub.url, "--model", "stub")
         printed = run(*arguments, "--extra_body", '{"top_k": 5}')
         assert stub.bodies[-1]["top_k"] == 5
         assert {request.prompt for request in stub.requests} == {"a dog"}
-    assert sorted(prompts_in(output)) == ["a dog", "ein Käfer 🐈", "two cats"]
+    assert prompts_in(output) == ["two cats", "ein Käfer 🐈", "a dog"]
     assert "1 records added" in printed
     assert set(tmp_path.iterdir()) == {prompts, output, output.with_name("questions.jsonl.lock")}
     for line in output.read_text(encoding="utf-8").splitlines():
@@ -177,7 +177,7 @@ def test_failures_are_listed_and_tried_again(tmp_path: Path) -> None:
         stub.answer = good_answer
         assert "0 prompts failed" in run(*arguments)
     assert not failed.exists()
-    assert sorted(prompts_in(output)) == ["a cat", "a cursed cat", "a cursed dog", "a dog"]
+    assert prompts_in(output) == ["a cat", "a cursed cat", "a dog", "a cursed dog"]
 
 
 def test_reasons_are_counted_apart(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_ctrl_c_leaves_a_file_that_can_be_gone_on_with(tmp_path: Path) -> None:
         assert 8 <= num_done < 59
         stub.answer = good_answer
         assert f"{60 - num_done} records added" in run(*arguments)
-    assert sorted(prompts_in(output)) == sorted(names)
+    assert prompts_in(output) == names
     assert not failed.exists()
 
 
@@ -311,6 +311,6 @@ def test_ten_thousand_prompts_survive_being_killed_twice(tmp_path: Path) -> None
             assert 0 < num_before < 10_000
         printed = run(*arguments)
     assert f"{10_000 - num_before} records added" in printed
-    assert sorted(prompts_in(output)) == sorted(names)
+    assert prompts_in(output) == names
     # Twice at most 16 prompts that were under way when the process was killed.
     assert 10_000 <= stub.num_asked["facts"] <= 10_032

@@ -199,17 +199,6 @@ def test_loads_from_a_file_without_an_error(browser: Any, page: Path) -> None:
     assert set(fetched) <= {"data:"}
 
 
-def test_images_come_when_they_are_seen(browser: Any, page: Path) -> None:
-    open_page(browser, page)
-    loaded = "return [...document.querySelectorAll('#groups img')].filter((image) => image.naturalWidth === 24).length"
-    assert browser.execute_script(loaded) < browser.execute_script(
-        "return document.querySelectorAll('#groups img').length"
-    )
-    browser.execute_script("document.querySelector('#groups img').scrollIntoView({ behavior: 'instant' })")
-    wait = WebDriverWait(browser, 60)
-    assert wait.until(lambda driver: driver.execute_script(loaded) >= 8)
-
-
 def test_filters(browser: Any, page: Path) -> None:
     open_page(browser, page)
     assert change(browser, "order", "oldest") == "48 trajectories in 12 groups"
@@ -373,6 +362,34 @@ def test_labels_of_axes_are_whole_and_apart(browser: Any, tmp_path: Path) -> Non
                 assert box[0] > its[2] or box[2] < its[0] or box[1] >= its[3] or box[3] <= its[1], (name, other)
         # Labels of the same axis differ.
         assert len({name for name, *_ in labels}) >= len(labels) - 1
+
+
+def test_images_are_there_without_scrolling(browser: Any, page: Path) -> None:
+    open_page(browser, page, width=390)
+    heights = "return [document.documentElement.scrollHeight, innerHeight, scrollY]"
+    height, window, position = browser.execute_script(heights)
+    assert height > 4 * window and position == 0
+    loaded = "return [...document.images].every((image) => image.complete && image.naturalWidth)"
+    WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(loaded))
+
+
+def test_both_whole_images_stand_below_the_slider(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    first, second = browser.find_elements("css selector", "#groups .card:first-child .whole")[:2]
+    assert [first.text, second.text] == ["initial", "refined"]
+    slider = browser.find_element("css selector", "#groups input[type=range]")
+    halves = browser.find_elements("css selector", "#groups .card:first-child .half")[:2]
+    for button, value, seen in ((first, "100", [True, False]), (second, "0", [False, True])):
+        button.send_keys(Keys.ENTER)
+        assert slider.get_attribute("value") == value
+        assert [half.is_displayed() for half in halves] == seen
+
+
+def test_terms_are_explained(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    assert "The advantage is the reward minus the mean" in browser.find_element("id", "gallery").text
+    note = browser.find_element("css selector", ".chart figcaption small")
+    assert note.text.startswith("Probability of the sampled denoising steps") and note.is_displayed()
 
 
 def test_paper_has_all_images(browser: Any, page: Path) -> None:

@@ -31,8 +31,8 @@ class ReportCallback(TrainerCallback):
     Writes `report.html` in `output_dir`, and the data of the page in its folder `report`; see
     [`~alphagrpo_ext.report.write_report`].
 
-    Every `report_steps` steps some groups of the rollout are added: half of them are the most informative ones, and half the
-    first ones, which are a fair sample. The page is written with the logs, at most once per `report_steps` steps, and when
+    Every `report_steps` steps, and at the last one, some groups of the rollout are added: half of them are the most informative
+    ones, and half the first ones, which are a fair sample. The page is written with the logs, at most once per `report_steps` steps, and when
     training ends. A run that resumes from a checkpoint keeps what was there at that step.
     """
 
@@ -64,7 +64,7 @@ class ReportCallback(TrainerCallback):
         prompts = gather_object([_digest(row) for row in rollout.rows])[:: rollout.group_size]
         period = max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
         groups: list[TrajectoryGroup] = []
-        if is_due(step, args.report_steps, period):
+        if is_due(step, args.report_steps, period, state.max_steps):
             groups = self._groups(args, step, rollout, prompts)
         if not state.is_world_process_zero:
             return
@@ -132,16 +132,17 @@ class ReportCallback(TrainerCallback):
         self._written_at = state.global_step
 
 
-def is_due(step: int, every: int, period: int) -> bool:
+def is_due(step: int, every: int, period: int, num_steps: int) -> bool:
     """
-    Whether a rollout is shown: the first one, and the first one after each multiple of `every` steps.
+    Whether a rollout is shown: the first one, the last one, and the first one after each multiple of `every` steps.
 
     Args:
         step (`int`): Optimizer step that the rollout is for, from 1.
         every (`int`): Steps between rollouts that are shown.
         period (`int`): Optimizer steps per rollout.
+        num_steps (`int`): Optimizer steps of the run.
     """
-    return step == 1 or step // every != (step - period) // every
+    return step == 1 or step + period > num_steps or step // every != (step - period) // every
 
 
 def groups_to_show(rewards: torch.Tensor, initial_rewards: torch.Tensor, count: int) -> list[int]:

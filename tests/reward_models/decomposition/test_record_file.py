@@ -46,3 +46,16 @@ def test_a_malformed_record_is_named_and_nothing_is_changed(tmp_path: Path) -> N
     assert path.read_bytes() == before
     path.write_bytes(before.removeprefix(b"{}\n"))
     write(path, "b")
+
+
+def test_records_are_put_into_the_order_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    write(path, "c", "older", "ein Käfer 🐈\u2028\nx", "b", "oldest")
+    RecordFile(path).sort(["b", "ein Käfer 🐈\u2028\nx", "not there", "c"])
+    expected = ["older", "oldest", "b", "ein Käfer 🐈\u2028\nx", "c"]
+    assert load_records(path) == [record(prompt) for prompt in expected]
+    before = path.stat().st_ino
+    RecordFile(path).sort(["b", "ein Käfer 🐈\u2028\nx", "c"])
+    assert path.stat().st_ino == before
+    write(path, "d")
+    assert [entry.prompt for entry in load_records(path)] == [*expected, "d"]

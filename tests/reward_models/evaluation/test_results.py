@@ -12,9 +12,9 @@ from PIL import Image
 from reward_models.evaluation.comparisons import compare_models
 from reward_models.evaluation.results import save_results
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
-from reward_models.evaluation.scores import NamedEvaluation, score_evaluation
+from reward_models.evaluation.scores import NamedEvaluation, first_failed_question, score_evaluation
 from reward_models.evaluation.statistics import bootstrap_mean, holm_p_values, paired_difference
-from reward_models.evaluation.text_tables import difference_table, score_table
+from reward_models.evaluation.text_tables import difference_table, overall_line, score_table, table_legend
 from reward_models.prompts.questions import PromptRecord, Question
 
 
@@ -87,6 +87,14 @@ def test_tags_equal_hand_computation() -> None:
     assert (scores["Geometry"].side, scores["Geometry"].pass_rate.value) == ("quality", 1.0)
 
 
+def test_first_failed_question_is_the_first_no() -> None:
+    assert first_failed_question(sample(0, 0, (0.9, 0.2), (0.1,)), RECORDS[0]) == "Red?"
+    assert first_failed_question(sample(0, 0, (0.9, 0.6), (0.1,)), RECORDS[0]) == "Sharp?"
+    assert first_failed_question(sample(0, 0, (0.9, 0.6), (0.5,)), RECORDS[0]) is None
+    # As files of earlier versions have it.
+    assert first_failed_question(sample(0, 0, ()), RECORDS[0]) is None
+
+
 def test_groups_equal_hand_computation() -> None:
     scores = score_evaluation(BASELINE, RECORDS)
     assert scores.total.reward == bootstrap_mean([0, 1, 2, 0, 2], [0.5, 0.1, 0.4, 0.8, 0.6])
@@ -126,7 +134,7 @@ def test_a_tag_that_both_sides_have_is_told_with_its_side(tmp_path: Path) -> Non
     changes = {(entry["scope"], entry["name"]): entry for entry in comparison["differences"]}
     assert changes["semantic tag", "Brand"]["reward"]["difference"]["value"] == pytest.approx(0.3)
     assert changes["quality tag", "Brand"]["reward"]["difference"]["value"] == 0
-    assert "[Count]" in score_table([score_evaluation(BASELINE, RECORDS)])
+    assert "[Count]" in score_table(score_evaluation(BASELINE, RECORDS))
 
 
 def test_comparison_of_other_samples_is_refused() -> None:
@@ -139,10 +147,12 @@ def test_category_without_scores_has_none() -> None:
     failed = Evaluation([replace(s, reward=None, strict_pass=None) for s in OLD.samples])
     scores = score_evaluation(replace(BASELINE, evaluation=failed), RECORDS)
     assert scores.total.reward.value is None
-    # Above the note.
-    assert "-" in score_table([scores]).splitlines()[-2].split()
-    differences = difference_table(compare_models(BASELINE, replace(TRAINED, evaluation=failed), RECORDS))
-    assert differences.splitlines()[-2].split() == ["all", "0", *["-"] * 6]
+    assert "-" in score_table(scores).splitlines()[-1].split()
+    comparison = compare_models(BASELINE, replace(TRAINED, evaluation=failed), RECORDS)
+    assert difference_table(comparison).splitlines()[-1].split() == ["all", "0", "0", *["-"] * 6]
+    assert overall_line(comparison).endswith(
+        "0 prompts: reward -, nothing to compare; strict pass - points, nothing to compare"
+    )
 
 
 def test_rates_without_a_spread_have_wilsons_interval() -> None:
@@ -154,10 +164,10 @@ def test_rates_without_a_spread_have_wilsons_interval() -> None:
     assert (rate.value, rate.high, rate.num_prompts) == (1.0, 1.0, 3)
     assert rate.low == pytest.approx(0.4385, abs=1e-4)
     assert (scores.total.reward.value, scores.total.reward.low, scores.total.reward.high) == (1.0, None, None)
-    assert score_table([scores]).splitlines()[-2].split()[-4:] == ["1.000", "100.0%", "[43.9%,", "100.0%]"]
+    assert score_table(scores).splitlines()[-1].split()[-4:] == ["1.000", "100.0%", "[43.9%,", "100.0%]"]
 
 
-def test_categories_and_tags_have_corrected_p_values_and_a_note() -> None:
+def test_categories_and_tags_have_corrected_p_values() -> None:
     comparison = compare_models(BASELINE, TRAINED, RECORDS)
     total, *others = comparison.differences
     assert total.reward.holm_p_value is None and total.pass_rate.holm_p_value is None
@@ -166,16 +176,54 @@ def test_categories_and_tags_have_corrected_p_values_and_a_note() -> None:
         assert [getattr(entry, metric).holm_p_value for entry in others] == holm_p_values(plain)
     table = difference_table(comparison).splitlines()
     assert table[1].split().count("Holm") == 2
-    assert table[-1].startswith("* fewer than 20 prompts")
-    assert "4*" in table[-2].split()
+    # Three prompts with four scored pairs.
+    assert table[-1].split()[:3] == ["all", "3*", "4"]
+    assert set(table[-2]) == {"-"}
+    assert [line.split()[0] for line in table[3:-2]] == [
+        *CATEGORIES,
+        "[Count]",
+        "[Attribute]",
+        "[Existence]",
+        "[Geometry]",
+    ]
 
 
-def test_many_prompts_need_no_note() -> None:
+def test_what_is_printed_ends_with_a_legend_and_the_difference_over_all_prompts(tmp_path: Path) -> None:
+    old, new = (
+        Evaluation(
+            [EvaluatedSample(i, 0, "all", "p", "", None, value, False, (value,), ()) for i, value in enumerate(values)]
+        )
+        for values in ([0.1] * 30, [0.2 + i / 300 for i in range(30)])
+    )
+    records = [PromptRecord("p", (Question("Red?", "Attribute"),), ())] * 30
+    printed = save_results(
+        tmp_path, [NamedEvaluation("base", "thought", old), NamedEvaluation("trained", "thought", new)], records, {}
+    )
+    *_, legend, overall = printed.split("\n\n")
+    assert [line[:16].strip() for line in legend.splitlines()] == [
+        "category, all",
+        "[tag]",
+        "[low, high]",
+        "p",
+        "p, Holm",
+    ]
+    assert overall.startswith("overall, base -> trained, thought, 30 prompts: reward +0.148 [")
+    assert "], significant at 5% (p 0.0001); strict pass +0.0 points, not significant at 5% (p 1.0000)" in overall
+
+
+def test_the_legend_explains_what_occurs() -> None:
     records = [PromptRecord(f"p{i}", (Question("Red?", "Attribute"),), ()) for i in range(20)]
     samples = [EvaluatedSample(i, 0, "all", f"p{i}", "", None, i / 20, i % 2 == 0, (i / 20,), ()) for i in range(20)]
     named = NamedEvaluation("base", "thought", Evaluation(samples))
-    assert "fewer than" not in score_table([score_evaluation(named, records)])
-    assert "fewer than" in score_table([score_evaluation(replace(named, evaluation=Evaluation(samples[1:])), records)])
+    scores = score_evaluation(named, records)
+    assert [line[:16].strip() for line in table_legend([scores], []).splitlines()] == [
+        "category, all",
+        "[tag]",
+        "[low, high]",
+    ]
+    fewer = score_evaluation(replace(named, evaluation=Evaluation(samples[1:])), records)
+    assert "\n*               fewer than 20 prompts" in table_legend([fewer], [])
+    assert "19*" in score_table(fewer).splitlines()[-1].split()
 
 
 FORMULAS = [

@@ -116,11 +116,11 @@ def test_resumed_run_goes_on_with_its_report(make_trainer: MakeTrainer, tmp_path
 
 @pytest.mark.parametrize(
     ("every", "period", "expected"),
-    [(1, 1, [1, 2, 3, 4, 5, 6, 7]), (3, 1, [1, 3, 6]), (3, 2, [1, 3, 7]), (10, 2, [1])],
+    [(1, 1, [1, 2, 3, 4, 5, 6, 7]), (3, 1, [1, 3, 6, 7]), (3, 2, [1, 3, 7]), (10, 2, [1, 7]), (10, 3, [1, 7])],
     ids=str,
 )
 def test_rollouts_that_are_due(every: int, period: int, expected: list[int]) -> None:
-    assert [step for step in range(1, 8, period) if is_due(step, every, period)] == expected
+    assert [step for step in range(1, 8, period) if is_due(step, every, period, num_steps=7)] == expected
 
 
 def test_informative_groups_and_a_fair_sample_are_shown() -> None:
