@@ -14,7 +14,7 @@ from reward_models.evaluation.results import save_results
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 from reward_models.evaluation.scores import NamedEvaluation, score_evaluation
 from reward_models.evaluation.statistics import bootstrap_mean, holm_p_values, paired_difference
-from reward_models.evaluation.text_tables import difference_table, score_table
+from reward_models.evaluation.text_tables import comparison_table, difference_table, refinement_table, score_table
 from reward_models.prompts.questions import PromptRecord, Question
 
 
@@ -176,6 +176,20 @@ def test_many_prompts_need_no_note() -> None:
     named = NamedEvaluation("base", "thought", Evaluation(samples))
     assert "fewer than" not in score_table([score_evaluation(named, records)])
     assert "fewer than" in score_table([score_evaluation(replace(named, evaluation=Evaluation(samples[1:])), records)])
+
+
+def test_rows_without_categories_have_one_line_for_all() -> None:
+    old, new = (Evaluation([replace(s, category="all") for s in part.samples]) for part in (OLD, NEW))
+    named = [NamedEvaluation(name, "thought", part) for name, part in (("base", old), ("trained", new))]
+    for table, has_own_category in (
+        (score_table([score_evaluation(named[0], RECORDS)]), " all "),
+        (difference_table(compare_models(*named, RECORDS)), "\nall "),
+        (comparison_table(old, new), "\nall "),
+    ):
+        assert table.count(has_own_category) == 1, table
+        assert table.splitlines()[-1].startswith("* fewer than 20 prompts")
+    assert comparison_table(old, new).splitlines()[2].split()[:2] == ["all", "5*"]
+    assert "* fewer than 20" in refinement_table({"before": (old, new)})
 
 
 FORMULAS = [
