@@ -16,7 +16,6 @@ from reward_models.evaluation.text_tables import (
     format_interval,
     format_p_value,
     has_few_prompts,
-    with_total,
 )
 
 
@@ -85,7 +84,7 @@ def _score_table(before: Evaluation, after: Evaluation) -> ScoreTable:
                 *(f"{old.strict_pass_rate:.1%}", f"{new.strict_pass_rate:.1%}"),
                 *_change(entry.pass_rate, "+.1f", scale=100),
             ]
-            for entry in with_total(categories, total)
+            for entry in (*categories, total)
             for old, new in [_scores(entry, before, after)]
         ],
     )

@@ -6,19 +6,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
-from reward_models.evaluation.comparisons import ModelComparison, ScoreDifference
-from reward_models.evaluation.samples import CategoryScore, EvaluatedSample, Evaluation, samples_by_category
-from reward_models.evaluation.scores import EvaluationScores, GroupScore, RefinementScore
+from reward_models.evaluation.comparisons import ModelComparison
+from reward_models.evaluation.samples import CategoryScore, EvaluatedSample, Evaluation, named_categories
+from reward_models.evaluation.scores import EvaluationScores, RefinementScore
 from reward_models.evaluation.statistics import MIN_PROMPTS, Estimate, PairedDifference
 
 
-T = TypeVar("T", GroupScore, ScoreDifference)
-
 FEW_PROMPTS_MARK = "*"
 FEW_PROMPTS_NOTE = f"* fewer than {MIN_PROMPTS} prompts: intervals by resampling are too narrow to rely on"
-_FEW_PROMPTS_CHANGE_NOTE = f"* fewer than {MIN_PROMPTS} prompts: too few to tell a change from chance"
 _CHANGE_HEADER = f"{'reward':>18}{'':>9}{'strict pass':>18}{'':>9}"
 
 
@@ -27,7 +23,7 @@ def score_table(evaluations: Sequence[EvaluationScores]) -> str:
     header = f"{'model':<24}{'mode':<12}{'category, tag':<24}{'n':>6}{'reward, P(yes)':>24}{'pass':>25}"
     lines, few = [header, "-" * len(header)], False
     for entry in evaluations:
-        groups = [(g.name, g.reward, g.strict_pass_rate) for g in with_total(entry.categories, entry.total)]
+        groups = [(g.name, g.reward, g.strict_pass_rate) for g in (*entry.categories, entry.total)]
         labels = _tag_labels([(t.side, t.name) for t in entry.tags])
         tags = [(label, t.p_yes, t.pass_rate) for label, t in zip(labels, entry.tags, strict=True)]
         for name, value, pass_rate in [*tags, *groups]:
@@ -51,10 +47,9 @@ def difference_table(comparison: ModelComparison) -> str:
     lines, few = [title, header, "-" * len(header)], False
     total, *parts = comparison.differences
     tags = [entry for entry in parts if entry.scope.endswith(" tag")]
-    categories = with_total(parts[: len(parts) - len(tags)], total)[:-1]
     sides = [(entry.scope.removesuffix(" tag"), entry.name) for entry in tags]
-    names = [*(entry.name for entry in categories), *_tag_labels(sides), total.name]
-    for name, entry in zip(names, [*categories, *tags, total], strict=True):
+    names = [*(entry.name for entry in parts[: len(parts) - len(tags)]), *_tag_labels(sides), total.name]
+    for name, entry in zip(names, [*parts, total], strict=True):
         value, pass_rate = entry.reward.difference, entry.pass_rate.difference
         few |= has_few_prompts(value)
         lines.append(
@@ -62,11 +57,6 @@ def difference_table(comparison: ModelComparison) -> str:
             f"{format_interval(pass_rate, '+.1f', scale=100):>26}{_p_values(entry.pass_rate)}"
         )
     return "\n".join([*lines, *([FEW_PROMPTS_NOTE] if few else [])])
-
-
-def with_total(categories: Sequence[T], total: T) -> list[T]:
-    """Entries of categories and then that of all prompts, which is the only one if the rows name no categories."""
-    return [total] if [entry.name for entry in categories] == [total.name] else [*categories, total]
 
 
 def has_few_prompts(estimate: Estimate) -> bool:
@@ -78,37 +68,42 @@ def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
     """The effect of refinements, given the initial and the refined evaluation of each by name."""
     columns = f"{'improved':>10}{'worsened':>10}{'unchanged':>11}{'fixed':>8}{'broken':>8}"
     header = f"{'':<18}{'n':>6}{_CHANGE_HEADER}{columns}"
-    lines, few = [header, "-" * len(header)], False
+    lines = [header, "-" * len(header)]
     for name, (initial, refined) in pairs.items():
         score = RefinementScore.from_evaluations(initial, refined)
-        mark = _few_prompts_mark(initial.samples)
-        few |= bool(mark)
         lines.append(
-            f"{name:<18}{f'{score.num_pairs}{mark}':>6}{_change(initial.total, refined.total)}"
+            f"{name:<18}{f'{score.num_pairs}{_few_prompts_mark(initial.samples)}':>6}"
+            f"{_change(initial.total, refined.total)}"
             f"{score.improved:>10.1%}{score.worsened:>10.1%}{score.unchanged:>11.1%}"
             f"{score.fixed:>8.1%}{score.broken:>8.1%}"
         )
-    return "\n".join([*lines, *([_FEW_PROMPTS_CHANGE_NOTE] if few else [])])
+    return _noted(lines, [initial.samples for initial, _ in pairs.values()])
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:
     """Scores of two evaluations of the same rows, by category, and a note about categories of few prompts."""
     header = f"{'category':<20}{'n':>6}{_CHANGE_HEADER}"
     rule = "-" * len(header)
-    groups = samples_by_category(before.samples)
-    rows = [(name, groups[name], score, after.categories[name]) for name, score in before.categories.items()]
+    groups = named_categories(before.samples)
     lines = [
         f"{name:<20}{f'{old.num_samples}{_few_prompts_mark(samples)}':>6}{_change(old, new)}"
-        for name, samples, old, new in [*rows, ("all", before.samples, before.total, after.total)]
+        for name, samples, old, new in [
+            *((name, samples, before.categories[name], after.categories[name]) for name, samples in groups.items()),
+            ("all", before.samples, before.total, after.total),
+        ]
     ]
-    lines = lines[-1:] if list(groups) == ["all"] else [*lines[:-1], rule, lines[-1]]
-    few = any(map(_few_prompts_mark, [before.samples, *groups.values()]))
-    return "\n".join([header, rule, *lines, *([_FEW_PROMPTS_CHANGE_NOTE] if few else [])])
+    table = [header, rule, *lines[:-1], *([rule] if groups else []), lines[-1]]
+    return _noted(table, [before.samples, *groups.values()])
 
 
 def _few_prompts_mark(samples: Sequence[EvaluatedSample]) -> str:
     num_prompts = len({sample.index for sample in samples if sample.reward is not None})
     return FEW_PROMPTS_MARK if 0 < num_prompts < MIN_PROMPTS else ""
+
+
+def _noted(lines: Sequence[str], groups: Sequence[Sequence[EvaluatedSample]]) -> str:
+    note = f"{FEW_PROMPTS_MARK} fewer than {MIN_PROMPTS} prompts: too few to tell a change from chance"
+    return "\n".join([*lines, *([note] if any(map(_few_prompts_mark, groups)) else [])])
 
 
 def _change(old: CategoryScore, new: CategoryScore) -> str:
