@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from alphagrpo_ext.report.model_card import write_model_card
-from recipe_tools.training import load_rewards
 from recipe_tools.run_folder import how_to_go_on
+from recipe_tools.training import load_rewards
 
 
 def test_rewards_are_imported_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
