@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume
+from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_for_last, asks_to_resume, complete_checkpoints
 from recipe_tools.own_rewards import import_reward
 from recipe_tools.run_folder import refuse_other_run, run_arguments
 from reward_models.arguments import PromptArguments
@@ -35,6 +35,7 @@ def check_arguments(script_args: PromptArguments, training_args: TrainingArgumen
     for name in script_args.reward:
         if name != "dvreward":
             import_reward(name)
-    if not asks_to_resume(training_args.resume_from_checkpoint):
-        arguments = run_arguments(script_args, training_args, model_args)
-        refuse_other_run(Path(training_args.output_dir), arguments)
+    output_dir, resume_from = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    has_last = asks_for_last(resume_from) and next(complete_checkpoints(output_dir), None) is not None
+    if not (has_last or asks_to_resume(resume_from) and not asks_for_last(resume_from)):
+        refuse_other_run(output_dir, run_arguments(script_args, training_args, model_args))

@@ -31,6 +31,7 @@ from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.report.model_card import write_model_card
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
+from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
 from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback, LastLogCallback, banner
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
@@ -55,6 +56,8 @@ from reward_models.prompts.rows import PromptRows
 
 SUMMARY_NAME = "summary.json"
 """File of the scores before and after training."""
+NUM_NAMED_WORDS = 12
+"""Words that a model does not know and that are named."""
 NUM_PICTURED = 8
 """Prompts in the picture of a run, shared out to the categories."""
 
@@ -71,7 +74,7 @@ class TrainingRun:
         arguments (`dict[str, Any]`): All of these as they were given; see [`run_arguments`].
         checkpoint (`Path`, *optional*): Where training continues.
         train_dataset ([`~datasets.Dataset`]): Training prompts.
-        eval_rows (`Sequence[dict[str, Any]]`, *optional*): Evaluation prompts with questions.
+        eval_rows ([`PromptRows`], *optional*): Evaluation prompts with questions.
         eval_dataset ([`~datasets.Dataset`], *optional*): Evaluation prompts without questions, for reward functions of the user.
         model ([`UnifiedModel`]), processor ([`~transformers.ProcessorMixin`]): The policy.
         reward ([`DVReward`], *optional*): Reward of images whose prompts have questions, in training and in evaluations.
@@ -84,7 +87,7 @@ class TrainingRun:
     arguments: dict[str, Any]
     checkpoint: Path | None
     train_dataset: Dataset
-    eval_rows: Sequence[dict[str, Any]] | None
+    eval_rows: PromptRows | None
     eval_dataset: Dataset | None
     model: UnifiedModel
     processor: ProcessorMixin
@@ -211,6 +214,17 @@ def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
     }
 
 
+def warn_of_unknown_words(run: TrainingRun) -> None:
+    """Say which words of the prompts the model cannot read."""
+    prompts = list(run.train_dataset["prompt"])
+    prompts += [] if run.eval_rows is None else run.eval_rows.undecoded["prompt"]
+    prompts += [] if run.eval_dataset is None else run.eval_dataset["prompt"]
+    words = unknown_words(prompts, run.processor)
+    if words:
+        more = f" And {len(words) - NUM_NAMED_WORDS} more." if len(words) > NUM_NAMED_WORDS else ""
+        print(f"{unknown_words_warning(words[:NUM_NAMED_WORDS], run.processor)}{more}", flush=True)
+
+
 def describe_evaluation(run: TrainingRun) -> str:
     """What is evaluated before and after training, and by what; or why nothing is."""
     args = run.script_args
@@ -283,6 +297,7 @@ def train_between_evaluations(
     is_main = PartialState().is_main_process
     if is_main:
         print(banner("Training", run_facts(run, trainer)), flush=True)
+        warn_of_unknown_words(run)
     before = None if run.eval_rows is None else _evaluate_before(run, evaluations)
     if is_main:
         write_arguments(run.output_dir, run.arguments)

@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    assert set(style) <= {'ink', None}\n"
         "    return [ImageStat.Stat(image).mean[0] / 255 for image in images]\n"
     )
-    Path("prompts.csv").write_text("prompt,style\na red circle on a white background,ink\na blue square,\n")
+    Path("prompts.csv").write_text("prompt,style\na red circle on a white background,ink\na blue dog,\n")
     question = {"question": "is there a circle ?", "tag": "Existence"}
     row = {"prompt": "a red circle", "semantic_questions": [question], "quality_questions": []}
     Path("questions.jsonl").write_text(json.dumps(row) + "\n")
@@ -59,6 +59,7 @@ def test_prompts_without_questions_train_and_evaluate_by_own_rewards(capsys: pyt
     train(*OWN_REWARD, "--train_file", "prompts.csv", "--eval_file", "prompts.csv", "--eval_seeds", "2")
     printed = capsys.readouterr().out
     assert "judge" not in printed
+    assert printed.count("The model does not know these words") == printed.count("'dog'") == 1
     assert "  evaluation  2 prompts of prompts.csv x 2 seeds, by the rewards above\n" in printed
     # Fewer steps than `logging_steps` are logged, too.
     assert "\nstep 1/1  |  reward " in printed
