@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import RewardArguments
 
@@ -195,5 +196,7 @@ def main(args: GenerationArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([GenerationArguments], __doc__).parse_args_and_config()
-    main(arguments)
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([GenerationArguments], __doc__).parse_args_and_config()
+        main(arguments)
