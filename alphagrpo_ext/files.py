@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +113,7 @@ class FolderInUseError(RuntimeError):
 class _HeldLock:
     descriptor: int
     process: int
+    created: tuple[Path, ...]
     num_holders: int = 1
 
 
@@ -126,7 +127,7 @@ class FolderLock:
     have a lock service. A file system without locks is not protected, which is logged.
 
     Args:
-        folder (`str` or `Path`): The folder. It is created.
+        folder (`str` or `Path`): The folder. It is created, and removed at the release if it is still empty.
     """
 
     name = "run.lock"
@@ -146,10 +147,12 @@ class FolderLock:
         Raises:
             [`FolderInUseError`]: If another process holds it. The message names the folder and the process.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
         deadline = time.monotonic() + self.patience
         while True:
             with self._guard:
+                created = tuple(path for path in (folder, *folder.parents) if not path.exists())
+                folder.mkdir(parents=True, exist_ok=True)
                 held = self._held.get(self.path)
                 # A forked process has its parent's table, but not its locks.
                 if held is not None and held.process == os.getpid():
@@ -157,7 +160,7 @@ class FolderLock:
                     return
                 descriptor = self._open_locked()
                 if descriptor is not None:
-                    self._held[self.path] = _HeldLock(descriptor, os.getpid())
+                    self._held[self.path] = _HeldLock(descriptor, os.getpid(), created)
                     return
             if time.monotonic() > deadline:
                 raise FolderInUseError(
@@ -177,12 +180,19 @@ class FolderLock:
             # Before the lock is released, so that the file is never that of the next holder.
             self.path.unlink(missing_ok=True)
             os.close(held.descriptor)
+            with suppress(OSError):
+                for path in held.created:
+                    path.rmdir()
 
     def _open_locked(self) -> int | None:
         """A descriptor that holds the lock; `None` if another process has it."""
         import fcntl
 
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            # The holder before removed the folder, which it had left empty.
+            return None
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 
 
@@ -63,9 +64,10 @@ def main(args: ConversionArguments) -> None:
     from alphagrpo_ext.models.loading import load_model
     from alphagrpo_ext.models.saving import check_output_folder, save_model
 
-    # First, because loading takes minutes.
-    check_output_folder(args.output_dir)
-    model, processor = load_model(args.model_name_or_path, dtype=args.dtype, revision=args.revision)
+    with checking_input():
+        # First, because loading takes minutes.
+        check_output_folder(args.output_dir)
+        model, processor = load_model(args.model_name_or_path, dtype=args.dtype, revision=args.revision)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     if args.layout == "released":
@@ -76,5 +78,7 @@ def main(args: ConversionArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([ConversionArguments], __doc__).parse_args_and_config()
-    main(arguments)
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([ConversionArguments], __doc__).parse_args_and_config()
+        main(arguments)

@@ -41,9 +41,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from alphagrpo_ext.files import FileInUseError, atomic_path, read_json_lines
+from alphagrpo_ext.files import atomic_path, read_json_lines
 from alphagrpo_ext.ranges import PositiveInt
 from alphagrpo_ext.shapes.prompts import prompt_rows
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, failure_reason
 from reward_models.decomposition.record_file import RecordFile
@@ -262,8 +263,9 @@ def extend(records: RecordFile, decomposer: Decomposer, prompts: list[str], args
 
 def main(args: DecompositionArguments) -> int:
     """Decompose the prompts and return the exit code."""
-    prompts = load_input(args)
-    decomposer = DECOMPOSERS.get(args.decomposer).from_arguments(args)
+    with checking_input():
+        prompts = load_input(args)
+        decomposer = DECOMPOSERS.get(args.decomposer).from_arguments(args)
     if args.dry_run:
         return print_records(decomposer, prompts, args)
     records = RecordFile(args.output)
@@ -277,8 +279,7 @@ def main(args: DecompositionArguments) -> int:
 
 
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([DecompositionArguments], __doc__).parse_args_and_config()
-    try:
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([DecompositionArguments], __doc__).parse_args_and_config()
         sys.exit(main(arguments))
-    except FileInUseError as error:
-        sys.exit(str(error))

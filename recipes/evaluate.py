@@ -27,13 +27,12 @@ mode or round only adds what is new. With `accelerate launch`, several processes
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from alphagrpo_ext.files import FileInUseError
 from recipe_tools.evaluation.arguments import EvaluationArguments
 from recipe_tools.evaluation.stages import make_stages
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 
 
@@ -47,8 +46,9 @@ def main(args: EvaluationArguments) -> None:
 
     state = start_processes()
     skipped: list[str] | None = [] if args.skip_broken_rows else None
-    rows = load_rows(args.task, args.eval_file, args.num_eval_prompts, skipped)
-    stages = make_stages(args.task, args.modes, args.num_rounds)
+    with checking_input():
+        rows = load_rows(args.task, args.eval_file, args.num_eval_prompts, skipped)
+        stages = make_stages(args.task, args.modes, args.num_rounds)
     rows_digest = settings_digest(rows)
     models = list(dict.fromkeys(args.models))
     results = [entry for name in models for entry in evaluate_model(name, stages, rows, rows_digest, args)]
@@ -63,8 +63,7 @@ def main(args: EvaluationArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([EvaluationArguments], __doc__).parse_args_and_config()
-    try:
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([EvaluationArguments], __doc__).parse_args_and_config()
         main(arguments)
-    except FileInUseError as error:
-        sys.exit(str(error))

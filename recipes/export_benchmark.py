@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipe_tools.benchmark_export.arguments import ExportArguments
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 
 
@@ -112,16 +113,20 @@ def main(args: ExportArguments) -> None:
     from reward_models.benchmarks import BENCHMARKS
 
     state = start_processes()
-    benchmark: Benchmark = BENCHMARKS.get(args.benchmark)(args.model_label or model_label(args.model_name_or_path))
-    prompts = benchmark.prompts(args.prompts)
-    if args.height is not None:
-        benchmark.check_image_size(args.height, args.width)
-    broken = find_broken_rows(prompts)
-    if broken and not args.skip_broken_rows:
-        raise ValueError(f"{list_broken_rows(broken, args)}\nRepair them, or leave them out with --skip_broken_rows.")
-    good = (prompts[i] for i in range(len(prompts)) if i not in broken)
-    asked = prompts_with_questions(good, args) if args.judge != "none" else []
-    reward = early_reward([record for _, record in asked], args)
+    with checking_input():
+        label = args.model_label or model_label(args.model_name_or_path)
+        benchmark: Benchmark = BENCHMARKS.get(args.benchmark)(label)
+        prompts = benchmark.prompts(args.prompts)
+        if args.height is not None:
+            benchmark.check_image_size(args.height, args.width)
+        broken = find_broken_rows(prompts)
+        if broken and not args.skip_broken_rows:
+            raise ValueError(
+                f"{list_broken_rows(broken, args)}\nRepair them, or leave them out with --skip_broken_rows."
+            )
+        good = (prompts[i] for i in range(len(prompts)) if i not in broken)
+        asked = prompts_with_questions(good, args) if args.judge != "none" else []
+        reward = early_reward([record for _, record in asked], args)
     if state.is_main_process:
         claim_folder(args)
     state.wait_for_everyone()
@@ -136,5 +141,7 @@ def main(args: ExportArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([ExportArguments], __doc__).parse_args_and_config()
-    main(arguments)
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([ExportArguments], __doc__).parse_args_and_config()
+        main(arguments)

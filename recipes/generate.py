@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import RewardArguments
 
@@ -104,12 +105,13 @@ class GenerationArguments(RewardArguments, SamplingArguments):
 
 def load_prompt_rows(args: GenerationArguments) -> list[dict[str, Any]]:
     """Load the rows to paint. They have questions where a judge needs them."""
-    from reward_models.prompts.loading import load_prompts, load_requests
+    from reward_models.prompts.loading import load_prompts, load_unjudged_prompts
 
     if args.prompts:
         return [{"prompt": prompt} for prompt in args.prompts]
     if args.prompt_file and args.judge == "none":
-        return load_requests(args.prompt_file, args.prompt_column)
+        rows = load_unjudged_prompts(args.prompt_file, prompt_column=args.prompt_column)
+        return [{name: row[name] for name in ("prompt", "image") if row.get(name) is not None} for row in rows]
     return list(load_prompts(args.prompt_file, "evaluation", args.num_prompts, prompt_column=args.prompt_column))
 
 
@@ -202,5 +204,7 @@ def main(args: GenerationArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([GenerationArguments], __doc__).parse_args_and_config()
-    main(arguments)
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([GenerationArguments], __doc__).parse_args_and_config()
+        main(arguments)

@@ -30,6 +30,7 @@ from typing import Any
 
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.ranges import PositiveInt, check_ranges
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 
 
@@ -108,7 +109,8 @@ def main(args: OpenRLHFPromptArguments) -> None:
     # Here, so that `--help` does not import models.
     from reward_models.prompts.loading import load_prompts
 
-    dataset = load_prompts(args.prompt_file, args.split, args.num_prompts)
+    with checking_input():
+        dataset = load_prompts(args.prompt_file, args.split, args.num_prompts)
     source = args.prompt_file or f"shapes world, {args.split}"
     lines = [
         json.dumps(convert(row, args, f"{source}, row {index}"), ensure_ascii=False)
@@ -120,5 +122,7 @@ def main(args: OpenRLHFPromptArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([OpenRLHFPromptArguments], __doc__).parse_args_and_config()
-    main(arguments)
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([OpenRLHFPromptArguments], __doc__).parse_args_and_config()
+        main(arguments)

@@ -38,6 +38,8 @@ with without_garbage_collection():
 
     from alphagrpo_ext.trainer.config import AlphaGRPOConfig
     from alphagrpo_ext.trainer.resume.sole_writer import writes_alone
+    from recipe_tools.early_checks import check_arguments
+    from recipe_tools.input_errors import checking_input, input_errors_in_a_line
     from recipe_tools.recipe_arguments import RecipeParser
     from reward_models.arguments import PromptArguments
 
@@ -51,40 +53,43 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reasoning_t2i_shapes.yaml"
 
 @writes_alone
 def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
+    with checking_input():
+        check_arguments(script_args, training_args, model_args)
     # Here, so that `--help` does not import models and trainers.
     from recipe_tools import training
     from reward_models.evaluation.scores import scored_pairs
     from reward_models.evaluation.text_tables import comparison_table
 
-    run = training.prepare_run(script_args, training_args, model_args)
-    trainer = training.make_trainer(run, training.load_rewards(run))
+    with checking_input():
+        run = training.prepare_run(script_args, training_args, model_args)
+        trainer = training.make_trainer(run, training.load_rewards(run))
 
     def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
             return [training.evaluate_policy(run, policy, training_args.task, training_args.think, moment)]
 
-    results = training.train_between_evaluations(run, trainer, evaluations)
-    if results is None:
-        return
-    (before,), (after,) = results
-    training.save_scores(run, {"before": before.summary(), "after": after.summary()}, before, after)
-    training.save_picture(
-        run.output_dir / "before_after.png",
-        scored_pairs(before.samples, after.samples),
-        categories=list(before.categories),
-        headers=("before", "after"),
-        caption=lambda old, new: old.prompt,
-        prompt_rows=run.eval_rows,
-    )
-    table = comparison_table(before, after)
-    training.save_model_card(run, trainer, table, "before_after.png")
-    files = "Model, README.md, report.html, summary.json, metrics.jsonl and before_after.png"
-    print(f"\n{table}\n\n{files}: {run.output_dir}")
+    def save(before: list[Evaluation], after: list[Evaluation]) -> tuple[str, str]:
+        (old,), (new,) = before, after
+        training.save_scores(run, {"before": old.summary(), "after": new.summary()}, old, new)
+        training.save_picture(
+            run.output_dir / "before_after.png",
+            scored_pairs(old.samples, new.samples),
+            categories=list(old.categories),
+            headers=("before", "after"),
+            caption=lambda one, _: one.prompt,
+            prompt_rows=run.eval_rows,
+        )
+        return comparison_table(old, new), "before_after.png"
+
+    training.train_between_evaluations(run, trainer, evaluations, save)
 
 
 if __name__ == "__main__":
-    parser = RecipeParser([PromptArguments, AlphaGRPOConfig, ModelConfig], __doc__, DEFAULT_CONFIG)
-    main(*parser.parse_args_and_config())
+    with input_errors_in_a_line():
+        parser = RecipeParser([PromptArguments, AlphaGRPOConfig, ModelConfig], __doc__, DEFAULT_CONFIG)
+        with checking_input():
+            arguments = parser.parse_args_and_config()
+        main(*arguments)
 
     from recipe_tools.processes import end_processes
 

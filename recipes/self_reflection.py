@@ -39,6 +39,8 @@ with without_garbage_collection():
 
     from alphagrpo_ext.trainer.config import AlphaGRPOConfig
     from alphagrpo_ext.trainer.resume.sole_writer import writes_alone
+    from recipe_tools.early_checks import check_arguments
+    from recipe_tools.input_errors import checking_input, input_errors_in_a_line
     from recipe_tools.recipe_arguments import RecipeParser
     from reward_models.arguments import PromptArguments
 
@@ -102,6 +104,8 @@ def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, 
 
 @writes_alone
 def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
+    with checking_input():
+        check_arguments(script_args, training_args, model_args)
     # Here, so that `--help` does not import models and trainers.
     from alphagrpo_ext.rollout.task import PAINTING_TASK
     from recipe_tools import training
@@ -109,12 +113,12 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     from reward_models.evaluation.text_tables import refinement_table
     from reward_models.format import FORMATS
 
-    run = training.prepare_run(script_args, training_args, model_args)
-    if script_args.train_tasks:
-        run.train_dataset = assign_tasks(run.train_dataset, script_args.train_tasks)
-    trainer = training.make_trainer(
-        run, [*training.load_rewards(run), *(FORMATS.get(name)() for name in script_args.formats)]
-    )
+    with checking_input():
+        formats = [FORMATS.get(name)() for name in script_args.formats]
+        run = training.prepare_run(script_args, training_args, model_args)
+        if script_args.train_tasks:
+            run.train_dataset = assign_tasks(run.train_dataset, script_args.train_tasks)
+        trainer = training.make_trainer(run, [*training.load_rewards(run), *formats])
 
     def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
@@ -124,32 +128,30 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
             )
         return [initial, refined]
 
-    results = training.train_between_evaluations(run, trainer, evaluations)
-    if results is None:
-        return
-    before, after = results
-    training.save_scores(
-        run, {"before": summarize_refinement(*before), "after": summarize_refinement(*after)}, before[1], after[1]
-    )
-    initial, refined = after
-    training.save_picture(
-        run.output_dir / "refined.png",
-        [pair for pair in scored_pairs(initial.samples, refined.samples) if not pair[0].strict_pass],
-        categories=list(initial.categories),
-        headers=("flawed", "refined"),
-        caption=lambda old, new: f"{old.prompt} | {new.text}",
-        prompt_rows=run.eval_rows,
-        caption_width=420,
-    )
-    table = refinement_table({"before": before, "after": after})
-    training.save_model_card(run, trainer, table, "refined.png")
-    files = "Model, README.md, report.html, summary.json, metrics.jsonl and refined.png"
-    print(f"\n{table}\n\n{files}: {run.output_dir}")
+    def save(before: list[Evaluation], after: list[Evaluation]) -> tuple[str, str]:
+        summary = {"before": summarize_refinement(*before), "after": summarize_refinement(*after)}
+        training.save_scores(run, summary, before[1], after[1])
+        initial, refined = after
+        training.save_picture(
+            run.output_dir / "refined.png",
+            [pair for pair in scored_pairs(initial.samples, refined.samples) if not pair[0].strict_pass],
+            categories=list(initial.categories),
+            headers=("flawed", "refined"),
+            caption=lambda old, new: f"{old.prompt} | {new.text}",
+            prompt_rows=run.eval_rows,
+            caption_width=420,
+        )
+        return refinement_table({"before": before, "after": after}), "refined.png"
+
+    training.train_between_evaluations(run, trainer, evaluations, save)
 
 
 if __name__ == "__main__":
-    parser = RecipeParser([ReflectionArguments, AlphaGRPOConfig, ModelConfig], __doc__, DEFAULT_CONFIG)
-    main(*parser.parse_args_and_config())
+    with input_errors_in_a_line():
+        parser = RecipeParser([ReflectionArguments, AlphaGRPOConfig, ModelConfig], __doc__, DEFAULT_CONFIG)
+        with checking_input():
+            arguments = parser.parse_args_and_config()
+        main(*arguments)
 
     from recipe_tools.processes import end_processes
 

@@ -100,12 +100,17 @@ class PromptArguments(HoldoutArguments, RewardArguments):
         default=None,
         metadata={
             "help": "Training prompts with questions: a file of JSON lines, a JSON array, CSV or TSV (whose columns of questions "
-            "hold JSON lists) or a Parquet file, a folder, or a dataset. Default: prompts of the shapes world. "
+            "hold JSON lists) or a Parquet file, a folder, or a dataset. Without dvreward among the rewards, prompts need no "
+            "questions, and plain text is read, too. Default: prompts of the shapes world. "
             f"{describe_tags()}"
         },
     )
     eval_file: str | None = field(
-        default=None, metadata={"help": "Evaluation prompts with questions, in the formats of train_file."}
+        default=None,
+        metadata={
+            "help": "Evaluation prompts, as those of train_file. Default: prompts of the shapes world, or no evaluation if "
+            "there is a train_file."
+        },
     )
     prompt_column: str | None = field(
         default=None,
@@ -129,7 +134,8 @@ class PromptArguments(HoldoutArguments, RewardArguments):
         default_factory=lambda: ["dvreward"],
         metadata={
             "help": "Rewards of training: 'dvreward', or functions of your own as module:function, e.g. my_rewards:brightness "
-            "for my_rewards.py in this folder. --reward_weights weighs them. Evaluations use DVReward."
+            "for my_rewards.py in this folder. --reward_weights weighs them. Evaluations use DVReward where prompts have "
+            "questions, and these functions elsewhere."
         },
     )
     verbose_logs: bool = field(
@@ -144,6 +150,16 @@ class PromptArguments(HoldoutArguments, RewardArguments):
             )
         RewardArguments.__post_init__(self)
         HoldoutArguments.__post_init__(self)
+
+    @property
+    def trains_on_dvreward(self) -> bool:
+        """Whether training prompts need questions."""
+        return "dvreward" in self.reward
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run is evaluated. The shapes world would say nothing about training prompts of another kind."""
+        return bool(self.eval_seeds) and (self.eval_file is not None or self.train_file is None)
 
     @property
     def train_name(self) -> str:

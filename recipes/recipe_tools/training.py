@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import random
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +31,35 @@ from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.report.model_card import write_model_card
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
-from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback
+from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
+from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback, LastLogCallback, banner
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.contact_sheet import contact_sheet
+from recipe_tools.input_errors import checking_input
+from recipe_tools.own_rewards import evaluation_rewards, import_reward, rewards_table, set_evaluation
 from recipe_tools.processes import limit_threads, print_skipped
+from recipe_tools.run_folder import how_to_go_on, run_arguments, write_arguments
 from reward_models.arguments import PromptArguments
-from reward_models.dvreward import DVReward
+from reward_models.dvreward import DVReward, JudgeFailedError
 from reward_models.evaluation.evaluate import evaluate
 from reward_models.evaluation.page import make_report_comparison
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 from reward_models.evaluation.scores import first_failed_question
 from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import evaluate_once
-from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.loading import has_questions, load_prompts, load_unjudged_prompts
 from reward_models.prompts.questions import from_row
 from reward_models.prompts.rows import PromptRows
 
 
+SUMMARY_NAME = "summary.json"
+"""File of the scores before and after training."""
+NUM_NAMED_WORDS = 12
+"""Words that a model does not know and that are named."""
 NUM_PICTURED = 8
 """Prompts in the picture of a run, shared out to the categories."""
 
@@ -67,22 +73,27 @@ class TrainingRun:
         script_args ([`~reward_models.arguments.PromptArguments`]): Prompts, judge and evaluations.
         training_args ([`AlphaGRPOConfig`]): Arguments of the trainer.
         model_args ([`~trl.ModelConfig`]): Model and adapter.
+        arguments (`dict[str, Any]`): All of these as they were given; see [`run_arguments`].
         checkpoint (`Path`, *optional*): Where training continues.
-        train_dataset ([`~datasets.Dataset`]), eval_rows (`Sequence[dict[str, Any]]`): Prompts of both kinds.
+        train_dataset ([`~datasets.Dataset`]): Training prompts.
+        eval_rows ([`PromptRows`], *optional*): Evaluation prompts with questions.
+        eval_dataset ([`~datasets.Dataset`], *optional*): Evaluation prompts without questions, for reward functions of the user.
         model ([`UnifiedModel`]), processor ([`~transformers.ProcessorMixin`]): The policy.
-        reward ([`DVReward`]): Reward of images, in training and in evaluations.
+        reward ([`DVReward`], *optional*): Reward of images whose prompts have questions, in training and in evaluations.
         skipped (`list[str]`, *optional*): Rows that were left out because their image is broken, with what is broken.
     """
 
     script_args: PromptArguments
     training_args: AlphaGRPOConfig
     model_args: ModelConfig
+    arguments: dict[str, Any]
     checkpoint: Path | None
     train_dataset: Dataset
-    eval_rows: Sequence[dict[str, Any]]
+    eval_rows: PromptRows | None
+    eval_dataset: Dataset | None
     model: UnifiedModel
     processor: ProcessorMixin
-    reward: DVReward
+    reward: DVReward | None
     skipped: list[str] | None = None
 
     @property
@@ -93,17 +104,15 @@ class TrainingRun:
 def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> TrainingRun:
     """
     Load prompts, model and reward. What the judge cannot judge, and a judge that does not answer, is reported before the model is
-    loaded unless the judge needs one itself.
+    loaded unless the judge needs one itself. No judge is asked where there are no questions for it.
     """
     limit_threads()
     # First, so that a checkpoint that cannot be resumed is reported before anything is loaded.
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
+    arguments = run_arguments(script_args, training_args, model_args)
     skipped: list[str] | None = [] if script_args.skip_broken_rows else None
-    column = script_args.prompt_column
-    train_dataset = load_prompts(script_args.train_file, "train", script_args.num_train_prompts, skipped, column)
-    eval_rows = PromptRows(
-        load_prompts(script_args.eval_file, "evaluation", script_args.num_eval_prompts, skipped, column)
-    )
+    train_dataset = _load_train_prompts(script_args, skipped)
+    eval_rows, eval_dataset = _load_eval_prompts(script_args, skipped)
     attention = model_args.attn_implementation
     load_policy = functools.cache(
         functools.partial(
@@ -114,16 +123,37 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
         )
     )
     judged = {
-        **({script_args.train_name: train_dataset} if "dvreward" in script_args.reward else {}),
-        **({script_args.eval_name: eval_rows} if script_args.eval_seeds else {}),
+        **({script_args.train_name: train_dataset} if script_args.trains_on_dvreward else {}),
+        **({script_args.eval_name: eval_rows} if eval_rows is not None else {}),
     }
     sizes = [config.size for config in rollout_configs(training_args, [training_args.task, PAINTING_TASK]).values()]
     reward = script_args.make_checked_reward(judged, sizes, load_policy) if judged else None
     model, processor = load_policy()
-    reward = reward or script_args.make_reward((model, processor))
     return TrainingRun(
-        script_args, training_args, model_args, checkpoint, train_dataset, eval_rows, model, processor, reward, skipped
+        *(script_args, training_args, model_args, arguments, checkpoint),
+        *(train_dataset, eval_rows, eval_dataset, model, processor, reward, skipped),
     )
+
+
+def _load_train_prompts(args: PromptArguments, skipped: list[str] | None) -> Dataset:
+    if args.train_file is None or args.trains_on_dvreward:
+        return load_prompts(args.train_file, "train", args.num_train_prompts, skipped, args.prompt_column)
+    return load_unjudged_prompts(args.train_file, skipped, args.prompt_column)
+
+
+def _load_eval_prompts(args: PromptArguments, skipped: list[str] | None) -> tuple[PromptRows | None, Dataset | None]:
+    """Evaluation prompts with questions, or those without; none of both if there is no evaluation."""
+    if not args.evaluates:
+        return None, None
+    if args.eval_file is not None and not args.trains_on_dvreward:
+        found: list[str] | None = None if skipped is None else []
+        dataset = load_unjudged_prompts(args.eval_file, found, args.prompt_column)
+        if not has_questions(dataset):
+            if skipped is not None:
+                skipped += found
+            return None, dataset
+    rows = load_prompts(args.eval_file, "evaluation", args.num_eval_prompts, skipped, args.prompt_column)
+    return PromptRows(rows), None
 
 
 def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -> AlphaGRPOTrainer:
@@ -135,17 +165,20 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
     holdouts = run.script_args.make_holdout_callbacks(run.script_args.aggregation, (run.model, run.processor))
     for holdout in holdouts:
         holdout.reward.validate_named({f"hold-out judge, {run.script_args.train_name}": run.train_dataset})
+    if run.eval_dataset is not None:
+        set_evaluation(run.training_args, run.script_args.eval_seeds, run.script_args.eval_batch_size)
     trainer = AlphaGRPOTrainer(
         model=run.model,
         reward_funcs=list(reward_funcs),
         args=run.training_args,
         train_dataset=run.train_dataset,
+        eval_dataset=run.eval_dataset,
         processing_class=run.processor,
         peft_config=get_peft_config(run.model_args),
-        callbacks=[JsonLinesCallback(run.output_dir / "metrics.jsonl"), *holdouts],
+        callbacks=[JsonLinesCallback(run.output_dir / "metrics.jsonl"), LastLogCallback(), *holdouts],
     )
     if not run.script_args.verbose_logs:
-        ConsoleCallback("Training", run_facts(run, trainer)).attach(trainer)
+        ConsoleCallback().attach(trainer)
     return trainer
 
 
@@ -156,26 +189,9 @@ def load_rewards(run: TrainingRun) -> list[Callable[..., Any]]:
     Raises:
         `ValueError`: If a name is neither `"dvreward"` nor a function that can be imported.
     """
-    # Modules beside the command, as for `python -m`.
-    sys.path.insert(0, os.getcwd())
-    try:
-        return [run.reward if name == "dvreward" else _import_function(name) for name in run.script_args.reward]
-    finally:
-        sys.path.pop(0)
-
-
-def _import_function(name: str) -> Callable[..., Any]:
-    module, separator, function = name.rpartition(":") if ":" in name else name.rpartition(".")
-    if not separator:
-        raise ValueError(f"--reward {name}: give 'dvreward', or a function as module:function")
-    try:
-        value = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--reward {name}: {error}") from error
-    if not callable(value):
-        raise ValueError(f"--reward {name}: {function} is {type(value).__name__}, not a function")
+    found = [run.reward if name == "dvreward" else import_reward(name) for name in run.script_args.reward]
     # A class is made without arguments, as for a reward that keeps something between its calls.
-    return value() if isinstance(value, type) else value
+    return [value() if isinstance(value, type) else value for value in found]
 
 
 def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
@@ -184,15 +200,47 @@ def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     args = run.training_args
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    judge = f" (judge: {run.script_args.judge})" if run.script_args.trains_on_dvreward else ""
+    length = _count(args.max_steps, "step") if args.max_steps > 0 else _count(args.num_train_epochs, "epoch")
     return {
         "model": run.model_args.model_name_or_path,
         "trained": f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
         "task": args.task,
-        "rewards": f"{', '.join(trainer.reward_func_names)} (judge: {run.script_args.judge})",
-        "steps": f"{args.max_steps if args.max_steps > 0 else f'{args.num_train_epochs:g} epochs'} of {samples} samples",
+        "rewards": f"{', '.join(trainer.reward_func_names)}{judge}",
+        "length": f"{length} of {samples} samples each"
+        if args.max_steps > 0
+        else f"{length}, {samples} samples per step",
+        "evaluation": describe_evaluation(run),
         "output": run.output_dir,
         **({"report": run.output_dir / "report.html"} if args.report else {}),
     }
+
+
+def warn_of_unknown_words(run: TrainingRun) -> None:
+    """Say which words of the prompts the model cannot read."""
+    prompts = list(run.train_dataset["prompt"])
+    prompts += [] if run.eval_rows is None else run.eval_rows.undecoded["prompt"]
+    prompts += [] if run.eval_dataset is None else run.eval_dataset["prompt"]
+    words = unknown_words(prompts, run.processor)
+    if words:
+        more = f" And {len(words) - NUM_NAMED_WORDS} more." if len(words) > NUM_NAMED_WORDS else ""
+        print(f"{unknown_words_warning(words[:NUM_NAMED_WORDS], run.processor)}{more}", flush=True)
+
+
+def describe_evaluation(run: TrainingRun) -> str:
+    """What is evaluated before and after training, and by what; or why nothing is."""
+    args = run.script_args
+    if not args.evaluates:
+        return "none (give --eval_file)" if args.eval_seeds else "none (--eval_seeds 0)"
+    rows = run.eval_dataset if run.eval_rows is None else run.eval_rows
+    source = args.eval_file or "the shapes world"
+    scorer = "the rewards above" if run.eval_rows is None else f"DVReward (judge: {args.judge})"
+    num_seeds = args.eval_seeds if run.eval_rows is not None else run.training_args.num_generations_eval
+    return f"{_count(len(rows), 'prompt')} of {source} x {_count(num_seeds, 'seed')}, by {scorer}"
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def evaluate_policy(
@@ -229,50 +277,81 @@ def evaluate_policy(
 
 
 def train_between_evaluations(
-    run: TrainingRun, trainer: AlphaGRPOTrainer, evaluations: Callable[[str], list[Evaluation]]
-) -> tuple[list[Evaluation], list[Evaluation]] | None:
+    run: TrainingRun,
+    trainer: AlphaGRPOTrainer,
+    evaluations: Callable[[str], list[Evaluation]],
+    save: Callable[[list[Evaluation], list[Evaluation]], tuple[str, str]],
+) -> None:
     """
-    Evaluate, train, evaluate again, and save the model.
+    Evaluate, train, save the model, evaluate again, and write what there is to say about the run.
 
     Args:
         run ([`TrainingRun`]): The run. A resumed run does not repeat its first evaluation.
         trainer ([`AlphaGRPOTrainer`]): Its trainer.
         evaluations (`Callable[[str], list[Evaluation]]`): Evaluates the policy; its argument says when.
-
-    Returns:
-        `tuple`: Evaluations before and after training; `None` if there are none, and in all processes but the main one.
+        save (`Callable[[list[Evaluation], list[Evaluation]], tuple[str, str]]`):
+            Writes the files of the evaluations before and after training in the main process. It returns a table as text, and the
+            name of a picture.
     """
-    script_args, training_args, model_args = run.script_args, run.training_args, run.model_args
-    before = after = None
-    # First, so that a run that cannot go on leaves the evaluation of the one that it would resume.
-    trainer.resume.check_run(run.checkpoint)
-    if script_args.eval_seeds:
-        settings = settings_digest(
-            *(model_args.model_name_or_path, model_args.dtype, script_args, run.eval_rows),
-            rollout_configs(training_args, [training_args.task, PAINTING_TASK]),
-            *(training_args.task, training_args.think),
-        )
-        resuming = asks_to_resume(training_args.resume_from_checkpoint)
-        before = evaluate_once(
-            run.output_dir / "before_training", settings, resuming, lambda: evaluations("before training")
-        )
+    with checking_input():
+        # First, so that a run that cannot go on leaves the evaluation of the one that it would resume.
+        trainer.resume.check_run(run.checkpoint)
+    is_main = PartialState().is_main_process
+    if is_main:
+        print(banner("Training", run_facts(run, trainer)), flush=True)
+        warn_of_unknown_words(run)
+    before = None if run.eval_rows is None else _evaluate_before(run, evaluations)
+    if is_main:
+        write_arguments(run.output_dir, run.arguments)
+    _train(run, trainer)
+    trainer.save_model(run.output_dir)
+    after = None if before is None else evaluations("after training")
+    if run.eval_dataset is not None:
+        trainer.evaluate()
+    if not is_main:
+        return
+    print_skipped(run.skipped)
+    table = picture = None
+    if before is not None:
+        table, picture = save(before, after)
+    elif run.eval_dataset is not None:
+        rewards = evaluation_rewards(trainer.state.log_history)
+        write_text(run.output_dir / SUMMARY_NAME, json.dumps(rewards, indent=2) + "\n")
+        table = rewards_table(rewards)
+    _finish(run, trainer, table, picture)
+
+
+def _evaluate_before(run: TrainingRun, evaluations: Callable[[str], list[Evaluation]]) -> list[Evaluation]:
+    training_args, model_args = run.training_args, run.model_args
+    settings = settings_digest(
+        *(model_args.model_name_or_path, model_args.dtype, run.script_args, run.eval_rows),
+        rollout_configs(training_args, [training_args.task, PAINTING_TASK]),
+        *(training_args.task, training_args.think),
+    )
+
+    def announce_and_evaluate() -> list[Evaluation]:
+        if PartialState().is_main_process:
+            print(f"Before training: {describe_evaluation(run)}. --eval_seeds 0 skips evaluations.", flush=True)
+        return evaluations("before training")
+
+    resuming = asks_to_resume(training_args.resume_from_checkpoint)
+    return evaluate_once(run.output_dir / "before_training", settings, resuming, announce_and_evaluate)
+
+
+def _train(run: TrainingRun, trainer: AlphaGRPOTrainer) -> None:
     try:
         trainer.train(resume_from_checkpoint=run.checkpoint)
     except KeyboardInterrupt:
-        print(f"\n{how_to_go_on(run.output_dir)}")
+        print(f"\nInterrupted. {how_to_go_on(run.output_dir)}")
         # The status of a program that SIGINT ended.
         sys.exit(130)
-    if script_args.eval_seeds:
-        after = evaluations("after training")
-    trainer.save_model(run.output_dir)
-    if PartialState().is_main_process:
-        print_skipped(run.skipped)
-    return (before, after) if before is not None and PartialState().is_main_process else None
+    except JudgeFailedError as error:
+        raise JudgeFailedError(f"{error}. {how_to_go_on(run.output_dir)}") from error
 
 
-def save_model_card(run: TrainingRun, trainer: AlphaGRPOTrainer, table: str, picture: str) -> None:
-    """Write the model card of a run with a table of its evaluations and the name of its picture."""
-    prompt = run.eval_rows[0]["prompt"]
+def _finish(run: TrainingRun, trainer: AlphaGRPOTrainer, table: str | None, picture: str | None) -> None:
+    """Write the model card of a run, and print the table of its evaluations and its files."""
+    prompt = run.train_dataset[0]["prompt"] if run.eval_rows is None else run.eval_rows[0]["prompt"]
     write_model_card(
         run.output_dir,
         run.model_args.model_name_or_path,
@@ -283,25 +362,16 @@ def save_model_card(run: TrainingRun, trainer: AlphaGRPOTrainer, table: str, pic
         table=table,
         picture=picture,
     )
-
-
-def how_to_go_on(output_dir: Path) -> str:
-    """What somebody who interrupted a run can do next."""
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    if checkpoints:
-        return (
-            f"Interrupted. The last checkpoint is {checkpoints[-1]}: the same command with --resume_from_checkpoint last "
-            f"continues there."
-        )
-    return (
-        "Interrupted before the first checkpoint. With --save_strategy steps --save_steps 10 --resume_from_checkpoint last, "
-        "the same command starts a run and continues it."
-    )
+    names = ["README.md", *(["report.html"] if run.training_args.report else [])]
+    names += [*([SUMMARY_NAME] if table else []), *([picture] if picture else [])]
+    if table:
+        print(f"\n{table}")
+    print(f"\nModel, {', '.join(names)} and metrics.jsonl: {run.output_dir}", flush=True)
 
 
 def save_scores(run: TrainingRun, summary: dict[str, Any], before: Evaluation, after: Evaluation) -> None:
     """Write `summary.json` and, if the run has a report, the images before and after training into it."""
-    write_text(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(run.output_dir / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     if run.training_args.report:
         comparison = make_report_comparison(before, after, max_image_size=run.training_args.report_image_size)
         ReportStore(run.output_dir).save_comparison(comparison)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from reward_models.evaluation.samples import EvaluatedSample, samples_by_category
+from reward_models.evaluation.samples import EvaluatedSample, named_categories, samples_by_category
 from reward_models.evaluation.scores import NamedEvaluation, QuestionAnswer, answers_by_tag, scored_pairs
 from reward_models.evaluation.statistics import PairedDifference, holm_p_values, paired_difference
 from reward_models.prompts.questions import PromptRecord
@@ -90,7 +90,7 @@ def _group_differences(old: Sequence[EvaluatedSample], new: Sequence[EvaluatedSa
         _group_difference("all", "all", old, new),
         *(
             _group_difference("category", name, group, new_groups[name])
-            for name, group in samples_by_category(old).items()
+            for name, group in named_categories(old).items()
         ),
     ]
 

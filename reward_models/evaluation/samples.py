@@ -17,6 +17,10 @@ from reward_models.dvreward import Score
 from reward_models.files.image_files import load_image
 
 
+NO_CATEGORY = "all"
+"""Category of a prompt whose row names none."""
+
+
 @dataclass(frozen=True)
 class EvaluatedSample:
     """
@@ -25,7 +29,7 @@ class EvaluatedSample:
     Args:
         index (`int`): Row of the prompt.
         seed (`int`): Noise seed.
-        category (`str`): Category of the prompt.
+        category (`str`): Category of the prompt; `"all"` if its row names none.
         prompt, text (`str`): The prompt, and the thought.
         image (`PIL.Image.Image`, *optional*): The image, if it is kept in memory.
         reward (`float` or `None`): DVReward; `None` if the judge failed.
@@ -64,7 +68,7 @@ class EvaluatedSample:
         return cls(
             index=index,
             seed=seed,
-            category=row.get("category") or "all",
+            category=row.get("category") or NO_CATEGORY,
             prompt=str(row["prompt"]),
             text=text,
             image=image,
@@ -164,6 +168,12 @@ def samples_by_category(samples: Sequence[EvaluatedSample]) -> dict[str, list[Ev
     for sample in samples:
         groups.setdefault(sample.category, []).append(sample)
     return groups
+
+
+def named_categories(samples: Sequence[EvaluatedSample]) -> dict[str, list[EvaluatedSample]]:
+    """Group samples by category for a table that ends with all of them. There is no group if no row names a category."""
+    groups = samples_by_category(samples)
+    return {} if list(groups) == [NO_CATEGORY] else groups
 
 
 def gather_samples(samples: list[EvaluatedSample], round: int) -> Evaluation:

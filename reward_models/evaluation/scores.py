@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from alphagrpo_ext.report.records import REWARD_TOLERANCE
 from reward_models.dvreward import PASS_THRESHOLD
-from reward_models.evaluation.samples import EvaluatedSample, Evaluation, samples_by_category
+from reward_models.evaluation.samples import EvaluatedSample, Evaluation, named_categories
 from reward_models.evaluation.statistics import Estimate, bootstrap_mean, estimate_rate
 from reward_models.prompts.questions import PromptRecord, Question
 
@@ -164,7 +164,7 @@ def score_evaluation(evaluation: NamedEvaluation, records: Sequence[PromptRecord
         records (`Sequence[PromptRecord]`): The record of each row.
     """
     samples, initial = evaluation.evaluation.samples, evaluation.initial
-    groups = samples_by_category(samples)
+    groups = named_categories(samples)
     return EvaluationScores(
         model=evaluation.model,
         mode=evaluation.mode,

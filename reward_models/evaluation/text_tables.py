@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from alphagrpo_ext.report.records import REWARD_TOLERANCE
 from reward_models.evaluation.comparisons import ModelComparison
-from reward_models.evaluation.samples import CategoryScore, Evaluation
+from reward_models.evaluation.samples import CategoryScore, EvaluatedSample, Evaluation, named_categories
 from reward_models.evaluation.scores import EvaluationScores, RefinementScore
 from reward_models.evaluation.statistics import MIN_PROMPTS, Estimate, PairedDifference
 
@@ -128,23 +128,38 @@ def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
     for name, (initial, refined) in pairs.items():
         score = RefinementScore.from_evaluations(initial, refined)
         lines.append(
-            f"{name:<18}{score.num_pairs:>6}{_change(initial.total, refined.total)}"
+            f"{name:<18}{f'{score.num_pairs}{_few_prompts_mark(initial.samples)}':>6}"
+            f"{_change(initial.total, refined.total)}"
             f"{score.improved:>10.1%}{score.worsened:>10.1%}{score.unchanged:>11.1%}"
             f"{score.fixed:>8.1%}{score.broken:>8.1%}"
         )
-    return "\n".join([*lines, _STRICT_PASS_NOTE, _REFINEMENT_NOTE])
+    return _noted([*lines, _STRICT_PASS_NOTE, _REFINEMENT_NOTE], [initial.samples for initial, _ in pairs.values()])
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:
-    """Scores of two evaluations of the same rows, by category."""
+    """Scores of two evaluations of the same rows, by category, and a note about categories of few prompts."""
     header = f"{'category':<20}{'n':>6}{_CHANGE_HEADER}"
     rule = "-" * len(header)
+    groups = named_categories(before.samples)
     lines = [
-        f"{name:<20}{score.num_samples:>6}{_change(score, after.categories[name])}"
-        for name, score in before.categories.items()
+        f"{name:<20}{f'{old.num_samples}{_few_prompts_mark(samples)}':>6}{_change(old, new)}"
+        for name, samples, old, new in [
+            *((name, samples, before.categories[name], after.categories[name]) for name, samples in groups.items()),
+            ("all", before.samples, before.total, after.total),
+        ]
     ]
-    total = f"{'all':<20}{before.total.num_samples:>6}{_change(before.total, after.total)}"
-    return "\n".join([header, rule, *lines, rule, total, _STRICT_PASS_NOTE])
+    table = [header, rule, *lines[:-1], *([rule] if groups else []), lines[-1], _STRICT_PASS_NOTE]
+    return _noted(table, [before.samples, *groups.values()])
+
+
+def _few_prompts_mark(samples: Sequence[EvaluatedSample]) -> str:
+    num_prompts = len({sample.index for sample in samples if sample.reward is not None})
+    return FEW_PROMPTS_MARK if 0 < num_prompts < MIN_PROMPTS else ""
+
+
+def _noted(lines: Sequence[str], groups: Sequence[Sequence[EvaluatedSample]]) -> str:
+    note = f"{FEW_PROMPTS_MARK} fewer than {MIN_PROMPTS} prompts: too few to tell a change from chance"
+    return "\n".join([*lines, *([note] if any(map(_few_prompts_mark, groups)) else [])])
 
 
 def _change(old: CategoryScore, new: CategoryScore) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+_FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".yaml", ".yml")
+
 FileKind = Literal["json lines", "json array", "parquet", "table", "text"]
 
 
@@ -53,6 +55,21 @@ def file_kind(path: Path) -> FileKind:
     if path.suffix.lower() in (".csv", ".tsv") or table_delimiter(path) is not None:
         return "table"
     return "json lines" if path.suffix in (".jsonl", ".json") else "text"
+
+
+def is_dataset_name(source: str) -> bool:
+    """
+    Whether the source of prompts is the name of a dataset (`name` or `owner/name`) and not a path.
+
+    Raises:
+        `FileNotFoundError`: If it looks like a path, and does not exist.
+    """
+    if os.path.exists(source):
+        return False
+    parts = source.split("/")
+    if len(parts) > 2 or "" in parts or source[0] in ".~" or Path(source).suffix in _FILE_SUFFIXES:
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    return True
 
 
 def decompose_command(source: str, prompt_column: str | None = None) -> str:

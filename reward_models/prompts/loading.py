@@ -5,34 +5,33 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
+from pyarrow import ArrowException
 
 from alphagrpo_ext.files import read_text
-from alphagrpo_ext.image_rows import (
-    RowImage,
-    broken_images,
-    refuse_broken_images,
-    refuse_images_column,
-    undecoded_images,
-)
-from alphagrpo_ext.images import read_image
+from alphagrpo_ext.image_rows import RowImage, broken_images, refuse_broken_images, refuse_images_column
 from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.shapes.prompts import build_dataset
-from reward_models.prompts.files import decompose_command, file_kind, prompt_field, read_rows, read_saved_dataset
+from reward_models.prompts.files import (
+    decompose_command,
+    file_kind,
+    is_dataset_name,
+    prompt_field,
+    read_rows,
+    read_saved_dataset,
+)
 from reward_models.prompts.questions import PromptRecord, check_own_tags, from_row
-from reward_models.prompts.tables import read_prompt_column, read_table_rows
+from reward_models.prompts.tables import read_prompt_column, read_text_rows
 from reward_models.prompts.tags import TAGS
 
 
 logger = logging.getLogger(__name__)
 
-_FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".yaml", ".yml")
 FAILED_SUFFIX = ".failed.jsonl"
 """Suffix of the file that lists the prompts that could not be decomposed. It is beside the file of records."""
 
@@ -109,6 +108,93 @@ def load_prompts(
     return _with_readable_images(dataset, file, places, skipped)
 
 
+def load_unjudged_prompts(file: str, skipped: list[str] | None = None, prompt_column: str | None = None) -> Dataset:
+    """
+    Load prompts for reward functions that ask no questions.
+
+    Args:
+        file (`str`):
+            A file, a folder, or the name of a dataset, in the formats of [`load_prompts`] and of [`read_prompts`]. Other columns
+            than the prompt may have any values; those of CSV and TSV are texts. `task`, `category` and `image` are as in
+            [`load_prompts`].
+        skipped (`list[str]`, *optional*), prompt_column (`str`, *optional*): As in [`load_prompts`].
+
+    Returns:
+        `datasets.Dataset`: The column `prompt`, and the other columns as they are. Every row of the file is in it, in order.
+
+    Raises:
+        `FileNotFoundError`: If `file` is a path that does not exist.
+        `ValueError`: If a prompt is missing or malformed, if an image cannot be read, if a column has values of several types,
+            or if there are no rows. The message names the file and the line, or the dataset and the row.
+    """
+    path = Path(file)
+    if _holds_texts(path):
+        _refuse_column_of_text(file, prompt_column)
+        rows = [(str(text), {"prompt": _one_prompt(text)}) for text in sorted(path.glob("*.txt"))]
+        dataset = _columns_dataset(rows, file)
+    elif (dataset := _dataset(file)) is not None:
+        dataset = _with_prompt_column(dataset, file, prompt_column)
+        if not len(dataset):
+            raise ValueError(f"dataset {file} has no records")
+        rows = [(f"dataset {file}, row {i}", {"prompt": prompt}) for i, prompt in enumerate(dataset["prompt"])]
+        dataset = _with_extra_features(dataset, file)
+    else:
+        rows = [found for path in _files(file) for found in _unjudged_rows(path, prompt_column)]
+        dataset = _columns_dataset(rows, file)
+    for where, row in rows:
+        _check_prompt(row["prompt"], where)
+    return _with_readable_images(dataset, file, [where for where, _ in rows], skipped)
+
+
+def has_questions(dataset: Dataset) -> bool:
+    """Whether a row of [`load_unjudged_prompts`] has a question that a judge could be asked."""
+    columns = [dataset[name] for name in TAGS if name in dataset.column_names]
+    return any(questions not in (None, "") and str(questions) != "[]" for column in columns for questions in column)
+
+
+def _unjudged_rows(path: Path, prompt_column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    kind = file_kind(path)
+    if kind == "text":
+        yield from ((where, {"prompt": line.strip()}) for where, line in _prompts_of_file(path, prompt_column))
+        return
+    for where, row in read_text_rows(path, prompt_column) if kind == "table" else read_rows(path):
+        if kind == "json array" and prompt_column is None and isinstance(row, str):
+            yield where, {"prompt": row}
+            continue
+        if kind != "table":
+            row = _with_prompt(row, where, prompt_column)
+        prompt = prompt_field(row, where)
+        others = {name: value for name, value in row.items() if name not in ("prompt", "Prompt")}
+        _check_extra_texts(row, where)
+        if (image := _image_path(row.get("image"), where, path.parent)) is not None:
+            others["image"] = image
+        yield where, {"prompt": prompt, **others}
+
+
+def _check_prompt(prompt: Any, where: str) -> None:
+    try:
+        prompt_text(prompt)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _columns_dataset(rows: Sequence[tuple[str, Mapping[str, Any]]], file: str) -> Dataset:
+    """A dataset of all columns that a row has; where another row does not have one, its value is `None`."""
+    if not rows:
+        raise ValueError(f"{file} has no records")
+    columns = []
+    for name in dict.fromkeys(name for _, row in rows for name in row):
+        values = [row.get(name) for _, row in rows]
+        feature = EXTRA_FEATURES.get(name)
+        if feature is not None and all(value is None for value in values):
+            continue
+        try:
+            columns.append(Dataset.from_dict({name: values}, Features({name: feature}) if feature else None))
+        except (ArrowException, TypeError, OverflowError) as error:
+            raise ValueError(f"{file}: the values of '{name}' are not all of one type ({error})") from error
+    return concatenate_datasets(columns, axis=1)
+
+
 def _file_dataset(rows: Sequence[_FileRow], file: str) -> Dataset:
     dataset = _records_dataset([row.record for row in rows], file)
     columns = {name: [getattr(row, name) for row in rows] for name in EXTRA_FEATURES}
@@ -164,10 +250,9 @@ def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
             a file has another format, the message names it.
     """
     path = Path(source)
-    texts = sorted(path.glob("*.txt")) if path.is_dir() else []
-    if texts and len(texts) == sum(file.is_file() and not file.name.startswith(".") for file in path.iterdir()):
+    if _holds_texts(path):
         _refuse_column_of_text(source, prompt_column)
-        found = [(str(file), _one_prompt(file)) for file in texts]
+        found = [(str(file), _one_prompt(file)) for file in sorted(path.glob("*.txt"))]
     elif (dataset := _dataset(source, folders=True)) is not None:
         dataset = _with_prompt_column(dataset, source, prompt_column)
         found = [(f"dataset {source}, row {index}", prompt) for index, prompt in enumerate(dataset["prompt"])]
@@ -177,62 +262,6 @@ def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
     if not prompts:
         raise ValueError(f"{source} has no prompts")
     return prompts
-
-
-def load_requests(source: str, prompt_column: str | None = None) -> list[dict[str, Any]]:
-    """
-    Load prompts to paint, which need no questions, and the images that rows have beside them.
-
-    Args:
-        source (`str`): As in [`load_prompts`], or a file of plain text with one prompt per line.
-        prompt_column (`str`, *optional*): Name of the column or field of prompts, if it has another one.
-
-    Returns:
-        `list[dict[str, Any]]`: All rows in order, with a `prompt`, a text without surrounding blanks or a conversation, and with an
-        `image`, decoded by [`~alphagrpo_ext.images.read_image`], where the row has one.
-
-    Raises:
-        `FileNotFoundError`: If `source` is a path that does not exist.
-        `ValueError`: If a prompt is missing, blank or malformed, if an image cannot be read, or if there are no rows. The message
-            names the place. If a file has another format, the message names it.
-    """
-    if (dataset := _dataset(source)) is not None:
-        dataset = undecoded_images(_with_prompt_column(dataset, source, prompt_column))
-        rows = [(f"dataset {source}, row {index}", row, Path()) for index, row in enumerate(dataset)]
-    else:
-        rows = [
-            (where, row, path.parent)
-            for path in _files(source)
-            for where, row in _requests_of_file(path, prompt_column)
-        ]
-    if not rows:
-        raise ValueError(f"{source} has no prompts")
-    return [_request(row, where, folder) for where, row, folder in rows]
-
-
-def _requests_of_file(path: Path, prompt_column: str | None) -> Iterable[tuple[str, Any]]:
-    kind = file_kind(path)
-    if kind == "text":
-        return [(where, {"prompt": prompt}) for where, prompt in _prompts_of_file(path, prompt_column)]
-    rows = read_table_rows(path, prompt_column) if kind == "table" else read_rows(path)
-    return (
-        (where, {"prompt": row} if isinstance(row, str) else _with_prompt(row, where, prompt_column))
-        for where, row in rows
-    )
-
-
-def _request(row: Any, where: str, folder: Path) -> dict[str, Any]:
-    prompt = prompt_field(row, where)
-    refuse_images_column(row, where)
-    image = row.get("image")
-    if not (isinstance(image, Mapping) and image.get("bytes") is not None):
-        image = _image_path(image, where, folder)
-    try:
-        prompt_text(prompt)
-        request = {"prompt": prompt.strip() if isinstance(prompt, str) else prompt}
-        return request if image is None else {**request, "image": read_image(image)}
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def _prompts_of_file(path: Path, prompt_column: str | None) -> list[tuple[str, Any]]:
@@ -255,6 +284,12 @@ def _prompts_of_file(path: Path, prompt_column: str | None) -> list[tuple[str, A
     ]
 
 
+def _holds_texts(path: Path) -> bool:
+    """Whether a path is a folder of files `*.txt`, and of nothing else."""
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+    return bool(files) and all(file.suffix == ".txt" for file in files if not file.name.startswith("."))
+
+
 def _one_prompt(file: Path) -> str:
     file_kind(file)
     return read_text(file).replace("\r\n", "\n")
@@ -262,23 +297,13 @@ def _one_prompt(file: Path) -> str:
 
 def _dataset(source: str, folders: bool = False) -> Dataset | None:
     """A dataset that is saved or has a name, and with `folders` also what any folder holds; `None` for other sources."""
-    if _is_dataset_name(source):
+    if is_dataset_name(source):
         return _load_train_split(source)
     if (saved := read_saved_dataset(source)) is not None:
         return saved
     path = Path(source)
     is_parquet = path.is_dir() and not any(path.glob("*.jsonl")) and any(path.rglob("*.parquet"))
     return _load_train_split(source) if is_parquet or folders and path.is_dir() else None
-
-
-def _is_dataset_name(source: str) -> bool:
-    """Whether the source is the name of a dataset (`name` or `owner/name`) and not a path."""
-    if os.path.exists(source):
-        return False
-    parts = source.split("/")
-    if len(parts) > 2 or "" in parts or source[0] in ".~" or Path(source).suffix in _FILE_SUFFIXES:
-        raise FileNotFoundError(f"there is no file or folder {source}")
-    return True
 
 
 def _load_train_split(name: str) -> Dataset:
@@ -346,11 +371,15 @@ def _file_row(row: Any, where: str, path: Path, prompt_column: str | None) -> _F
             raise ValueError(f"{where} has no 'prompt'; its fields are {list(row)}. --prompt_column names another")
     record = from_row(row, where)
     refuse_images_column(row, where)
+    _check_extra_texts(row, where)
+    image = _image_path(row.get("image"), where, path.parent)
+    return _FileRow(record, row.get("task"), image, row.get("category"), where)
+
+
+def _check_extra_texts(row: Mapping[str, Any], where: str) -> None:
     for name in ("task", "category"):
         if not isinstance(row.get(name), str | None):
             raise ValueError(f"{where}: {name} must be a string, got {row[name]!r}")
-    image = _image_path(row.get("image"), where, path.parent)
-    return _FileRow(record, row.get("task"), image, row.get("category"), where)
 
 
 def _image_path(image: Any, where: str, folder: Path) -> str | None:
@@ -378,15 +407,22 @@ def _with_records(dataset: Dataset, name: str, prompt_column: str | None) -> Dat
         raise ValueError(f"dataset {name} has no records")
     check_own_tags((f"dataset {name}, row {index}", record) for index, record in enumerate(records))
     extras = dataset.select_columns([column for column in EXTRA_FEATURES if column in dataset.column_names])
-    for column, feature in extras.features.items():
-        if not isinstance(feature, _CASTABLE[column]):
-            raise ValueError(
-                f"dataset {name}: column '{column}' must be of type {EXTRA_FEATURES[column]}, but is {feature}"
-            )
-        if feature != EXTRA_FEATURES[column]:
-            extras = extras.cast_column(column, EXTRA_FEATURES[column])
+    extras = _with_extra_features(extras, name)
     checked = _records_dataset(records, f"dataset {name}")
     return concatenate_datasets([checked, extras], axis=1) if extras.column_names else checked
+
+
+def _with_extra_features(dataset: Dataset, name: str) -> Dataset:
+    """A dataset whose columns of [`EXTRA_FEATURES`], if it has them, are of these types."""
+    for column, wanted in EXTRA_FEATURES.items():
+        if column not in dataset.column_names:
+            continue
+        feature = dataset.features[column]
+        if not isinstance(feature, _CASTABLE[column]):
+            raise ValueError(f"dataset {name}: column '{column}' must be of type {wanted}, but is {feature}")
+        if feature != wanted:
+            dataset = dataset.cast_column(column, wanted)
+    return dataset
 
 
 def _records_dataset(records: Sequence[PromptRecord], source: str) -> Dataset:

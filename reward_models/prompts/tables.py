@@ -89,6 +89,32 @@ def read_table_rows(path: Path, prompt_column: str | None = None) -> Iterator[tu
     )
 
 
+def read_text_rows(path: Path, prompt_column: str | None = None) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """
+    Read the rows of a CSV or TSV file, and all of their cells as text.
+
+    Args:
+        path (`Path`): The file.
+        prompt_column (`str`, *optional*): As in [`read_prompt_column`].
+
+    Yields:
+        `tuple[str, dict[str, str | None]]`: The name of each row for error messages, and its cells by the names of the header.
+            The prompt has the name `prompt`; a blank cell is `None`.
+
+    Raises:
+        `ValueError`: As in [`read_prompt_column`], or if a column is there twice.
+    """
+    table = _Table(path, prompt_column)
+    prompt = table.prompt_place(prompt_column)
+    # Names as they are written, because a reward function has them as its arguments.
+    names = [cell.strip() for cell in table.header]
+    for name in names:
+        table.place(name.casefold())
+    for where, cells in table.rows():
+        others = {name: cell.strip() or None for name, cell in zip(names, cells, strict=True) if name}
+        yield where, {**others, "prompt": cells[prompt]}
+
+
 class _Table:
     """A table whose header is read at once, and whose rows are read later."""
 

@@ -217,7 +217,7 @@ def test_a_torn_line_is_written_anew(tmp_path: Path) -> None:
 def test_two_runs_cannot_write_to_one_file(tmp_path: Path) -> None:
     output = tmp_path / "q.jsonl"
     with RecordFile(output):
-        assert "another process writes to" in run("--output", output, "--limit", "5", code=1)
+        assert "another process writes to" in run("--output", output, "--limit", "5", code=2)
         assert output.read_bytes() == b""
     run("--output", output, "--limit", "5")
     assert len(prompts_in(output)) == 5
@@ -286,7 +286,7 @@ def test_a_run_that_only_fails_stops(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_named(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    assert message in run(*arguments, code=1, cwd=tmp_path)
+    assert f"decompose_prompts.py: error: {message}" in run(*arguments, code=2, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from alphagrpo_ext.report.model_card import write_model_card
-from recipe_tools.training import how_to_go_on, load_rewards
+from recipe_tools.run_folder import how_to_go_on
+from recipe_tools.training import load_rewards
 
 
 def test_rewards_are_imported_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +37,7 @@ def test_rewards_are_imported_from_the_working_folder(tmp_path: Path, monkeypatc
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
-    assert how_to_go_on(tmp_path).startswith("Interrupted before the first checkpoint.")
+    assert how_to_go_on(tmp_path).startswith("There is no checkpoint yet. With --save_strategy steps")
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert f"{tmp_path / 'checkpoint-10'}: the same command with --resume_from_checkpoint last" in how_to_go_on(

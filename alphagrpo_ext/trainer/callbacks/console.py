@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What a run says on the terminal: a banner when training begins, and one line per log.
+What a run says on the terminal: a banner, and one line per log.
 
 A log of the trainer has about 60 metrics. The console shows those that tell whether a run is healthy; `metrics.jsonl` and
 trackers get all of them.
@@ -13,7 +13,16 @@ import sys
 import time
 from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    IntervalStrategy,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 
@@ -60,18 +69,21 @@ def _metric(logs: dict[str, Any], name: str) -> Any:
     return logs[name] if name in logs else next((v for key, v in logs.items() if key.endswith(f"/{name}")), None)
 
 
+class LastLogCallback(TrainerCallback):
+    """Logs the last steps of a run, too, if there are fewer than `logging_steps` of them."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+
+
 class ConsoleCallback(ProgressCallback):
-    """
-    Shows a banner, a progress bar, and one line per log instead of all metrics.
+    """Shows a progress bar, where there is a terminal, and one line per log instead of all metrics."""
 
-    Args:
-        title (`str`): First line of the banner.
-        facts (`dict[str, Any]`): Facts about the run, for the banner.
-    """
-
-    def __init__(self, title: str, facts: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.title, self.facts = title, facts
         self._first = self._last = (0.0, 0)
 
     def attach(self, trainer: Trainer) -> None:
@@ -84,12 +96,18 @@ class ConsoleCallback(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            sys.stdout.write(banner(self.title, self.facts) + "\n")
         self._first = self._last = (time.perf_counter(), state.global_step)
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.disable = args.disable_tqdm or not sys.stderr.isatty()
+        self.current_step = 0
+        if state.is_world_process_zero:
+            # A bar in a file would be a line that the next one is glued to.
+            disable = args.disable_tqdm or not sys.stderr.isatty()
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=disable)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.disable_tqdm and sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, **kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,7 +117,8 @@ class ConsoleCallback(ProgressCallback):
         left = state.max_steps - state.global_step
         if state.is_world_process_zero and state.global_step == step + 2 and left > 0:
             seconds = (time.perf_counter() - then) / 2
-            self._say(f"{seconds:.1f} s per step: about {seconds * left / 60:.1f} min for the other {left} steps")
+            others = f"other {left} steps" if left > 1 else "last step"
+            self._say(f"{seconds:.1f} s per step: about {seconds * left / 60:.1f} min for the {others}")
 
     def _say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -117,8 +136,12 @@ class ConsoleCallback(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_reward" in logs:
+            self._say(f"evaluation after step {state.global_step}  |  reward {logs['eval_reward']:.3f}")
         # The last log of a run has its total time and no reward.
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if "loss" not in logs:
             return
         now, (then, step) = time.perf_counter(), self._last
         seconds = (now - then) / (state.global_step - step) if state.global_step > step else None

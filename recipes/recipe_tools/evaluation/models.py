@@ -20,6 +20,7 @@ from alphagrpo_ext.rollout.task import TASKS
 from alphagrpo_ext.shapes.editing import editing_rows
 from recipe_tools.evaluation.arguments import EvaluationArguments
 from recipe_tools.evaluation.stages import EDITING, EvaluationStage
+from recipe_tools.input_errors import checking_input
 from recipe_tools.processes import load_policy
 from reward_models.evaluation.evaluate import evaluate, share_of_work
 from reward_models.evaluation.samples import Evaluation
@@ -72,7 +73,7 @@ def evaluate_model(
     configs = {stage.task: args.rollout(args.image_size, args.image_size, stage.task) for stage in stages}
     sizes = [config.size for config in configs.values()]
     named_rows = {f"eval_file {args.eval_file}": rows.undecoded if isinstance(rows, PromptRows) else rows}
-    checked_reward = functools.cache(lambda: args.make_checked_reward(named_rows, sizes, policy))
+    checked_reward = functools.cache(checking_input()(lambda: args.make_checked_reward(named_rows, sizes, policy)))
     settings = [
         *(checkpoint_fingerprint(name), args.dtype, rows_digest, args.answer_settings()),
         *(args.eval_seeds, args.batch_size),

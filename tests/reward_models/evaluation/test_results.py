@@ -3,6 +3,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from reward_models.evaluation.results import save_results
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 from reward_models.evaluation.scores import NamedEvaluation, first_failed_question, score_evaluation
 from reward_models.evaluation.statistics import bootstrap_mean, holm_p_values, paired_difference
-from reward_models.evaluation.text_tables import difference_table, overall_line, score_table, table_legend
+from reward_models.evaluation.text_tables import (
+    comparison_table,
+    difference_table,
+    overall_line,
+    refinement_table,
+    score_table,
+    table_legend,
+)
 from reward_models.prompts.questions import PromptRecord, Question
 
 
@@ -224,6 +232,18 @@ def test_the_legend_explains_what_occurs() -> None:
     fewer = score_evaluation(replace(named, evaluation=Evaluation(samples[1:])), records)
     assert "\n*               fewer than 20 prompts" in table_legend([fewer], [])
     assert "19*" in score_table(fewer).splitlines()[-1].split()
+
+
+def test_rows_without_categories_have_one_line_for_all(tmp_path: Path) -> None:
+    old, new = (Evaluation([replace(s, category="all") for s in part.samples]) for part in (OLD, NEW))
+    tables = save_results(
+        tmp_path, [NamedEvaluation(name, "thought", e) for name, e in (("a", old), ("b", new))], RECORDS, {}
+    )
+    # Two evaluations and their difference.
+    assert len(re.findall(r"\ball +\d", tables)) == 3
+    assert comparison_table(old, new).splitlines()[2].split()[:2] == ["all", "5*"]
+    for table in (comparison_table(old, new), refinement_table({"before": (old, new)})):
+        assert table.splitlines()[-1] == "* fewer than 20 prompts: too few to tell a change from chance"
 
 
 FORMULAS = [

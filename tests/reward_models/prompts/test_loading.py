@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 
 from alphagrpo_ext.image_rows import RowImage
-from reward_models.prompts.loading import load_prompts, load_requests, read_prompts
+from reward_models.prompts.loading import has_questions, load_prompts, load_unjudged_prompts, read_prompts
 from reward_models.prompts.questions import from_row, validate_dataset
 
 
@@ -264,59 +264,81 @@ def test_a_side_without_questions_has_the_same_type(tmp_path: Path) -> None:
     assert dataset.features["quality_questions"] == dataset.features["semantic_questions"]
 
 
-class TestRequests:
-    @pytest.mark.parametrize(
-        ("name", "content"),
-        [
-            ("p.txt", "a cat\n\n a dog \na cat\n"),
-            ("p.csv", "Prompt,size\na cat,1\na dog,2\na cat,3\n"),
-            ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a dog", "semantic_questions": []}\n{"Prompt": "a cat"}\n'),
-            ("p.json", '["a cat", "a dog", "a cat"]'),
-        ],
-    )
-    def test_prompts_need_no_questions_and_may_be_equal(self, name: str, content: str, tmp_path: Path) -> None:
-        (tmp_path / name).write_text(content)
-        assert load_requests(str(tmp_path / name)) == [{"prompt": p} for p in ("a cat", "a dog", "a cat")]
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("a.jsonl", '{"prompt": "a cat", "style": "ink"}\n{"prompt": "a dog", "n": 2}\n', [("ink", None), (None, 2)]),
+        ("a.json", '["a cat", "a dog"]', [(None, None)] * 2),
+        ("a.json", '[{"Prompt": "a cat", "semantic_questions": []}, {"Prompt": "a dog"}]', [(None, None)] * 2),
+        ("a.csv", "style,prompt,n\nink,a cat,\n,a dog,2\n", [("ink", None), (None, "2")]),
+        ("a.csv", "prompt\na cat\na dog\n", [(None, None)] * 2),
+        ("a.txt", "a cat\n\na dog\n", [(None, None)] * 2),
+    ],
+)
+def test_rows_without_questions_keep_their_columns(
+    tmp_path: Path, name: str, text: str, rows: list[tuple[Any, Any]]
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    dataset = load_unjudged_prompts(str(path))
+    assert dataset["prompt"][:] == ["a cat", "a dog"]
+    assert [(row.get("style"), row.get("n")) for row in dataset] == rows
+    assert not has_questions(dataset)
 
-    @pytest.mark.parametrize(
-        ("name", "content"),
-        [
-            ("p.csv", "prompt,image\na cat,red.png\na dog,\n"),
-            ("p.jsonl", '{"prompt": "a cat", "image": "red.png"}\n{"prompt": "a dog"}\n'),
-        ],
-    )
-    def test_images_beside_prompts_are_read(self, name: str, content: str, tmp_path: Path) -> None:
-        make_image(tmp_path / "red.png", "red")
-        (tmp_path / name).write_text(content)
-        cat, dog = load_requests(str(tmp_path / name))
-        assert cat["image"].getpixel((0, 0)) == (255, 0, 0)
-        assert dog == {"prompt": "a dog"}
 
-    def test_saved_dataset(self, tmp_path: Path) -> None:
-        image = str(make_image(tmp_path / "red.png", "red"))
-        dataset = Dataset.from_dict({"caption": ["a cat", "a dog"], "image": [image, None]}).cast_column(
-            "image", Image()
-        )
-        dataset.save_to_disk(tmp_path / "saved")
-        dataset.to_parquet(tmp_path / "rows.parquet")
-        for source in ("saved", "rows.parquet"):
-            cat, dog = load_requests(str(tmp_path / source), "caption")
-            assert (cat["prompt"], cat["image"].size, dog) == ("a cat", (4, 4), {"prompt": "a dog"})
+def test_datasets_without_questions_keep_their_columns(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in (1, 2):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"prompt {number}")
+    assert load_unjudged_prompts(str(tmp_path / "texts"))["prompt"][:] == ["prompt 1", "prompt 2"]
+    Dataset.from_dict({"caption": ["a", "a"], "style": ["x", "y"]}).to_parquet(tmp_path / "a.parquet")
+    dataset = load_unjudged_prompts(str(tmp_path / "a.parquet"), prompt_column="caption")
+    assert list(dataset) == [{"prompt": "a", "style": "x"}, {"prompt": "a", "style": "y"}]
 
-    def test_conversations_stay_as_they_are(self, tmp_path: Path) -> None:
-        row = {"prompt": [{"role": "user", "content": "a cat"}]}
-        assert load_requests(write_rows(tmp_path / "p.jsonl", row)) == [row]
 
-    @pytest.mark.parametrize(
-        ("row", "message"),
-        [
-            ({"text": "a cat"}, "line 1 has no field 'prompt'"),
-            ({"prompt": " "}, "line 1: prompt is empty"),
-            ({"prompt": 3}, "line 1: prompt must be a string or a list of messages"),
-            ({"prompt": "a cat", "image": "no.png"}, "line 1: there is no image .*no.png"),
-            ({"prompt": "a cat", "image": 3}, "line 1: image must be the path of a file, got 3"),
-        ],
-    )
-    def test_bad_row_is_named(self, row: dict[str, Any], message: str, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=message):
-            load_requests(write_rows(tmp_path / "p.jsonl", row))
+def test_an_image_beside_a_prompt_without_questions_is_read(tmp_path: Path) -> None:
+    make_image(tmp_path / "red.png", "red")
+    rows = [{"prompt": "repaint it", "image": name} for name in ("red.png", "gone.png")]
+    file = write_rows(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: .*gone.png"):
+        load_unjudged_prompts(file)
+    (tmp_path / "a.csv").write_text("prompt,image\na cat,red.png\na dog,\n")
+    cat, dog = load_unjudged_prompts(str(tmp_path / "a.csv"))
+    assert cat["image"].getpixel((0, 0)) == (255, 0, 0) and dog["image"] is None
+    skipped: list[str] = []
+    (row,) = load_unjudged_prompts(file, skipped)
+    assert row["image"].getpixel((0, 0)) == (255, 0, 0) and "line 2" in skipped[0]
+
+
+def test_questions_are_seen_in_lists_and_in_cells(tmp_path: Path) -> None:
+    question = {"question": "is it ?", "tag": "Count"}
+    rows = [{"prompt": "a", "quality_questions": questions} for questions in ([], [question])]
+    assert has_questions(load_unjudged_prompts(write_rows(tmp_path / "a.jsonl", *rows)))
+    for cell, found in (("[]", False), ("", False), (json.dumps([question]).replace('"', '""'), True)):
+        (tmp_path / "a.csv").write_text(f'prompt,semantic_questions\na cat,"{cell}"\n')
+        assert has_questions(load_unjudged_prompts(str(tmp_path / "a.csv"))) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"caption": "b"}\n',
+            "line 2 has no field 'prompt'",
+        ),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "line 2: prompt is empty"),
+        ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2 has no field 'prompt'"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "x"}\n',
+            "the values of 'n' are not all of one type",
+        ),
+        ("a.txt", "\n", "has no records"),
+        ("a.csv", "prompt,n,N\na,1,2\n", "has the column 'n' more than once"),
+    ],
+)
+def test_malformed_rows_without_questions_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_unjudged_prompts(str(tmp_path / name))

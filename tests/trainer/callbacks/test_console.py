@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback, banner, log_line
+from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback, LastLogCallback, banner, log_line
 
 
 def test_a_line_has_what_tells_whether_a_run_is_healthy() -> None:
@@ -41,18 +41,21 @@ def test_banner_lines_up() -> None:
     ]
 
 
-def test_a_run_prints_a_banner_and_a_line_per_log(
-    make_trainer: Callable[..., AlphaGRPOTrainer], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("max_steps", "others"), [(3, "last step"), (4, "other 2 steps")])
+def test_a_run_prints_a_line_per_log_and_one_for_its_last_steps(
+    make_trainer: Callable[..., AlphaGRPOTrainer], capfd: pytest.CaptureFixture[str], max_steps: int, others: str
 ) -> None:
-    trainer = make_trainer(max_steps=3, disable_tqdm=True)
-    ConsoleCallback("Training", {"model": "tiny"}).attach(trainer)
+    trainer = make_trainer(max_steps=max_steps, logging_steps=3)
+    trainer.add_callback(LastLogCallback)
+    ConsoleCallback().attach(trainer)
     trainer.train()
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[printed.index("Training") + 1] == "  model  tiny"
+    # There is no terminal, so there is no bar that a line could be glued to.
+    output, progress = capfd.readouterr()
+    printed = output.splitlines()
+    assert "it/s" not in progress
     assert [line.split("  |  ")[0] for line in printed if line.startswith("step")] == [
-        "step 1/3",
-        "step 2/3",
-        "step 3/3",
+        f"step {step}/{max_steps}" for step in dict.fromkeys((3, max_steps))
     ]
-    assert any("s per step: about" in line for line in printed)
+    (estimate,) = [line for line in printed if "s per step: about" in line]
+    assert estimate.endswith(f"for the {others}")
     assert not any(line.startswith("{") for line in printed)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks of a training run's arguments that need no model and no data, before the slow imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_for_last, asks_to_resume, complete_checkpoints
+from recipe_tools.own_rewards import import_reward
+from recipe_tools.run_folder import refuse_other_run, run_arguments
+from reward_models.arguments import PromptArguments
+from reward_models.prompts.files import is_dataset_name
+
+
+def check_arguments(script_args: PromptArguments, training_args: TrainingArguments, model_args: Any) -> None:
+    """
+    Check that files of prompts are there, that reward functions can be imported, that there are steps to train, and that no
+    other run is overwritten.
+
+    Raises:
+        `FileNotFoundError`: If there is no such file of prompts.
+        `ValueError`: If another check fails. The message says what to change.
+    """
+    for file in (script_args.train_file, script_args.eval_file):
+        if file is not None:
+            is_dataset_name(file)
+    if training_args.max_steps == 0 or training_args.max_steps < -1:
+        raise ValueError(
+            f"max_steps={training_args.max_steps} trains nothing: give a number of steps, or -1 for num_train_epochs"
+        )
+    for name in script_args.reward:
+        if name != "dvreward":
+            import_reward(name)
+    output_dir, resume_from = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    has_last = asks_for_last(resume_from) and next(complete_checkpoints(output_dir), None) is not None
+    if not (has_last or asks_to_resume(resume_from) and not asks_for_last(resume_from)):
+        refuse_other_run(output_dir, run_arguments(script_args, training_args, model_args))
