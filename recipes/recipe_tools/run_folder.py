@@ -19,16 +19,18 @@ from alphagrpo_ext.trainer.resume.setting_kinds import SETTING_KINDS, SettingKin
 ARGUMENTS_NAME = "arguments.json"
 """File of a run's arguments. It is written when training begins."""
 _CONTENTS = ("metrics.jsonl", "*.safetensors", "checkpoint-*")
-# What a run prints does not change what it makes.
-_FREE = ("verbose_logs",)
+# What a run saves and prints on its way does not make it another run.
+_OUTPUT = ("save_", "log_", "logging_", "report", "push_", "hub_", "verbose_logs")
 _NUM_NAMED = 3
 
 
 def run_arguments(script_args: Any, training_args: TrainingArguments, model_args: Any) -> dict[str, Any]:
-    """All arguments of a run by name, as JSON values, without those that say where it runs and writes."""
+    """All arguments that make a run what it is, by name, as JSON values: not those of where it runs, and what it writes and when."""
     values = {**asdict(script_args), **asdict(model_args), **training_args.to_dict()}
     kept = {
-        name: v for name, v in values.items() if SETTING_KINDS.get(name) is not SettingKind.LOCAL and name not in _FREE
+        name: value
+        for name, value in values.items()
+        if SETTING_KINDS.get(name) is not SettingKind.LOCAL and not name.startswith(_OUTPUT)
     }
     return json.loads(json.dumps(kept, default=str))
 

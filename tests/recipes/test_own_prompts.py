@@ -107,8 +107,10 @@ def test_another_run_is_not_overwritten() -> None:
     ):
         begin("--seed", "1", "--learning_rate", "1e-3")
     assert Path("run/model.safetensors").stat().st_mtime_ns == written
-    # What is printed and where the run is continued does not make it another one.
-    begin("--verbose_logs")
+    with pytest.raises(ValueError, match="run with other arguments"):
+        begin("--seed", "1", "--resume_from_checkpoint", "last")
+    # What is printed and saved does not make it another run, as when a judge failed before anything was saved.
+    begin("--verbose_logs", "--save_strategy", "steps", "--save_steps", "5", "--resume_from_checkpoint", "last")
     assert Path("run/model.safetensors").stat().st_mtime_ns > written
     Path("run/arguments.json").unlink()
     with pytest.raises(ValueError, match="run holds a model or another run"):

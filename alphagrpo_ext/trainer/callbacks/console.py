@@ -118,7 +118,8 @@ class ConsoleCallback(ProgressCallback):
         if state.is_world_process_zero and state.global_step == step + 2 and left > 0:
             seconds = (time.perf_counter() - then) / 2
             others = f"other {left} steps" if left > 1 else "last step"
-            self._say(f"{seconds:.1f} s per step: about {seconds * left / 60:.1f} min for the {others}")
+            rest = f"{seconds * left / 60:.1f} min" if seconds * left >= 60 else f"{seconds * left:.0f} s"
+            self._say(f"{seconds:.1f} s per step: about {rest} for the {others}")
 
     def _say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
