@@ -76,7 +76,7 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
         caption=lambda old, new: old.prompt,
     )
     table = comparison_table(before, after)
-    training.save_model_card(run, trainer, table, "before_after.png")
+    training.save_model_card(trainer, table, "before_after.png")
     files = "Model, README.md, report.html, summary.json, metrics.jsonl and before_after.png"
     print(f"\n{table}\n\n{files}: {run.output_dir}")
 

@@ -141,7 +141,10 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
         caption_width=420,
     )
     table = refinement_table({"before": before, "after": after})
-    training.save_model_card(run, trainer, table, "refined.png")
+    compared = (
+        "the value of the first images and that of the refined ones; a row is of the model before or after training"
+    )
+    training.save_model_card(trainer, table, "refined.png", compared)
     files = "Model, README.md, report.html, summary.json, metrics.jsonl and refined.png"
     print(f"\n{table}\n\n{files}: {run.output_dir}")
 

@@ -228,8 +228,8 @@ class UnifiedModel(ABC):
         grid = (height // stride, width // stride)
         if max(grid) > self.max_latent_size:
             raise ValueError(
-                f"an image of {height} x {width} pixels has {grid[0]} x {grid[1]} latent tokens, more than the model's "
-                f"{self.max_latent_size} per side"
+                f"an image of {height} x {width} pixels is larger than the model can paint: set image_height and "
+                f"image_width to at most {self.max_latent_size * stride}"
             )
         return grid
 

@@ -30,7 +30,6 @@ from alphagrpo_ext.files import atomic_path, write_text
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
-from alphagrpo_ext.report.model_card import write_model_card
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
 from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback
@@ -142,6 +141,7 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
         peft_config=get_peft_config(run.model_args),
         callbacks=[JsonLinesCallback(run.output_dir / "metrics.jsonl"), *holdouts],
     )
+    trainer.card_details = {"command": shlex.join(["accelerate", "launch", *sys.argv])}
     if not run.script_args.verbose_logs:
         ConsoleCallback("Training", run_facts(run, trainer)).attach(trainer)
     return trainer
@@ -268,19 +268,18 @@ def train_between_evaluations(
     return (before, after) if before is not None and PartialState().is_main_process else None
 
 
-def save_model_card(run: TrainingRun, trainer: AlphaGRPOTrainer, table: str, picture: str) -> None:
-    """Write the model card of a run with a table of its evaluations and the name of its picture."""
-    prompt = run.eval_rows[0]["prompt"]
-    write_model_card(
-        run.output_dir,
-        run.model_args.model_name_or_path,
-        run.training_args.task,
-        command=shlex.join(["accelerate", "launch", *sys.argv]),
-        prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
-        facts={name: v for name, v in run_facts(run, trainer).items() if name not in ("output", "report")},
-        table=table,
-        picture=picture,
-    )
+def save_model_card(trainer: AlphaGRPOTrainer, table: str, picture: str, compared: str | None = None) -> None:
+    """
+    Write the model card of a run with a table of its evaluations.
+
+    Args:
+        trainer ([`AlphaGRPOTrainer`]): The trainer of the run.
+        table (`str`): Scores.
+        picture (`str`): Name of a picture in the output folder.
+        compared (`str`, *optional*): What the two values of an arrow in the table are.
+    """
+    trainer.card_details |= {"table": table, "picture": picture, **({"compared": compared} if compared else {})}
+    trainer.create_model_card()
 
 
 def how_to_go_on(output_dir: Path) -> str:

@@ -282,7 +282,7 @@ def test_packages_can_add_painters() -> None:
     ("changes", "message"),
     [
         ({"image_height": 26}, "height=26 is no positive multiple"),
-        ({"image_width": 240}, "more than the model's 6 per side"),
+        ({"image_width": 240}, "image_height and image_width to at most 24"),
         ({"painter_batch_size": 0}, "painter_batch_size must be at least 1, but is 0"),
         ({"num_timesteps": 1}, "num_timesteps must be at least 2"),
         ({"cfg_renorm_type": "none"}, "unknown renorm_type 'none'"),
