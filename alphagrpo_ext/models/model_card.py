@@ -145,7 +145,7 @@ def write_model_card(
         library_name="alphagrpo-ext",
         license=card.license,
         pipeline_tag="text-to-image",
-        tags=list(dict.fromkeys([*_HUB_TAGS, *(["peft", "lora"] if card.is_adapter else []), *tags])),
+        tags=list(dict.fromkeys([*_HUB_TAGS, *(["peft"] if card.is_adapter else []), *tags])),
     )
     text = ModelCard.from_template(
         data,

@@ -209,9 +209,10 @@ def checked_rewards(name: str, rewards: Any, num_samples: int | None) -> list[An
     is_list = isinstance(rewards, Iterable) and not isinstance(rewards, str | Mapping)
     if not is_list or getattr(rewards, "ndim", 1) != 1:
         shown = f"{type(rewards).__name__} ({str(rewards)[:60]})"
-        count = "a" if num_samples is None else f"{num_samples}, one a"
+        count = "" if num_samples is None else f"{num_samples} "
         raise TypeError(
-            f"the reward function '{name}' returned {shown}, but has to return a list of {count} number or None per sample"
+            f"the reward function '{name}' returned {shown}, but has to return a list of {count}rewards, a number or None for each "
+            f"sample"
         )
     rewards = list(rewards)
     if num_samples is not None and len(rewards) != num_samples:

@@ -80,7 +80,7 @@ def _facts(trainer: GRPOTrainer, model: Any) -> dict[str, Any]:
     return {
         "trained": f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
         "rewards": ", ".join(map(_reward, trainer.reward_func_names, trainer.reward_funcs)),
-        "steps": f"{trainer.state.global_step} of {samples} samples, {args.num_generations} per prompt",
+        "steps": f"{trainer.state.global_step}, each of {samples} samples, {args.num_generations} per prompt",
         "learning rate": f"{args.learning_rate:g}",
         "images": f"{args.image_height} x {args.image_width} pixels",
     }
