@@ -99,6 +99,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
     ) -> None:
+        upstream.silence_renamed_methods()
         upstream.check_argument_types(args, processing_class)
         upstream.refuse_arguments(quantization_config, tools, rollout_func, environment_factory)
         given_args = AlphaGRPOConfig("alphagrpo") if args is None else args

@@ -379,11 +379,6 @@ class BagelNetwork(PreTrainedModel):
     base_model_prefix = "bagel"
     supports_gradient_checkpointing = True
 
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """As in Transformers, without its warning that the name is deprecated: TRL and PEFT read it, and no user does."""
-        return self.is_activation_checkpointing
-
     _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer"]
     # Anchored, because `vae2llm` and `llm2vae` are not part of the autoencoder.
     _keep_in_fp32_modules_strict = [r"^vae\."]
