@@ -364,6 +364,10 @@ class AlphaGRPOConfig(GRPOConfig):
         default=256,
         metadata={"help": "Longest side of an image in the report, in pixels."},
     )
+    log_work: bool = field(
+        default=False,
+        metadata={"help": "Whether to log the tokens that the network is run on, by purpose, as work/*."},
+    )
 
     # Parameters that control training
     image_objective: str = field(default="flow_grpo", metadata={"help": "Objective of images; a registered one."})

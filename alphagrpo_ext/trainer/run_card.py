@@ -23,7 +23,7 @@ def save_card(
     trainer: GRPOTrainer, folder: str | Path, dataset_name: str | None = None, tags: str | Iterable[str] | None = None
 ) -> None:
     """
-    Write the model card into a folder of a run, in the main process. The trainer's `card_details`, fields of
+    Write the model card into a folder of a run, in the process that saves there. The trainer's `card_details`, fields of
     [`~alphagrpo_ext.models.model_card.CardContent`] such as the table of an evaluation, are added to what it says.
 
     Args:
@@ -32,7 +32,7 @@ def save_card(
         dataset_name (`str`, *optional*): Dataset on the Hub that the model was trained on.
         tags (`str` or `Iterable[str]`, *optional*): Further tags for the Hub.
     """
-    if not trainer.is_world_process_zero():
+    if not trainer.args.should_save:
         return
     folder = Path(folder)
     # A checkpoint is moved when it is complete.

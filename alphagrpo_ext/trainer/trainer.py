@@ -99,7 +99,6 @@ class AlphaGRPOTrainer(GRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
     ) -> None:
-        upstream.silence_renamed_methods()
         upstream.check_argument_types(args, processing_class)
         upstream.refuse_arguments(quantization_config, tools, rollout_func, environment_factory)
         given_args = AlphaGRPOConfig("alphagrpo") if args is None else args
@@ -129,7 +128,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         # TRL would load a reference from the folder of the policy, and refuses one that follows an adapter: both are made here.
         args.beta = 0.0 if reference is not None else args.beta
         args.sync_ref_model = args.sync_ref_model and not has_reference
-        with upstream.expected_rollout_func():
+        with upstream.expected_warnings():
             super().__init__(
                 model=model,
                 reward_funcs=trl_reward_functions(reward_funcs),
@@ -179,7 +178,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with self.stopwatch.micro_batch(), self._work.of(*self._counted_models):
             output = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._append_metrics(self.stopwatch.take() | sum_over_processes(self._work.take(), self.accelerator))
+            work = sum_over_processes(self._work.take(), self.accelerator) if self.args.log_work else {}
+            self._append_metrics(self.stopwatch.take() | work)
         return output
 
     def _append_metrics(self, metrics: Mapping[str, float]) -> None:

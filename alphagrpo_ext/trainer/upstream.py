@@ -199,19 +199,14 @@ def check_installed(version: str = trl.__version__, seams: Sequence[Seam] = SEAM
         )
 
 
-def silence_renamed_methods() -> None:
-    """
-    Ignore Transformers' warnings that TRL and PEFT call methods of models by names that will change, in every rollout. No user
-    can do anything about them.
-    """
-    warnings.filterwarnings(
-        "ignore", r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated", FutureWarning, r"transformers\.modeling_utils"
-    )
-
-
 @contextmanager
-def expected_rollout_func() -> Iterator[None]:
-    """Within the block TRL does not warn that `rollout_func` is experimental, because [`SEAMS`] are checked."""
+def expected_warnings() -> Iterator[None]:
+    """
+    Make TRL's trainer without warnings that no user can do anything about: within the block, that `rollout_func` is experimental
+    ([`SEAMS`] are checked); from then on, that TRL and PEFT call methods of models by names that Transformers will change.
+    """
+    renamed = r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning, r"transformers\.modeling_utils")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
         yield
