@@ -37,13 +37,15 @@ TEMPLATE = """\
 
 # {{ name }}
 
-{{ "An adapter (PEFT) for" if card.is_adapter else "Made from" }} the unified multimodal model {{ card.base_model }}, trained{{ " for the task `" ~ card.task ~ "`" if card.task }} with
+{{ "An adapter (PEFT) for the" if card.is_adapter else "The" }} unified multimodal model {{ card.base_model }}, trained{{ " for the task `" ~ card.task ~ "`" if card.task }} with
 [AlphaGRPO](https://huggingface.co/papers/2605.12495), by [TRL](https://github.com/huggingface/trl) and alphagrpo-ext. The model
 writes a thought and then paints an image.
 
 ## Use
 
-`pip install alphagrpo-ext`, or `pip install -e .` in a copy of its repository. Then
+```bash
+pip install -e .  # in a copy of the repository of alphagrpo-ext
+```
 
 ```python
 import alphagrpo_ext
