@@ -177,7 +177,7 @@ def test_thought_is_part_of_the_image_context(
         ({"height": 22}, "height=22"),
         ({"width": 0}, "width must be at least 1, but is 0"),
         ({"width": 30}, "width=30"),
-        ({"height": 48}, "48 x 24 pixels has 12 x 6 latent tokens"),
+        ({"height": 48}, "48 x 24 pixels is larger than the model can paint"),
     ],
 )
 def test_impossible_sizes_raise(sample: Callable[..., list[Trajectory]], size: dict[str, int], message: str) -> None:
