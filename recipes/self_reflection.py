@@ -141,6 +141,9 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
             prompt_rows=run.eval_rows,
             caption_width=420,
         )
+        trainer.card_details["compared"] = (
+            "the value of the first images and that of the refined ones; a row is of the model before or after training"
+        )
         return refinement_table({"before": before, "after": after}), "refined.png"
 
     training.train_between_evaluations(run, trainer, evaluations, save)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +19,8 @@ from alphagrpo_ext.ranges import check_number
 from alphagrpo_ext.report.answers import COLUMN_SUFFIX, format_answers
 from alphagrpo_ext.report.records import Answer
 from reward_models.aggregation import AGGREGATIONS, aggregate, all_yes
-from reward_models.judges import JUDGES, Judge
+from reward_models.judges.arguments import JudgeArguments
+from reward_models.judges.base import JUDGES, Judge
 from reward_models.prompts.questions import PromptRecord, Question, from_row, validate_dataset
 from reward_models.prompts.tags import OwnTags
 
@@ -33,6 +34,27 @@ _GRACE_SECONDS = 5.0
 
 PASS_THRESHOLD = 0.5
 """Smallest P(yes) that counts as a yes."""
+
+
+def make_named_judge(name: str, settings: Mapping[str, Any]) -> Judge:
+    """
+    Make a judge by its name.
+
+    Args:
+        name (`str`): One of `JUDGES`.
+        settings (`Mapping[str, Any]`): Fields of [`JudgeArguments`] without their prefix `judge_`.
+
+    Raises:
+        `TypeError`: If there is no such setting; the message lists those that exist.
+        `ValueError`: If the judge lacks a setting.
+    """
+    known = [f.name.removeprefix("judge_") for f in fields(JudgeArguments) if f.name != "judge"]
+    if unknown := [key for key in settings if key not in known]:
+        raise TypeError(
+            f"DVReward has no setting {', '.join(unknown)}; the settings of its judge are {', '.join(known)}"
+        )
+    arguments = JudgeArguments(judge=name, **{f"judge_{key}": value for key, value in settings.items()})
+    return JUDGES.get(name).from_arguments(arguments)
 
 
 @dataclass(frozen=True)
@@ -74,7 +96,7 @@ class DVReward:
 
     Args:
         judge ([`Judge`] or `str`):
-            The judge, or the name in `JUDGES` of a judge that needs no arguments.
+            The judge, or its name in `JUDGES`.
         aggregation (`str`, *optional*, defaults to `"geometric"`):
             How answers become a reward: `"geometric"`, `"mean"` or `"pooled"`. See [`aggregate`].
         max_concurrency (`int`, *optional*, defaults to `64`):
@@ -86,11 +108,15 @@ class DVReward:
             [`JudgeFailedError`], because the remaining rewards would be mostly noise.
         name (`str`, *optional*, defaults to `"dvreward"`):
             Name of the reward function, and prefix of its metrics.
+        judge_settings:
+            Settings of a judge that is given by its name: those of [`JudgeArguments`] without the prefix `judge_`, e.g.
+            `base_url` and `model`.
 
     Example:
 
     ```python
     >>> trainer = AlphaGRPOTrainer(..., reward_funcs=DVReward("shapes"))
+    >>> reward = DVReward("openai", base_url="http://localhost:8000/v1")
     ```
     """
 
@@ -105,9 +131,14 @@ class DVReward:
         timeout: float | None = None,
         max_failed_frac: float = 0.5,
         name: str = "dvreward",
+        **judge_settings: Any,
     ):
         if isinstance(judge, str):
-            judge = JUDGES.get(judge)()
+            judge = make_named_judge(judge, judge_settings)
+        elif judge_settings:
+            raise ValueError(
+                f"{', '.join(judge_settings)}: a judge that is given as an object has its settings already"
+            )
         if not isinstance(judge, Judge):
             raise ValueError(f"judge must be a Judge or the name of one, got {judge!r}")
         check_number("max_concurrency", max_concurrency, "[1, inf)")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -15,8 +16,11 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
+from alphagrpo_ext.files import write_text
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.finite import check_finite_weights
+from alphagrpo_ext.models.model_card import CardContent, base_license, write_model_card
+from alphagrpo_ext.models.preflight import read_json
 from alphagrpo_ext.models.saving import staged_folder
 from alphagrpo_ext.models.weight_files import check_weight_file, read_shapes, shape_differences, summarize
 
@@ -25,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PACKAGED_CHECKPOINTS = {"bagel-shapes": Path(__file__).parents[1] / "shapes" / "checkpoint"}
+"""Folders of the checkpoints that come with the package, by the names that load them on every machine."""
+_PACKAGED_LICENSE = "apache-2.0"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -45,7 +52,40 @@ def adapter_base(folder: str | Path) -> str:
             f"{ADAPTER_CONFIG} in {folder} has no base_model_name_or_path: write it there, or load the model yourself and "
             f"pass it to load_adapter"
         )
-    return name
+    # Adapters that were written with the folder of a package on another machine, or of one that was moved.
+    return name if Path(name).exists() else _packaged_name(name) or name
+
+
+def _packaged_name(folder: str) -> str | None:
+    """Name of the packaged checkpoint whose folder this is, in this installation or in another one."""
+    for name, packaged in PACKAGED_CHECKPOINTS.items():
+        if Path(folder).is_absolute() and Path(folder).parts[-3:] == packaged.parts[-3:]:
+            return name
+    return None
+
+
+def base_name(policy: PreTrainedModel) -> tuple[str, str | None]:
+    """
+    Name of the checkpoint that a model was loaded from, as another machine would load it, and its licence if that is known. A model
+    that was not loaded has the name of its type.
+    """
+    folder = policy.config._name_or_path
+    if packaged := _packaged_name(folder):
+        return packaged, _PACKAGED_LICENSE
+    return folder or policy.config.model_type, base_license(folder) if folder else None
+
+
+def finish_adapter(folder: str | Path) -> None:
+    """
+    Let a saved adapter name its model as another machine loads it: a packaged checkpoint by its name and not by its folder.
+
+    Args:
+        folder (`str` or `Path`): What PEFT's `save_pretrained` wrote.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    config = read_json(path)
+    if packaged := _packaged_name(config.get("base_model_name_or_path") or ""):
+        write_text(path, json.dumps({**config, "base_model_name_or_path": packaged}, indent=2, sort_keys=True))
 
 
 def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
@@ -233,3 +273,6 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     check_finite_weights(state.items(), f"the adapter is not saved to {folder}")
     with staged_folder(folder, sum(tensor.nbytes for tensor in state.values())) as stage:
         model.save_pretrained(str(stage), save_embedding_layers=False)
+        finish_adapter(stage)
+        name, license = base_name(model.get_base_model())
+        write_model_card(stage, CardContent(name, is_adapter=True, license=license), path=folder)

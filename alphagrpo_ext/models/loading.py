@@ -21,13 +21,10 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import PeftModel
 from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.adapters import adapter_base, is_adapter, load_adapter
+from alphagrpo_ext.models.adapters import PACKAGED_CHECKPOINTS, adapter_base, is_adapter, load_adapter
 from alphagrpo_ext.models.contract import FAMILIES, Family, UnifiedModel
 from alphagrpo_ext.models.preflight import read_json, weight_files
 from alphagrpo_ext.models.weight_files import read_shapes
-
-
-PACKAGED_CHECKPOINTS = {"bagel-shapes": Path(__file__).parents[1] / "shapes" / "checkpoint"}
 
 
 def resolve_model_path(model_name_or_path: str | Path, revision: str | None = None) -> str:

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
@@ -32,6 +34,7 @@ from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
 from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, read_task_settings, resolve_settings
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
+from alphagrpo_ext.trainer.trl_options import refuse_options
 
 
 INHERITED_RANGES = {
@@ -89,7 +92,7 @@ class AlphaGRPOConfig(GRPOConfig):
     """
     Configuration class for the [`AlphaGRPOTrainer`].
 
-    Every argument of [`~trl.GRPOConfig`] keeps its meaning for text. The defaults are those of the paper's released
+    Every argument of [`~trl.GRPOConfig`] keeps its meaning for text, or is refused; `trl_options.py` says which. The defaults are those of the paper's released
     configuration for reasoning text-to-image. Where the paper leaves a choice to TRL, TRL's default holds, except for
     `loss_type`. It is `"grpo"`, the loss that sequence-level ratios, the paper's setting for text, were published with; TRL
     warns about other combinations.
@@ -363,6 +366,10 @@ class AlphaGRPOConfig(GRPOConfig):
         default=256,
         metadata={"help": "Longest side of an image in the report, in pixels."},
     )
+    log_work: bool = field(
+        default=False,
+        metadata={"help": "Whether to log the tokens that the network is run on, by purpose, as work/*."},
+    )
 
     # Parameters that control training
     image_objective: str = field(default="flow_grpo", metadata={"help": "Objective of images; a registered one."})
@@ -456,18 +463,9 @@ class AlphaGRPOConfig(GRPOConfig):
         # Before, because TRL calculates with the numbers, and after, because it reads dictionaries from texts.
         self.check_numbers()
         self._resolve_own_task()
-        super().__post_init__()
+        self._initialize_upstream()
         self.check_numbers()
-        if self.use_vllm or self.use_transformers_continuous_batching:
-            raise ValueError(
-                "use_vllm and use_transformers_continuous_batching generate text only; AlphaGRPOTrainer samples text "
-                "and images with its own rollout generator, so set both to False"
-            )
-        if self.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel replaces TRL's loss of text, and modules of architectures that Liger knows; "
-                "AlphaGRPOTrainer computes text and images in one packed forward, which uses neither, so set it to False"
-            )
+        refuse_options(self, given & self._differing_arguments())
         self.make_task(self.task)
         self._check_choices()
         self._check_bounds()
@@ -479,11 +477,38 @@ class AlphaGRPOConfig(GRPOConfig):
                 f"does not sample: set image_kl_type='velocity', or image_beta=0"
             )
         self._check_rollouts()
+        if "sde_window_range" in given:
+            self._check_window_ends()
         self._check_branches()
         for name in self.with_painting_task([self.task, *self.task_settings]):
             self.check_task(name)
         # Parsers of command lines give some defaults in another form, which is resolved by now.
         self.changed_arguments = given & self._differing_arguments()
+
+    def _initialize_upstream(self) -> None:
+        """Let TRL check and complete its arguments; its error about groups names a number that users do not set."""
+        is_given = self.generation_batch_size is not None
+        try:
+            with warnings.catch_warnings():
+                # TRL sets a field by default that Transformers renames.
+                warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+                super().__post_init__()
+        except ValueError as error:
+            if is_given or not self.generation_batch_size or not self.generation_batch_size % self.num_generations:
+                raise
+            raise ValueError(self._describe_broken_groups()) from error
+
+    def _describe_broken_groups(self) -> str:
+        """What to do if `num_generations` does not divide the samples of a rollout."""
+        size, group = self.per_device_train_batch_size, self.num_generations
+        others = self.generation_batch_size // size
+        unit = group // math.gcd(group, others)
+        low = size // unit * unit
+        return (
+            f"per_device_train_batch_size={size}: a rollout has {self.generation_batch_size} samples ({size} x "
+            f"steps_per_generation {self.steps_per_generation} x {self.world_size} processes), and num_generations={group} "
+            f"must divide them: set per_device_train_batch_size to {f'{low} or ' if low else ''}{low + unit}"
+        )
 
     def _differing_arguments(self) -> frozenset[str]:
         """Names of the arguments that have another value than their default. An empty text and an empty list are the same."""
@@ -569,6 +594,15 @@ class AlphaGRPOConfig(GRPOConfig):
             bounds = getattr(self, name)
             if bounds is not None and len(bounds) != 2:
                 raise ValueError(f"{name} takes two numbers, but is {bounds}")
+
+    def _check_window_ends(self) -> None:
+        """Check a range that was given; the default one ends where a shorter schedule does."""
+        num_steps, (low, high) = self.num_timesteps - 1, self.sde_window_range
+        if high > num_steps and not self.trains_forward_process:
+            raise ValueError(
+                f"sde_window_range={self.sde_window_range} ends after the last of the {num_steps} steps of "
+                f"num_timesteps={self.num_timesteps}: set it to {[low, num_steps]}, or raise num_timesteps"
+            )
 
     def _check_trains(self) -> None:
         """Check that the loss is not 0 for every sample, which would train nothing without an error."""

@@ -85,9 +85,6 @@ class ImageRewards:
             for i, result in zip(waiting, future.result(), strict=True):
                 results[i] = result
         names = [reward_name(function) for function in self.functions]
-        for name, result in zip(names, results, strict=True):
-            if len(result) != len(rows):
-                raise ValueError(f"the reward function '{name}' returned {len(result)} rewards for {len(rows)} images")
         columns = [[torch.nan if reward is None else reward for reward in result] for result in results]
         rewards = torch.tensor(columns, dtype=torch.float32).T
         refuse_infinite(rewards, names)

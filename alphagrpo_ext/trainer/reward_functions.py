@@ -14,14 +14,22 @@ import asyncio
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer.utils import is_async_callable
+
+
+ARGUMENTS = (
+    *("prompts", "completions", "completion_ids", "images", "texts", "trajectory", "task"),
+    *("trainer_state", "log_extra", "log_metric"),
+)
+"""Names of what every reward function gets beside the columns of the dataset."""
 
 
 class PreflightError(RuntimeError):
@@ -86,7 +94,7 @@ def reward_name(function: Any) -> str:
 
 def trl_reward_functions(functions: Any) -> Any:
     """
-    Reward functions in a form that TRL calls and names rightly; most stay as they are.
+    Reward functions in a form that TRL calls and names rightly, and whose results are checked (see [`checked_rewards`]).
 
     TRL recognises an asynchronous function behind `functools.partial` and in `__call__`, but not behind a decorator. It takes its
     names from the outermost `__name__`, and averages the metrics of functions with the same name. Here the second function of a
@@ -111,6 +119,43 @@ def trl_reward_functions(functions: Any) -> Any:
         name = f"{name}_{counts[name]}" if counts[name] > 1 else name
         result.append(_adapted(function, name))
     return result
+
+
+def check_parameters(functions: Sequence[Any], columns: Iterable[str], label: str) -> None:
+    """
+    Check that reward functions can be called with what they get: the columns of a dataset, and [`ARGUMENTS`].
+
+    Args:
+        functions (`Sequence`): Reward functions. Of reward models, and of what has no signature, nothing is known.
+        columns (`Iterable[str]`): Columns of the dataset.
+        label (`str`): Name of the dataset for messages.
+
+    Raises:
+        `TypeError`: If a function does not take what it gets, or needs what it does not get. The message names it.
+    """
+    given = [*ARGUMENTS, *(name for name in columns if name not in (*ARGUMENTS, "prompt", "completion", "image"))]
+    for function in functions:
+        if isinstance(function, str | nn.Module):
+            continue
+        try:
+            # What a decorator passes on is its own business.
+            parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+        except (TypeError, ValueError):
+            continue
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters) and (others := [n for n in given if n not in names]):
+            raise TypeError(
+                f"the reward function '{reward_name(function)}' does not take {', '.join(others)}, which every reward function "
+                f"gets: add **kwargs to its parameters"
+            )
+        needed = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        if lacking := [name for name in needed if name not in given]:
+            raise TypeError(
+                f"the reward function '{reward_name(function)}' needs {', '.join(lacking)}, which {label} has no column for; a "
+                f"function gets {', '.join(given)}"
+            )
 
 
 def listed(functions: Any) -> list[Any]:
@@ -146,6 +191,51 @@ def preflight_rewards(functions: Sequence[Any], height: int, width: int) -> None
         raise error
     if messages[0] is not None:
         raise PreflightError(messages[0])
+
+
+def checked_rewards(name: str, rewards: Any, num_samples: int | None) -> list[Any]:
+    """
+    The rewards that a function returned, as a list.
+
+    Args:
+        name (`str`): Name of the function.
+        rewards: What it returned.
+        num_samples (`int`, *optional*): Number of samples, if it is known.
+
+    Raises:
+        `TypeError`: If it is no list of numbers and `None`.
+        `ValueError`: If their number is not that of the samples.
+    """
+    is_list = isinstance(rewards, Iterable) and not isinstance(rewards, str | Mapping)
+    if not is_list or getattr(rewards, "ndim", 1) != 1:
+        shown = f"{type(rewards).__name__} ({str(rewards)[:60]})"
+        count = "" if num_samples is None else f"{num_samples} "
+        raise TypeError(
+            f"the reward function '{name}' returned {shown}, but has to return a list of {count}rewards, a number or None for each "
+            f"sample"
+        )
+    rewards = list(rewards)
+    if num_samples is not None and len(rewards) != num_samples:
+        raise ValueError(
+            f"the reward function '{name}' returned {len(rewards)} rewards for {num_samples} samples: return one for each"
+        )
+    for index, reward in enumerate(rewards):
+        if reward is not None and not _is_number(reward):
+            raise TypeError(
+                f"the reward function '{name}' returned {type(reward).__name__} ({str(reward)[:60]}) as the reward of sample "
+                f"{index}, but a reward is a number or None"
+            )
+    return rewards
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Real):
+        return True
+    # Scalars of NumPy and tensors of one element.
+    try:
+        return not isinstance(value, str | bytes) and float(value) is not None
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 _MISSING = object()
@@ -186,26 +276,27 @@ def _owners(function: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def _adapted(function: Any, name: str) -> Callable:
+    """A function of this name that calls another one and checks what it returns."""
+
+    def checked(rewards: Any, arguments: Mapping[str, Any]) -> list[Any]:
+        return checked_rewards(name, rewards, len(arguments["prompts"]) if "prompts" in arguments else None)
+
     if is_async_callable(function):
-        if get_callable_name(function) == name:
-            return function
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            return await function(*args, **kwargs)
+            return checked(await function(*args, **kwargs), kwargs)
 
     elif any(is_async_callable(inner) for inner in _calls(function)):
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             # The decorator returns the coroutine, or runs it to its end, for which it needs a thread without an event loop.
             result = await asyncio.to_thread(function, *args, **kwargs)
-            return await result if inspect.isawaitable(result) else result
+            return checked(await result if inspect.isawaitable(result) else result, kwargs)
 
-    elif get_callable_name(function) == name:
-        return function
     else:
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
+            return checked(function(*args, **kwargs), kwargs)
 
     call.__name__, call.__wrapped__ = name, function
     return call

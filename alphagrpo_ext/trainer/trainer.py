@@ -9,7 +9,6 @@ The methods below are overrides of TRL's and Transformers' trainers, in the orde
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +26,12 @@ from trl import GRPOTrainer
 
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model, load_processor
+from alphagrpo_ext.models.model_card import PAPER
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.objectives.base import OBJECTIVES
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.trainer import reference as references
+from alphagrpo_ext.trainer import run_card, upstream
 from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images
 from alphagrpo_ext.trainer.callbacks.own_callbacks import own_callbacks
 from alphagrpo_ext.trainer.callbacks.rollout_event import announce_rollout
@@ -45,10 +46,9 @@ from alphagrpo_ext.trainer.reward_functions import trl_reward_functions
 from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
-from alphagrpo_ext.trainer.upstream import check_installed, refuse_arguments
 
 
-check_installed()
+upstream.check_installed()
 
 
 class AlphaGRPOTrainer(GRPOTrainer):
@@ -80,17 +80,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "alphagrpo"]
     _name = "AlphaGRPO"
-    _paper = {
-        "title": "AlphaGRPO: Unlocking Self-Reflective Multimodal Generation in UMMs via Decompositional Verifiable Reward",
-        "id": "2605.12495",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{alphagrpo2026,
-                title  = {{AlphaGRPO: Unlocking Self-Reflective Multimodal Generation in UMMs via Decompositional Verifiable Reward}},
-                year   = 2026,
-                eprint = {arXiv:2605.12495},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -109,7 +99,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
     ) -> None:
-        refuse_arguments(quantization_config, tools, rollout_func, environment_factory)
+        upstream.check_argument_types(args, processing_class)
+        upstream.refuse_arguments(quantization_config, tools, rollout_func, environment_factory)
         given_args = AlphaGRPOConfig("alphagrpo") if args is None else args
         args = given_args.copy()
         if isinstance(model, str):
@@ -119,7 +110,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         processing_class = processing_class or load_processor(policy.config._name_or_path)
         rows = checked_datasets(args, reward_funcs, train_dataset, eval_dataset, processing_class, policy)
-        self.tasks = rows.tasks
+        self.rows, self.tasks = rows, rows.tasks
+        upstream.align_tokens(policy, processing_class)
         policy.config.sampling = {"task": args.task, **args.eval_rollout().to_settings()}
         check_optimizer_is_made_here(args, optimizers[0])
         peft_config = freeze_for_training(policy, peft_config, args)
@@ -130,24 +122,26 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self._rollout_step: RolloutStep | None = None
         self._loss_scores: PackedScores | None = None
         self.stopwatch = Stopwatch()
+        self.card_details: dict[str, Any] = {}
         self._work = WorkCounter(policy.branches)
         self._counted_models = [policy] if reference is None else [policy, reference]
         # TRL would load a reference from the folder of the policy, and refuses one that follows an adapter: both are made here.
         args.beta = 0.0 if reference is not None else args.beta
         args.sync_ref_model = args.sync_ref_model and not has_reference
-        super().__init__(
-            model=model,
-            reward_funcs=trl_reward_functions(reward_funcs),
-            args=args,
-            train_dataset=rows.train,
-            eval_dataset=rows.eval,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-            rollout_func=self._sample_rollout,
-        )
+        with upstream.expected_warnings():
+            super().__init__(
+                model=model,
+                reward_funcs=trl_reward_functions(reward_funcs),
+                args=args,
+                train_dataset=rows.train,
+                eval_dataset=rows.eval,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                rollout_func=self._sample_rollout,
+            )
         for name in ("beta", "sync_ref_model", "model_init_kwargs"):
             setattr(args, name, getattr(given_args, name))
         if reference is not None:
@@ -184,7 +178,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with self.stopwatch.micro_batch(), self._work.of(*self._counted_models):
             output = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._append_metrics(self.stopwatch.take() | sum_over_processes(self._work.take(), self.accelerator))
+            work = sum_over_processes(self._work.take(), self.accelerator) if self.args.log_work else {}
+            self._append_metrics(self.stopwatch.take() | work)
         return output
 
     def _append_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -306,6 +301,9 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with self.resume.run(resume_from_checkpoint) as checkpoint:
             return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return super().evaluate(self.rows.checked(eval_dataset), *args, **kwargs)
+
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
         if skip_scheduler and self.resume.checkpoint is not None:
             return {}  # The evaluation of `eval_on_start`, which a resumed run has in its history.
@@ -341,6 +339,11 @@ class AlphaGRPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         check_trained_weights(self.model, state_dict)
         super()._save(output_dir, state_dict)
+        run_card.complete_folder(self, output_dir)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """Write the model card of the output folder; see [`~alphagrpo_ext.trainer.run_card.save_card`]."""
+        run_card.save_card(self, self.args.output_dir, dataset_name, tags)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         with self.resume.saved_checkpoint(Path(self._get_output_dir(trial))):

@@ -9,14 +9,20 @@ The seams to TRL, Transformers, Accelerate and PyTorch: every private name and e
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import trl
 from packaging.version import Version
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import align_special_tokens
+
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 
 
 TESTED_TRL = (Version("1.16.0"), Version("1.17.0"))
@@ -82,6 +88,7 @@ SEAMS: tuple[Seam, ...] = (
             "_tokenizer",
         )
         + ("_tag_names",),
+        create_model_card="model_name, dataset_name, tags",
         training_step="model, inputs, num_items_in_batch",
         _generate_and_score_completions="inputs",
         _calculate_rewards="inputs, prompts, completions, completion_ids_list",
@@ -96,6 +103,7 @@ SEAMS: tuple[Seam, ...] = (
         attributes=("_globalstep_last_logged", "_initial_global_step", "_total_loss_scalar", "_tr_loss"),
         create_optimizer="model",
         train="resume_from_checkpoint, ...",
+        evaluate="eval_dataset, ...",
         _evaluate="trial, ignore_keys_for_eval, skip_scheduler",
         _finalize_training="trial, num_train_samples, start_time",
         _get_output_dir="trial",
@@ -188,6 +196,51 @@ def check_installed(version: str = trl.__version__, seams: Sequence[Seam] = SEAM
             f"alphagrpo_ext.trainer is tested with trl>={low},<{high}, but trl {version} is installed. The methods that it "
             f"overrides have the expected signatures, so it goes on.",
             stacklevel=2,
+        )
+
+
+@contextmanager
+def expected_warnings() -> Iterator[None]:
+    """
+    Make TRL's trainer without warnings that no user can do anything about: within the block, that `rollout_func` is experimental
+    ([`SEAMS`] are checked); from then on, that TRL and PEFT call methods of models by names that Transformers will change.
+    """
+    renamed = r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning, r"transformers\.modeling_utils")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
+        yield
+
+
+def align_tokens(model: Any, processor: Any) -> None:
+    """
+    Write the token ids of the processor into the configurations of a model, as Transformers does when training begins. It warns
+    where a configuration left them open, as those of a model family's text part do.
+    """
+    logger = logging.getLogger(align_special_tokens.__module__)
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        align_special_tokens(model, processor)
+    finally:
+        logger.disabled = was_disabled
+
+
+def check_argument_types(args: Any, processing_class: Any) -> None:
+    """
+    Check what a user of TRL may take from another trainer.
+
+    Raises:
+        `TypeError`: If the configuration is another one, or a tokenizer stands for the processor.
+    """
+    if args is not None and not isinstance(args, AlphaGRPOConfig):
+        raise TypeError(
+            f"args must be an AlphaGRPOConfig, but is a {type(args).__name__}: import it from alphagrpo_ext.trainer; it takes "
+            f"the arguments of GRPOConfig, too"
+        )
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class is a tokenizer ({type(processing_class).__name__}): pass the processor of the model, which "
+            f"prepares images as well (AutoProcessor, or load_model), or leave it out"
         )
 
 

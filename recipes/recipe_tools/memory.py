@@ -10,6 +10,7 @@ gradient checkpointing, guidance branches and the chunked head as training does.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -140,7 +141,10 @@ def build_policy(config: PreTrainedConfig, settings: MemorySettings) -> tuple[Un
         targets = family.lora_target_modules(settings.lora_targets)
         policy = get_peft_model(model, LoraConfig(r=settings.lora_rank, target_modules=targets))
     if settings.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        with warnings.catch_warnings():
+            # The old name works with every version of Transformers that the package supports.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+            policy.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         if settings.lora_rank:
             policy.enable_input_require_grads()
     return model, policy.train()

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -60,23 +59,11 @@ UPSTREAM = ("trl", "transformers")
 """Packages whose own arguments `--help` leaves to `--help_all`."""
 
 
-UPSTREAM_WARNINGS = {
-    # TRL's configuration sets a field that Transformers renames.
-    "`gradient_checkpointing` is deprecated": FutureWarning,
-    "`is_gradient_checkpointing` is deprecated": FutureWarning,
-    # The old name works with every version of Transformers that the package supports.
-    "`gradient_checkpointing_enable` is deprecated": FutureWarning,
-    # The trainer is built on this seam, and `upstream.py` checks that it is as expected.
-    "You are using 'rollout_func', which is an experimental feature": UserWarning,
-}
-"""Warnings of other libraries that nobody who runs a recipe can do anything about."""
 UPSTREAM_RECORDS = {
     # Written when Accelerate imports it on a machine without a GPU, whether it is used or not.
     "DeepSpeed": "Setting accelerator to CPU",
-    # The packaged tokenizer names no token that begins a text, and the model has one that it does not use.
-    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
 }
-"""The same for messages that loggers write, by the names of the loggers."""
+"""Messages of other libraries' loggers, by the names of the loggers, that nobody who runs a recipe can do anything about."""
 
 
 class UnknownArgumentError(ValueError):
@@ -84,9 +71,7 @@ class UnknownArgumentError(ValueError):
 
 
 def silence_upstream() -> None:
-    """Silence [`UPSTREAM_WARNINGS`] and [`UPSTREAM_RECORDS`], and nothing else."""
-    for message, category in UPSTREAM_WARNINGS.items():
-        warnings.filterwarnings("ignore", message=re.escape(message), category=category)
+    """Silence [`UPSTREAM_RECORDS`], and nothing else."""
     for name, text in UPSTREAM_RECORDS.items():
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
 

@@ -28,7 +28,6 @@ from alphagrpo_ext.files import atomic_path, write_text
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
-from alphagrpo_ext.report.model_card import write_model_card
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
 from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
@@ -177,6 +176,7 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
         peft_config=get_peft_config(run.model_args),
         callbacks=[JsonLinesCallback(run.output_dir / "metrics.jsonl"), LastLogCallback(), *holdouts],
     )
+    trainer.card_details = {"command": shlex.join(["accelerate", "launch", *sys.argv])}
     if not run.script_args.verbose_logs:
         ConsoleCallback().attach(trainer)
     return trainer
@@ -351,17 +351,8 @@ def _train(run: TrainingRun, trainer: AlphaGRPOTrainer) -> None:
 
 def _finish(run: TrainingRun, trainer: AlphaGRPOTrainer, table: str | None, picture: str | None) -> None:
     """Write the model card of a run, and print the table of its evaluations and its files."""
-    prompt = run.train_dataset[0]["prompt"] if run.eval_rows is None else run.eval_rows[0]["prompt"]
-    write_model_card(
-        run.output_dir,
-        run.model_args.model_name_or_path,
-        run.training_args.task,
-        command=shlex.join(["accelerate", "launch", *sys.argv]),
-        prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
-        facts={name: v for name, v in run_facts(run, trainer).items() if name not in ("output", "report")},
-        table=table,
-        picture=picture,
-    )
+    trainer.card_details |= {"table": table, "picture": picture}
+    trainer.create_model_card()
     names = ["README.md", *(["report.html"] if run.training_args.report else [])]
     names += [*([SUMMARY_NAME] if table else []), *([picture] if picture else [])]
     if table:

@@ -64,6 +64,8 @@ class OpenAIJudge(Judge):
             The endpoint, or its URL. Its `max_concurrency` counts questions.
         model (`str`, *optional*):
             Name of the model, for an endpoint that is given by its URL.
+        base_url (`str`, *optional*):
+            The URL of the endpoint by name, instead of `endpoint`.
         binary (`bool`, *optional*, defaults to `False`):
             Whether to count the answer itself, as 0 or 1, for an endpoint without log-probabilities.
         image_first (`bool`, *optional*, defaults to `False`):
@@ -97,6 +99,7 @@ class OpenAIJudge(Judge):
         endpoint: OpenAIEndpoint | str | None = None,
         model: str | None = None,
         *,
+        base_url: str | None = None,
         binary: bool = False,
         image_first: bool = False,
         cache_size: int = 65536,
@@ -104,6 +107,10 @@ class OpenAIJudge(Judge):
         min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS,
         **endpoint_settings: Any,
     ) -> None:
+        if base_url is not None:
+            if endpoint is not None:
+                raise ValueError(f"endpoint and base_url={base_url!r} both say where the judge is: give one of them")
+            endpoint = base_url
         if not isinstance(endpoint, OpenAIEndpoint):
             endpoint = OpenAIEndpoint(endpoint, model, **endpoint_settings)
         elif model is not None or endpoint_settings:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from alphagrpo_ext.models.adapters import fit_adapter_config, freeze_parts, load_adapter, save_adapter
+from alphagrpo_ext.models.adapters import adapter_base, fit_adapter_config, freeze_parts, load_adapter, save_adapter
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.models.bagel.checkpoint import load_released, save_released
 from alphagrpo_ext.models.loading import load_model
@@ -137,6 +138,23 @@ def test_missing_base_is_named(adapter, tmp_path):
     path.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="has no base_model_name_or_path"):
         load_model(adapter)
+
+
+def test_adapter_of_the_packaged_model_names_it(tmp_path):
+    save_adapter(adapt(load_model("bagel-shapes")[0]), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    assert settings["base_model_name_or_path"] == "bagel-shapes"
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert f'pipeline("{tmp_path / "adapter"}")' in card.content
+    assert "adapter (PEFT) for the unified multimodal model bagel-shapes" in card.content
+    assert card.data.license == "apache-2.0"
+    for folder, base in (
+        ("/gone/site-packages/alphagrpo_ext/shapes/checkpoint", "bagel-shapes"),
+        ("/gone/shapes/checkpoint", "/gone/shapes/checkpoint"),
+    ):
+        path.write_text(json.dumps(settings | {"base_model_name_or_path": folder}))
+        assert adapter_base(tmp_path / "adapter") == base
 
 
 def test_adapter_is_not_overwritten(golden, adapter, tmp_path):

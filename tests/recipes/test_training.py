@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import ModelCard
 
-from alphagrpo_ext.report.model_card import write_model_card
+from alphagrpo_ext.models.model_card import CardContent, write_model_card
 from recipe_tools.run_folder import how_to_go_on
 from recipe_tools.training import load_rewards
 
@@ -49,11 +49,24 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     ("base", "named"), [("bagel-shapes", None), ("ByteDance-Seed/BAGEL-7B-MoT", "ByteDance-Seed/BAGEL-7B-MoT")]
 )
 def test_model_card_says_how_to_load_and_what_it_scores(tmp_path: Path, base: str, named: str | None) -> None:
-    write_model_card(
-        tmp_path, base, "reasoning_t2i", "accelerate launch x.py", "a cat", {"steps": 3}, "all 1 -> 2", "a.png"
+    content = CardContent(
+        base,
+        task="reasoning_t2i",
+        prompt='a "red" cat',
+        facts={"steps": 3},
+        command="accelerate launch x.py",
+        table="all 1 -> 2",
+        picture="a.png",
     )
+    write_model_card(tmp_path, content)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == named
     assert card.data.library_name == "alphagrpo-ext"
-    for part in (f'alphagrpo_ext.pipeline("{tmp_path}")', 'pipe("a cat")', "all 1 -> 2", "(a.png)", "- steps: 3"):
+    for part in (
+        f'alphagrpo_ext.pipeline("{tmp_path}")',
+        'pipe("a \\"red\\" cat")',
+        "all 1 -> 2",
+        "(a.png)",
+        "- steps: 3",
+    ):
         assert part in card.content

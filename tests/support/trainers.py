@@ -114,6 +114,7 @@ def make_trainer(
             "report_to": "none",
             "save_strategy": "no",
             "logging_steps": 1,
+            "log_work": True,
             "disable_tqdm": True,
         }
         rows = build_dataset("train", 8, seed=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -22,6 +23,8 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from alphagrpo_ext.trainer.checks.validation import validate_rewards
 from alphagrpo_ext.trainer.reward_functions import (
+    ARGUMENTS,
+    check_parameters,
     judging_starts,
     preflight_rewards,
     reward_attribute,
@@ -30,8 +33,6 @@ from alphagrpo_ext.trainer.reward_functions import (
     trl_reward_functions,
 )
 from alphagrpo_ext.trainer.rewards import judges_images
-from reward_models.dvreward import DVReward
-from reward_models.format import ThinkFormat
 from support.trainers import brightness
 
 
@@ -183,11 +184,87 @@ def test_a_wrapped_function_keeps_what_it_says_and_is_called_rightly(
     assert rewards_of_trl([called], loop).tolist() == [[0.5], [0.5]]
 
 
-def test_ordinary_functions_stay_as_they_are() -> None:
-    functions = [brightness, DVReward("shapes"), Measure(), ThinkFormat(), "a/model", torch.nn.Linear(1, 1)]
-    assert all(after is before for after, before in zip(trl_reward_functions(functions), functions, strict=True))
+def test_reward_models_stay_as_they_are() -> None:
+    models = ["a/model", torch.nn.Linear(1, 1)]
+    assert trl_reward_functions(models) == models
     assert trl_reward_functions(None) is None
-    assert trl_reward_functions((brightness,)) == [brightness]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (
+            0.5,
+            TypeError,
+            r"'score' returned float \(0.5\), but has to return a list of 2 rewards, a number or None",
+        ),
+        (torch.tensor(0.5), TypeError, r"'score' returned Tensor \(tensor\(0.5"),
+        ("ab", TypeError, r"'score' returned str \(ab\)"),
+        ([0.5], ValueError, "'score' returned 1 rewards for 2 samples"),
+        ([0.5, "good"], TypeError, r"'score' returned str \(good\) as the reward of sample 1"),
+        ([[0.5], 1], TypeError, r"'score' returned list \(\[0.5\]\) as the reward of sample 0"),
+    ],
+)
+def test_what_is_no_list_of_rewards_is_refused_by_the_functions_name(
+    loop: asyncio.AbstractEventLoop, is_async: bool, returned: Any, error: type[Exception], message: str
+) -> None:
+    def score(prompts: list[Any], **kwargs: Any) -> Any:
+        return returned
+
+    async def later(prompts: list[Any], **kwargs: Any) -> Any:
+        return returned
+
+    later.__name__ = "score"
+    with pytest.raises(error, match=message):
+        rewards_of_trl(trl_reward_functions(later if is_async else score), loop)
+
+
+@pytest.mark.parametrize(
+    "returned", [(0.5, 1), np.array([0.5, 1]), torch.tensor([0.5, 1]), [torch.tensor(0.5), np.float32(1)], [0.5, True]]
+)
+def test_every_form_of_numbers_is_a_reward(loop: asyncio.AbstractEventLoop, returned: Any) -> None:
+    functions = trl_reward_functions(lambda prompts, **kwargs: returned)
+    assert rewards_of_trl(functions, loop).tolist() == [[0.5], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda images: [], "does not take prompts, completions, .* log_metric, count, .*add \\*\\*kwargs"),
+        (lambda images, answer, **kwargs: [], "needs answer, which train_dataset has no column for; .* count"),
+        (lambda image, **kwargs: [], "needs image, which"),
+        (lambda count, images, scale=1, **kwargs: [], None),
+        (lambda *args, **kwargs: [], None),
+        (functools.partial(lambda images, scale, **kwargs: [], scale=2), None),
+        (max, None),
+    ],
+)
+def test_functions_that_cannot_be_called_are_found_before(function: Any, message: str | None) -> None:
+    columns = ["prompt", "count", "image"]
+    if message is None:
+        check_parameters([function], columns, "train_dataset")
+    else:
+        with pytest.raises(TypeError, match=message):
+            check_parameters([function], columns, "train_dataset")
+
+
+def test_arguments_of_reward_functions_are_those_that_they_get(make_trainer: Callable[..., Any]) -> None:
+    seen = []
+
+    def reward(**kwargs: Any) -> list[float]:
+        seen.append(kwargs.keys())
+        return [float(len(text)) for text in kwargs["completions"]]
+
+    trainer = make_trainer(reward_funcs=reward)
+    trainer.train()
+    assert seen[0] == {*ARGUMENTS, *trainer.train_dataset.column_names} - {"prompt"}
+    with pytest.raises(TypeError, match=r"the reward function 'narrow' does not take .*: add \*\*kwargs"):
+
+        def narrow(images: list[Any]) -> list[float]:
+            return [0.0 for _ in images]
+
+        make_trainer(reward_funcs=narrow)
 
 
 def test_names_are_distinct_and_that_of_a_partial_counts() -> None:

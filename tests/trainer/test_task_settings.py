@@ -202,7 +202,10 @@ def test_initial_images_are_painted_as_text_to_image(
     ("settings", "message"),
     [
         ({"task_settings": {"image_editing": {"image_width": 26}}}, "task 'image_editing': width=26 is no positive"),
-        ({"task_settings": {"reasoning_t2i": {"image_height": 80}}}, "task 'reasoning_t2i': .*more than the model's"),
+        (
+            {"task_settings": {"reasoning_t2i": {"image_height": 80}}},
+            "task 'reasoning_t2i': .*larger than the model can paint",
+        ),
         (
             {"task_settings": {"image_editing": {"max_completion_length": 2000}}},
             "row 2 of task 'image_editing' can take .*max_completion_length \\(2000\\)",

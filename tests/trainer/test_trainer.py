@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
+from trl import GRPOConfig
 
 from alphagrpo_ext.flow.transitions import transition
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
-from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.loading import load_model, load_processor
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
@@ -500,8 +502,29 @@ def test_column_of_an_earlier_step_is_not_handed_on(make_trainer: MakeTrainer) -
 def test_impossible_image_size_is_found_before_training(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="width=26"):
         make_trainer(image_width=26)
-    with pytest.raises(ValueError, match="48 x 24 pixels"):
+    with pytest.raises(
+        ValueError, match="48 x 24 pixels is larger .*: set image_height and image_width to at most 24"
+    ):
         make_trainer(image_height=48)
+
+
+def test_arguments_of_another_trainer_are_refused_by_name(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    given = {"model": "bagel-shapes", "reward_funcs": brightness}
+    with pytest.raises(TypeError, match="args must be an AlphaGRPOConfig, but is a GRPOConfig"):
+        AlphaGRPOTrainer(args=GRPOConfig(str(tmp_path), bf16=False, use_cpu=True), **given)
+    with pytest.raises(TypeError, match=r"is a tokenizer \(.*\): pass the processor of the model"):
+        AlphaGRPOTrainer(processing_class=load_processor("bagel-shapes").tokenizer, **given)
+
+
+def test_trainer_is_silent_about_what_no_user_can_change(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.filterwarnings("error", "You are using 'rollout_func'")
+        trainer = make_trainer(model="bagel-shapes", lora=True, gradient_checkpointing=True)
+        trainer.train()
+    assert "PAD/BOS/EOS" not in caplog.text
 
 
 def test_detached_context_has_the_same_loss_and_another_gradient(make_trainer: MakeTrainer) -> None:

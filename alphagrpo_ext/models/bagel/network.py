@@ -378,6 +378,7 @@ class BagelNetwork(PreTrainedModel):
     config_class = BagelConfig
     base_model_prefix = "bagel"
     supports_gradient_checkpointing = True
+
     _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer"]
     # Anchored, because `vae2llm` and `llm2vae` are not part of the autoencoder.
     _keep_in_fp32_modules_strict = [r"^vae\."]

@@ -133,6 +133,7 @@ def check_rows(dataset: datasets.Dataset, check: RowCheck, label: str) -> None:
         `ValueError`: At the first row that fails. The message names the dataset and the row.
     """
     refuse_images_column(dataset.column_names, label)
+    check_prompt_column(dataset.column_names, label)
     rows = undecoded_images(dataset)
     rows = rows.select_columns([name for name in ("prompt", "task", "image") if name in dataset.column_names])
     with_unused_image = []
@@ -147,6 +148,15 @@ def check_rows(dataset: datasets.Dataset, check: RowCheck, label: str) -> None:
         )
     faults = [f"{label}, row {index}: {fault}" for index, fault in broken_images(dataset).items()]
     refuse_broken_images(faults, "Repair the file, or leave the row out")
+
+
+def check_prompt_column(columns: Iterable[str], label: str) -> None:
+    """Raise `ValueError` if a dataset has no column `prompt`."""
+    if "prompt" not in columns:
+        raise ValueError(
+            f"{label} has no column 'prompt'; its columns are {', '.join(columns) or 'none'}: rename the one with the prompts "
+            f"(rename_column)"
+        )
 
 
 def stream_columns(stream: datasets.IterableDataset) -> Iterable[str]:

@@ -19,9 +19,16 @@ from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.ranges import check_ranges
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
-from alphagrpo_ext.trainer.checks.rows import RowCheck, check_rows, readable_rows, stream_columns, task_names
+from alphagrpo_ext.trainer.checks.rows import (
+    RowCheck,
+    check_prompt_column,
+    check_rows,
+    readable_rows,
+    stream_columns,
+    task_names,
+)
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.reward_functions import listed, preflight_rewards, reward_hooks
+from alphagrpo_ext.trainer.reward_functions import check_parameters, listed, preflight_rewards, reward_hooks
 from alphagrpo_ext.trainer.step import rollout_configs
 
 
@@ -128,13 +135,34 @@ class CheckedDatasets:
     Datasets whose rows are checked, and whose images are read with the rows of a rollout.
 
     Args:
-        tasks (`dict[str, Task]`): The tasks of all rows by name.
+        check ([`RowCheck`]): What every row fulfils.
+        functions (`Sequence[Callable]`): Reward functions, which have looked at the datasets as well.
         train, eval: The datasets in the form that they were given in.
     """
 
-    tasks: dict[str, Task]
+    check: RowCheck
+    functions: Sequence[Callable]
     train: Any
     eval: Any
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """The tasks of all rows by name."""
+        return self.check.tasks
+
+    def checked(self, dataset: Any, label: str = "eval_dataset") -> Any:
+        """
+        Another dataset of the same tasks, checked and prepared in the same way. What is no dataset stays as it is.
+
+        Raises:
+            `ValueError`: At the first row that fails. The message names the dataset and the row.
+        """
+        if isinstance(dataset, datasets.Dataset):
+            check_not_empty(dataset, label)
+            check_prompt_column(dataset.column_names, label)
+            validate_rewards(self.functions, {label: dataset}, [])
+            check_rows(dataset, self.check, label)
+        return readable_rows(dataset, label, self.check, self.functions)
 
 
 def checked_datasets(
@@ -164,6 +192,9 @@ def checked_datasets(
     check_not_empty(train_dataset, "train_dataset", args.generation_batch_size // args.num_generations)
     functions = listed(reward_funcs)
     named = named_datasets(train_dataset, eval_dataset)
+    for label, dataset in named.items():
+        check_prompt_column(dataset.column_names, label)
+        check_parameters(functions, dataset.column_names, label)
     names = list(
         dict.fromkeys([args.task, *(n for label, rows in named.items() for n in task_names(rows, args.task, label))])
     )
@@ -171,7 +202,11 @@ def checked_datasets(
     validate_rewards(functions, named, [config.size for config in configs.values()])
     given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
     streams = [dataset for dataset in given if isinstance(dataset, datasets.IterableDataset)]
-    if any("task" in stream_columns(stream) for stream in streams):
+    columns = [list(stream_columns(stream)) for stream in streams]
+    for names_of_stream in columns:
+        check_prompt_column(names_of_stream, "a stream")
+        check_parameters(functions, names_of_stream, "a stream")
+    if any("task" in found for found in columns):
         configs = _possible_configs(args, TASKS.names(), model) | configs
         names += [name for name in configs if name not in names]
     tasks = {name: args.make_task(name) for name in names}
@@ -185,7 +220,7 @@ def checked_datasets(
         prepared = {name: prepare(dataset, f"eval_dataset[{name!r}]") for name, dataset in eval_dataset.items()}
     else:
         prepared = prepare(eval_dataset, "eval_dataset")
-    return CheckedDatasets(tasks, prepare(train_dataset, "train_dataset"), prepared)
+    return CheckedDatasets(check, functions, prepare(train_dataset, "train_dataset"), prepared)
 
 
 def _possible_configs(args: AlphaGRPOConfig, names: Iterable[str], model: UnifiedModel) -> dict[str, RolloutConfig]:

@@ -60,7 +60,7 @@ _SAVING = """
 _LOGGING = """
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter include_num_input_tokens_seen
     log_completions log_multimodal log_unique_prompts num_completions_to_print log_completions_hub_repo report
-    report_steps report_num_trajectories report_image_size report_to
+    report_steps report_num_trajectories report_image_size report_to log_work
 """
 _EVALUATION = """
     eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size num_generations_eval

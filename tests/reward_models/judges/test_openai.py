@@ -52,6 +52,28 @@ def score(judge: OpenAIJudge, images: list[Image.Image], questions: list[str]) -
     return asyncio.run(run())
 
 
+def test_natural_calls_make_the_judge_with_its_settings() -> None:
+    from reward_models.judges import OpenAIJudge as Lazy
+
+    assert Lazy is OpenAIJudge
+    url = "http://localhost:8000/v1"
+    judges = [
+        OpenAIJudge(url, "a model"),
+        OpenAIJudge(base_url=url, model="a model"),
+        DVReward("openai", base_url=url, model="a model").judge,
+    ]
+    assert {(judge.endpoint.base_url, judge.endpoint.model) for judge in judges} == {(url, "a model")}
+    assert DVReward("openai", base_url=url, binary=True).judge.binary
+    with pytest.raises(ValueError, match="give one of them"):
+        OpenAIJudge(url, base_url=url)
+    with pytest.raises(TypeError, match="no setting bas_url; the settings of its judge are model, base_url"):
+        DVReward("openai", bas_url=url)
+    with pytest.raises(ValueError, match="judge_model"):
+        DVReward("transformers")
+    with pytest.raises(ValueError, match="model: a judge that is given as an object has its settings already"):
+        DVReward(judges[0], model="a model")
+
+
 def open_sockets(port: int) -> list:
     """Connections of this process to a server on loopback."""
     connections = psutil.Process().net_connections("tcp")

@@ -121,6 +121,21 @@ def test_a_stream_may_name_tasks_and_hold_images(make_trainer: MakeTrainer) -> N
         seen.clear()
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_dataset_without_prompts_is_named(make_trainer: MakeTrainer, is_stream: bool) -> None:
+    rows, other = dataset(PROMPT, PROMPT), Dataset.from_list([{"text": PROMPT}] * 8)
+    other = other.to_iterable_dataset() if is_stream else other
+    label = "a stream" if is_stream else "{}"
+    message = label + " has no column 'prompt'; its columns are text: rename"
+    with pytest.raises(ValueError, match=message.format("train_dataset")):
+        make_trainer(datasets={"train_dataset": other}, think=False)
+    with pytest.raises(ValueError, match=message.format(r"eval_dataset\['hard'\]")):
+        make_trainer(datasets={"train_dataset": rows, "eval_dataset": {"hard": other}}, think=False)
+    trainer = make_trainer(datasets={"train_dataset": rows}, think=False)
+    with pytest.raises(ValueError, match="eval_dataset(, row 0)? has no (column )?'prompt'"):
+        trainer.evaluate(other)
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, user(PROMPT)], ids=["text", "messages"])
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_the_column_images_is_refused_by_its_name(make_trainer: MakeTrainer, prompt: Any, is_stream: bool) -> None:
