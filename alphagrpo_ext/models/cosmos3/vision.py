@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from transformers.models.cosmos3_edge.configuration_cosmos3_edge import (
     Cosmos3EdgeConfig,
-    Cosmos3EdgeTextConfig,
-    Cosmos3EdgeVisionConfig,
 )
 from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import smart_resize as edge_smart_resize
 from transformers.models.cosmos3_edge.modeling_cosmos3_edge import Cosmos3EdgePatchMerger, Cosmos3EdgeVisionModel
@@ -36,28 +34,11 @@ class Cosmos3Vision(nn.Module):
         super().__init__()
         self.config = config
         if config.variant == "omni":
-            self.visual = Qwen3VLVisionModel(Qwen3VLVisionConfig(**config.vision_config))
+            self.visual = Qwen3VLVisionModel._from_config(Qwen3VLVisionConfig(**config.vision_config))
             return
-        vision = Cosmos3EdgeVisionConfig(**config.vision_config)
-        self.visual = Cosmos3EdgeVisionModel(vision)
-        # The projector reads two numbers of a text configuration, whose checks want sizes that fit each other.
-        sizes = config.transformer_config
-        text = Cosmos3EdgeTextConfig(
-            hidden_size=sizes["hidden_size"],
-            num_attention_heads=sizes["num_attention_heads"],
-            num_key_value_heads=sizes["num_key_value_heads"],
-            head_dim=sizes["head_dim"],
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": sizes["rope_theta"],
-                "mrope_section": list(sizes["rope_axes_dim"]),
-            },
-        )
-        self.projector = Cosmos3EdgePatchMerger(
-            Cosmos3EdgeConfig(
-                text_config=text, vision_config=vision, projector_hidden_size=config.projector_hidden_size
-            )
-        )
+        edge = edge_config(config)
+        self.visual = Cosmos3EdgeVisionModel._from_config(edge.vision_config)
+        self.projector = Cosmos3EdgePatchMerger(edge)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -113,6 +94,19 @@ class Cosmos3Vision(nn.Module):
             return blocks.permute(1, 4, 2, 5, 3, 6, 0).flatten(4).flatten(0, 3)
         frames = blocks.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
         return frames.expand(*[-1] * 5, config.temporal_patch_size, -1, -1).flatten(4).flatten(0, 3)
+
+
+def edge_config(config: Cosmos3Config) -> Cosmos3EdgeConfig:
+    """Transformers' configuration of Edge's form: vision tower, projector and understanding stream."""
+    sizes = config.transformer_config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias")
+    rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"], "mrope_section": list(sizes["rope_axes_dim"])}
+    return Cosmos3EdgeConfig(
+        text_config={name: sizes[name] for name in names} | {"rope_parameters": rope},
+        vision_config=dict(config.vision_config),
+        projector_hidden_size=config.projector_hidden_size,
+    )
 
 
 def smart_size(
