@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The networks of Cosmos3 against Diffusers and Transformers: random weights, fp32, on a CPU.
+
+Every comparison has a counterpart that leaves out what it guards and must fail.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import Cosmos3OmniPipeline
+from PIL import Image
+
+from alphagrpo_ext.models.pixels import image_to_tensor
+from models.cosmos3.references import (
+    Row,
+    context_positions,
+    denoise,
+    flat_forward,
+    image_inputs,
+    reasoner_logits,
+    tokens_of,
+    understand,
+)
+from models.cosmos3.tiny_cosmos3 import (
+    AUTOENCODER,
+    VARIANTS,
+    Parts,
+    References,
+    make_parts,
+    make_references,
+    make_tiny_tokenizer,
+)
+
+
+BOUND = 2e-5
+TIMES = (0.95, 0.5, 0.125)
+
+
+@dataclass
+class Case:
+    variant: str
+    references: References
+    parts: Parts
+    pipeline: Cosmos3OmniPipeline
+
+    @property
+    def ids(self) -> dict[str, int]:
+        return self.pipeline.text_tokenizer.get_vocab()
+
+    def image_ids(self, image: torch.Tensor) -> list[int]:
+        count = (image.shape[-2] // 32) * (image.shape[-1] // 32)
+        return [self.ids["<|vision_start|>"], *[self.ids["<|image_pad|>"]] * count, self.ids["<|vision_end|>"]]
+
+    def text(self, text: str) -> list[int]:
+        return self.pipeline.text_tokenizer(text, add_special_tokens=False).input_ids
+
+    def contexts(self, prompt: str, height: int, width: int) -> tuple[list[int], list[int]]:
+        """Ids of prompt and negative prompt, as the pipeline reads them."""
+        return self.pipeline.tokenize_prompt(prompt, num_frames=1, height=height, width=width)
+
+    def with_thought(self, ids: list[int], thought: str) -> list[int]:
+        """A thought between the header and the end of the assistant's turn."""
+        return [*ids[:-2], *self.text(thought), *ids[-2:]]
+
+
+def scheduler(**settings) -> UniPCMultistepScheduler:
+    shared = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "predict_x0": True}
+    return UniPCMultistepScheduler(**{**shared, "flow_shift": 3.0, **settings})
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def case(request: pytest.FixtureRequest) -> Case:
+    return make_case(request.param)
+
+
+def make_case(variant: str, seed: int = 0) -> Case:
+    references = make_references(variant, seed)
+    pipeline = Cosmos3OmniPipeline(
+        references.transformer,
+        make_tiny_tokenizer(variant),
+        references.autoencoder,
+        scheduler(),
+        enable_safety_checker=False,
+        default_use_system_prompt=variant == "omni",
+        use_native_flow_schedule=variant == "edge",
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return Case(variant, references, make_parts(references, variant), pipeline)
+
+
+def picture(height: int, width: int, seed: int) -> torch.Tensor:
+    """Random pixels of eight bits."""
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return image_to_tensor(Image.fromarray(levels))
+
+
+def latents(height: int, width: int, seed: int) -> torch.Tensor:
+    """Random latents of an image of this size in pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, AUTOENCODER["z_dim"], 1, height // 16, width // 16, generator=generator)
+
+
+def largest(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+def text_rows(case: Case) -> list[Row]:
+    """Prompt, negative prompt and a thought, of several sizes and times."""
+    rows = []
+    for i, time in enumerate(TIMES):
+        size = (64 + 32 * i, 96)
+        prompt, negative = case.contexts("A red fox in the snow..." if i else "", *size)
+        for ids in (prompt, negative, case.with_thought(prompt, "Two foxes, é, {'a': 1}")):
+            rows.append(Row(ids, [], [latents(*size, seed=len(rows))], time))
+    return rows
+
+
+def image_rows(case: Case) -> list[Row]:
+    """Contexts with one and two images, before and between texts."""
+    first, second = picture(64, 96, 0), picture(96, 32, 1)
+    one = Row([*case.text("user\n"), *case.image_ids(first), *case.text("What is it?")], [first])
+    two = Row([*one.ids, *case.text(" And this: "), *case.image_ids(second), *case.text("so be it")], [first, second])
+    return [replace(row, items=[latents(64, 64, i)], time=TIMES[i]) for i, row in enumerate((one, two))]
+
+
+def edit_rows(case: Case) -> list[Row]:
+    """Contexts of texts whose generation stream has one and two clean images of other sizes before the noised one."""
+    prompt, negative = case.contexts("make it blue", 64, 96)
+    return [
+        Row(prompt, [], [latents(64, 32, 7), latents(64, 96, 8)], 0.7),
+        Row(negative, [], [latents(64, 32, 7), latents(64, 96, 8)], 0.7),
+        Row(prompt, [], [latents(32, 64, 9), latents(64, 32, 7), latents(96, 64, 8)], 0.3),
+    ]
+
+
+@torch.no_grad()
+def test_logits_of_texts(case: Case) -> None:
+    rows = text_rows(case)
+    theirs = [reasoner_logits(case.references.reasoner, row) for row in rows]
+    assert max(logits.abs().max() for logits in theirs) > 2
+    assert largest(understand(case.parts, rows).logits, theirs) < BOUND
+    assert largest([understand(case.parts, [row]).logits[0] for row in rows], theirs) < BOUND
+
+
+@torch.no_grad()
+def test_logits_of_images(case: Case) -> None:
+    rows = image_rows(case)
+    theirs = [reasoner_logits(case.references.reasoner, row) for row in rows]
+    assert largest(understand(case.parts, rows).logits, theirs) < BOUND
+
+
+@torch.no_grad()
+def test_logits_of_images_need_deepstack_and_three_positions(case: Case) -> None:
+    rows = image_rows(case)
+    theirs = [reasoner_logits(case.references.reasoner, row) for row in rows]
+    flat = [torch.arange(len(row.ids)).expand(3, -1).float() for row in rows]
+    assert largest(understand(case.parts, rows, positions=flat).logits, theirs) > 0.5
+    if case.variant == "omni":
+        assert largest(understand(case.parts, rows, deepstack=False).logits, theirs) > 0.5
+
+
+@torch.no_grad()
+def test_logits_through_a_cache(case: Case) -> None:
+    """A row that is read in two parts and then token by token has the logits of a whole row."""
+    row, transformer = image_rows(case)[1], case.parts.transformer
+    theirs = reasoner_logits(case.references.reasoner, row)
+    positions, _ = context_positions(row, transformer.config.image_token_id)
+    features, added = case.parts.vision(row.images)
+    ids = torch.tensor([row.ids])
+    is_image = ids == transformer.config.image_token_id
+    states = transformer.embed(ids).masked_scatter(is_image[..., None], features)
+    end, past, logits = len(row.ids), None, []
+    cuts = [0, end - 6, *range(end - 5, end + 1)]
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        mask = torch.ones(stop - start, stop, dtype=torch.bool).tril(start)[None, None]
+        part = slice(start, stop)
+        stack = (is_image[:, part], added) if is_image[:, part].any() else None
+        output, new = transformer.understand(states[:, part], positions[:, None, part], mask, past, stack)
+        logits.append(transformer.lm_head(output)[0])
+        past = (
+            new
+            if past is None
+            else type(new)(
+                *(
+                    [torch.cat(pair, dim=2) for pair in zip(getattr(past, name), getattr(new, name), strict=True)]
+                    for name in ("keys", "generation_keys", "values")
+                )
+            )
+        )
+    assert (torch.cat(logits) - theirs).abs().max() < BOUND
+
+
+@torch.no_grad()
+def test_greedy_text(case: Case) -> None:
+    """Six tokens after a text and an image, as `generate` of Transformers chooses them."""
+    row = image_rows(case)[0]
+    theirs = case.references.reasoner.generate(
+        input_ids=torch.tensor([row.ids]),
+        attention_mask=torch.ones(1, len(row.ids), dtype=torch.long),
+        mm_token_type_ids=(torch.tensor([row.ids]) == case.ids["<|image_pad|>"]).int(),
+        **image_inputs(case.variant, row.images),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, len(row.ids) :].tolist()
+    ids = list(row.ids)
+    for _ in range(6):
+        ids.append(int(understand(case.parts, [replace(row, ids=ids)]).logits[0][-1].argmax()))
+    assert ids[len(row.ids) :] == theirs
+
+
+@torch.no_grad()
+def test_velocities_after_texts(case: Case) -> None:
+    rows = text_rows(case)
+    theirs = [flat_forward(case.references.transformer, row) for row in rows]
+    assert max(velocity.abs().max() for velocity in theirs) > 1
+    assert largest(denoise(case.parts, rows, understand(case.parts, rows)), theirs) < BOUND
+    alone = [denoise(case.parts, [row], understand(case.parts, [row]))[0] for row in rows]
+    assert largest(alone, theirs) < BOUND
+
+
+@torch.no_grad()
+def test_velocities_need_the_margin_and_the_second_key(case: Case) -> None:
+    rows = text_rows(case)
+    theirs = [flat_forward(case.references.transformer, row) for row in rows]
+    understood = understand(case.parts, rows)
+    assert largest(denoise(case.parts, rows, understood, margin=0), theirs) > 0.1
+    if case.variant == "edge":
+        understood.states.generation_keys = understood.states.keys
+        assert largest(denoise(case.parts, rows, understood), theirs) > 0.1
+
+
+@torch.no_grad()
+def test_velocities_with_clean_images(case: Case) -> None:
+    rows = edit_rows(case)
+    theirs = [flat_forward(case.references.transformer, row) for row in rows]
+    understood = understand(case.parts, rows)
+    assert largest(denoise(case.parts, rows, understood), theirs) < BOUND
+    other = [replace(row, items=[latents(64, 32, 1), *row.items[1:]]) for row in rows[:2]]
+    velocities = denoise(case.parts, other, understand(case.parts, other))
+    assert largest(velocities, theirs[:2]) > 0.1
+
+
+@torch.no_grad()
+def test_velocities_after_images(case: Case) -> None:
+    """With images in the understanding stream, of which no pipeline makes use."""
+    rows = image_rows(case)
+    theirs = [composed_velocity(case, row) for row in rows]
+    assert largest(denoise(case.parts, rows, understand(case.parts, rows)), theirs) < BOUND
+    other = [replace(row, images=[-row.images[0], *row.images[1:]]) for row in rows]
+    assert largest(denoise(case.parts, other, understand(case.parts, other)), theirs) > 0.1
+
+
+def composed_velocity(case: Case, row: Row) -> torch.Tensor:
+    """Velocity by Diffusers' transformer with the features of Transformers' vision tower."""
+
+    def join(images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        return images if isinstance(images, torch.Tensor) else torch.cat(list(images))
+
+    inputs = image_inputs(case.variant, row.images)
+    output = case.references.reasoner.model.get_image_features(**inputs)
+    deepstack = [join(layer) for layer in output.deepstack_features] if case.variant == "omni" else ()
+    return flat_forward(
+        case.references.transformer, row, case.ids["<|image_pad|>"], join(output.pooler_output), deepstack
+    )
+
+
+@torch.no_grad()
+def test_patch_rows_and_latent_tokens(case: Case) -> None:
+    image = picture(64, 96, 3)
+    rows = image_inputs(case.variant, [image])["pixel_values"]
+    assert (case.parts.vision.patch_rows(image) - rows).abs().max() < 1e-6
+    values = latents(64, 96, 0)
+    theirs, _ = case.references.transformer._patchify_and_pack_latents([values])
+    assert torch.equal(tokens_of(values), theirs)
+
+
+@torch.no_grad()
+def test_autoencoder(case: Case) -> None:
+    images = torch.stack([picture(64, 96, 0), picture(64, 96, 1)])
+    tokens = case.parts.autoencoder.encode(images)
+    theirs = torch.cat([case.pipeline._encode_video(image[None, :, None]) for image in images])
+    packed, _ = case.references.transformer._patchify_and_pack_latents(list(theirs[:, None]))
+    assert (tokens.flatten(0, 1) - packed).abs().max() < 1e-5
+    mean, std = (torch.tensor(AUTOENCODER[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    decoded = case.references.autoencoder.decode(theirs * std + mean).sample[:, :, 0]
+    assert (case.parts.autoencoder.decode(tokens, (2, 3)) - decoded).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="multiples of 32 pixels"):
+        case.parts.autoencoder.encode(images[..., :80])
+
+
+STEPS = 6
+
+
+def sample(case: Case, noise: torch.Tensor, prompt: str, scale: float, is_truncated: bool) -> torch.Tensor:
+    """An image by Euler's method over our networks, at the sigmas that the pipeline has just used."""
+    sigmas = case.pipeline.scheduler.sigmas.tolist()
+    times = [int(sigma * 1000) / 1000 for sigma in sigmas] if is_truncated else sigmas
+    contexts = case.contexts(prompt, 64, 96)
+    state = noise
+    understood = understand(case.parts, [Row(ids) for ids in contexts])
+    for i in range(STEPS):
+        rows = [Row(ids, [], [state], times[i]) for ids in contexts]
+        full, negative = denoise(case.parts, rows, understood)
+        velocity = negative + scale * (full - negative)
+        grid = velocity.unflatten(0, (2, 3)).unflatten(2, (2, 2, -1)).permute(4, 0, 2, 1, 3)
+        state = state + (sigmas[i + 1] - sigmas[i]) * grid.flatten(3).flatten(1, 2)[None, :, None]
+    return state
+
+
+@torch.no_grad()
+def test_whole_image(case: Case) -> None:
+    """
+    The pipeline with a solver of first order, which is Euler's method. The pipeline truncates `1000 t` to a whole
+    number, ours does not.
+    """
+    noise = latents(64, 96, 5)
+    case.pipeline.scheduler = scheduler(solver_order=1, disable_corrector=list(range(STEPS)))
+    theirs = case.pipeline(
+        "a red fox",
+        num_frames=1,
+        height=64,
+        width=96,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        latents=noise.clone(),
+        output_type="latent",
+    ).video
+    theirs = theirs.reshape(noise.shape)
+    assert (sample(case, noise, "a red fox", 4.0, is_truncated=True) - theirs).abs().max() < 5e-5
+    assert (sample(case, noise, "a red fox", 4.0, is_truncated=False) - theirs).abs().max() < 1e-3
+    assert (sample(case, noise, "a red fox", 3.5, is_truncated=True) - theirs).abs().max() > 1e-2
