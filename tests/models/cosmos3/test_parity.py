@@ -6,8 +6,10 @@ The networks of Cosmos3 against Diffusers and Transformers: random weights, fp32
 Every comparison has a counterpart that leaves out what it guards and must fail.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import Cosmos3OmniPipeline
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 from alphagrpo_ext.models.pixels import image_to_tensor
 from models.cosmos3.references import (
@@ -23,6 +26,7 @@ from models.cosmos3.references import (
     denoise,
     flat_forward,
     image_inputs,
+    latent_positions,
     reasoner_logits,
     tokens_of,
     understand,
@@ -337,3 +341,120 @@ def test_whole_image(case: Case) -> None:
     assert (sample(case, noise, "a red fox", 4.0, is_truncated=True) - theirs).abs().max() < 5e-5
     assert (sample(case, noise, "a red fox", 4.0, is_truncated=False) - theirs).abs().max() < 1e-3
     assert (sample(case, noise, "a red fox", 3.5, is_truncated=True) - theirs).abs().max() > 1e-2
+
+
+def loss(logits: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
+    """Log-probabilities of every next token, and velocities, each with a weight of its own."""
+    total = torch.zeros(())
+    for row, row_logits, velocity in zip(rows, logits, velocities, strict=True):
+        chosen = row_logits[:-1].log_softmax(-1).gather(1, torch.tensor(row.ids[1:])[:, None])
+        total = total + (chosen[:, 0] * torch.linspace(0.5, 1.5, len(chosen))).sum()
+        total = total + (velocity * torch.linspace(-1, 1, velocity.numel()).view_as(velocity)).sum()
+    return total
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def backward_by_libraries(case: Case, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Gradients of Diffusers' transformer, whose understanding stream's last states are caught for the logits."""
+    transformer, caught = case.references.transformer, []
+    transformer.zero_grad()
+    hook = transformer.norm.register_forward_hook(lambda module, args, output: caught.append(output))
+    velocities = [flat_forward(transformer, row) for row in rows]
+    hook.remove()
+    loss([transformer.lm_head(states) for states in caught], velocities, rows).backward()
+    return gradients(transformer)
+
+
+def backward_by_ours(case: Case, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    case.parts.transformer.zero_grad()
+    understood = understand(case.parts, rows)
+    loss(understood.logits, denoise(case.parts, rows, understood), rows).backward()
+    return gradients(case.parts.transformer)
+
+
+def relative_differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs}
+
+
+def test_gradients(case: Case) -> None:
+    """Of every parameter, through texts and images, of rows of different lengths in one batch."""
+    rows = [*text_rows(case)[1:6:2], *edit_rows(case)]
+    theirs = backward_by_libraries(case, rows)
+    ours = backward_by_ours(case, rows)
+    assert ours.keys() == theirs.keys()
+    unused = {name for name in case.parts.transformer.state_dict() if name.startswith(("action_", "audio_"))}
+    assert set(case.parts.transformer.state_dict()) - set(ours) == unused
+    assert max(relative_differences(ours, theirs).values()) < 1e-4
+
+
+def test_gradients_need_the_context(case: Case) -> None:
+    rows = text_rows(case)[:2]
+    theirs = backward_by_libraries(case, rows)
+    case.parts.transformer.zero_grad()
+    understood = understand(case.parts, rows)
+    understood.states = understood.states.detach()
+    loss(understood.logits, denoise(case.parts, rows, understood), rows).backward()
+    name = "layers.0.self_attn.to_v.weight"
+    ours = gradients(case.parts.transformer)
+    assert relative_differences(ours, {name: theirs[name]})[name] > 0.01
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(case: Case, use_reentrant: bool) -> None:
+    rows = [*text_rows(case)[:2], *edit_rows(case)[:1]]
+    expected = {name: grad.clone() for name, grad in backward_by_ours(case, rows).items()}
+    case.parts.transformer.train()
+    for layer in case.parts.transformer.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
+    ours = backward_by_ours(case, rows)
+    for layer in case.parts.transformer.layers:
+        layer.gradient_checkpointing = False
+    case.parts.transformer.eval()
+    assert max(relative_differences(ours, expected).values()) < 1e-5
+
+
+def test_padding_gives_no_nan(case: Case) -> None:
+    """A row of padding alone, which sees nothing, has finite states and gradients and changes no other row."""
+    rows = text_rows(case)[:2]
+    transformer = case.parts.transformer
+    alone = denoise(case.parts, rows[:1], understand(case.parts, rows[:1]))[0]
+    transformer.zero_grad()
+    ids = torch.tensor([rows[0].ids, [0] * len(rows[0].ids)])
+    count, tokens = ids.shape[1], tokens_of(rows[0].items[0])
+    positions, start = context_positions(rows[0], -1)
+    mask = torch.ones(count, count, dtype=torch.bool).tril().expand(2, 1, -1, -1).clone()
+    mask[1] = False
+    states, context = transformer.understand(transformer.embed(ids), torch.stack([positions] * 2, dim=1), mask)
+    seen = torch.ones(2, 1, len(tokens), count + len(tokens), dtype=torch.bool)
+    seen[1] = False
+    velocities = transformer.denoise(
+        torch.stack([tokens, tokens]),
+        torch.ones(2, len(tokens), dtype=torch.bool),
+        torch.full((2,), rows[0].time),
+        torch.stack([latent_positions(rows[0], start)] * 2, dim=1),
+        context,
+        seen,
+    )
+    assert velocities.isfinite().all() and states.isfinite().all()
+    assert (velocities[0] - alone).abs().max() < BOUND
+    (velocities.sum() + states.sum()).backward()
+    assert all(grad.isfinite().all() for grad in gradients(transformer).values())
+
+
+@torch.no_grad()
+def test_bf16(case: Case) -> None:
+    """Logits and velocities in bf16, with an embedding of time and positions that stay fp32."""
+    rows = [*text_rows(case), *edit_rows(case)]
+    exact = understand(case.parts, rows)
+    velocities = denoise(case.parts, rows, exact)
+    half = copy.deepcopy(case.parts)
+    half.transformer.to(torch.bfloat16)
+    half.transformer.time_embedder.float()
+    half.transformer.time_embedder.load_state_dict(case.parts.transformer.time_embedder.state_dict())
+    rounded = understand(half, rows)
+    assert largest([logits.float() for logits in rounded.logits], exact.logits) < 0.15
+    assert largest(denoise(half, rows, rounded), velocities) < 0.15
