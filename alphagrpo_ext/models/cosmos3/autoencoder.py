@@ -29,7 +29,7 @@ class Cosmos3Autoencoder(nn.Module):
     def __init__(self, config: Cosmos3Config) -> None:
         super().__init__()
         self.config = config
-        self.vae = AutoencoderKLWan(**config.autoencoder_config)
+        self.vae = AutoencoderKLWan.from_config(config.autoencoder_config)
         self.requires_grad_(False)
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
