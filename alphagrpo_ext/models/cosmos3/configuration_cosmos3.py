@@ -344,6 +344,11 @@ def _check_transformer(config: Mapping[str, Any], variant: str, source: Path) ->
         raise ValueError(
             f"patch_latent_dim={config['patch_latent_dim']} in {source} is not latent_channel * latent_patch_size**2 = {values}"
         )
+    if not config["unified_3d_mrope_reset_spatial_ids"]:
+        raise ValueError(
+            f"unified_3d_mrope_reset_spatial_ids in {source} must be true: latents whose rows and columns go on from the text's "
+            f"positions are not supported"
+        )
     for name, size in (("action_gen", "action_dim"), ("sound_gen", "sound_dim")):
         if config[name] and not config[size]:
             raise ValueError(f"{source} has {name}, but no {size}")

@@ -263,6 +263,7 @@ CONFIGS = {
     "layers": ("transformer/config.json", {"num_hidden_layers": 4}, "num_hidden_layers=3 .* differs from 4"),
     "heads": ("transformer/config.json", {"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3|differs"),
     "axes": ("transformer/config.json", {"rope_axes_dim": [4, 4, 4]}, "rope_axes_dim"),
+    "rows": ("transformer/config.json", {"unified_3d_mrope_reset_spatial_ids": False}, "reset_spatial_ids .* true"),
     "latents": ("vae/config.json", {"z_dim": 8}, "z_dim=8 .* latent_channel=16"),
     "deviations": ("vae/config.json", {"latents_std": [0.0] * 16}, "latents_std .* positive"),
     "token": ("config.json", {"image_token_id": 5}, "image_token_id=5 .* differs from 261"),

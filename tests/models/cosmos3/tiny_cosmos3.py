@@ -112,6 +112,8 @@ TRANSFORMER: dict[str, Any] = {
     "action_dim": 4,
     "num_embodiment_domains": 3,
 }
+# Only Nano has heads of sound.
+SOUND: dict[str, dict[str, Any]] = {"omni": {"sound_gen": True, "sound_dim": 6}, "edge": {}}
 VISION: dict[str, dict[str, Any]] = {
     "omni": {
         "depth": 3,
@@ -197,7 +199,7 @@ def tiny_config(variant: str, vision: bool = True, **overrides: Any) -> Cosmos3C
     ids = SPECIAL_TOKENS[variant]
     arguments: dict[str, Any] = {
         "variant": variant,
-        "transformer_config": {**TRANSFORMER, "vocab_size": VOCAB_SIZE[variant]},
+        "transformer_config": {**TRANSFORMER, **SOUND[variant], "vocab_size": VOCAB_SIZE[variant]},
         "vision_config": VISION[variant] if vision else None,
         "projector_hidden_size": PROJECTOR_SIZE,
         "autoencoder_config": AUTOENCODER,
