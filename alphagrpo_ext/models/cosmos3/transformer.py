@@ -150,6 +150,7 @@ class Cosmos3Attention(nn.Module):
         stream: Stream,
         past_keys: torch.Tensor | None,
         past_values: torch.Tensor | None,
+        past_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         query, key, value = (
             getattr(self, name)(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -162,6 +163,9 @@ class Cosmos3Attention(nn.Module):
         query, key = rotate(query, rotary), rotate(key, rotary)
         seen_keys, seen_values = key, value
         if past_keys is not None:
+            # Gathered here and not before, so that checkpointing stores no copies of a context.
+            if past_rows is not None:
+                past_keys, past_values = past_keys[past_rows], past_values[past_rows]
             seen_keys = torch.cat([past_keys.to(key.dtype), key], dim=2)
             seen_values = torch.cat([past_values.to(value.dtype), value], dim=2)
         output = attend(query.to(seen_values.dtype), seen_keys.to(seen_values.dtype), seen_values, mask)
@@ -191,10 +195,11 @@ class Cosmos3DecoderLayer(GradientCheckpointingLayer):
         rotary: Rotary,
         mask: torch.Tensor | None,
         stream: Stream,
+        past_rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """States after the layer, and the tokens' keys, keys for the generation stream, and values."""
         normed = getattr(self, stream.input_norm)(states)
-        output, *seen = self.self_attn(normed, rotary, mask, stream, past_keys, past_values)
+        output, *seen = self.self_attn(normed, rotary, mask, stream, past_keys, past_values, past_rows)
         states = states + output
         states = states + getattr(self, stream.mlp)(getattr(self, stream.mlp_norm)(states))
         return states, *seen
@@ -331,6 +336,7 @@ class Cosmos3Transformer(nn.Module):
         positions: torch.Tensor,
         context: ContextStates,
         mask: torch.Tensor | None,
+        context_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Run the generation stream. All latents of a row see its context and each other, clean ones included.
@@ -345,9 +351,11 @@ class Cosmos3Transformer(nn.Module):
             positions (`torch.Tensor` of shape `(3, batch, tokens)`):
                 Time, row and column of every latent.
             context ([`ContextStates`]):
-                The understanding stream of the same rows.
+                The understanding stream of the same rows, or of the rows that `context_rows` names.
             mask (`torch.Tensor` of shape `(batch, 1, tokens, context + tokens)`, *optional*):
                 True where a latent sees a token. A latent that sees nothing is padding. `None` lets all see all.
+            context_rows (`torch.Tensor` of shape `(batch,)`, *optional*):
+                Row of the context that each row of latents is painted from. Rows may share one.
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens, channels)`: Velocities, fp32. They have no meaning on clean latents.
@@ -358,7 +366,7 @@ class Cosmos3Transformer(nn.Module):
         mask = None if mask is None else see_self(mask)
         rotary = self.rotary(positions, states.dtype)
         for layer, keys, values in zip(self.layers, context.generation_keys, context.values, strict=True):
-            states = layer(states, keys, values, rotary, mask, GENERATION)[0]
+            states = layer(states, keys, values, rotary, mask, GENERATION, context_rows)[0]
         return self.proj_out(self.norm_moe_gen(states)).float()
 
     @property

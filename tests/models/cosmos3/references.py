@@ -194,7 +194,13 @@ def understand(
     )
 
 
-def denoise(parts: Parts, rows: Sequence[Row], understood: Understood, margin: int = MARGIN) -> list[torch.Tensor]:
+def denoise(
+    parts: Parts,
+    rows: Sequence[Row],
+    understood: Understood,
+    margin: int = MARGIN,
+    context_rows: Sequence[int] | None = None,
+) -> list[torch.Tensor]:
     """Velocities of the noised item of every row by our generation stream, in one batch, padded at the end."""
     tokens = [torch.cat([tokens_of(item) for item in row.items]) for row in rows]
     sizes = [len(row_tokens) for row_tokens in tokens]
@@ -206,10 +212,12 @@ def denoise(parts: Parts, rows: Sequence[Row], understood: Understood, margin: i
     mask = torch.zeros(len(rows), 1, longest, context + longest, dtype=torch.bool)
     for i, row in enumerate(rows):
         batched[i, : sizes[i]] = tokens[i]
-        positions[:, i, : sizes[i]] = latent_positions(row, understood.starts[i], margin)
+        source = i if context_rows is None else context_rows[i]
+        positions[:, i, : sizes[i]] = latent_positions(row, understood.starts[source], margin)
         noised[i, sizes[i] - targets[i] : sizes[i]] = True
-        mask[i, :, : sizes[i], : understood.lengths[i]] = True
+        mask[i, :, : sizes[i], : understood.lengths[source]] = True
         mask[i, :, : sizes[i], context : context + sizes[i]] = True
     times = torch.tensor([row.time for row in rows])
-    velocities = parts.transformer.denoise(batched, noised, times, positions, understood.states, mask)
+    shared = None if context_rows is None else torch.tensor(context_rows)
+    velocities = parts.transformer.denoise(batched, noised, times, positions, understood.states, mask, shared)
     return [velocities[i, sizes[i] - targets[i] : sizes[i]] for i in range(len(rows))]

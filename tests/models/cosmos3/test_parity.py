@@ -231,6 +231,17 @@ def test_velocities_after_texts(case: Case) -> None:
 
 
 @torch.no_grad()
+def test_velocities_of_rows_that_share_a_context(case: Case) -> None:
+    """Several times and sizes after two contexts, each of which is read once."""
+    contexts = text_rows(case)[:2]
+    rows = [replace(contexts[i % 2], items=[latents(32 * (1 + i), 64, i)], time=0.9 - 0.2 * i) for i in range(4)]
+    theirs = [flat_forward(case.references.transformer, row) for row in rows]
+    understood = understand(case.parts, contexts)
+    assert largest(denoise(case.parts, rows, understood, context_rows=[0, 1, 0, 1]), theirs) < BOUND
+    assert largest(denoise(case.parts, rows, understood, context_rows=[1, 0, 1, 0]), theirs) > 0.1
+
+
+@torch.no_grad()
 def test_velocities_need_the_margin_and_the_second_key(case: Case) -> None:
     rows = text_rows(case)
     theirs = [flat_forward(case.references.transformer, row) for row in rows]
