@@ -132,6 +132,8 @@ class Cosmos3Config(PreTrainedConfig):
             Shift of the sampling schedule that the release recommends for images.
         pipeline_config, scheduler_config (`dict`, *optional*):
             Settings of `model_index.json` and of `scheduler/scheduler_config.json`. They are kept for `save_released`.
+        chat_pieces (`dict`, *optional*):
+            The pieces of the tokenizer's chat template as token ids, see `chat_template.py`.
     """
 
     model_type = "cosmos3"
@@ -152,6 +154,7 @@ class Cosmos3Config(PreTrainedConfig):
         timestep_shift: float = GENERATION_SHIFT,
         pipeline_config: Mapping[str, Any] | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
+        chat_pieces: Mapping[str, list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         if variant not in VARIANTS:
@@ -173,6 +176,7 @@ class Cosmos3Config(PreTrainedConfig):
         self.timestep_shift = timestep_shift
         self.pipeline_config = dict(pipeline_config or {})
         self.scheduler_config = dict(scheduler_config or {})
+        self.chat_pieces = None if chat_pieces is None else {name: list(ids) for name, ids in chat_pieces.items()}
         super().__init__(
             eos_token_id=EOS_TOKEN_IDS[variant] if eos_token_id is None else eos_token_id,
             tie_word_embeddings=kwargs.pop("tie_word_embeddings", False),
