@@ -273,7 +273,12 @@ def load_released_processor(folder: str | Path) -> Cosmos3Processor:
     tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
     if (folder / PROCESSOR_SETTINGS).exists():
         return Cosmos3Processor(tokenizer=tokenizer, **read_json(folder / PROCESSOR_SETTINGS))
-    settings = {"use_system_prompt": read_json(folder / "model_index.json").get("default_use_system_prompt", True)}
+    config = config_from_released(folder, tokenizer)
+    settings = {
+        "use_system_prompt": config.pipeline_config.get("default_use_system_prompt", True),
+        "image_stride": config.latent_downsample,
+        **({"vision_stride": config.vision_stride} if config.vision_stride else {}),
+    }
     if (folder / "preprocessor_config.json").exists():
         settings |= _image_areas(folder / "preprocessor_config.json")
     return Cosmos3Processor(tokenizer=tokenizer, **settings)

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_cosmos3 import Cosmos3OmniTransformer
 from transformers import PreTrainedTokenizerBase
 
+from alphagrpo_ext.models.cosmos3.chat_template import chat_pieces
 from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import (
     GENERATION_SHIFT,
     TRANSFORMER_CONFIGS,
@@ -102,6 +103,7 @@ def config_from_released(folder: str | Path, tokenizer: PreTrainedTokenizerBase)
         "timestep_shift": _timestep_shift(pipeline, scheduler),
         "pipeline_config": pipeline,
         "scheduler_config": scheduler,
+        "chat_pieces": _chat_pieces(tokenizer, folder),
         "eos_token_id": tokenizer.eos_token_id,
         **{name: _token_id(tokenizer, token, folder) for name, token in TOKENS.items()},
     }
@@ -113,6 +115,13 @@ def config_from_released(folder: str | Path, tokenizer: PreTrainedTokenizerBase)
     check_cosmos3_values(values, sources)
     _check_reasoner(sources["vision_config"], values)
     return Cosmos3Config(**values)
+
+
+def _chat_pieces(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, list[int]]:
+    try:
+        return chat_pieces(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'text_tokenizer'}: {error}") from error
 
 
 def _timestep_shift(pipeline: Mapping[str, Any], scheduler: Mapping[str, Any]) -> float:

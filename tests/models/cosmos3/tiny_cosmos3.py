@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from alphagrpo_ext.models.cosmos3.autoencoder import Cosmos3Autoencoder
+from alphagrpo_ext.models.cosmos3.chat_template import chat_pieces
 from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config
 from alphagrpo_ext.models.cosmos3.transformer import Cosmos3Transformer
 from alphagrpo_ext.models.cosmos3.vision import Cosmos3Vision
@@ -209,6 +210,7 @@ def tiny_config(variant: str, vision: bool = True, **overrides: Any) -> Cosmos3C
         "vision_end_token_id": ids["<|vision_end|>"],
         "eos_token_id": ids["<|im_end|>"],
         "max_position_embeddings": MAX_POSITIONS,
+        "chat_pieces": chat_pieces(make_tiny_tokenizer(variant)),
     }
     return Cosmos3Config(**{**arguments, **overrides})
 
