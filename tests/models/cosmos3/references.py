@@ -16,7 +16,7 @@ from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import C
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from alphagrpo_ext.models.cosmos3.transformer import ContextStates
-from models.cosmos3.tiny_cosmos3 import Parts
+from models.cosmos3.tiny_cosmos3 import Parts, References
 
 
 MARGIN = 15000
@@ -145,6 +145,18 @@ def flat_forward(
     return tokens_of(sample[-1])
 
 
+def composed_velocity(references: References, row: Row, image_token_id: int) -> torch.Tensor:
+    """Velocity by Diffusers' transformer with the features of Transformers' vision tower."""
+
+    def join(images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        return images if isinstance(images, torch.Tensor) else torch.cat(list(images))
+
+    variant = "omni" if references.reasoner.config.model_type == "cosmos3_omni" else "edge"
+    output = references.reasoner.model.get_image_features(**image_inputs(variant, row.images))
+    deepstack = [join(layer) for layer in output.deepstack_features] if variant == "omni" else ()
+    return flat_forward(references.transformer, row, image_token_id, join(output.pooler_output), deepstack)
+
+
 def tokens_of(latents: torch.Tensor) -> torch.Tensor:
     """Tokens `(tokens, channels)` of latents `(1, channels, 1, height, width)`."""
     blocks = latents[0, :, 0].unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
@@ -200,8 +212,13 @@ def denoise(
     understood: Understood,
     margin: int = MARGIN,
     context_rows: Sequence[int] | None = None,
+    is_all_noised: bool = False,
 ) -> list[torch.Tensor]:
-    """Velocities of the noised item of every row by our generation stream, in one batch, padded at the end."""
+    """
+    Velocities of the noised item of every row by our generation stream, in one batch, padded at the end.
+
+    `is_all_noised` takes clean items for noised ones.
+    """
     tokens = [torch.cat([tokens_of(item) for item in row.items]) for row in rows]
     sizes = [len(row_tokens) for row_tokens in tokens]
     targets = [row.item_grids[-1][0] * row.item_grids[-1][1] for row in rows]
@@ -214,7 +231,7 @@ def denoise(
         batched[i, : sizes[i]] = tokens[i]
         source = i if context_rows is None else context_rows[i]
         positions[:, i, : sizes[i]] = latent_positions(row, understood.starts[source], margin)
-        noised[i, sizes[i] - targets[i] : sizes[i]] = True
+        noised[i, 0 if is_all_noised else sizes[i] - targets[i] : sizes[i]] = True
         mask[i, :, : sizes[i], : understood.lengths[source]] = True
         mask[i, :, : sizes[i], context : context + sizes[i]] = True
     times = torch.tensor([row.time for row in rows])

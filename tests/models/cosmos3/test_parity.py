@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from alphagrpo_ext.models.pixels import image_to_tensor
 from models.cosmos3.references import (
     Row,
+    composed_velocity,
     context_positions,
     denoise,
     flat_forward,
@@ -258,6 +259,7 @@ def test_velocities_with_clean_images(case: Case) -> None:
     theirs = [flat_forward(case.references.transformer, row) for row in rows]
     understood = understand(case.parts, rows)
     assert largest(denoise(case.parts, rows, understood), theirs) < BOUND
+    assert largest(denoise(case.parts, rows, understood, is_all_noised=True), theirs) > 0.1
     other = [replace(row, items=[latents(64, 32, 1), *row.items[1:]]) for row in rows[:2]]
     velocities = denoise(case.parts, other, understand(case.parts, other))
     assert largest(velocities, theirs[:2]) > 0.1
@@ -267,24 +269,10 @@ def test_velocities_with_clean_images(case: Case) -> None:
 def test_velocities_after_images(case: Case) -> None:
     """With images in the understanding stream, of which no pipeline makes use."""
     rows = image_rows(case)
-    theirs = [composed_velocity(case, row) for row in rows]
+    theirs = [composed_velocity(case.references, row, case.ids["<|image_pad|>"]) for row in rows]
     assert largest(denoise(case.parts, rows, understand(case.parts, rows)), theirs) < BOUND
     other = [replace(row, images=[-row.images[0], *row.images[1:]]) for row in rows]
     assert largest(denoise(case.parts, other, understand(case.parts, other)), theirs) > 0.1
-
-
-def composed_velocity(case: Case, row: Row) -> torch.Tensor:
-    """Velocity by Diffusers' transformer with the features of Transformers' vision tower."""
-
-    def join(images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        return images if isinstance(images, torch.Tensor) else torch.cat(list(images))
-
-    inputs = image_inputs(case.variant, row.images)
-    output = case.references.reasoner.model.get_image_features(**inputs)
-    deepstack = [join(layer) for layer in output.deepstack_features] if case.variant == "omni" else ()
-    return flat_forward(
-        case.references.transformer, row, case.ids["<|image_pad|>"], join(output.pooler_output), deepstack
-    )
 
 
 @torch.no_grad()
@@ -469,3 +457,20 @@ def test_bf16(case: Case) -> None:
     rounded = understand(half, rows)
     assert largest([logits.float() for logits in rounded.logits], exact.logits) < 0.15
     assert largest(denoise(half, rows, rounded), velocities) < 0.15
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_times_and_angles_are_fp32_under_autocast(case: Case, dtype: torch.dtype) -> None:
+    transformer = case.parts.transformer
+    times = torch.tensor([0.9973, 0.5012])
+    positions = torch.tensor([[15257.0, 15258.0]]).expand(3, 1, -1)
+    expected = transformer.embed_times(times), transformer.rotary(positions, dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = transformer.embed_times(times), transformer.rotary(positions, dtype)
+    assert actual[0].dtype == torch.float32
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(actual[1], expected[1], strict=True))
+    exact = 15258.0 * torch.tensor(1.0)
+    # The first frequency is 1. In bf16 both positions would be 15232.
+    assert (actual[1][0][0, 1, 0].float() - exact.cos()).abs() < 0.01
