@@ -360,7 +360,7 @@ class Cosmos3Transformer(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, tokens, channels)`: Velocities, fp32. They have no meaning on clean latents.
         """
-        states = self.proj_in(latents.to(self.proj_in_dtype))
+        states = self.proj_in(latents.to(self.proj_in.weight.dtype))
         time_states = self.embed_times(times).to(states.dtype)[:, None]
         states = torch.where(noised[..., None], states + time_states, states)
         mask = None if mask is None else see_self(mask)
@@ -368,11 +368,6 @@ class Cosmos3Transformer(nn.Module):
         for layer, keys, values in zip(self.layers, context.generation_keys, context.values, strict=True):
             states = layer(states, keys, values, rotary, mask, GENERATION, context_rows)[0]
         return self.proj_out(self.norm_moe_gen(states)).float()
-
-    @property
-    def proj_in_dtype(self) -> torch.dtype:
-        """Data type in which latents enter the network."""
-        return self.proj_in.weight.dtype
 
     def embed_times(self, times: torch.Tensor) -> torch.Tensor:
         """Embeddings `(batch, hidden)` of times `(batch,)` in [0, 1], in the data type of their weights, fp32."""
