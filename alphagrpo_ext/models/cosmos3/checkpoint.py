@@ -28,7 +28,7 @@ from alphagrpo_ext.models.cosmos3.released_configs import (
     PIPELINE_CLASS,
     REASONER_TYPES,
     TRANSFORMER_CLASS,
-    config_from_released,
+    read_configs,
     write_configs,
     write_json,
 )
@@ -49,7 +49,7 @@ DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
 ROOT_INDEX = "model.safetensors.index.json"
 PROCESSOR_SETTINGS = "cosmos3_processor.json"
 """Settings of our processor. `processor_config.json` belongs to Transformers' processor."""
-DOWNLOADED_FILES = (
+HUB_PATTERNS = (
     "*.json",
     "*.jinja",
     "*.txt",
@@ -122,7 +122,7 @@ def matches(folder: str | Path) -> bool:
     return False
 
 
-def check_released_files(folder: str | Path) -> None:
+def check_components(folder: str | Path) -> None:
     """
     Check that a released folder has every component.
 
@@ -172,7 +172,7 @@ def _check_types(path: Path) -> None:
                 )
 
 
-def load_released(
+def load_cosmos3(
     folder: str | Path, dtype: torch.dtype | None = torch.float32
 ) -> tuple[Cosmos3Model, Cosmos3Processor]:
     """
@@ -194,14 +194,14 @@ def load_released(
             or infinite, or if the configurations have an impossible value or belong to different models.
     """
     folder = Path(folder)
-    check_released_files(folder)
+    check_components(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
-    config = config_from_released(folder, tokenizer)
+    config = read_configs(folder, tokenizer)
     check_vocabulary(tokenizer, config.vocab_size, folder / "text_tokenizer")
     model = _empty_model(config)
     parts = components(config.variant, config.vision_config is not None)
     _check_weights(folder, model, parts)
-    processor = load_released_processor(folder)
+    processor = load_cosmos3_processor(folder)
     model.load_state_dict(_read_state(folder, model, parts, dtype), strict=True, assign=True)
     if model.vision is not None:
         model.vision.reset_buffers()
@@ -261,10 +261,10 @@ def keeps_fp32(name: str) -> bool:
     return name.startswith(("autoencoder.", "transformer.time_embedder."))
 
 
-def load_released_processor(folder: str | Path) -> Cosmos3Processor:
+def load_cosmos3_processor(folder: str | Path) -> Cosmos3Processor:
     """
     Load the processor of a released folder: its tokenizer, the areas of its image processor, and whether its pipeline
-    uses a system prompt. Settings that [`save_released`] wrote come first.
+    uses a system prompt. Settings that [`save_cosmos3`] wrote come first.
 
     Raises:
         `ValueError`: If the image processor does something else than what the vision tower's rows are made by.
@@ -273,7 +273,7 @@ def load_released_processor(folder: str | Path) -> Cosmos3Processor:
     tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
     if (folder / PROCESSOR_SETTINGS).exists():
         return Cosmos3Processor(tokenizer=tokenizer, **read_json(folder / PROCESSOR_SETTINGS))
-    config = config_from_released(folder, tokenizer)
+    config = read_configs(folder, tokenizer)
     settings = {
         "use_system_prompt": config.pipeline_config.get("default_use_system_prompt", True),
         "image_stride": config.latent_downsample,
@@ -297,9 +297,9 @@ def _image_areas(path: Path) -> dict[str, int]:
     return {name: area for name, area in areas.items() if area is not None}
 
 
-def save_released(model: Cosmos3Model, processor: Cosmos3Processor, folder: str | Path) -> None:
+def save_cosmos3(model: Cosmos3Model, processor: Cosmos3Processor, folder: str | Path) -> None:
     """
-    Write a model in the released layout, which Diffusers' pipeline, Transformers' reasoner and [`load_released`] read.
+    Write a model in the released layout, which Diffusers' pipeline, Transformers' reasoner and [`load_cosmos3`] read.
     The folder appears complete or not at all. It has no sound tokenizer, which the model does not hold and the pipeline
     does not need for images.
 

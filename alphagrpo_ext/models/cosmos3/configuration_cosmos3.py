@@ -131,7 +131,7 @@ class Cosmos3Config(PreTrainedConfig):
         timestep_shift (`float`, *optional*, defaults to `3.0`):
             Shift of the sampling schedule that the release recommends for images.
         pipeline_config, scheduler_config (`dict`, *optional*):
-            Settings of `model_index.json` and of `scheduler/scheduler_config.json`. They are kept for `save_released`.
+            Settings of `model_index.json` and of `scheduler/scheduler_config.json`. They are kept for `save_cosmos3`.
         chat_pieces (`dict`, *optional*):
             The pieces of the tokenizer's chat template as token ids, see `chat_template.py`.
     """
@@ -224,7 +224,7 @@ class Cosmos3Config(PreTrainedConfig):
 
 
 _WIDTH, _DEPTH, _COUNT = "[1, 1048576]", "[1, 1000]", "[1, 1024]"
-WHOLE_RANGES: dict[str, dict[str, str]] = {
+_WHOLE_RANGES: dict[str, dict[str, str]] = {
     "transformer_config": {
         "vocab_size": "[1, 16777216]",
         "hidden_size": _WIDTH,
@@ -272,7 +272,7 @@ WHOLE_RANGES: dict[str, dict[str, str]] = {
     },
 }
 """Ranges of whole numbers by part of a [`Cosmos3Config`]. The upper bounds keep a damaged file from taking all memory."""
-FLOAT_RANGES: dict[str, dict[str, str]] = {
+_FLOAT_RANGES: dict[str, dict[str, str]] = {
     "transformer_config": {"rms_norm_eps": "(0, 1)", "rope_theta": "(1, inf)", "timestep_scale": "(0, 1]"},
     "vision_config": {"layer_norm_eps": "(0, 1)"},
     "": {"timestep_shift": "(0, inf)"},
@@ -316,7 +316,7 @@ def check_cosmos3_values(values: Mapping[str, Any], sources: Mapping[str, Path])
 
 def _check_ranges(fields: Mapping[str, Any], part: str, source: Path) -> None:
     prefix = f"{part}." if part else ""
-    for is_whole, ranges in ((True, WHOLE_RANGES), (False, FLOAT_RANGES)):
+    for is_whole, ranges in ((True, _WHOLE_RANGES), (False, _FLOAT_RANGES)):
         for name, interval in ranges.get(part, {}).items():
             value = fields.get(name)
             if value is None:

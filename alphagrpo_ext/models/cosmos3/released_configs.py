@@ -66,7 +66,7 @@ def _transformer_variant(config: Mapping[str, Any], path: Path) -> str:
     raise ValueError(f"hidden_act={config['hidden_act']!r} in {path} belongs to no variant of Cosmos3")
 
 
-def config_from_released(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Cosmos3Config:
+def read_configs(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Cosmos3Config:
     """
     Configuration from the JSON files of a released folder.
 

@@ -36,7 +36,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
-class ContextStates:
+class StreamStates:
     """
     What later tokens read of tokens of the understanding stream: one tensor `(batch, kv_heads, tokens, head_dim)` per
     layer.
@@ -53,16 +53,19 @@ class ContextStates:
     generation_keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ContextStates:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> StreamStates:
         """Apply a function to every tensor. Keys that both streams share stay shared."""
         keys = [function(key) for key in self.keys]
         shared = self.generation_keys is self.keys
         generation_keys = keys if shared else [function(key) for key in self.generation_keys]
-        return ContextStates(keys, generation_keys, [function(value) for value in self.values])
+        return StreamStates(keys, generation_keys, [function(value) for value in self.values])
 
-    def detach(self) -> ContextStates:
+    def detach(self) -> StreamStates:
         """The same values without gradient."""
         return self.map(torch.Tensor.detach)
+
+
+ContextStates = StreamStates
 
 
 @dataclass(frozen=True)
@@ -288,9 +291,9 @@ class Cosmos3Transformer(nn.Module):
         states: torch.Tensor,
         positions: torch.Tensor,
         mask: torch.Tensor | None,
-        past: ContextStates | None = None,
+        past: StreamStates | None = None,
         deepstack: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None,
-    ) -> tuple[torch.Tensor, ContextStates]:
+    ) -> tuple[torch.Tensor, StreamStates]:
         """
         Run the understanding stream.
 
@@ -302,14 +305,14 @@ class Cosmos3Transformer(nn.Module):
             mask (`torch.Tensor` of shape `(batch, 1, tokens, past + tokens)`, *optional*):
                 True where a token sees another. A token that sees nothing is padding. `None` lets every token see
                 all, which is right for one token that follows unpadded ones.
-            past ([`ContextStates`], *optional*):
+            past ([`StreamStates`], *optional*):
                 Earlier tokens of the same rows.
             deepstack (`tuple` of `torch.Tensor` and `Sequence[torch.Tensor]`, *optional*):
                 Places of image tokens, bool of shape `(batch, tokens)`, and what is added to their states after each
                 of the first layers, each of shape `(places, hidden)`.
 
         Returns:
-            States after the final norm, `(batch, tokens, hidden)`, and the [`ContextStates`] of these tokens.
+            States after the final norm, `(batch, tokens, hidden)`, and the [`StreamStates`] of these tokens.
         """
         mask = None if mask is None else see_self(mask)
         rotary = self.rotary(positions, states.dtype)
@@ -326,7 +329,7 @@ class Cosmos3Transformer(nn.Module):
             generation_keys.append(generation_key)
             values.append(value)
         has_second_keys = bool(keys) and self.layers[0].self_attn.k_norm_und_for_gen is not None
-        return self.norm(states), ContextStates(keys, generation_keys if has_second_keys else keys, values)
+        return self.norm(states), StreamStates(keys, generation_keys if has_second_keys else keys, values)
 
     def denoise(
         self,
@@ -334,7 +337,7 @@ class Cosmos3Transformer(nn.Module):
         noised: torch.Tensor,
         times: torch.Tensor,
         positions: torch.Tensor,
-        context: ContextStates,
+        context: StreamStates,
         mask: torch.Tensor | None,
         context_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -350,7 +353,7 @@ class Cosmos3Transformer(nn.Module):
                 Time in [0, 1] of every row.
             positions (`torch.Tensor` of shape `(3, batch, tokens)`):
                 Time, row and column of every latent.
-            context ([`ContextStates`]):
+            context ([`StreamStates`]):
                 The understanding stream of the same rows, or of the rows that `context_rows` names.
             mask (`torch.Tensor` of shape `(batch, 1, tokens, context + tokens)`, *optional*):
                 True where a latent sees a token. A latent that sees nothing is padding. `None` lets all see all.

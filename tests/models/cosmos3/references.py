@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import Cosmos3EdgeImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from alphagrpo_ext.models.cosmos3.transformer import ContextStates
+from alphagrpo_ext.models.cosmos3.transformer import StreamStates
 from models.cosmos3.tiny_cosmos3 import Parts, References
 
 
@@ -168,7 +168,7 @@ class Understood:
     """Rows that were read by our understanding stream in one padded batch."""
 
     logits: list[torch.Tensor]
-    states: ContextStates
+    states: StreamStates
     lengths: list[int]
     starts: list[int]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from alphagrpo_ext.models.cosmos3 import checkpoint
-from alphagrpo_ext.models.cosmos3.checkpoint import load_released, load_released_processor, matches, save_released
+from alphagrpo_ext.models.cosmos3.checkpoint import load_cosmos3, load_cosmos3_processor, matches, save_cosmos3
 from models.cosmos3.tiny_cosmos3 import (
     VARIANTS,
     References,
@@ -70,7 +70,7 @@ def test_a_folder_goes_through_ours_to_both_libraries(
 ) -> None:
     folder, references = released[variant]
     assert matches(folder)
-    model, processor = load_released(folder)
+    model, processor = load_cosmos3(folder)
     assert_equal(part(model, "transformer."), references.transformer.state_dict())
     assert_equal(part(model, "autoencoder.vae."), references.autoencoder.state_dict())
     tower = {f"model.{name}": tensor for name, tensor in part(model, "vision.").items()}
@@ -81,7 +81,7 @@ def test_a_folder_goes_through_ours_to_both_libraries(
     assert model.config.timestep_shift == 3.0
     assert processor.use_system_prompt is (variant == "omni")
 
-    save_released(model, processor, tmp_path / "saved")
+    save_cosmos3(model, processor, tmp_path / "saved")
     pipeline = Cosmos3OmniPipeline.from_pretrained(tmp_path / "saved", enable_safety_checker=False)
     assert_equal(pipeline.transformer.state_dict(), references.transformer.state_dict())
     assert_equal(pipeline.vae.state_dict(), references.autoencoder.state_dict())
@@ -112,12 +112,12 @@ def test_a_saved_folder_is_read_back(
 ) -> None:
     """A model that was made here and not loaded, in several shards, with other settings of the processor."""
     model = make_tiny_model(variant)
-    processor = load_released_processor(released[variant][0])
+    processor = load_cosmos3_processor(released[variant][0])
     processor.min_pixels, processor.use_system_prompt = 1024, variant != "omni"
     monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 300_000)
-    save_released(model, processor, tmp_path / "saved")
+    save_cosmos3(model, processor, tmp_path / "saved")
     assert len(list((tmp_path / "saved" / "transformer").glob("*.safetensors"))) > 2
-    back, back_processor = load_released(tmp_path / "saved")
+    back, back_processor = load_cosmos3(tmp_path / "saved")
     assert_equal(back.state_dict(), model.state_dict())
     assert (back_processor.min_pixels, back_processor.use_system_prompt) == (1024, variant != "omni")
     kept = {name for name, value in model.config.to_dict().items() if back.config.to_dict()[name] == value}
@@ -137,17 +137,17 @@ def test_data_types(tmp_path: Path) -> None:
     references = write_released_folder(tmp_path / "bf16", "edge", dtype=torch.bfloat16)
     references.transformer.time_embedder.float()
     for dtype, expected in ((None, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
-        model, _ = load_released(tmp_path / "bf16", dtype)
+        model, _ = load_cosmos3(tmp_path / "bf16", dtype)
         for name, tensor in model.state_dict().items():
             keeps = name.startswith(("autoencoder.", "transformer.time_embedder."))
             assert tensor.dtype == (torch.float32 if keeps else expected), name
     wide = write_released_folder(tmp_path / "fp32", "edge")
-    model, _ = load_released(tmp_path / "fp32", torch.bfloat16)
+    model, _ = load_cosmos3(tmp_path / "fp32", torch.bfloat16)
     assert_equal(part(model, "transformer.time_embedder."), wide.transformer.time_embedder.state_dict())
 
 
 def test_only_what_is_trained_has_a_gradient(released: dict[str, tuple[Path, References]]) -> None:
-    model, _ = load_released(released["omni"][0])
+    model, _ = load_cosmos3(released["omni"][0])
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     expected = {
         name
@@ -163,7 +163,7 @@ def test_the_tower_of_a_loaded_model_sees_as_the_library_does(
     released: dict[str, tuple[Path, References]], variant: str
 ) -> None:
     """Buffers that are in no file are made again after a load."""
-    model, _ = load_released(released[variant][0])
+    model, _ = load_cosmos3(released[variant][0])
     assert not [name for name, buffer in model.named_buffers() if buffer.is_meta]
     pixels = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rows, grid = model.vision.patch_rows(pixels), torch.tensor([[1, 4, 6]])
@@ -178,11 +178,11 @@ def test_a_pipeline_without_a_reasoner_has_no_vision_tower(damaged: Callable[...
     pipeline = Cosmos3OmniPipeline.from_pretrained(folder, enable_safety_checker=False)
     pipeline.save_pretrained(tmp_path / "pipeline")
     assert matches(tmp_path / "pipeline")
-    model, processor = load_released(tmp_path / "pipeline")
+    model, processor = load_cosmos3(tmp_path / "pipeline")
     assert model.vision is None
-    save_released(model, processor, tmp_path / "saved")
+    save_cosmos3(model, processor, tmp_path / "saved")
     assert not (tmp_path / "saved" / "config.json").exists()
-    back, _ = load_released(tmp_path / "saved")
+    back, _ = load_cosmos3(tmp_path / "saved")
     assert_equal(back.state_dict(), model.state_dict())
 
 
@@ -199,7 +199,7 @@ def test_a_missing_component_is_named(damaged: Callable[..., Path], name: str) -
     (folder / name).unlink()
     assert matches(folder)
     with pytest.raises(FileNotFoundError, match=name):
-        load_released(folder)
+        load_cosmos3(folder)
 
 
 def test_a_reasoner_without_its_generator_is_refused(damaged: Callable[..., Path]) -> None:
@@ -209,7 +209,7 @@ def test_a_reasoner_without_its_generator_is_refused(damaged: Callable[..., Path
     (folder / "model_index.json").unlink()
     assert matches(folder)
     with pytest.raises(FileNotFoundError, match="reasoner of Cosmos3 without its generator"):
-        load_released(folder)
+        load_cosmos3(folder)
 
 
 def quantize(tensors: dict[str, torch.Tensor]) -> None:
@@ -242,7 +242,7 @@ def test_wrong_weights_are_refused_before_they_are_read(
     monkeypatch.setattr(checkpoint, "read_tensors", lambda *_: pytest.fail("weights were read"))
     edit_weights(first_shard(folder), WEIGHTS[kind][0])
     with pytest.raises(ValueError, match=WEIGHTS[kind][1]):
-        load_released(folder)
+        load_cosmos3(folder)
 
 
 def test_a_truncated_file_is_refused(damaged: Callable[..., Path]) -> None:
@@ -250,7 +250,7 @@ def test_a_truncated_file_is_refused(damaged: Callable[..., Path]) -> None:
     path = first_shard(folder)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{path.name} is truncated or damaged"):
-        load_released(folder)
+        load_cosmos3(folder)
 
 
 CONFIGS = {
@@ -280,16 +280,16 @@ def test_wrong_configurations_are_refused(
     name, values, message = CONFIGS[kind]
     edit_json(folder / name, **values)
     with pytest.raises(ValueError, match=message):
-        load_released(folder)
+        load_cosmos3(folder)
 
 
 def test_an_adapter_has_no_place(tmp_path: Path, released: dict[str, tuple[Path, References]]) -> None:
-    model, processor = load_released(released["omni"][0])
+    model, processor = load_cosmos3(released["omni"][0])
     adapted = get_peft_model(model, LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ValueError, match="merge_and_unload"):
-        save_released(adapted, processor, tmp_path / "saved")
+        save_cosmos3(adapted, processor, tmp_path / "saved")
     with pytest.raises(ValueError, match="do not fit its configuration"):
-        save_released(adapted.base_model.model, processor, tmp_path / "saved")
+        save_cosmos3(adapted.base_model.model, processor, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
@@ -299,6 +299,6 @@ def test_karras_sigmas_hide_the_shift_of_the_scheduler(damaged: Callable[..., Pa
     del index["native_flow_shift"]
     (folder / "model_index.json").write_text(json.dumps(index))
     edit_json(folder / "scheduler" / "scheduler_config.json", flow_shift=5.0)
-    assert load_released(folder)[0].config.timestep_shift == 5.0
+    assert load_cosmos3(folder)[0].config.timestep_shift == 5.0
     edit_json(folder / "scheduler" / "scheduler_config.json", use_karras_sigmas=True)
-    assert load_released(folder)[0].config.timestep_shift == tiny_config("edge").timestep_shift == 3.0
+    assert load_cosmos3(folder)[0].config.timestep_shift == tiny_config("edge").timestep_shift == 3.0
