@@ -24,7 +24,7 @@ from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.pixels import image_to_tensor
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
-from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
+from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, Segment, TextSegment, Trajectory
 from models.cosmos3.references import Row, composed_velocity, flat_forward, image_inputs, reasoner_logits, tokens_of
 from models.cosmos3.tiny_cosmos3 import VARIANTS, References, write_released_folder
 
@@ -123,12 +123,19 @@ def image_segment(case: Case, pixels: torch.Tensor) -> ImageSegment:
     return ImageSegment(case.model.encode_images(pixels[None])[0], GRID, pixels)
 
 
-def chat_ids(case: Case, text: str, num_images: int = 1, **options: bool) -> list[int]:
+def as_item(tokens: torch.Tensor) -> torch.Tensor:
+    """Latents `(1, channels, 1, height, width)` of tokens of an image of [`SIZE`]."""
+    blocks = tokens.unflatten(0, GRID).unflatten(2, (2, 2, -1)).permute(4, 0, 2, 1, 3)
+    return blocks.flatten(3).flatten(1, 2)[None, :, None]
+
+
+def chat_ids(case: Case, text: str, num_images: int = 1, system: str = "", **options: bool) -> list[int]:
     """A user's turn with images of [`SIZE`] before a text, by the tokenizer's template."""
     tokenizer, num_tokens = case.processor.tokenizer, GRID[0] * GRID[1]
     content = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
+    chat = [{"role": "system", "content": system}] if system else []
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **options
+        [*chat, {"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **options
     )
     return tokenizer.encode(rendered.replace("<|image_pad|>", "<|image_pad|>" * num_tokens), add_special_tokens=False)
 
@@ -178,9 +185,7 @@ def test_velocity_after_an_image(case: Case) -> None:
     text = case.processor.decode(request.token_ids)
     tokenizer = case.processor.tokenizer
     tail = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|vision_start|>")]
-    clean = segment.latents.unflatten(0, GRID).unflatten(2, (2, 2, -1)).permute(4, 0, 2, 1, 3)
-    clean = clean.flatten(3).flatten(1, 2)[None, :, None]
-    row = Row([*chat_ids(case, text), *tail], [pixels], [clean, noise(1)], 0.5)
+    row = Row([*chat_ids(case, text), *tail], [pixels], [as_item(segment.latents), noise(1)], 0.5)
     theirs = composed_velocity(case.references, row, case.model.config.image_token_id)
     ours = case.velocities([[segment, request]], [noise(1)], 0.5)[0]
     assert (ours - theirs).abs().max() < BOUND
@@ -189,6 +194,94 @@ def test_velocity_after_an_image(case: Case) -> None:
         replace(segment, latents=-segment.latents),
     ):
         assert (case.velocities([[other, request]], [noise(1)], 0.5)[0] - theirs).abs().max() > 0.1
+
+
+THOUGHT, TIMES = "Two foxes", (0.9, 0.6, 0.2)
+
+
+def trajectories(case: Case) -> list[Trajectory]:
+    """A thought and an image after a prompt, and the same after a given image. Each has two trained steps."""
+    tokenizer = case.processor.tokenizer
+    thought = [*tokenizer.encode(THOUGHT, add_special_tokens=False), tokenizer.eos_token_id]
+    given = image_segment(case, picture(4))
+    request = case.processor.request_segment("make it blue", SIZE)
+    edit = [*case.processor.system_segments(think=False, edits=True), given, request]
+    contexts = [case.context(PROMPTS[0]), edit]
+    result = []
+    for i, context in enumerate(contexts):
+        states = torch.stack([tokens_of(noise(10 * i + step)) for step in range(len(TIMES))])
+        window = DenoisingWindow(states, torch.tensor(TIMES), 0, torch.zeros(len(TIMES) - 1))
+        negative = {"negative": case.processor.branch_context("negative", context, SIZE)}
+        image = ImageSegment(states[-1], GRID, sampled=True, window=window, guidance_contexts=negative)
+        result.append(Trajectory([*context, TextSegment(thought, sampled=True), image]))
+    return result
+
+
+def rows_of(case: Case, trajectory: Trajectory) -> dict[str, Row]:
+    """What the libraries read in each branch."""
+    tokenizer = case.processor.tokenizer
+    eos, start = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    given = [segment for segment in trajectory.segments[:-1] if isinstance(segment, ImageSegment)]
+    images, items = [image.pixel_values for image in given], [as_item(image.latents) for image in given]
+    if given:
+        texts = [segment for segment in trajectory.segments if isinstance(segment, TextSegment)]
+        system = {"system": case.processor.decode(texts[0].token_ids)} if len(texts) == 3 else {}
+        request, inverse = case.processor.decode(texts[-2].token_ids), "This image is not of 64x96 resolution."
+        full, negative = ([*chat_ids(case, text, **system), eos, start] for text in (request, inverse))
+    else:
+        full, negative = case.pipeline_ids(PROMPTS[0])
+    thought = tokenizer.encode(THOUGHT, add_special_tokens=False)
+    return {
+        "full": Row([*full[:-2], *thought, *full[-2:]], images, items),
+        "negative": Row(negative, images, items),
+    }
+
+
+def library_velocity(case: Case, row: Row) -> torch.Tensor:
+    if row.images:
+        return composed_velocity(case.references, row, case.model.config.image_token_id)
+    return flat_forward(case.references.transformer, row)
+
+
+def test_packed_forward_and_its_gradients(case: Case) -> None:
+    """
+    Log-probabilities of thoughts and velocities of all copies, in both branches, and the gradient of every parameter of
+    the decoder. The given image is read by both streams.
+    """
+    given = trajectories(case)
+    guidance = GuidanceConfig(text_scale=SCALE, interval=(0.0, 1.0), renorm_min=1.0)
+    batch = case.model.pack(given, guidance)
+    case.model.zero_grad()
+    output = case.model(**batch.inputs)
+    # Diffusers' transformer, one sample after the other. Logits are those of its understanding stream.
+    transformer, caught = case.references.transformer, []
+    transformer.zero_grad()
+    hook = transformer.norm.register_forward_hook(lambda module, args, states: caught.append(states))
+    layout, velocities, streams = batch.velocities, [], {}
+    for image, step, branch in zip(layout.image.tolist(), layout.step.tolist(), layout.branch.tolist(), strict=True):
+        name = layout.branches[branch]
+        row = rows_of(case, given[image])[name]
+        noised = as_item(given[image].segments[-1].window.latents[step])
+        velocities.append(library_velocity(case, replace(row, items=[*row.items, noised], time=TIMES[step])))
+        streams[image, name] = row, caught[-1]
+    hook.remove()
+    log_probs = []
+    for index in range(len(given)):
+        row, states = streams[index, "full"]
+        count = len(given[index].segments[-2].token_ids)
+        targets = torch.tensor(row.ids[-1 - count : -1])
+        scores = transformer.lm_head(states).log_softmax(dim=-1)[-2 - count : -2]
+        log_probs.append(scores.gather(1, targets[:, None])[:, 0])
+    assert len(velocities) == 8
+    assert (output.velocities - torch.stack(velocities)).abs().max() < BOUND
+    assert (output.log_probs - torch.cat(log_probs)).abs().max() < BOUND
+    weights = torch.randn(output.velocities.shape, generator=torch.Generator().manual_seed(0))
+    (output.log_probs.sum() + (output.velocities * weights).sum()).backward()
+    (torch.cat(log_probs).sum() + (torch.stack(velocities) * weights).sum()).backward()
+    ours = dict(case.model.transformer.named_parameters())
+    trained = {name: p.grad for name, p in transformer.named_parameters() if p.grad is not None}
+    assert trained.keys() == {name for name, p in ours.items() if p.grad is not None}
+    assert max(((ours[n].grad - grad).norm() / grad.norm()).item() for n, grad in trained.items()) < 1e-4
 
 
 class OurSchedule(UniPCMultistepScheduler):
