@@ -370,7 +370,7 @@ def denoise_images(
         torch.cat([clean["latent_positions"], positions], dim=2).transpose(0, 1),
         cache.until(num_slots),
         mask.expand(-1, -1, valid.shape[1], -1),
-        context_rows=rows,
+        context_rows=rows if forks > 1 else None,
     )
     return velocities[:, -num_tokens:]
 

@@ -11,7 +11,14 @@ from models.cosmos3.tiny_cosmos3 import make_tiny_model, make_tiny_tokenizer
 
 def make_case(variant: str) -> FamilyCase:
     """A model that paints images of two tokens, and whose vision tower reads images as small as they are."""
-    processor = Cosmos3Processor(make_tiny_tokenizer(variant), use_system_prompt=variant == "omni", min_pixels=32 * 32)
+    processor = Cosmos3Processor(
+        make_tiny_tokenizer(variant),
+        use_system_prompt=variant == "omni",
+        # Every letter is a token.
+        thinking_prompt="Think.",
+        reflection_prompt="Mend: {prompt}",
+        min_pixels=32 * 32,
+    )
     return FamilyCase(make_tiny_model(variant), processor, size=(32, 64))
 
 
