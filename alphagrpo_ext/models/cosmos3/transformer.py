@@ -65,9 +65,6 @@ class StreamStates:
         return self.map(torch.Tensor.detach)
 
 
-ContextStates = StreamStates
-
-
 @dataclass(frozen=True)
 class Stream:
     """Names of the modules of one stream in a layer."""
