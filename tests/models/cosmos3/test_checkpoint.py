@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from alphagrpo_ext.models.cosmos3 import checkpoint
 from alphagrpo_ext.models.cosmos3.checkpoint import load_cosmos3, load_cosmos3_processor, matches, save_cosmos3
+from alphagrpo_ext.models.loading import load_model
 from models.cosmos3.tiny_cosmos3 import (
     VARIANTS,
     References,
@@ -208,8 +209,9 @@ def test_a_reasoner_without_its_generator_is_refused(damaged: Callable[..., Path
         shutil.rmtree(folder / name)
     (folder / "model_index.json").unlink()
     assert matches(folder)
-    with pytest.raises(FileNotFoundError, match="reasoner of Cosmos3 without its generator"):
-        load_cosmos3(folder)
+    for load in (load_cosmos3, load_model):
+        with pytest.raises(FileNotFoundError, match="reasoner of Cosmos3 without its generator"):
+            load(folder)
 
 
 def quantize(tensors: dict[str, torch.Tensor]) -> None:
