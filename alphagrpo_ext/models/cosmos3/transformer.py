@@ -26,6 +26,7 @@ from diffusers.models.transformers.transformer_cosmos3 import (
     DomainAwareLinear,
 )
 from torch import nn
+from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config
@@ -370,10 +371,12 @@ class Cosmos3Transformer(nn.Module):
         return self.proj_out(self.norm_moe_gen(states)).float()
 
     def embed_times(self, times: torch.Tensor) -> torch.Tensor:
-        """Embeddings `(batch, hidden)` of times `(batch,)` in [0, 1], in the data type of their weights, fp32."""
+        """Embeddings `(batch, hidden)` of times `(batch,)` in [0, 1], fp32."""
         scaled = times.float() * NUM_TRAIN_TIMESTEPS * self.config.transformer_config["timestep_scale"]
+        # Weights may have been cast with the rest of a model, or by a wrapper that shards it. Times are never rounded.
+        weights = {name: weight.float() for name, weight in self.time_embedder.named_parameters()}
         with torch.autocast(device_type=times.device.type, enabled=False):
-            return self.time_embedder(self.time_proj(scaled).to(self.time_embedder.linear_1.weight.dtype))
+            return functional_call(self.time_embedder, weights, (self.time_proj(scaled),))
 
 
 def see_self(mask: torch.Tensor) -> torch.Tensor:

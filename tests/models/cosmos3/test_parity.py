@@ -452,7 +452,10 @@ def test_bf16(case: Case) -> None:
     velocities = denoise(case.parts, rows, exact)
     half = copy.deepcopy(case.parts)
     half.transformer.to(torch.bfloat16)
+    times = torch.tensor([0.9973, 0.5012])
+    cast = half.transformer.embed_times(times)
     half.transformer.time_embedder.float()
+    assert torch.equal(half.transformer.embed_times(times), cast)
     half.transformer.time_embedder.load_state_dict(case.parts.transformer.time_embedder.state_dict())
     rounded = understand(half, rows)
     assert largest([logits.float() for logits in rounded.logits], exact.logits) < 0.15
