@@ -185,7 +185,7 @@ def write_configs(config: Cosmos3Config, tokenizer: PreTrainedTokenizerBase, fol
         ("vae", "AutoencoderKLWan", config.autoencoder_config),
     ):
         write_json(folder / name / "config.json", {"_class_name": library_class, **version, **values})
-    scheduler = config.scheduler_config or {"_class_name": "UniPCMultistepScheduler", **_scheduler(config)}
+    scheduler = {"_class_name": "UniPCMultistepScheduler", **(config.scheduler_config or _scheduler(config))}
     write_json(folder / "scheduler" / "scheduler_config.json", {**version, **scheduler})
     settings = {
         "enable_safety_checker": True,

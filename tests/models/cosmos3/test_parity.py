@@ -462,6 +462,24 @@ def test_bf16(case: Case) -> None:
     assert largest(denoise(half, rows, rounded), velocities) < 0.15
 
 
+def test_autocast(case: Case) -> None:
+    """Weights in fp32 and products in bf16, as in training: the values of bf16, and finite gradients of all parameters."""
+    rows = [*text_rows(case)[:2], *edit_rows(case)[:1]]
+    exact = backward_by_ours(case, rows)
+    with torch.no_grad():
+        understood = understand(case.parts, rows)
+        velocities = denoise(case.parts, rows, understood)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = understand(case.parts, rows)
+        cast = denoise(case.parts, rows, rounded)
+        case.parts.transformer.zero_grad()
+        loss(rounded.logits, cast, rows).backward()
+    assert largest([logits.float() for logits in rounded.logits], understood.logits) < 0.15
+    assert largest(cast, velocities) < 0.15
+    assert gradients(case.parts.transformer).keys() == exact.keys()
+    assert max(relative_differences(gradients(case.parts.transformer), exact).values()) < 0.1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_times_and_angles_are_fp32_under_autocast(case: Case, dtype: torch.dtype) -> None:
