@@ -205,8 +205,6 @@ def load_cosmos3(
     model.load_state_dict(_read_state(folder, model, parts, dtype), strict=True, assign=True)
     if model.vision is not None:
         model.vision.reset_buffers()
-    model.transformer.freeze_unused_heads()
-    model.autoencoder.requires_grad_(False)
     # PEFT writes the first of these names, TRL reads the second.
     model.name_or_path = model.config._name_or_path = str(folder)
     return model.eval(), processor
