@@ -69,7 +69,8 @@ class Cosmos3Model(Cosmos3PreTrainedModel, UnifiedModel):
         self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id)
         self.post_init()
         # `post_init` adds classes of the parts, and FSDP would look for those that this model does not have.
-        self._no_split_modules = set(type(self)._no_split_modules)
+        layers = [*self.transformer.layers, *(() if self.vision is None else self.vision.blocks)]
+        self._no_split_modules = {type(layer).__name__ for layer in layers}
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

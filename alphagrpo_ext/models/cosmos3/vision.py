@@ -34,10 +34,10 @@ class Cosmos3Vision(nn.Module):
         super().__init__()
         self.config = config
         if config.variant == "omni":
-            self.visual = Qwen3VLVisionModel._from_config(Qwen3VLVisionConfig(**config.vision_config))
+            self.visual = Qwen3VLVisionModel(Qwen3VLVisionConfig(**config.vision_config))
             return
         edge = edge_config(config)
-        self.visual = Cosmos3EdgeVisionModel._from_config(edge.vision_config)
+        self.visual = Cosmos3EdgeVisionModel(edge.vision_config)
         self.projector = Cosmos3EdgePatchMerger(edge)
 
     @property

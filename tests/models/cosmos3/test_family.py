@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.adapters import freeze_parts
 from alphagrpo_ext.models.cosmos3 import Cosmos3Model, Cosmos3Processor
 from alphagrpo_ext.models.cosmos3.layout import ContextRow
 from alphagrpo_ext.models.loading import load_model
@@ -178,7 +180,6 @@ class TestWithoutVisionTower:
     def test_it_paints_and_refuses_images(self, case: FamilyCase, tmp_path: Path) -> None:
         save_model(case.model, case.processor, tmp_path / "saved")
         model, processor = load_model(tmp_path / "saved")
-        model.family.freeze_vision_tower(model)
         assert model.vision is None and model.vision_tokens(256, 256) == 0
         loaded = FamilyCase(model.eval(), processor, case.size)
         trajectories = loaded.sample("reasoning_t2i")
@@ -187,6 +188,12 @@ class TestWithoutVisionTower:
         assert model.with_all_parts(inputs).keys() == inputs.keys()
         with pytest.raises(ValueError, match="no vision tower"):
             loaded.sample("image_editing")
+
+    def test_its_adapters_leave_the_rest_frozen(self, case: FamilyCase) -> None:
+        targets = case.model.family.lora_target_modules("both")
+        adapted = get_peft_model(case.model, LoraConfig(r=2, target_modules=targets))
+        freeze_parts(adapted)
+        assert all("lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
 
 
 def test_positions_are_bounded(case: FamilyCase) -> None:
