@@ -50,7 +50,7 @@ class Cosmos3Family(Family):
     vision_modules = ("vision",)
     hub_marker = "model_index.json"
     hub_files = HUB_PATTERNS
-    # NVIDIA's for images. Its guidance is not renormalised.
+    # NVIDIA's for images.
     sampling_settings = {
         "image_height": 640,
         "image_width": 640,
@@ -58,7 +58,6 @@ class Cosmos3Family(Family):
         "timestep_shift": 3.0,
         "cfg_text_scale": 4.0,
         "cfg_interval": [0.0, 1.0],
-        "cfg_renorm_min": 1.0,
         "max_completion_length": 1000,
     }
 

@@ -8,6 +8,7 @@ Its networks are those of Transformers' and Diffusers' Cosmos3, run so that they
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,7 +108,17 @@ class Cosmos3Model(Cosmos3PreTrainedModel, UnifiedModel):
         return self.config.max_position_embeddings - self.config.latent_margin - 1
 
     def guidance(self, settings: GuidanceConfig) -> PlainGuidance:
-        return PlainGuidance(settings)
+        """
+        The released guidance, which is never renormalised: `renorm_type` has no effect, and neither has `image_scale`.
+
+        Raises:
+            `ValueError`: If renormalisation is asked for by a `renorm_min` between 0, the default, and 1.
+        """
+        if 0 < settings.renorm_min < 1:
+            raise ValueError(
+                f"the guidance of Cosmos3 has no renormalisation, but renorm_min is {settings.renorm_min}: leave it out"
+            )
+        return PlainGuidance(replace(settings, renorm_min=1.0))
 
     def num_positions(self, segments: Sequence[Segment]) -> int:
         frame = read_pieces(self.config.chat_pieces).longest_frame

@@ -211,12 +211,14 @@ def test_positions_are_bounded(case: FamilyCase) -> None:
 
 
 def test_plain_guidance(case: FamilyCase) -> None:
-    """With the family's settings, it is the released formula without renormalisation."""
-    settings = case.model.family.sampling_settings
-    guidance = case.model.guidance(GuidanceConfig(settings["cfg_text_scale"], renorm_min=settings["cfg_renorm_min"]))
+    """The released formula, without renormalisation, which is refused where it is asked for."""
     full, negative = torch.randn(2, 1, 3, 4)
-    expected = negative + settings["cfg_text_scale"] * (full - negative)
-    torch.testing.assert_close(guidance.combine({"full": full, "negative": negative}), expected)
+    expected = negative + 4.0 * (full - negative)
+    for renorm_min in (0.0, 1.0):
+        guidance = case.model.guidance(GuidanceConfig(4.0, renorm_min=renorm_min))
+        torch.testing.assert_close(guidance.combine({"full": full, "negative": negative}), expected)
+    with pytest.raises(ValueError, match="no renormalisation"):
+        case.model.guidance(GuidanceConfig(4.0, renorm_min=0.5))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
