@@ -91,27 +91,27 @@ GENERATION = Stream(
 )
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """
     Attention of grouped queries.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, queries, head_dim)`): Queries.
         key, value (`torch.Tensor` of shape `(batch, kv_heads, keys, head_dim)`): Keys and values.
-        mask (`torch.Tensor` of shape `(batch, 1, queries, keys)`, *optional*): True where a query sees a key.
+        bias (`torch.Tensor` of shape `(batch, 1, queries, keys)`, *optional*): What is added to scores.
 
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads * head_dim)`.
     """
     is_grouped = query.shape[1] != key.shape[1]
-    # The kernels of a GPU that take a mask read one key per query head.
-    if is_grouped and mask is not None and query.is_cuda:
+    # The kernels of a GPU that take a bias read one key per query head.
+    if is_grouped and bias is not None and query.is_cuda:
         key, value = (
             states.repeat_interleave(query.shape[1] // states.shape[1], dim=1, output_size=query.shape[1])
             for states in (key, value)
         )
         is_grouped = False
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=is_grouped)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=is_grouped)
     return output.transpose(1, 2).flatten(2)
 
 
@@ -147,7 +147,7 @@ class Cosmos3Attention(nn.Module):
         self,
         states: torch.Tensor,
         rotary: Rotary,
-        mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
         stream: Stream,
         past_keys: torch.Tensor | None,
         past_values: torch.Tensor | None,
@@ -169,7 +169,7 @@ class Cosmos3Attention(nn.Module):
                 past_keys, past_values = past_keys[past_rows], past_values[past_rows]
             seen_keys = torch.cat([past_keys.to(key.dtype), key], dim=2)
             seen_values = torch.cat([past_values.to(value.dtype), value], dim=2)
-        output = attend(query.to(seen_values.dtype), seen_keys.to(seen_values.dtype), seen_values, mask)
+        output = attend(query.to(seen_values.dtype), seen_keys.to(seen_values.dtype), seen_values, bias)
         return getattr(self, stream.output)(output), key, key if generation_key is None else generation_key, value
 
 
@@ -194,13 +194,13 @@ class Cosmos3DecoderLayer(GradientCheckpointingLayer):
         past_keys: torch.Tensor | None,
         past_values: torch.Tensor | None,
         rotary: Rotary,
-        mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
         stream: Stream,
         past_rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """States after the layer, and the tokens' keys, keys for the generation stream, and values."""
         normed = getattr(self, stream.input_norm)(states)
-        output, *seen = self.self_attn(normed, rotary, mask, stream, past_keys, past_values, past_rows)
+        output, *seen = self.self_attn(normed, rotary, bias, stream, past_keys, past_values, past_rows)
         states = states + output
         states = states + getattr(self, stream.mlp)(getattr(self, stream.mlp_norm)(states))
         return states, *seen
@@ -312,7 +312,7 @@ class Cosmos3Transformer(nn.Module):
         Returns:
             States after the final norm, `(batch, tokens, hidden)`, and the [`StreamStates`] of these tokens.
         """
-        mask = None if mask is None else see_self(mask)
+        bias = None if mask is None else visibility_bias(mask, states.dtype)
         rotary = self.rotary(positions, states.dtype)
         rows, columns, features = (), (), ()
         if deepstack is not None:
@@ -320,7 +320,7 @@ class Cosmos3Transformer(nn.Module):
         keys, generation_keys, values = [], [], []
         for i, layer in enumerate(self.layers):
             past_states = (None, None) if past is None else (past.keys[i], past.values[i])
-            states, key, generation_key, value = layer(states, *past_states, rotary, mask, UNDERSTANDING)
+            states, key, generation_key, value = layer(states, *past_states, rotary, bias, UNDERSTANDING)
             if i < len(features):
                 states = states.index_put((rows, columns), features[i].to(states.dtype), accumulate=True)
             keys.append(key)
@@ -364,10 +364,10 @@ class Cosmos3Transformer(nn.Module):
         states = self.proj_in(latents.to(self.proj_in.weight.dtype))
         time_states = self.embed_times(times).to(states.dtype)[:, None]
         states = torch.where(noised[..., None], states + time_states, states)
-        mask = None if mask is None else see_self(mask)
+        bias = None if mask is None else visibility_bias(mask, states.dtype)
         rotary = self.rotary(positions, states.dtype)
         for layer, keys, values in zip(self.layers, context.generation_keys, context.values, strict=True):
-            states = layer(states, keys, values, rotary, mask, GENERATION, context_rows)[0]
+            states = layer(states, keys, values, rotary, bias, GENERATION, context_rows)[0]
         return self.proj_out(self.norm_moe_gen(states)).float()
 
     def embed_times(self, times: torch.Tensor) -> torch.Tensor:
@@ -379,16 +379,25 @@ class Cosmos3Transformer(nn.Module):
             return functional_call(self.time_embedder, weights, (self.time_proj(scaled),))
 
 
-def see_self(mask: torch.Tensor) -> torch.Tensor:
+def visibility_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
-    Let queries that see nothing, which are padding, see themselves, so that no softmax is over nothing.
+    A mask as what is added to scores. It is made once, because attention would convert a bool mask in every layer, and
+    keep each result for the backward.
 
     Args:
-        mask (`torch.Tensor` of shape `(batch, 1, tokens, past + tokens)`): True where a token sees another.
+        mask (`torch.Tensor` of shape `(batch, 1, tokens, past + tokens)`):
+            True where a token sees another. A token that sees nothing is padding, and sees itself here, so that no
+            softmax is over nothing.
+        dtype (`torch.dtype`): Data type of the states; autocast goes first.
+
+    Returns:
+        `torch.Tensor` of the same shape: 0 where a token sees another, else minus infinity.
     """
-    tokens, past = mask.shape[-2], mask.shape[-1] - mask.shape[-2]
-    own = torch.ones(tokens, mask.shape[-1], dtype=torch.bool, device=mask.device).tril(past).triu(past)
-    return mask | (own & ~mask.any(dim=-1, keepdim=True))
+    kind, (tokens, keys) = mask.device.type, mask.shape[-2:]
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    own = torch.ones(tokens, keys, dtype=torch.bool, device=mask.device).tril(keys - tokens).triu(keys - tokens)
+    visible = mask | (own & ~mask.any(dim=-1, keepdim=True))
+    return torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill_(~visible, -torch.inf)
 
 
 def is_unused_head(name: str) -> bool:

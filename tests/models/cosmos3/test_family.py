@@ -2,6 +2,7 @@
 
 """Packing, cache, processor and parameters of the family, beyond what the conformance suite asks of every family."""
 
+import asyncio
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from alphagrpo_ext.trajectory import TextSegment, Trajectory
 from models.conformance import ON, FamilyCase
 from models.cosmos3.test_conformance import make_case
 from models.cosmos3.tiny_cosmos3 import VARIANTS, make_tiny_model, make_tiny_tokenizer
+from reward_models.judges.policy import PolicyJudge
 from support.trainers import make_trainer  # noqa: F401
 
 
@@ -241,3 +243,16 @@ def test_a_trainer_trains_both_streams(variant: str, make_trainer: Callable, tmp
     before = case.model.state_dict()
     unchanged = {name for name, value in trainer.model.state_dict().items() if torch.equal(value, before[name])}
     assert all(re.match(r"autoencoder\.|vision\.|transformer\.(action|audio)_", name) for name in unchanged)
+
+
+def test_the_policy_is_its_own_judge(case: FamilyCase) -> None:
+    """Of answers that its tokenizer has as single tokens."""
+    variant, tokenizer = case.model.config.variant, case.processor.tokenizer
+    tokenizer.add_tokens(["yes", "no"])
+    sizes = case.model.config.transformer_config | {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
+    judge = PolicyJudge(make_tiny_model(variant, transformer_config=sizes), case.processor, min_answer_mass=0.0)
+    red, blue = (Image.new("RGB", (64, 32), color) for color in ("red", "blue"))
+    questions = ["is it red?", "is it blue?"]
+    answers = [asyncio.run(judge.answer(image, questions)) for image in (red, blue)]
+    assert len({answer for image in answers for answer in image}) == 4
+    assert all(0 < answer < 1 for image in answers for answer in image)
