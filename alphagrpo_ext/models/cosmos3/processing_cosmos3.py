@@ -25,7 +25,7 @@ COSMOS3_GENERATION_PROMPT = "You are a helpful assistant who will generate image
 COSMOS3_EDITING_PROMPT = "You are a helpful assistant who will edit images based on the user's instructions."
 COSMOS3_THINKING_PROMPT = (
     "Before the image is made, think about the request: say what the image must show, how many of each thing, of what "
-    "color, and where. Then end your reply."
+    "color, and where. The thought is enclosed within <think> </think> tags, and nothing follows it."
 )
 COSMOS3_REFLECTION_PROMPT = (
     "This image was made for the request: {prompt}\n"
