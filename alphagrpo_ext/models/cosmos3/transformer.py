@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -214,13 +213,6 @@ def make_norm(config: Cosmos3Config, size: int) -> nn.Module:
     return RMSNorm(size, eps=eps, elementwise_affine=True, bias=False)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _rotary_embedding(head_dim: int, theta: float, axes: tuple[int, int, int]) -> Cosmos3VLTextRotaryEmbedding:
-    with torch.device("cpu"):
-        return Cosmos3VLTextRotaryEmbedding(head_dim, theta, axes)
-
-
 class Cosmos3Transformer(nn.Module):
     """
     Embeddings, decoder layers and heads of both streams.
@@ -280,8 +272,11 @@ class Cosmos3Transformer(nn.Module):
             `tuple` of two tensors of shape `(batch, tokens, head_dim)`.
         """
         sizes = self.config.transformer_config
-        # Made outside the model, so that no cast of the model reaches the frequencies, and no checkpoint lacks them.
-        embedding = _rotary_embedding(sizes["head_dim"], sizes["rope_theta"], tuple(sizes["rope_axes_dim"]))
+        # No part of the model, so that no cast reaches the frequencies, and no checkpoint lacks them.
+        with torch.device("cpu"):
+            embedding = Cosmos3VLTextRotaryEmbedding(
+                sizes["head_dim"], sizes["rope_theta"], tuple(sizes["rope_axes_dim"])
+            )
         return embedding(positions.float(), positions.device, dtype)
 
     def understand(
