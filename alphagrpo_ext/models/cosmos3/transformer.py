@@ -11,6 +11,7 @@ its keys and values are computed once for any number of images, steps and copies
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -392,7 +393,9 @@ def visibility_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
     own = torch.ones(tokens, keys, dtype=torch.bool, device=mask.device).tril(keys - tokens).triu(keys - tokens)
     visible = mask | (own & ~mask.any(dim=-1, keepdim=True))
-    return torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill_(~visible, -torch.inf)
+    # Lines that begin at multiples of 16 numbers. Kernels of a GPU would copy others, once per layer.
+    lines = torch.zeros(*mask.shape[:-1], math.ceil(keys / 16) * 16, dtype=dtype, device=mask.device)
+    return lines[..., :keys].masked_fill_(~visible, -torch.inf)
 
 
 def is_unused_head(name: str) -> bool:
