@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Convert a checkpoint between BAGEL's released layout and the one that `save_pretrained` writes.
+Convert a checkpoint between its family's released layout and the one that `save_pretrained` writes.
 
 From the released layout, in a folder or on the Hub, to a folder for `from_pretrained`:
 
@@ -15,7 +15,7 @@ And back, for code that reads the released layout. An adapter is merged into its
 python recipes/convert_checkpoint.py --model_name_or_path runs/bagel --layout released --output_dir runs/released
 ```
 
-Weights keep their values and types unless `--dtype` is given. The autoencoder is always fp32. In the released layout, position
+Weights keep their values and types unless `--dtype` is given. The autoencoder is always fp32. In BAGEL's released layout, position
 tables are fp32 as well, which changes no value. The output is written beside `--output_dir` and renamed when it is complete, so a
 conversion that fails or is stopped leaves no folder that loads.
 """
@@ -38,7 +38,7 @@ class ConversionArguments:
 
     model_name_or_path: str = field(metadata={"help": "The checkpoint: a folder, or an id on the Hub."})
     layout: str = field(
-        metadata={"help": "Layout of the output: 'pretrained' (for from_pretrained) or 'released' (BAGEL's)."}
+        metadata={"help": "Layout of the output: 'pretrained' (for from_pretrained) or 'released' (the family's)."}
     )
     output_dir: str = field(metadata={"help": "Output folder, which is empty or does not exist."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
@@ -60,7 +60,6 @@ def main(args: ConversionArguments) -> None:
     # Here, so that `--help` does not import models.
     from peft import PeftModel
 
-    from alphagrpo_ext.models.bagel.checkpoint import save_released
     from alphagrpo_ext.models.loading import load_model
     from alphagrpo_ext.models.saving import check_output_folder, save_model
 
@@ -71,7 +70,7 @@ def main(args: ConversionArguments) -> None:
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     if args.layout == "released":
-        save_released(model, processor, args.output_dir)
+        model.family.save_released(model, processor, args.output_dir)
     else:
         save_model(model, processor, args.output_dir, max_shard_size=args.max_shard_size)
     print(f"{args.model_name_or_path} in the layout '{args.layout}': {args.output_dir}")

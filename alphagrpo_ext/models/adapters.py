@@ -205,8 +205,10 @@ def freeze_parts(model: PeftModel, trains_vision_tower: bool = False) -> None:
         trains_vision_tower (`bool`, *optional*, defaults to `False`): Whether the vision tower stays as it is.
     """
     policy = model.get_base_model()
-    for name in policy.family.frozen_modules + (() if trains_vision_tower else policy.family.vision_modules):
+    for name in policy.family.frozen_modules:
         policy.get_submodule(name).requires_grad_(False)
+    if not trains_vision_tower:
+        policy.family.freeze_vision_tower(policy)
 
 
 def _is_inside(name: str, parts: Sequence[str]) -> bool:

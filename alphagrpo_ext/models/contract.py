@@ -42,7 +42,12 @@ LORA_TARGETS = ("both", "generation", "understanding")
 """Presets of the modules that an adapter is put on."""
 
 FAMILIES: Registry = Registry(
-    "model family", "alphagrpo_ext.models", {"bagel": "alphagrpo_ext.models.bagel.family:BagelFamily"}
+    "model family",
+    "alphagrpo_ext.models",
+    {
+        "bagel": "alphagrpo_ext.models.bagel.family:BagelFamily",
+        "cosmos3": "alphagrpo_ext.models.cosmos3.family:Cosmos3Family",
+    },
 )
 """Subclasses of [`Family`] by the `model_type` of their configurations."""
 
@@ -509,6 +514,15 @@ class Family(ABC):
         processor = self.load_processor(path, revision)
         check_vocabulary(processor.tokenizer, model.config.get_text_config().vocab_size, path)
         return model, processor
+
+    def save_released(self, model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
+        """
+        Write a model and its processor in the layout that the family was released in.
+
+        Raises:
+            `ValueError`: If the family has no layout other than that of `save_pretrained`.
+        """
+        raise ValueError(f"{type(self).__name__} has no released layout: use save_pretrained")
 
     def check_config(self, values: Mapping[str, Any], source: Path) -> None:
         """

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from alphagrpo_ext.flow.timesteps import flow_timesteps
-from alphagrpo_ext.models.bagel.guidance import BRANCHES
 from alphagrpo_ext.models.contract import FAMILIES, UnifiedModel
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, TextSegment, Trajectory
 from recipe_tools.memory_settings import MemorySettings
@@ -118,7 +117,7 @@ def example_trajectories(model: UnifiedModel, settings: MemorySettings) -> list[
         grid,
         sampled=True,
         window=window,
-        guidance_contexts={BRANCHES[1]: given[:-1], BRANCHES[2]: given[-1:]},
+        guidance_contexts=dict(zip(model.branches[1:], (given[:-1], given[-1:]), strict=False)),
     )
     return [Trajectory([*given, *thought, image]) for _ in range(settings.batch_size)]
 

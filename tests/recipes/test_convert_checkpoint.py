@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import Cosmos3OmniPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -17,6 +18,7 @@ from alphagrpo_ext.models.adapters import save_adapter
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.models.bagel.checkpoint import MODEL_WEIGHTS, VAE_WEIGHTS, load_released
 from alphagrpo_ext.models.loading import load_model
+from models.cosmos3.tiny_cosmos3 import write_released_folder
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "convert_checkpoint.py"
@@ -79,6 +81,32 @@ def refusal(capsys: pytest.CaptureFixture[str], convert: Convert, *arguments: Pa
         convert(*arguments)
     assert stop.value.code == 2
     return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", ["omni", "edge"])
+def test_cosmos3_goes_both_ways_and_takes_an_adapter(convert: Convert, tmp_path: Path, variant: str) -> None:
+    references = write_released_folder(tmp_path / "source", variant, dtype=torch.bfloat16)
+    convert(tmp_path / "source", "pretrained", tmp_path / "pretrained")
+    convert(tmp_path / "pretrained", "released", tmp_path / "released")
+    back = Cosmos3OmniPipeline.from_pretrained(tmp_path / "released", enable_safety_checker=False)
+    for name, tensor in references.transformer.state_dict().items():
+        assert torch.equal(back.transformer.state_dict()[name].float(), tensor.float()), name
+
+    model, _ = load_model(tmp_path / "source", dtype=torch.float32)
+    targets = model.family.lora_target_modules("both")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    save_adapter(adapted, tmp_path / "adapter")
+    convert(tmp_path / "adapter", "released", tmp_path / "merged", "--dtype", "float32")
+    expected, (merged, _) = adapted.merge_and_unload().state_dict(), load_model(tmp_path / "merged")
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=name)
+    changed = [
+        name
+        for name, tensor in references.transformer.state_dict().items()
+        if not torch.equal(tensor.float(), expected[f"transformer.{name}"])
+    ]
+    # Of three layers: four projections of each stream, and each stream's MLP of three or of two matrices.
+    assert len(changed) == 3 * 2 * (4 + (3 if variant == "omni" else 2))
 
 
 def test_folder_with_files_is_refused_before_reading(

@@ -16,6 +16,7 @@ from alphagrpo_ext.models.bagel.checkpoint import (
     is_released_layout,
     load_released,
     load_released_processor,
+    save_released,
 )
 from alphagrpo_ext.models.bagel.configuration_bagel import LORA_PRESETS, BagelConfig, check_bagel_values
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
@@ -58,6 +59,9 @@ class BagelFamily(Family):
         if kwargs.get("attn_implementation"):
             model.set_attn_implementation(kwargs["attn_implementation"])
         return model, processor
+
+    def save_released(self, model: BagelModel, processor: BagelProcessor, folder: str | Path) -> None:
+        save_released(model, processor, folder)
 
     def check_config(self, values: Mapping[str, Any], source: Path) -> None:
         super().check_config(values, source)

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Cosmos3: an understanding stream with a vision tower, a generation stream, and the autoencoder of Wan2.2.
+
+Its networks are those of Transformers' and Diffusers' Cosmos3, run so that they can be batched, cached and packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from alphagrpo_ext.flow.guidance import GuidanceConfig, PlainGuidance
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, SampledText, UnifiedModel
+from alphagrpo_ext.models.cosmos3 import generation
+from alphagrpo_ext.models.cosmos3.autoencoder import Cosmos3Autoencoder
+from alphagrpo_ext.models.cosmos3.chat_template import read_pieces
+from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config
+from alphagrpo_ext.models.cosmos3.generation import TAIL_SLOTS, Cosmos3Cache
+from alphagrpo_ext.models.cosmos3.layout import LatentBlock, collate_latents, stream_mask
+from alphagrpo_ext.models.cosmos3.packing import pack_conversations
+from alphagrpo_ext.models.cosmos3.transformer import Cosmos3Transformer, StreamStates
+from alphagrpo_ext.models.cosmos3.vision import Cosmos3Vision, num_vision_tokens, smart_size
+from alphagrpo_ext.models.token_scores import score_tokens
+from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
+
+
+MAX_LATENT_SIZE = 128
+"""No table limits the size of an image. 4096 pixels per side are more than any released checkpoint was trained on."""
+
+
+class Cosmos3PreTrainedModel(PreTrainedModel):
+    config_class = Cosmos3Config
+    base_model_prefix = "cosmos3"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Cosmos3DecoderLayer"]
+    _keep_in_fp32_modules_strict = [r"^autoencoder\.", r"^transformer\.time_embedder\."]
+    _supports_sdpa = True
+
+
+class Cosmos3Model(Cosmos3PreTrainedModel, UnifiedModel):
+    """
+    Cosmos3 of either variant, with all parts that texts and images need.
+
+    The forward scores whole trajectories, and [`Cosmos3Model.pack`] makes its inputs. `prefill`, `sample_text` and
+    `predict_velocity` generate.
+
+    Args:
+        config ([`Cosmos3Config`]): Sizes of every part, and the pieces of the chat template.
+    """
+
+    # The whole context, and one with the negative prompt as its only request.
+    branches = ("full", "negative")
+    max_latent_size = MAX_LATENT_SIZE
+
+    def __init__(self, config: Cosmos3Config) -> None:
+        super().__init__(config)
+        if not config.transformer_config["unified_3d_mrope_reset_spatial_ids"]:
+            raise ValueError(
+                "unified_3d_mrope_reset_spatial_ids must be true: rows and columns of latents begin at 0 in every image"
+            )
+        self.transformer = Cosmos3Transformer(config)
+        self.vision = None if config.vision_config is None else Cosmos3Vision(config)
+        self.autoencoder = Cosmos3Autoencoder(config)
+        self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id)
+        self.post_init()
+        # `post_init` adds classes of the parts, and FSDP would look for those that this model does not have.
+        layers = [*self.transformer.layers, *(() if self.vision is None else self.vision.blocks)]
+        self._no_split_modules = {type(layer).__name__ for layer in layers}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        # Loading replaces the parameters, and the new ones are not frozen.
+        model.transformer.freeze_unused_heads()
+        model.autoencoder.requires_grad_(False)
+        return loaded
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.transformer.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.transformer.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.transformer.lm_head = value
+
+    @property
+    def latent_downsample(self) -> int:
+        return self.config.latent_downsample
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def max_positions(self) -> int:
+        # Latents stand behind the context by a margin, each image at a time of its own.
+        return self.config.max_position_embeddings - self.config.latent_margin - 1
+
+    def guidance(self, settings: GuidanceConfig) -> PlainGuidance:
+        """
+        The released guidance, which is never renormalised: `renorm_type` has no effect, and neither has `image_scale`.
+
+        Raises:
+            `ValueError`: If renormalisation is asked for by a `renorm_min` between 0, the default, and 1.
+        """
+        if 0 < settings.renorm_min < 1:
+            raise ValueError(
+                f"the guidance of Cosmos3 has no renormalisation, but renorm_min is {settings.renorm_min}: leave it out"
+            )
+        return PlainGuidance(replace(settings, renorm_min=1.0))
+
+    def num_positions(self, segments: Sequence[Segment]) -> int:
+        frame = read_pieces(self.config.chat_pieces).longest_frame
+        total = frame + TAIL_SLOTS
+        for segment in segments:
+            # An image takes as many positions as its longer side has tokens, two for its ends, and one for its latents.
+            is_text = isinstance(segment, TextSegment)
+            total += frame + (len(segment.content_ids) if is_text else self._longer_side(segment.grid) + 3)
+        return total
+
+    def _longer_side(self, grid: tuple[int, int]) -> int:
+        """Upper bound of the vision tower's tokens along the longer side of an image."""
+        if self.vision is None:
+            return 0
+        sizes = smart_size(self.config, *(side * self.latent_downsample for side in grid))
+        return max(sizes) // self.config.vision_stride
+
+    def text_slots(self, max_new_tokens: int) -> int:
+        return max_new_tokens + 1
+
+    def image_slots(self, grid: tuple[int, int]) -> int:
+        # Latents are in no cache.
+        return TAIL_SLOTS
+
+    def denoising_tokens(self, cache: Cosmos3Cache, grid: tuple[int, int]) -> int:
+        return grid[0] * grid[1] + cache.clean["valid"].shape[1]
+
+    def vision_tokens(self, height: int, width: int) -> int:
+        if self.vision is None:
+            return 0
+        return num_vision_tokens(self.config, *smart_size(self.config, height, width))
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        return self.autoencoder.encode(images)
+
+    def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return self.autoencoder.decode(latents, grid)
+
+    def prefill(
+        self,
+        contexts: Sequence[Sequence[Segment]],
+        group_size: int = 1,
+        capacity: int = 0,
+        past: Cosmos3Cache | None = None,
+    ) -> Cosmos3Cache:
+        return generation.read_conversations(self, contexts, group_size, capacity, past)
+
+    def sample_text(
+        self, cache: Cosmos3Cache, uniforms: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    ) -> SampledText:
+        return generation.write_replies(self, cache, uniforms, temperature, top_k, top_p)
+
+    def predict_velocity(
+        self, cache: Cosmos3Cache, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
+    ) -> torch.Tensor:
+        return generation.denoise_images(self, cache, latents, grid, timestep)
+
+    def answer_logits(self, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
+        return generation.start_answers(self, pixel_values, questions)
+
+    def pack(
+        self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig | Sequence[GuidanceConfig]
+    ) -> PackedBatch:
+        one = isinstance(guidance, GuidanceConfig)
+        made = self.guidance(guidance) if one else [self.guidance(settings) for settings in guidance]
+        return pack_conversations(trajectories, made, self.branches, self.config)
+
+    def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inputs = dict(inputs)
+        if "pixels" not in inputs and self.vision is not None:
+            side = self.config.vision_stride
+            inputs["pixels"] = torch.zeros(1, 3, side, side)
+            inputs["pixel_sizes"] = torch.full((1, 2), side)
+            inputs["feature_index"] = inputs["feature_places"] = torch.zeros(0, dtype=torch.long)
+        if "latents" not in inputs:
+            # A copy of one token that sees itself alone, whose velocity is not read.
+            block = LatentBlock([], torch.zeros(1, self.latent_channels), (1, 1), 0)
+            zero = torch.zeros(1, dtype=torch.long)
+            names = ("times", "context_rows", "context_horizons", "context_forks")
+            inputs |= collate_latents([block], self.config) | dict.fromkeys(names, zero)
+        return inputs
+
+    def understand_contexts(
+        self,
+        inputs: dict[str, torch.Tensor],
+        past: StreamStates | None = None,
+        past_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, StreamStates]:
+        """
+        Run the understanding stream.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): What [`collate_contexts`] returns, on the model's device.
+            past ([`StreamStates`], *optional*): Earlier tokens of the same rows.
+            past_mask (`torch.Tensor` of shape `(rows, past)`, *optional*): Which of them are seen.
+
+        Returns:
+            States after the final norm, `(rows, tokens, hidden)`, and the [`StreamStates`] of these tokens.
+        """
+        states, deepstack = self.transformer.embed(inputs["input_ids"]), None
+        if "pixels" in inputs:
+            states, deepstack = self._embed_images(states, inputs)
+        mask = stream_mask(inputs["horizons"], inputs["forks"])
+        if past is not None:
+            mask = torch.cat([past_mask[:, None].expand(-1, mask.shape[1], -1), mask], dim=2)
+        positions = inputs["positions"].transpose(0, 1)
+        return self.transformer.understand(states, positions, mask[:, None], past, deepstack)
+
+    def _embed_images(
+        self, states: torch.Tensor, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, list[torch.Tensor]]]:
+        """States with the features of images in their places, and what the decoder's first layers add."""
+        sizes = inputs["pixel_sizes"].tolist()
+        images = [image[:, :height, :width] for image, (height, width) in zip(inputs["pixels"], sizes, strict=True)]
+        features, added = self.vision(images)
+        index, places = inputs["feature_index"], inputs["feature_places"]
+        flat = states.flatten(0, 1).index_put((places,), features[index].to(states.dtype))
+        is_image = torch.zeros(len(flat), dtype=torch.bool, device=states.device).index_fill(0, places, True)
+        deepstack = (is_image.view(states.shape[:2]), [layer[index] for layer in added])
+        return flat.view_as(states), deepstack
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        horizons: torch.Tensor,
+        forks: torch.Tensor,
+        score_index: torch.Tensor,
+        score_targets: torch.Tensor,
+        velocity_index: torch.Tensor | None = None,
+        temperature: float | torch.Tensor = 1.0,
+        context_gradient: str = "exact",
+        **images: torch.Tensor,
+    ) -> PackedOutput:
+        """
+        Score whole trajectories; see [`collate_contexts`], [`collate_latents`] and [`pack_conversations`] for the inputs.
+
+        Args:
+            score_index (`torch.Tensor` of shape `(scores,)`):
+                Places in the flattened `input_ids` whose next token was sampled.
+            score_targets (`torch.Tensor` of shape `(scores,)`): The sampled tokens.
+            velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*):
+                Places of noised latents in each copy.
+            temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
+            context_gradient (`str`, *optional*, defaults to `"exact"`):
+                With `"detached"`, noised copies have no gradient through their context.
+        """
+        contexts = {"input_ids": input_ids, "positions": positions, "horizons": horizons, "forks": forks}
+        if self.work is not None:
+            self._count_work(contexts | images)
+        states, seen = self.understand_contexts(contexts | images)
+        velocities = None
+        if "latents" in images:
+            seen = seen.detach() if context_gradient == "detached" else seen
+            velocities = self._denoise_copies(images, seen, forks)
+        scored = states.flatten(0, 1)[score_index]
+        if velocities is not None and velocity_index is None:
+            # Nothing reads the copy of [`Cosmos3Model.with_all_parts`], but its backward has to run.
+            scored, velocities = scored + 0 * velocities.sum(), None
+        head = self.transformer.lm_head
+        log_probs, entropies = score_tokens(head, scored, score_targets, self.config.vocab_size, temperature)
+        if velocities is not None:
+            velocities = velocities.gather(1, velocity_index[..., None].expand(-1, -1, velocities.shape[-1]))
+        return PackedOutput(log_probs, entropies, velocities)
+
+    def _denoise_copies(
+        self, images: dict[str, torch.Tensor], seen: StreamStates, forks: torch.Tensor
+    ) -> torch.Tensor:
+        """Velocities `(copies, tokens, channels)` of all latents, fp32."""
+        rows, valid = images["context_rows"], images["valid"]
+        is_before = torch.arange(forks.shape[1], device=forks.device) < images["context_horizons"][:, None]
+        own_tail = images["context_forks"][:, None]
+        is_tail = (forks[rows] == own_tail) & (own_tail > 0)
+        mask = torch.cat([is_before | is_tail, valid], dim=1)[:, None, None].expand(-1, -1, valid.shape[1], -1)
+        positions = images["latent_positions"].transpose(0, 1)
+        latents, noised, times = images["latents"], images["noised"], images["times"]
+        return self.transformer.denoise(latents, noised, times, positions, seen, mask, context_rows=rows)
+
+    def _count_work(self, inputs: dict[str, torch.Tensor]) -> None:
+        masks = [inputs["horizons"] > 0, *([inputs["valid"]] if "valid" in inputs else [])]
+        num_tokens, num_places = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        self.work.count("training" if torch.is_grad_enabled() else "scoring", num_tokens, num_places)

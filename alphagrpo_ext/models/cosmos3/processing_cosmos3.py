@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Cosmos3's processor: texts to token ids and images to pixels, as the released pipelines prepare them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.processing_utils import ProcessorMixin
+
+from alphagrpo_ext.images import to_rgb
+from alphagrpo_ext.models.contract import UnifiedProcessor
+from alphagrpo_ext.models.cosmos3.vision import MAX_PIXELS, MIN_PIXELS
+from alphagrpo_ext.models.pixels import image_to_tensor
+from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
+
+
+# With NVIDIA's spelling.
+COSMOS3_GENERATION_PROMPT = "You are a helpful assistant who will generate images from a give prompt."
+COSMOS3_EDITING_PROMPT = "You are a helpful assistant who will edit images based on the user's instructions."
+COSMOS3_THINKING_PROMPT = (
+    "Before the image is made, think about the request: say what the image must show, how many of each thing, of what "
+    "color, and where. The thought is enclosed within <think> </think> tags, and nothing follows it."
+)
+COSMOS3_REFLECTION_PROMPT = (
+    "This image was made for the request: {prompt}\n"
+    "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
+    "it, and say exactly what must be changed. Then paint the corrected image."
+)
+RESOLUTION_SENTENCE = "This image is of {height}x{width} resolution."
+NEGATIVE_RESOLUTION_SENTENCE = "This image is not of {height}x{width} resolution."
+
+
+def with_sentence(text: str, sentence: str, size: tuple[int, int]) -> str:
+    """A request with a sentence about the height and width of its image, joined as Diffusers' pipeline does."""
+    height, width = size
+    sentence = sentence.format(height=height, width=width)
+    text = text.rstrip(".")
+    return f"{text}. {sentence}" if text else sentence
+
+
+class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
+    """
+    Tokenizer and image transforms of Cosmos3. The model puts the pieces of the tokenizer's chat template around texts.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        use_system_prompt (`bool`, *optional*, defaults to `True`):
+            Whether contexts begin with one of the release's two system prompts.
+        generation_system_prompt, editing_system_prompt (`str`, *optional*): The two system prompts.
+        thinking_prompt (`str`, *optional*): What is added to the system prompt where the policy thinks before it paints.
+        reflection_prompt (`str`, *optional*):
+            Request to refine an image. The request that the image was made for replaces `{prompt}`.
+        negative_prompt (`str`, *optional*, defaults to `""`): Request of the branch that guidance leads away from.
+        min_pixels, max_pixels (`int`, *optional*): Area of an image in the vision tower.
+        max_image_size (`int`, *optional*, defaults to `1024`): Longest side of an input image, in pixels.
+        image_stride, vision_stride (`int`, *optional*, defaults to `32`):
+            Pixels per latent token and per token of the vision tower. Sides of images are multiples of them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        use_system_prompt: bool = True,
+        generation_system_prompt: str = COSMOS3_GENERATION_PROMPT,
+        editing_system_prompt: str = COSMOS3_EDITING_PROMPT,
+        thinking_prompt: str = COSMOS3_THINKING_PROMPT,
+        reflection_prompt: str = COSMOS3_REFLECTION_PROMPT,
+        negative_prompt: str = "",
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        max_image_size: int = 1024,
+        image_stride: int = 32,
+        vision_stride: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        self.use_system_prompt = use_system_prompt
+        self.generation_system_prompt = generation_system_prompt
+        self.editing_system_prompt = editing_system_prompt
+        self.thinking_prompt = thinking_prompt
+        self.reflection_prompt = reflection_prompt
+        self.negative_prompt = negative_prompt
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.max_image_size = max_image_size
+        self.image_stride, self.vision_stride = image_stride, vision_stride
+        super().__init__(tokenizer, **kwargs)
+
+    def text_segment(self, text: str) -> TextSegment:
+        return TextSegment(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def system_segments(self, think: bool, edits: bool) -> list[TextSegment]:
+        release = self.editing_system_prompt if edits else self.generation_system_prompt
+        text = " ".join([release] * self.use_system_prompt + [self.thinking_prompt] * think)
+        return [TextSegment(self.text_segment(text).token_ids, role="system")] if text else []
+
+    def request_segment(self, text: str, size: tuple[int, int]) -> TextSegment:
+        return self.text_segment(with_sentence(text, RESOLUTION_SENTENCE, size))
+
+    def reflection_request(self, prompt: str) -> str:
+        return self.reflection_prompt.replace("{prompt}", prompt)
+
+    def branch_context(self, branch: str, context: Sequence[Segment], size: tuple[int, int]) -> list[Segment]:
+        """
+        As [`UnifiedProcessor.branch_context`] says. The negative branch has the format of a released prompt without a
+        thought, and keeps the images.
+
+        Raises:
+            `ValueError`: If the branch is unknown.
+        """
+        if branch == "full":
+            return list(context)
+        if branch != "negative":
+            raise ValueError(f"unknown guidance branch {branch!r}, available: full, negative")
+        images = [segment for segment in context if isinstance(segment, ImageSegment)]
+        request = self.text_segment(with_sentence(self.negative_prompt, NEGATIVE_RESOLUTION_SENTENCE, size))
+        return [*self.system_segments(think=False, edits=bool(images)), *images, request]
+
+    def resize_image(self, image: Image.Image) -> Image.Image:
+        image, stride = to_rgb(image), self.image_stride
+        scale = min(self.max_image_size / max(image.size), 1.0)
+        limit = self.max_image_size // stride * stride
+        size = tuple(min(max(stride, round(side * scale / stride) * stride), limit) for side in image.size)
+        return image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
+
+    def look(self, image: Image.Image) -> torch.Tensor:
+        resized = self.resize_image(image)
+        height, width = smart_resize(
+            resized.height, resized.width, self.vision_stride, self.min_pixels, self.max_pixels
+        )
+        return image_to_tensor(resized.resize((width, height), Image.Resampling.BICUBIC))
+
+    def question_pixels(self, image: Image.Image) -> torch.Tensor:
+        return self.look(image)
+
+    @torch.no_grad()
+    def image_segment(self, image: Image.Image, model: Any) -> ImageSegment:
+        resized = self.resize_image(image)
+        pixels = image_to_tensor(resized)
+        latents = model.encode_images(pixels[None].to(model.device))[0].cpu()
+        grid = (resized.height // self.image_stride, resized.width // self.image_stride)
+        return ImageSegment(latents, grid, self.look(resized), image=resized)
