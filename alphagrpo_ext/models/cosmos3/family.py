@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from alphagrpo_ext.models.contract import FAMILIES, Family
-from alphagrpo_ext.models.cosmos3.checkpoint import (
+from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config, check_cosmos3_values
+from alphagrpo_ext.models.cosmos3.modeling_cosmos3 import Cosmos3Model
+from alphagrpo_ext.models.cosmos3.processing_cosmos3 import Cosmos3Processor
+from alphagrpo_ext.models.cosmos3.released.checkpoint import (
     HUB_PATTERNS,
     keeps_fp32,
     load_cosmos3,
@@ -20,9 +23,6 @@ from alphagrpo_ext.models.cosmos3.checkpoint import (
     matches,
     save_cosmos3,
 )
-from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config, check_cosmos3_values
-from alphagrpo_ext.models.cosmos3.modeling_cosmos3 import Cosmos3Model
-from alphagrpo_ext.models.cosmos3.processing_cosmos3 import Cosmos3Processor
 
 
 _LAYER = r"(.*\.)?transformer\.layers\.\d+\."

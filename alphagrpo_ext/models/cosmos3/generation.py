@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +27,10 @@ from alphagrpo_ext.models.cosmos3.layout import (
     collate_latents,
     latent_positions,
 )
+from alphagrpo_ext.models.cosmos3.network import Cosmos3Network
 from alphagrpo_ext.models.cosmos3.transformer import StreamStates
 from alphagrpo_ext.models.token_sampling import sample_tokens
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
-
-
-if TYPE_CHECKING:
-    from alphagrpo_ext.models.cosmos3.modeling_cosmos3 import Cosmos3Model
 
 
 TAIL_SLOTS = 2
@@ -169,7 +165,7 @@ def plan_reading(contexts: Sequence[ContextRow], past: Sequence[ContextRow]) -> 
 
 @torch.no_grad()
 def read_conversations(
-    model: Cosmos3Model,
+    model: Cosmos3Network,
     contexts: Sequence[Sequence[Segment]],
     group_size: int = 1,
     capacity: int = 0,
@@ -243,7 +239,7 @@ def _join(past: StreamStates | None, new: StreamStates, rows: torch.Tensor, num_
 
 @torch.no_grad()
 def write_replies(
-    model: Cosmos3Model,
+    model: Cosmos3Network,
     cache: Cosmos3Cache,
     uniforms: torch.Tensor,
     temperature: float = 1.0,
@@ -315,13 +311,13 @@ def _collect_text(sampled: torch.Tensor, log_probs: torch.Tensor, counted: torch
 
 @torch.no_grad()
 def _feed_tokens(
-    model: Cosmos3Model, cache: Cosmos3Cache, tokens: torch.Tensor, positions: torch.Tensor
+    model: Cosmos3Network, cache: Cosmos3Cache, tokens: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """
     Read one token per sample, and write its keys and values behind the slots in use, which the caller claims.
 
     Args:
-        model ([`Cosmos3Model`]): The model.
+        model ([`Cosmos3Network`]): The model.
         cache ([`Cosmos3Cache`]): The contexts.
         tokens, positions (`torch.Tensor` of shape `(samples,)`): Token ids, and their positions.
 
@@ -341,7 +337,7 @@ def _feed_tokens(
 
 @torch.no_grad()
 def denoise_images(
-    model: Cosmos3Model, cache: Cosmos3Cache, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
+    model: Cosmos3Network, cache: Cosmos3Cache, latents: torch.Tensor, grid: tuple[int, int], timestep: torch.Tensor
 ) -> torch.Tensor:
     """
     Velocity of noised images, as [`UnifiedModel.predict_velocity`] says. The clean images in a context are run beside the
@@ -376,12 +372,12 @@ def denoise_images(
 
 
 @torch.no_grad()
-def start_answers(model: Cosmos3Model, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
+def start_answers(model: Cosmos3Network, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
     """
     Logits of the first token of an answer without a thought. Image and question are one user turn.
 
     Args:
-        model ([`Cosmos3Model`]): The model.
+        model ([`Cosmos3Network`]): The model.
         pixel_values (`torch.Tensor` of shape `(3, height, width)`): The image in [-1, 1].
         questions (`Sequence[TextSegment]`): Questions about it.
 

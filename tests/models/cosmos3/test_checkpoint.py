@@ -15,8 +15,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from alphagrpo_ext.models.cosmos3 import checkpoint
-from alphagrpo_ext.models.cosmos3.checkpoint import load_cosmos3, load_cosmos3_processor, matches, save_cosmos3
+from alphagrpo_ext.models.cosmos3.released import checkpoint
+from alphagrpo_ext.models.cosmos3.released.checkpoint import (
+    load_cosmos3,
+    load_cosmos3_processor,
+    matches,
+    save_cosmos3,
+)
 from alphagrpo_ext.models.loading import load_model
 from models.cosmos3.tiny_cosmos3 import (
     VARIANTS,

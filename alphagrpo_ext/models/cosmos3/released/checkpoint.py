@@ -24,7 +24,7 @@ from transformers.utils import logging
 from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config
 from alphagrpo_ext.models.cosmos3.modeling_cosmos3 import Cosmos3Model
 from alphagrpo_ext.models.cosmos3.processing_cosmos3 import Cosmos3Processor
-from alphagrpo_ext.models.cosmos3.released_configs import (
+from alphagrpo_ext.models.cosmos3.released.configs import (
     PIPELINE_CLASS,
     REASONER_TYPES,
     TRANSFORMER_CLASS,

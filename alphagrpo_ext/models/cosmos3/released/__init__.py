@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The layout of the released checkpoints, which Diffusers and Transformers read."""
