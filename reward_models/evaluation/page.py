@@ -24,6 +24,8 @@ _NOTE = (
     "probable a change at least this large is if training changed nothing; p, Holm: the same, corrected for the number of categories."
 )
 
+_CHOSEN_NOTE = " The pairs below are no fair sample: a third have the largest gains, and a third the largest losses."
+
 
 def make_report_comparison(
     before: Evaluation, after: Evaluation, num_pairs: int = 96, max_image_size: int = 256
@@ -42,7 +44,11 @@ def make_report_comparison(
     changes = [new.reward - old.reward for old, new in scored]
     return Comparison(
         # Of samples with both scores, so that a change is the difference of what it stands beside.
-        table=_score_table(Evaluation([old for old, _ in scored]), Evaluation([new for _, new in scored])),
+        table=_score_table(
+            Evaluation([old for old, _ in scored]),
+            Evaluation([new for _, new in scored]),
+            note=_NOTE + (_CHOSEN_NOTE if len(scored) > num_pairs else ""),
+        ),
         pairs=[_image_pair(*scored[place], max_image_size) for place in _places_to_show(changes, num_pairs)],
     )
 
@@ -70,7 +76,7 @@ def _image_pair(old: EvaluatedSample, new: EvaluatedSample, max_image_size: int)
     )
 
 
-def _score_table(before: Evaluation, after: Evaluation) -> ScoreTable:
+def _score_table(before: Evaluation, after: Evaluation, note: str) -> ScoreTable:
     total, *categories = compare_categories(before.samples, after.samples)
     few = any(has_few_prompts(entry.reward.difference) for entry in (total, *categories))
     change = ["change", "p", "p, Holm"]
@@ -93,7 +99,7 @@ def _score_table(before: Evaluation, after: Evaluation) -> ScoreTable:
             for entry in (*categories, total)
             for old, new in [_scores(entry, before, after)]
         ],
-        note=_NOTE,
+        note=note,
     )
 
 

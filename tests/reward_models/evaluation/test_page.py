@@ -32,6 +32,8 @@ def test_extremes_and_a_fair_sample_of_the_others_are_shown() -> None:
     shown = [round(change(pair), 2) for pair in comparison.pairs]
     # In the order of evaluation: two of the others, two that lost most, two that gained most.
     assert {0.4, 0.3, -0.3, -0.4} < set(shown) and len(shown) == 6
+    assert "no fair sample" in comparison.table.note
+    assert "no fair sample" not in make_report_comparison(evaluation([0.5]), evaluation([0.6])).table.note
     assert [pair.prompt for pair in comparison.pairs] == sorted(
         (pair.prompt for pair in comparison.pairs), key=lambda prompt: int(prompt.split()[1])
     )
