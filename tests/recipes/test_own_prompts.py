@@ -18,15 +18,8 @@ from support.scripted_endpoint import Reply, chat_body, scripted_endpoint
 
 
 QUICK = (
-    "--use_cpu",
-    "--bf16",
-    "false",
-    "--max_steps",
-    "1",
-    "--per_device_train_batch_size",
-    "8",
-    "--num_timesteps",
-    "5",
+    *("--use_cpu", "--bf16", "false", "--max_steps", "1", "--per_device_train_batch_size", "8"),
+    *("--num_timesteps", "5", "--sde_window_range", "0", "4"),
 )
 OWN_REWARD = ("--reward", "rewards_of_own_prompts:brightness")
 

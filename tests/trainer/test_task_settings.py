@@ -204,7 +204,7 @@ def test_initial_images_are_painted_as_text_to_image(
         ({"task_settings": {"image_editing": {"image_width": 26}}}, "task 'image_editing': width=26 is no positive"),
         (
             {"task_settings": {"reasoning_t2i": {"image_height": 80}}},
-            "task 'reasoning_t2i': .*larger than the model can paint",
+            "task 'reasoning_t2i': .*is too large",
         ),
         (
             {"task_settings": {"image_editing": {"max_completion_length": 2000}}},

@@ -74,7 +74,7 @@ def test_a_wait_that_is_asked_for_is_kept(stub: ScriptedEndpoint, form: str) -> 
     "headers",
     [
         {"Retry-After": "3600"},
-        {"Retry-After": formatdate(time.time() + 3600, usegmt=True)},
+        {"Retry-After": "IN AN HOUR"},
         {"Retry-After-Ms": "3600000"},
         {"Retry-After": "9" * 400},
     ],
@@ -82,6 +82,8 @@ def test_a_wait_that_is_asked_for_is_kept(stub: ScriptedEndpoint, form: str) -> 
 )
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_wait_without_end_is_refused(stub: ScriptedEndpoint, headers: dict[str, str], status: int) -> None:
+    if headers.get("Retry-After") == "IN AN HOUR":
+        headers = {"Retry-After": formatdate(time.time() + 3600, usegmt=True)}
     stub.answer = lambda body, number: Reply({"error": {"message": "come back later"}}, status, headers)
     started = time.perf_counter()
     message = error_of(OpenAIEndpoint(stub.url, "judge"))
