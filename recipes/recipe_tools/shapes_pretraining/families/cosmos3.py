@@ -29,7 +29,7 @@ from alphagrpo_ext.shapes.text import GENERATION_SYSTEM_PROMPT, REFLECTION_PROMP
 from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES, ShapesAutoencoder, ShapesFamily
 
 
-SPECIAL_TOKENS = (
+_SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -56,7 +56,7 @@ def build_cosmos3_tokenizer() -> PreTrainedTokenizerFast:
     framing = sorted({word.rstrip(".") for sentence in sentences for word in sentence.split()})
     known = vocabulary()
     new = [word for word in ("system", "user", "assistant", *framing) if word not in known]
-    words = ["<unk>", *SPECIAL_TOKENS, *known, *new]
+    words = ["<unk>", *_SPECIAL_TOKENS, *known, *new]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\."), "isolated")]
@@ -66,7 +66,7 @@ def build_cosmos3_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|endoftext|>", "<|im_end|>")],
+        additional_special_tokens=[token for token in _SPECIAL_TOKENS if token not in ("<|endoftext|>", "<|im_end|>")],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
