@@ -88,7 +88,8 @@ class ImageSegment:
     An image, as clean latents and, if later segments look at it, as pixels.
 
     Args:
-        latents (`torch.Tensor` of shape `(tokens, channels)`): Clean latents in the model's token layout, fp32.
+        latents (`torch.Tensor` of shape `(tokens, channels)`):
+            Clean latents in the model's token layout, fp32. `(0, channels)` for a given image that is only looked at.
         grid (`tuple[int, int]`): Rows and columns of latent tokens; their product is `tokens`.
         pixel_values (`torch.Tensor` of shape `(3, height, width)`, *optional*):
             The same image as input of the vision tower, in [-1, 1]. `None` if no later segment looks at it.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Make the packaged checkpoint `bagel-shapes` from a seed: train a tiny autoencoder, and then a tiny BAGEL on rendered scenes.
+Make a tiny model of a family from a seed: train its autoencoder, and then the model on rendered scenes. BAGEL's is the packaged
+checkpoint `bagel-shapes`.
 
 ```bash
 accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --output_dir runs/bagel-shapes
@@ -9,7 +10,15 @@ accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --out
 
 One thread per process is fastest on a CPU, where `accelerate launch` starts several processes only with `--multi_gpu`. The model
 first learns to paint. Then its vision tower alone learns from images, and at last all weights but the autoencoder's learn to answer
-questions and to repair images. The same command continues a run that was stopped.
+questions and to repair images. The same command continues a run that was stopped. The finished model lies in the output folder
+itself, the newest averaged weights during the run in its folder `checkpoint`.
+
+Cosmos3 is trained by the same code:
+
+```bash
+accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --family cosmos3
+accelerate launch recipes/reasoning_t2i.py --model_name_or_path runs/cosmos3-shapes
+```
 """
 
 from __future__ import annotations
@@ -28,21 +37,24 @@ def main(args: PretrainingArguments) -> None:
     from accelerate.utils import set_seed
 
     from alphagrpo_ext.models.loading import load_model
-    from alphagrpo_ext.shapes.model import build_config, build_processor
     from recipe_tools.shapes_pretraining.examples import GROUNDING
-    from recipe_tools.shapes_pretraining.training import PretrainingStage, train_painter, train_stage
+    from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES
+    from recipe_tools.shapes_pretraining.training import PretrainingStage, export, train_painter, train_stage
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
     set_seed(args.seed)
+    family = SHAPES_FAMILIES.get(args.family)()
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    processor = build_processor()
+    processor = family.build_processor()
     if args.init_from is None:
-        model = train_painter(build_config(processor.tokenizer), processor, accelerator, args)
+        model = train_painter(family, processor, accelerator, args)
     else:
         model, _ = load_model(args.init_from, attn_implementation="eager")
     grounding = PretrainingStage("grounding", GROUNDING, args.grounding_steps, args.grounding_learning_rate)
-    train_stage(model, processor, grounding, accelerator, args)
+    model = train_stage(model, processor, grounding, accelerator, args)
+    if accelerator.is_main_process:
+        export(Path(args.output_dir), model, processor, args)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -75,7 +75,7 @@ def test_prompts_of_ones_own_are_not_evaluated_on_the_shapes_world(capsys: pytes
     assert "  evaluation  none (give --eval_file)\n" in printed and "rewards     dvreward (judge: openai)\n" in printed
     assert "  length      1 step of 8 samples each\n" in printed
     assert printed.endswith("\nModel, README.md, report.html and metrics.jsonl: run\n")
-    assert "The run had no evaluation." in Path("run/README.md").read_text()
+    assert "## Scores" not in Path("run/README.md").read_text()
     assert Path("run/config.json").is_file()
 
 

@@ -254,14 +254,15 @@ class BagelSequence:
 
     def add_segment(self, segment: Segment) -> int | None:
         """
-        Append a segment as context: a text, or an image as latents and, if it has pixels, patches. Returns the result
+        Append a segment as context: a text, or an image as latents, if it has any, and patches, if it has pixels. Returns the result
         of [`~BagelSequence.add_text`] for a text.
         """
         start = None
         if isinstance(segment, TextSegment):
             start = self.add_text(segment.content_ids)
         else:
-            self.add_latents(segment.latents, segment.grid)
+            if len(segment.latents):
+                self.add_latents(segment.latents, segment.grid)
             if segment.pixel_values is not None:
                 self.add_pixels(segment.pixel_values)
         self.extents.append(self.extent)

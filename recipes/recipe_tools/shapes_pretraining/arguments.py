@@ -12,9 +12,12 @@ from alphagrpo_ext.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, 
 
 @dataclass
 class PretrainingArguments:
-    """Arguments of the pretraining of `bagel-shapes`."""
+    """Arguments of the pretraining on shapes."""
 
-    output_dir: str = field(default="runs/bagel-shapes", metadata={"help": "Folder for checkpoint and state."})
+    family: str = field(default="bagel", metadata={"help": "Model family: bagel or cosmos3."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for checkpoint and state; by default runs/FAMILY-shapes."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of weights, scenes, times and noise."})
     vae_steps: NonNegativeInt = field(default=1200, metadata={"help": "Optimizer steps of the autoencoder."})
     decoder_steps: NonNegativeInt = field(default=2000, metadata={"help": "Further steps of the decoder alone."})
@@ -60,3 +63,5 @@ class PretrainingArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.output_dir is None:
+            self.output_dir = f"runs/{self.family}-shapes"

@@ -12,12 +12,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
-from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
-from alphagrpo_ext.models.bagel.layout import BagelSequence, collate_sequences
-from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
     PromptSpec,
@@ -29,7 +27,7 @@ from alphagrpo_ext.shapes.prompts import (
     semantic_questions,
 )
 from alphagrpo_ext.shapes.scene import BACKGROUNDS, CELLS, NUM_OFFSETS, Scene, random_object, render, render_array
-from alphagrpo_ext.shapes.text import reflection, reflection_request, repair, thought
+from alphagrpo_ext.shapes.text import reflection, repair, thought
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,30 @@ RARE_PROBABILITY = 0.03
 
 
 @dataclass(frozen=True)
-class _Example:
-    """Context (strings are texts, scenes are images), then the text `learned` and the image `target`, which have a loss."""
+class Example:
+    """
+    What a trajectory of the pretraining shows, asks and teaches.
 
-    context: tuple[str | Scene, ...]
-    learned: str | None
-    target: Scene | None
+    Args:
+        kind (`str`):
+            `"painting"` from a prompt, `"repair"` of the image that is shown, or an `"answer"` about it.
+        think (`bool`): Whether the context asks for a thought.
+        request (`str`): The prompt, or the question.
+        learned (`str`, *optional*): The text that is learned.
+        target (`Scene`, *optional*): The image that is learned.
+        shown (`Scene`, *optional*): The image that the request is about.
+        dropped (`float`, *optional*):
+            If given, the image is painted from the context of another guidance branch, which this number in [0, 1)
+            chooses.
+    """
+
+    kind: Literal["painting", "repair", "answer"]
+    think: bool
+    request: str
+    learned: str | None = None
+    target: Scene | None = None
+    shown: Scene | None = None
+    dropped: float | None = None
 
 
 def sample_pretraining_spec(rng: random.Random) -> PromptSpec:
@@ -90,19 +106,18 @@ def sample_pretraining_spec(rng: random.Random) -> PromptSpec:
     return sample_spec(rng, "rare" if rng.random() < RARE_PROBABILITY else "train")
 
 
-def _painting(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture, think: bool) -> _Example:
+def _painting(rng: random.Random, mixture: PretrainingMixture, think: bool) -> Example:
     spec = sample_pretraining_spec(rng)
     right = sample_scene(spec, rng)
     planned = sample_violation(right, spec, rng) if think and rng.random() < mixture.wrong_thought else right
     painted = sample_violation(planned, spec, rng) if rng.random() < mixture.wrong_image else planned
-    system = (processor.generation_system_prompt,) if think else ()
-    if rng.random() < mixture.condition_dropout:
-        return _Example(system, None, painted)
-    prompt = sample_prompt(spec, rng)
-    return _Example((*system, prompt), thought(planned) if think else None, painted)
+    draw = rng.random()
+    if draw < mixture.condition_dropout:
+        return Example("painting", think, "", target=painted, dropped=draw / mixture.condition_dropout)
+    return Example("painting", think, sample_prompt(spec, rng), thought(planned) if think else None, painted)
 
 
-def _answering(rng: random.Random, processor: BagelProcessor, describe: bool) -> _Example:
+def _answering(rng: random.Random, describe: bool) -> Example:
     """
     Draw a question about an image, with the answer `yes` or `no` equally often. With `describe`, the answer follows a thought that
     describes the image.
@@ -117,48 +132,43 @@ def _answering(rng: random.Random, processor: BagelProcessor, describe: bool) ->
     choices = [i for i, answer in enumerate(answers) if answer == wanted] or range(len(questions))
     index = rng.choice(choices)
     answer = "yes" if answers[index] else "no"
-    if not describe:
-        return _Example((shown, questions[index]), answer, None)
-    system = processor.understanding_system_prompt
-    return _Example((system, shown, questions[index]), f"{thought(shown)} {answer}", None)
+    learned = f"{thought(shown)} {answer}" if describe else answer
+    return Example("answer", describe, questions[index], learned, shown=shown)
 
 
-def _reflecting(rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture) -> _Example:
+def _reflecting(rng: random.Random, mixture: PretrainingMixture) -> Example:
     spec = sample_pretraining_spec(rng)
     shown = sample_scene(spec, rng)
     if rng.random() < 0.75:
         shown = sample_violation(shown, spec, rng)
     right = shown if satisfies(shown, spec) else repair(shown, spec, rng)
     painted = sample_violation(right, spec, rng) if rng.random() < mixture.wrong_image else right
-    system, request = processor.generation_system_prompt, reflection_request(sample_prompt(spec, rng))
+    prompt = sample_prompt(spec, rng)
     draw = rng.random()
-    if draw < mixture.condition_dropout / 2:
-        return _Example((system, shown), None, painted)
     if draw < mixture.condition_dropout:
-        return _Example((system, request), None, painted)
-    return _Example((system, shown, request), reflection(shown, right), painted)
+        dropped = draw / mixture.condition_dropout
+        return Example("repair", True, prompt, target=painted, shown=shown, dropped=dropped)
+    return Example("repair", True, prompt, reflection(shown, right), painted, shown)
 
 
-def sample_examples(
-    rng: random.Random, processor: BagelProcessor, mixture: PretrainingMixture
-) -> list[list[_Example]]:
+def sample_examples(rng: random.Random, mixture: PretrainingMixture) -> list[list[Example]]:
     """Draw the examples of a batch, in parts of similar length so that there is little padding."""
     paintings = [
-        *(_painting(rng, processor, mixture, think=False) for _ in range(mixture.direct)),
-        *(_painting(rng, processor, mixture, think=True) for _ in range(mixture.thought)),
+        *(_painting(rng, mixture, think=False) for _ in range(mixture.direct)),
+        *(_painting(rng, mixture, think=True) for _ in range(mixture.thought)),
     ]
     answers = [
-        *(_answering(rng, processor, describe=False) for _ in range(mixture.answer)),
-        *(_answering(rng, processor, describe=True) for _ in range(mixture.described_answer)),
+        *(_answering(rng, describe=False) for _ in range(mixture.answer)),
+        *(_answering(rng, describe=True) for _ in range(mixture.described_answer)),
     ]
-    reflections = [_reflecting(rng, processor, mixture) for _ in range(mixture.reflection)]
+    reflections = [_reflecting(rng, mixture) for _ in range(mixture.reflection)]
     return [part for part in (paintings, answers, reflections) if part]
 
 
-def unique_scenes(examples: Sequence[_Example]) -> list[Scene]:
+def unique_scenes(examples: Sequence[Example]) -> list[Scene]:
     """Collect the scenes that the examples show or paint, each once."""
-    blocks = [block for example in examples for block in (*example.context, example.target)]
-    return list(dict.fromkeys(block for block in blocks if isinstance(block, Scene)))
+    scenes = [scene for example in examples for scene in (example.shown, example.target)]
+    return list(dict.fromkeys(scene for scene in scenes if scene is not None))
 
 
 def sample_random_scene(rng: random.Random) -> Scene:
@@ -172,92 +182,3 @@ def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
     """Render scenes to pixels in [-1, 1], shape `(scenes, 3, height, width)`."""
     pixels = torch.stack([torch.from_numpy(render_array(scene)) for scene in scenes])
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
-
-
-@dataclass
-class PretrainingBatch:
-    """
-    Examples as rows of tokens, with the targets of their losses.
-
-    Args:
-        inputs (`dict[str, torch.Tensor]`): Output of [`collate_sequences`].
-        text_index, text_targets (`torch.Tensor` of shape `(texts,)`):
-            Positions in the flattened `input_ids` whose next token is learned, and that token.
-        velocity_index (`torch.Tensor` of shape `(copies, tokens)`, *optional*): Positions of noised latents.
-        velocity_targets (`torch.Tensor` of shape `(copies, tokens, channels)`, *optional*): Noise minus image.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    text_index: torch.Tensor
-    text_targets: torch.Tensor
-    velocity_index: torch.Tensor | None
-    velocity_targets: torch.Tensor | None
-
-
-def _context_row(
-    example: _Example,
-    latents: dict[Scene, torch.Tensor],
-    grid: tuple[int, int],
-    processor: BagelProcessor,
-    config: BagelConfig,
-) -> BagelSequence:
-    row = BagelSequence(config)
-    for block in example.context:
-        if isinstance(block, str):
-            row.add_text(processor.encode_text(block))
-            continue
-        if example.target is not None:
-            row.add_latents(latents[block], grid)
-        row.add_pixels(scene_pixels([block])[0])
-    return row
-
-
-def build_batch(
-    examples: Sequence[_Example],
-    latents: dict[Scene, torch.Tensor],
-    grid: tuple[int, int],
-    processor: BagelProcessor,
-    config: BagelConfig,
-    mixture: PretrainingMixture,
-    generator: torch.Generator,
-) -> PretrainingBatch:
-    """
-    Turn examples into rows of tokens.
-
-    Args:
-        examples (`Sequence[_Example]`): The examples.
-        latents (`dict[Scene, torch.Tensor]`): Clean latents `(tokens, channels)` of every scene in the examples.
-        grid (`tuple[int, int]`): Rows and columns of latent tokens.
-        generator (`torch.Generator`): Draws times (logit-normal) and noise.
-    """
-    rows, texts, starts, targets = [], [], [], []
-    for index, example in enumerate(examples):
-        row = _context_row(example, latents, grid, processor, config)
-        if example.learned is not None:
-            ids = processor.encode_text(example.learned)
-            start = row.add_text(ids)
-            labels = [*ids, config.eos_token_id]
-            texts += [(index, start + offset, label) for offset, label in enumerate(labels)]
-        if example.target is not None:
-            clean = latents[example.target]
-            for _ in range(mixture.noise_copies):
-                time = float(torch.sigmoid(torch.randn((), generator=generator)))
-                time = mixture.timestep_shift * time / (1 + (mixture.timestep_shift - 1) * time)
-                noise = torch.randn(clean.shape, generator=generator)
-                noised = (1 - time) * clean + time * noise
-                starts.append((index, row.add_latents(noised, grid, time, noised=True)))
-                targets.append(noise - clean)
-        rows.append(row)
-    inputs = collate_sequences(rows, config)
-    text = torch.tensor(texts)
-    velocity_index = None
-    if starts:
-        first = torch.tensor(starts) @ torch.tensor([inputs["latents"].shape[1], 1])
-        velocity_index = first[:, None] + torch.arange(grid[0] * grid[1])
-    return PretrainingBatch(
-        inputs=inputs,
-        text_index=text[:, 0] * inputs["input_ids"].shape[1] + text[:, 1],
-        text_targets=text[:, 2],
-        velocity_index=velocity_index,
-        velocity_targets=torch.stack(targets) if targets else None,
-    )

@@ -18,23 +18,19 @@ from tqdm import trange
 from transformers import get_cosine_schedule_with_warmup
 
 from alphagrpo_ext.files import atomic_path
-from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
-from alphagrpo_ext.models.bagel.layout import visibility_mask
-from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
-from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
-from alphagrpo_ext.shapes.model import build_processor
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from recipe_tools.shapes_pretraining.arguments import PretrainingArguments
+from recipe_tools.shapes_pretraining.batches import PretrainingBatch, PretrainingLoss, build_batch, build_trajectory
 from recipe_tools.shapes_pretraining.examples import (
     GROUNDING,
     PAINTING,
-    PretrainingBatch,
     PretrainingMixture,
-    build_batch,
     sample_examples,
     sample_random_scene,
     scene_pixels,
     unique_scenes,
 )
+from recipe_tools.shapes_pretraining.families import ShapesAutoencoder, ShapesFamily
 
 
 @dataclass(frozen=True)
@@ -55,9 +51,9 @@ class PretrainingStage:
     learning_rate: float
 
 
-def train_autoencoder(model: BagelModel, args: PretrainingArguments) -> float:
+def train_autoencoder(autoencoder: ShapesAutoencoder, args: PretrainingArguments) -> float:
     """
-    Train the autoencoder in place and set its scale and shift, so that latents have mean 0 and variance 1.
+    Train the autoencoder in place and set its statistics, so that latents have mean 0 and variance 1.
 
     Encoder and decoder are trained together first. Then the decoder alone is trained on latents with some noise, because the
     latents that the model paints are not perfect either.
@@ -67,20 +63,20 @@ def train_autoencoder(model: BagelModel, args: PretrainingArguments) -> float:
     """
     rng = random.Random(f"vae-{args.seed}")
     generator = torch.Generator().manual_seed(args.seed)
-    vae = model.vae.train()
+    autoencoder.module.train()
 
-    def train(module: nn.Module, num_steps: int, noise_level: float, description: str) -> float:
+    def train(module: nn.Module, num_steps: int, noise_level: torch.Tensor | float, description: str) -> float:
         module.requires_grad_(True)
         optimizer = torch.optim.AdamW(module.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
         schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
         progress = trange(num_steps, desc=description)
         for _ in progress:
             pixels = scene_pixels([sample_random_scene(rng) for _ in range(args.vae_batch_size)])
-            posterior = vae.encode(pixels).latent_dist
+            posterior = autoencoder.posterior(pixels)
             latents = posterior.sample(generator)
             level = noise_level * torch.rand(len(latents), 1, 1, 1, generator=generator)
             latents = latents + level * torch.randn(latents.shape, generator=generator)
-            reconstruction = vae.decode(latents).sample
+            reconstruction = autoencoder.decode(latents)
             error = F.mse_loss(reconstruction, pixels)
             loss = error + F.l1_loss(reconstruction, pixels) + 1e-5 * posterior.kl().mean()
             loss.backward()
@@ -92,44 +88,18 @@ def train_autoencoder(model: BagelModel, args: PretrainingArguments) -> float:
         module.requires_grad_(False)
         return error.item()
 
-    train(vae, args.vae_steps, 0.0, "autoencoder")
+    train(autoencoder.module, args.vae_steps, 0.0, "autoencoder")
     with torch.no_grad():
-        latents = vae.encode(scene_pixels([sample_random_scene(rng) for _ in range(512)])).latent_dist.mean
-    settings = {"shift_factor": latents.mean().item(), "scaling_factor": 1 / latents.std().item()}
-    vae.register_to_config(**settings)
-    model.config.vae_config.update(settings)
-    error = train(vae.decoder, args.decoder_steps, args.decoder_noise * latents.std().item(), "decoder")
-    vae.eval()
+        latents = autoencoder.posterior(scene_pixels([sample_random_scene(rng) for _ in range(512)])).mean
+    std = autoencoder.normalize(latents)
+    error = train(autoencoder.decoder, args.decoder_steps, args.decoder_noise * std, "decoder")
+    autoencoder.module.eval()
     return error
 
 
-class PretrainingLoss(nn.Module):
-    """Cross-entropy of learned texts and mean squared error of velocities, over micro-batches of similar rows."""
-
-    def __init__(self, model: BagelModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batches: list[PretrainingBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-        text_loss, image_loss = 0.0, 0.0
-        for batch in batches:
-            positions = batch.inputs["positions"]
-            und, gen = self.model.embed_sequences(batch.inputs)
-            mask = visibility_mask(positions, batch.inputs["blocks"], batch.inputs["horizons"])
-            und, gen = self.model.language_model.model(und, gen, positions, mask)
-            logits = self.model.language_model.lm_head(und.flatten(0, 1)[batch.text_index])
-            text_loss += F.cross_entropy(logits.float(), batch.text_targets, reduction="sum")
-            if batch.velocity_index is not None:
-                velocities = self.model.llm2vae(gen.flatten(0, 1)[batch.velocity_index])
-                image_loss += F.mse_loss(velocities.float(), batch.velocity_targets, reduction="sum")
-        num_texts = sum(len(batch.text_targets) for batch in batches)
-        num_values = sum(batch.velocity_targets.numel() for batch in batches if batch.velocity_index is not None) or 1
-        return text_loss / num_texts, image_loss / num_values
-
-
-def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: PretrainingArguments) -> None:
+def train_vision_tower(model: UnifiedModel, processor: UnifiedProcessor, args: PretrainingArguments) -> None:
     """
-    Train the vision tower and its connector alone, on answers and reflections about images.
+    Train the modules that only read images alone, on answers and reflections about images.
 
     Nothing else changes, so a model that is given no image paints exactly as before.
     """
@@ -138,7 +108,8 @@ def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: Pretr
         noise_copies=0,
     )  # fmt: skip
     model.requires_grad_(False)
-    parameters = [*model.vit_model.parameters(), *model.connector.parameters()]
+    towers = [model.get_submodule(name) for name in model.family.vision_modules]
+    parameters = [parameter for tower in towers for parameter in tower.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=args.vision_learning_rate, weight_decay=0.01)
@@ -161,17 +132,20 @@ def train_vision_tower(model: BagelModel, processor: BagelProcessor, args: Pretr
 def sample_batches(
     rng: random.Random,
     generator: torch.Generator,
-    model: BagelModel,
-    processor: BagelProcessor,
+    model: UnifiedModel,
+    processor: UnifiedProcessor,
     mixture: PretrainingMixture,
 ) -> list[PretrainingBatch]:
     """Draw the micro-batches of one step: `rng` draws examples, `generator` draws times and noise."""
-    parts = sample_examples(rng, processor, mixture)
+    parts = sample_examples(rng, mixture)
     scenes = unique_scenes([example for part in parts for example in part])
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         latents = dict(zip(scenes, model.encode_images(scene_pixels(scenes)), strict=True))
-    side = model.config.max_latent_size
-    return [build_batch(part, latents, (side, side), processor, model.config, mixture, generator) for part in parts]
+    trajectories = [
+        [build_trajectory(example, latents, processor, model, mixture, generator) for example in part]
+        for part in parts
+    ]
+    return [build_batch(part, model) for part in trajectories]
 
 
 def learning_rate_factor(step: int, num_steps: int, args: PretrainingArguments) -> float:
@@ -187,44 +161,44 @@ def save_atomically(path: Path, contents: dict) -> None:
         torch.save(contents, temporary)
 
 
-def with_averaged_weights(model: BagelModel, average: dict[str, torch.Tensor]) -> BagelModel:
+def with_averaged_weights(model: UnifiedModel, average: dict[str, torch.Tensor]) -> UnifiedModel:
     """Copy a model with its averaged weights."""
-    config = copy.deepcopy(model.config)
-    result = BagelModel._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    result = copy.deepcopy(model)
     result.load_state_dict({**model.state_dict(), **average})
     return result
 
 
-def export(folder: Path, model: BagelModel, args: PretrainingArguments) -> None:
-    """Save a checkpoint: the autoencoder in fp32, everything else in bf16. The model is converted in place."""
-    for name, module in model.named_children():
-        if name != "vae":
-            module.to(torch.bfloat16)
+def export(folder: Path, model: UnifiedModel, processor: UnifiedProcessor, args: PretrainingArguments) -> None:
+    """Save a checkpoint in bf16, except what the family keeps in fp32. The model is converted in place."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not model.family.keeps_fp32(name):
+            tensor.data = tensor.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    processor.save_pretrained(folder)
     settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
     settings["mixtures"] = {"painting": asdict(PAINTING), "grounding": asdict(GROUNDING)}
     (folder / "pretraining.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def train_stage(
-    model: BagelModel,
-    processor: BagelProcessor,
+    model: UnifiedModel,
+    processor: UnifiedProcessor,
     stage: PretrainingStage,
     accelerator: Accelerator,
     args: PretrainingArguments,
-) -> BagelModel:
+) -> UnifiedModel:
     """
     Train all weights but the autoencoder's. If the stage has a state file, training continues from it.
 
     Returns:
-        [`BagelModel`]: A copy of the model with averaged weights.
+        [`UnifiedModel`]: A copy of the model with averaged weights.
     """
     output_dir, mixture = Path(args.output_dir), stage.mixture
     state_path = output_dir / f"{stage.name}.pt"
     model.requires_grad_(True)
-    model.vae.requires_grad_(False)
+    for name in model.family.frozen_modules:
+        model.get_submodule(name).requires_grad_(False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     average = {name: p.detach().clone() for name, p in parameters.items()}
@@ -263,36 +237,33 @@ def train_stage(
         if accelerator.is_main_process and ((step + 1) % args.save_steps == 0 or step + 1 == stage.steps):
             state = {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
             save_atomically(state_path, {"step": step + 1, **state})
-            export(output_dir / "checkpoint", with_averaged_weights(model, average), args)
+            export(output_dir / "checkpoint", with_averaged_weights(model, average), processor, args)
     return with_averaged_weights(model, average)
 
 
-def load_autoencoder(model: BagelModel, accelerator: Accelerator, args: PretrainingArguments) -> None:
+def load_autoencoder(autoencoder: ShapesAutoencoder, accelerator: Accelerator, args: PretrainingArguments) -> None:
     """Load the autoencoder in the output folder into the model. If there is none, the main process trains it first."""
     path = Path(args.output_dir) / "autoencoder.pt"
     if accelerator.is_main_process and not path.exists():
         # The other processes wait, so this one can use their cores.
         num_threads = torch.get_num_threads()
         torch.set_num_threads(accelerator.num_processes * num_threads)
-        error = train_autoencoder(model, args)
+        error = train_autoencoder(autoencoder, args)
         torch.set_num_threads(num_threads)
-        save_atomically(path, {"vae": model.vae.state_dict(), "config": dict(model.config.vae_config), "mse": error})
+        state = autoencoder.module.state_dict()
+        save_atomically(path, {"vae": state, "config": autoencoder.settings, "mse": error})
     accelerator.wait_for_everyone()
-    autoencoder = torch.load(path, weights_only=True)
-    model.config.vae_config.update(autoencoder["config"])
-    model.vae.load_state_dict(autoencoder["vae"])
-    names = ("shift_factor", "scaling_factor")
-    model.vae.register_to_config(**{name: model.config.vae_config[name] for name in names})
+    saved = torch.load(path, weights_only=True)
+    autoencoder.load_settings(saved["config"])
+    autoencoder.module.load_state_dict(saved["vae"])
 
 
 def train_painter(
-    config: BagelConfig, processor: BagelProcessor, accelerator: Accelerator, args: PretrainingArguments
-) -> BagelModel:
+    family: ShapesFamily, processor: UnifiedProcessor, accelerator: Accelerator, args: PretrainingArguments
+) -> UnifiedModel:
     """Train a model to paint, and then its vision tower."""
-    # Plain attention is faster than the fused kernel on a CPU at these lengths.
-    model = BagelModel._from_config(config, attn_implementation="eager")
-    nn.init.normal_(model.llm2vae.weight, std=config.text_config.initializer_range)
-    load_autoencoder(model, accelerator, args)
+    model = family.build_model(processor)
+    load_autoencoder(family.autoencoder(model), accelerator, args)
     model = train_stage(
         model, processor, PretrainingStage("painting", PAINTING, args.steps, args.learning_rate), accelerator, args
     )
