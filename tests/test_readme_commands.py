@@ -90,6 +90,7 @@ def workplace(tmp_path: Path, snippet: Snippet) -> Path:
     (tmp_path / "prompts.txt").write_text("two cats\na red car in the rain\n", encoding="utf-8")
     if "--output questions.jsonl" not in snippet.code:
         write_lines(tmp_path / "questions.jsonl", prompt_rows("train", 8, seed=0))
+    write_lines(tmp_path / "held_out.jsonl", prompt_rows("evaluation", 7, seed=0))
     circle = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "draw a circle"}
     for name in ("FILE", "geneval/prompts/evaluation_metadata.jsonl"):
         write_lines(tmp_path / name, [circle, circle])

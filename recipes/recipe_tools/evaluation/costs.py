@@ -20,7 +20,7 @@ from reward_models.dvreward import DVReward, Score
 from reward_models.prompts.questions import from_row
 
 
-RECIPE = Path(__file__).parents[1] / "configs" / "reasoning_t2i_shapes.yaml"
+RECIPE = Path(__file__).parents[2] / "configs" / "reasoning_t2i_shapes.yaml"
 NUM_SEEDS = 2
 """Number of noise seeds of an evaluation."""
 EVALUATION_BATCH_SIZE = 128
