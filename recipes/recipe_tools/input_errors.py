@@ -46,7 +46,9 @@ def input_errors_in_a_line() -> Iterator[None]:
             raise
         sys.stdout.flush()
         # A message of another library may have several lines, of which each counts.
-        print(f"{Path(sys.argv[0]).name}: error: {error or type(error).__name__}", file=sys.stderr, flush=True)
+        kind = type(error).__name__
+        message = f"{error} ({kind})" if str(error) else kind
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(EXIT_STATUS)
 
 

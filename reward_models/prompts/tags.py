@@ -34,7 +34,9 @@ MAX_TAG_LENGTH = 40
 MAX_OWN_TAGS = 64
 """Largest number of different tags beside the known ones, in a file or a run."""
 
-# Finds two letters that are swapped in a word of four.
+# A tag that is as similar as this to a known one is a misspelling: two letters swapped in a word of seven.
+_MISSPELLING = 0.85
+# One that is as similar as this may be one: two letters swapped in a word of four.
 _SIMILARITY = 0.75
 _warned: set[tuple[str, str]] = set()
 
@@ -65,8 +67,8 @@ def read_tag(side: str, tag: str, where: str) -> str:
         `str`: A known tag in its own spelling, or another one as it is, without surrounding blanks.
 
     Raises:
-        `ValueError`: If the tag is blank, has more than [`MAX_TAG_LENGTH`] characters, or holds line breaks or other characters
-            that are not printed.
+        `ValueError`: If the tag is blank, has more than [`MAX_TAG_LENGTH`] characters, holds line breaks or other characters
+            that are not printed, or is a misspelling of a known tag.
     """
     tag = match_tag(TAGS[side], tag).strip()
     advice = f"give it a short name on one line, such as {', '.join(TAGS[side])}, or one of your own"
@@ -78,6 +80,10 @@ def read_tag(side: str, tag: str, where: str) -> str:
         )
     if not tag.isprintable():
         raise ValueError(f"{where}: 'tag' holds a character that is not printed: {tag!r}; {advice}")
+    if tag not in TAGS[side] and (meant := _closest(side, tag, _MISSPELLING)):
+        raise ValueError(
+            f"{where}: unknown tag {tag!r}. Did you mean {meant}? A tag of your own has to differ from it by more"
+        )
     return tag
 
 
@@ -125,8 +131,16 @@ def _hint(side: str, tag: str) -> str | None:
     for other, known in TAGS.items():
         if match_tag(known, tag) in known:
             return f"{tag!r} in {side} is a known tag of {other}, and is logged as a tag of your own. Did you mean {other}?"
+    meant = _closest(side, tag, _SIMILARITY)
+    return (
+        None
+        if meant is None
+        else f"{tag!r} in {side} is not a known tag, and is logged as it is. Did you mean {meant}?"
+    )
+
+
+def _closest(side: str, tag: str, similarity: float) -> str | None:
+    """The known tag of a side that is most similar to a tag, in any case; `None` if none is similar enough."""
     by_folded = {known.casefold(): known for known in TAGS[side]}
-    close = difflib.get_close_matches(tag.casefold(), by_folded, n=1, cutoff=_SIMILARITY)
-    if not close:
-        return None
-    return f"{tag!r} in {side} is not a known tag, and is logged as it is. Did you mean {by_folded[close[0]]}?"
+    close = difflib.get_close_matches(tag.casefold(), by_folded, n=1, cutoff=similarity)
+    return by_folded[close[0]] if close else None
