@@ -132,7 +132,10 @@ def test_failed_conversion_leaves_nothing(convert: Convert, golden, tmp_path: Pa
 
 def test_arguments_are_checked(convert: Convert, golden, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     error = refusal(capsys, convert, golden.checkpoint, "saved", tmp_path / "output")
-    assert error == "convert_checkpoint.py: error: layout must be one of pretrained, released, but is 'saved'\n"
+    assert (
+        error
+        == "convert_checkpoint.py: error: layout must be one of pretrained, released, but is 'saved' (ValueError)\n"
+    )
     error = refusal(capsys, convert, golden.checkpoint, "released", tmp_path / "output", "--dtype", "int8")
     assert "dtype must be one of" in error and "but is 'int8'" in error
     with pytest.raises(ValueError, match="no place for .*norm_num_groups"):

@@ -22,7 +22,7 @@ def test_errors_of_input_end_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: 
         with pytest.raises(SystemExit) as stop, input_errors_in_a_line(), checking_input():
             raise error
         assert stop.value.code == 2
-        assert capsys.readouterr().err == "some_recipe.py: error: row 3 is bad\n"
+        assert capsys.readouterr().err == f"some_recipe.py: error: row 3 is bad ({type(error).__name__})\n"
     # A judge may also fail later.
     with pytest.raises(SystemExit), input_errors_in_a_line():
         raise JudgeFailedError("no answer")
@@ -44,5 +44,5 @@ def test_a_recipe_prints_one_line(recipe: str, tmp_path: Path) -> None:
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     message = "bad.jsonl, line 1: semantic_questions must be a list of questions, got int"
-    assert result.stderr == f"{recipe}.py: error: {message}\n"
+    assert result.stderr == f"{recipe}.py: error: {message} (ValueError)\n"
     assert not (tmp_path / "out").exists()
