@@ -175,6 +175,31 @@ class SampledText:
     log_probs: list[list[float]]
     ended: list[bool]
 
+    @classmethod
+    def from_steps(
+        cls,
+        sampled: Sequence[torch.Tensor],
+        log_probs: Sequence[torch.Tensor],
+        counted: Sequence[torch.Tensor],
+        eos: int,
+    ) -> SampledText:
+        """
+        Texts from what each step sampled.
+
+        Args:
+            sampled, log_probs, counted (`Sequence[torch.Tensor]` of shape `(batch,)`, one per step):
+                Ids, their log-probabilities, and whether each belongs to its text. A text is the beginning of its row.
+            eos (`int`): The end token.
+        """
+        lengths = torch.stack(list(counted), dim=1).sum(dim=1).tolist()
+        rows, values = (torch.stack(list(steps), dim=1).tolist() for steps in (sampled, log_probs))
+        token_ids = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+        return cls(
+            token_ids=token_ids,
+            log_probs=[row[:n] for row, n in zip(values, lengths, strict=True)],
+            ended=[bool(ids) and ids[-1] == eos for ids in token_ids],
+        )
+
 
 class UnifiedModel(ABC):
     """

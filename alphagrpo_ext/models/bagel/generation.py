@@ -203,7 +203,7 @@ def sample_text(
     cache.length = samples.length
     cache.positions[:batch] = samples.positions
     cache.num_blocks[:batch] += 1
-    text = _collect_text(torch.stack(sampled, 1), torch.stack(log_probs, 1), torch.stack(counted, 1), eos)
+    text = SampledText.from_steps(sampled, log_probs, counted, eos)
     for segments, ids, ended in zip(cache.segments or [], text.token_ids, text.ended, strict=False):
         segments.append(TextSegment(ids, sampled=True, ended=ended))
     if model.work is not None:
@@ -211,17 +211,6 @@ def sample_text(
         num_tokens = num_delimiters + sum(len(ids) for ids in text.token_ids)
         model.work.count("decode", num_tokens, (step + 1) * batch, step + 1)
     return text
-
-
-def _collect_text(sampled: torch.Tensor, log_probs: torch.Tensor, counted: torch.Tensor, eos: int) -> SampledText:
-    """Texts from ids, log-probabilities, and whether each id was sampled, all `(batch, steps)`."""
-    lengths = counted.sum(dim=1).tolist()
-    token_ids = [ids[:n] for ids, n in zip(sampled.tolist(), lengths, strict=True)]
-    return SampledText(
-        token_ids=token_ids,
-        log_probs=[values[:n] for values, n in zip(log_probs.tolist(), lengths, strict=True)],
-        ended=[bool(ids) and ids[-1] == eos for ids in token_ids],
-    )
 
 
 @torch.no_grad()

@@ -287,7 +287,7 @@ def write_replies(
     _feed_tokens(model, samples, start, positions)
     samples.painting_mask[:, samples.length] = True
     cache.length = samples.length
-    text = _collect_text(torch.stack(sampled, 1), torch.stack(log_probs, 1), torch.stack(counted, 1), eos)
+    text = SampledText.from_steps(sampled, log_probs, counted, eos)
     for row, ids, ended in zip(cache.rows, text.token_ids, text.ended, strict=False):
         row.add([TextSegment(ids, sampled=True, ended=ended)])
     cache.place_images(model.config)
@@ -296,17 +296,6 @@ def write_replies(
         num_tokens = sum(len(ids) + (1 if ended else 2) for ids, ended in zip(text.token_ids, text.ended, strict=True))
         model.work.count("decode", num_tokens, (step + 2) * batch, step + 2)
     return text
-
-
-def _collect_text(sampled: torch.Tensor, log_probs: torch.Tensor, counted: torch.Tensor, eos: int) -> SampledText:
-    """Texts from ids, log-probabilities, and whether each id was sampled, all `(batch, steps)`."""
-    lengths = counted.sum(dim=1).tolist()
-    token_ids = [ids[:n] for ids, n in zip(sampled.tolist(), lengths, strict=True)]
-    return SampledText(
-        token_ids=token_ids,
-        log_probs=[values[:n] for values, n in zip(log_probs.tolist(), lengths, strict=True)],
-        ended=[bool(ids) and ids[-1] == eos for ids in token_ids],
-    )
 
 
 @torch.no_grad()
