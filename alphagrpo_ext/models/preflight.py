@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alphagrpo_ext.models.weight_files import check_weight_file, read_shapes, summarize
+from alphagrpo_ext.ranges import check_number
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -102,3 +103,30 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source
             f"the tokenizer in {source} gives {token!r} the id {token_id}, but the model's vocabulary has {vocab_size} entries: "
             f"they belong to different models"
         )
+
+
+def check_field_ranges(
+    fields: Mapping[str, Any], whole: Mapping[str, str], others: Mapping[str, str], part: str, source: Path
+) -> None:
+    """
+    Check the numbers of a part of a configuration. A field that is missing or `None` is left to its default.
+
+    Args:
+        fields (`Mapping[str, Any]`): The part.
+        whole, others (`Mapping[str, str]`): Intervals of whole and of other numbers by name, as [`check_number`] reads them.
+        part (`str`): Name of the part for messages; empty for the configuration itself.
+        source (`Path`): Its file for messages.
+
+    Raises:
+        `ValueError`: If a value is no such number or outside of its interval; the message names field and file.
+    """
+    prefix = f"{part}." if part else ""
+    for is_whole, ranges in ((True, whole), (False, others)):
+        for name, interval in ranges.items():
+            value = fields.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
+                kind = "whole number" if is_whole else "number"
+                raise ValueError(f"{prefix}{name} in {source} must be a {kind}, but is {value!r}")
+            check_number(f"{prefix}{name} in {source}", value, interval)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
-from alphagrpo_ext.models.preflight import check_finite_numbers
-from alphagrpo_ext.ranges import check_number, in_range
+from alphagrpo_ext.models.preflight import check_field_ranges, check_finite_numbers
+from alphagrpo_ext.ranges import in_range
 
 
 # The FLUX autoencoder in Diffusers' spelling; BAGEL's loader hard-codes the same numbers.
@@ -211,18 +211,9 @@ def check_bagel_values(values: Mapping[str, Any], sources: Mapping[str, Path]) -
     parts = {name: values.get(name) or {} if name else values for name in sources}
     for part, fields in parts.items():
         check_finite_numbers(fields, sources[part], part)
-        prefix = f"{part}." if part else ""
         rope = fields.get("rope_parameters") or {}
         given = {"rope_theta": rope.get("rope_theta"), **fields}
-        for is_whole, ranges in ((True, WHOLE_RANGES), (False, FLOAT_RANGES)):
-            for name, interval in ranges.get(part, {}).items():
-                value = given.get(name)
-                if value is None:
-                    continue
-                if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
-                    kind = "whole number" if is_whole else "number"
-                    raise ValueError(f"{prefix}{name} in {sources[part]} must be a {kind}, but is {value!r}")
-                check_number(f"{prefix}{name} in {sources[part]}", value, interval)
+        check_field_ranges(given, WHOLE_RANGES.get(part, {}), FLOAT_RANGES.get(part, {}), part, sources[part])
     for part, multiple, divisor in DIVISORS:
         whole, by = (parts.get(part, {}).get(name) for name in (multiple, divisor))
         if whole and by and whole % by and not (multiple == "hidden_size" and parts[part].get("head_dim")):

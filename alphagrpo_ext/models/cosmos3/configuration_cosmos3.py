@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from alphagrpo_ext.models.preflight import check_finite_numbers
-from alphagrpo_ext.ranges import check_number
+from alphagrpo_ext.models.preflight import check_field_ranges, check_finite_numbers
 
 
 VARIANTS = ("omni", "edge")
@@ -301,7 +300,7 @@ def check_cosmos3_values(values: Mapping[str, Any], sources: Mapping[str, Path])
         if not isinstance(fields, Mapping):
             raise ValueError(f"{part} in {source} must be a mapping, but is {fields!r}")
         check_finite_numbers(fields, source, part)
-        _check_ranges(fields, part, source)
+        check_field_ranges(fields, _WHOLE_RANGES.get(part, {}), _FLOAT_RANGES.get(part, {}), part, source)
     variant = values.get("variant", "omni")
     transformer = {**TRANSFORMER_CONFIGS[variant], **(values.get("transformer_config") or {})}
     autoencoder = {**WAN_AUTOENCODER, **(values.get("autoencoder_config") or {})}
@@ -312,19 +311,6 @@ def check_cosmos3_values(values: Mapping[str, Any], sources: Mapping[str, Path])
             raise ValueError(
                 f"{name}={values[name]} in {sources['']} is beyond the vocabulary of {transformer['vocab_size']} tokens"
             )
-
-
-def _check_ranges(fields: Mapping[str, Any], part: str, source: Path) -> None:
-    prefix = f"{part}." if part else ""
-    for is_whole, ranges in ((True, _WHOLE_RANGES), (False, _FLOAT_RANGES)):
-        for name, interval in ranges.get(part, {}).items():
-            value = fields.get(name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
-                kind = "whole number" if is_whole else "number"
-                raise ValueError(f"{prefix}{name} in {source} must be a {kind}, but is {value!r}")
-            check_number(f"{prefix}{name} in {source}", value, interval)
 
 
 def _check_transformer(config: Mapping[str, Any], variant: str, source: Path) -> None:
