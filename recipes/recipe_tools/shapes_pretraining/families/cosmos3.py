@@ -183,7 +183,8 @@ class Cosmos3Shapes(ShapesFamily):
         )
 
     def build_model(self, processor: Cosmos3Processor) -> Cosmos3Model:
-        return Cosmos3Model._from_config(build_cosmos3_config(processor.tokenizer))
+        # Plain attention is faster than the fused kernel on a CPU at these lengths.
+        return Cosmos3Model._from_config(build_cosmos3_config(processor.tokenizer), attn_implementation="eager")
 
     def autoencoder(self, model: Cosmos3Model) -> ShapesAutoencoder:
         return _Autoencoder(model)
