@@ -59,13 +59,13 @@ def train_autoencoder(autoencoder: ShapesAutoencoder, args: PretrainingArguments
     latents that the model paints are not perfect either.
 
     Returns:
-        `float`: Mean squared error of the last batch, for pixels in [-1, 1].
+        `float`: Mean squared error of scenes that were not trained on, for pixels in [-1, 1].
     """
     rng = random.Random(f"vae-{args.seed}")
     generator = torch.Generator().manual_seed(args.seed)
     autoencoder.module.train()
 
-    def train(module: nn.Module, num_steps: int, noise_level: torch.Tensor | float, description: str) -> float:
+    def train(module: nn.Module, num_steps: int, noise_level: torch.Tensor | float, description: str) -> None:
         module.requires_grad_(True)
         optimizer = torch.optim.AdamW(module.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
         schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
@@ -86,15 +86,16 @@ def train_autoencoder(autoencoder: ShapesAutoencoder, args: PretrainingArguments
             schedule.step()
             progress.set_postfix(mse=f"{error.item():.5f}")
         module.requires_grad_(False)
-        return error.item()
 
     train(autoencoder.module, args.vae_steps, 0.0, "autoencoder")
+    pixels = scene_pixels([sample_random_scene(rng) for _ in range(512)])
     with torch.no_grad():
-        latents = autoencoder.posterior(scene_pixels([sample_random_scene(rng) for _ in range(512)])).mean
+        latents = autoencoder.posterior(pixels).mean
     std = autoencoder.normalize(latents)
-    error = train(autoencoder.decoder, args.decoder_steps, args.decoder_noise * std, "decoder")
+    train(autoencoder.decoder, args.decoder_steps, args.decoder_noise * std, "decoder")
     autoencoder.module.eval()
-    return error
+    with torch.no_grad():
+        return F.mse_loss(autoencoder.decode(latents), pixels).item()
 
 
 def train_vision_tower(model: UnifiedModel, processor: UnifiedProcessor, args: PretrainingArguments) -> None:
