@@ -97,7 +97,8 @@ class ImageSegment:
         sampled (`bool`, *optional*, defaults to `False`): Whether the policy sampled this image.
         window (`DenoisingWindow`, *optional*): For a sampled image, the trained steps. `None` if there are none.
         guidance_contexts (`dict[str, list[Segment]]`, *optional*):
-            For a sampled image, the context of each guidance branch except `"full"`.
+            For a sampled image, the context of each guidance branch. `"full"` is among them only if the image was painted
+            from another context than the segments before it.
     """
 
     latents: torch.Tensor

@@ -16,11 +16,12 @@ whose noise has another scale divides its latents by that scale.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from PIL import Image
@@ -409,6 +410,13 @@ class UnifiedProcessor(ABC):
 
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer. It has an `eos_token_id`."""
+    thought_contexts: ClassVar[tuple[str, ...]] = ("in_place",)
+    """What `thought_context` may be."""
+    thought_context: str = "in_place"
+    """
+    What an image is painted from after a thought: `"in_place"`, the conversation as it stands, which the thought ends, or
+    `"rewrite"`, the context of its own that [`UnifiedProcessor.painting_context`] makes of the thought.
+    """
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -466,6 +474,40 @@ class UnifiedProcessor(ABC):
                 All that the policy sees when it starts to act: what was given, and what it sampled in earlier turns.
             size (`tuple[int, int]`): Size of the image that is painted.
         """
+
+    def with_thought_context(self, name: str | None) -> Self:
+        """
+        A copy of the processor with another `thought_context`, or the processor itself for `None` and for what it has.
+
+        Raises:
+            `ValueError`: If the family does not have it.
+        """
+        if name is None or name == self.thought_context:
+            return self
+        if name not in self.thought_contexts:
+            raise ValueError(
+                f"thought_context={name!r} is not one of those of {type(self).__name__}: {', '.join(self.thought_contexts)}"
+            )
+        processor = copy.copy(self)
+        processor.thought_context = name
+        return processor
+
+    def painting_context(
+        self, context: Sequence[Segment], thought: TextSegment, size: tuple[int, int]
+    ) -> list[Segment]:
+        """
+        The context that an image is painted from after a thought, where `thought_context` is `"rewrite"`. It holds the
+        sampled ids themselves, as a given text.
+
+        Args:
+            context (`Sequence[Segment]`): All that the policy saw when it started to act.
+            thought (`TextSegment`): What it sampled then.
+            size (`tuple[int, int]`): Size of the image that is painted.
+
+        Raises:
+            `ValueError`: If the family paints in place alone.
+        """
+        raise ValueError(f"{type(self).__name__} paints in place alone: thought_context must be 'in_place'")
 
 
 class Family(ABC):

@@ -27,6 +27,9 @@ from alphagrpo_ext.models.preflight import read_json, weight_files
 from alphagrpo_ext.models.weight_files import read_shapes
 
 
+PROCESSOR_CONFIG = "processor_config.json"
+
+
 def resolve_model_path(model_name_or_path: str | Path, revision: str | None = None) -> str:
     """
     Folder of a packaged checkpoint, of a local one, or of the downloaded files of a repository on the Hub that has a
@@ -199,8 +202,8 @@ def load_model(
         dtype = _dtype(dtype)
     path = resolve_model_path(model_name_or_path, revision)
     if is_adapter(path):
-        model, processor = load_model(adapter_base(path), dtype, **kwargs)
-        return load_adapter(model, path), processor
+        model, _ = load_model(adapter_base(path), dtype, **kwargs)
+        return load_adapter(model, path), load_processor(path)
     model, processor = find_family(path, revision).load(path, dtype, revision=revision, **kwargs)
     if (
         Path(path).is_dir()
@@ -234,5 +237,9 @@ def load_processor(model_name_or_path: str | Path, revision: str | None = None) 
     """
     path = resolve_model_path(model_name_or_path, revision)
     if is_adapter(path):
-        return load_processor(adapter_base(path))
+        base = adapter_base(path)
+        if not (Path(path) / PROCESSOR_CONFIG).exists():
+            return load_processor(base)
+        # Its texts may not be those of the base.
+        return find_family(resolve_model_path(base)).load_processor(path)
     return find_family(path, revision).load_processor(path, revision)

@@ -243,17 +243,37 @@ class RolloutGenerator:
             name: [self.processor.branch_context(name, context, config.size) for context in turn.contexts]
             for name in branches
         }
+        rewrites = turn.think and self.processor.thought_context == "rewrite"
         cache = model.prefill(
-            [context for name in branches for context in contexts[name]],
+            [context for name in (branches[:1] if rewrites else branches) for context in contexts[name]],
             group_size=turn.group_size // config.branches_per_thought,
             capacity=(model.text_slots(config.max_new_tokens) if turn.think else 0) + model.image_slots(grid),
             past=past,
         )
         texts = self._write(cache, generators, config) if turn.think else []
-        images = self._paint(cache, grid, generators, config)
+        canvas = cache
+        if rewrites:
+            contexts = self._rewrite(contexts, texts[:: config.branches_per_thought], config)
+            canvas = model.prefill([c for own in contexts.values() for c in own], capacity=model.image_slots(grid))
+        images = self._paint(canvas, grid, generators, config)
+        samples_per_context = len(images) // len(contexts["full"])
         for i, image in enumerate(images):
-            image.guidance_contexts = {name: contexts[name][i // turn.group_size] for name in branches[1:]}
+            image.guidance_contexts = {
+                name: own[i // samples_per_context] for name, own in contexts.items() if rewrites or name != "full"
+            }
         return [[*texts[i : i + 1], image] for i, image in enumerate(images)], cache
+
+    def _rewrite(
+        self, contexts: Mapping[str, list[list[Segment]]], thoughts: Sequence[TextSegment], config: RolloutConfig
+    ) -> dict[str, list[list[Segment]]]:
+        """The contexts that images are painted from, by branch and with one for every thought."""
+        repeats = len(thoughts) // len(contexts["full"])
+        each = {name: [context for context in own for _ in range(repeats)] for name, own in contexts.items()}
+        each["full"] = [
+            self.processor.painting_context(context, thought, config.size)
+            for context, thought in zip(each["full"], thoughts, strict=True)
+        ]
+        return each
 
     def _write(self, cache: Cache, generators: Sequence[torch.Generator], config: RolloutConfig) -> list[TextSegment]:
         """A thought per sample. Samples that share a thought get copies of it."""

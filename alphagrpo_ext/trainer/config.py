@@ -160,6 +160,13 @@ class AlphaGRPOConfig(GRPOConfig):
         },
     )
     think: bool = field(default=True, metadata={"help": "Whether the policy writes a thought before it paints."})
+    thought_context: str | None = field(
+        default=None,
+        metadata={
+            "help": "What an image is painted from after a thought: 'in_place', the conversation that the thought ends, or "
+            "'rewrite', a new one whose request is the thought (Cosmos3 alone). By default what the model's folder says."
+        },
+    )
     freeze_vision_tower: bool = field(
         default=True,
         metadata={"help": "Whether to exclude vision tower and connector from training."},

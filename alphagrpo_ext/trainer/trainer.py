@@ -109,6 +109,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             args.model_init_kwargs = None
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         processing_class = processing_class or load_processor(policy.config._name_or_path)
+        processing_class = processing_class.with_thought_context(args.thought_context)
         rows = checked_datasets(args, reward_funcs, train_dataset, eval_dataset, processing_class, policy)
         self.rows, self.tasks = rows, rows.tasks
         upstream.align_tokens(policy, processing_class)
@@ -154,8 +155,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             self.add_callback(callback)
         check_trains(self.model, args)
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
-        runs_all_parts = sharding.shards_parameters and len(self.tasks) > 1
-        self.scorer = PackedScorer(args, self.accelerator, runs_all_parts)
+        self.scorer = PackedScorer(args, self.accelerator, sharding.shards_parameters and len(self.tasks) > 1)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)
         self.image_loss = ImageLoss(objective, args.image_loss_weight, self.accelerator)
         self._finite_steps = FiniteSteps(self.accelerator, processing_class)

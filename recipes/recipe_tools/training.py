@@ -128,6 +128,7 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     sizes = [config.size for config in rollout_configs(training_args, [training_args.task, PAINTING_TASK]).values()]
     reward = script_args.make_checked_reward(judged, sizes, load_policy) if judged else None
     model, processor = load_policy()
+    processor = processor.with_thought_context(training_args.thought_context)
     return TrainingRun(
         *(script_args, training_args, model_args, arguments, checkpoint),
         *(train_dataset, eval_rows, eval_dataset, model, processor, reward, skipped),

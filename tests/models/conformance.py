@@ -155,7 +155,7 @@ class FamilyConformance:
         for row, (image_index, step, branch) in enumerate(zip(layout.image, layout.step, layout.branch, strict=True)):
             trajectory, name = trajectories[image_index], layout.branches[branch]
             (image,) = trajectory.sampled_images
-            context = trajectory.segments[:-1] if name == "full" else image.guidance_contexts[name]
+            context = image.guidance_contexts.get(name, trajectory.segments[:-1])
             cache = case.model.prefill([context], capacity=case.model.image_slots(image.grid))
             latents, time = image.window.latents[step][None], image.window.timesteps[step]
             expected = case.model.predict_velocity(cache, latents, image.grid, time)[0]

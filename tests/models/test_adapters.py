@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from alphagrpo_ext.models.adapters import adapter_base, fit_adapter_config, freeze_parts, load_adapter, save_adapter
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.models.bagel.checkpoint import load_released, save_released
-from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.loading import load_model, load_processor
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -155,6 +155,16 @@ def test_adapter_of_the_packaged_model_names_it(tmp_path):
     ):
         path.write_text(json.dumps(settings | {"base_model_name_or_path": folder}))
         assert adapter_base(tmp_path / "adapter") == base
+
+
+def test_a_processor_beside_the_adapter_is_the_one_that_it_was_trained_with(tmp_path):
+    model, processor = load_model("bagel-shapes")
+    save_adapter(adapt(model), tmp_path / "adapter")
+    assert load_processor(tmp_path / "adapter").reflection_prompt == processor.reflection_prompt
+    processor.reflection_prompt = "mend it : {prompt}"
+    processor.save_pretrained(tmp_path / "adapter")
+    assert load_processor(tmp_path / "adapter").reflection_prompt == "mend it : {prompt}"
+    assert load_model(tmp_path / "adapter")[1].reflection_prompt == "mend it : {prompt}"
 
 
 def test_adapter_is_not_overwritten(golden, adapter, tmp_path):

@@ -81,7 +81,9 @@ class Packing:
             if segment.sampled and segment.window is not None:
                 context.add(pending).prepare_action()
                 pending = []
-                self._add_copies(segment, self._add_tail(row), guidance, branches)
+                # A context that the thought was rewritten to is no part of this row.
+                places = {} if "full" in segment.guidance_contexts else {"full": self._add_tail(row)}
+                self._add_copies(segment, places, guidance, branches)
                 self.image_trajectory.append(index)
             pending.append(segment)
         if not self.rows[row].ids:
@@ -105,9 +107,11 @@ class Packing:
         self.contexts.append(self._add_tail(self._add_row(row)))
         return self.contexts[-1]
 
-    def _add_copies(self, image: ImageSegment, full: Place, guidance: Guidance, branches: Sequence[str]) -> None:
+    def _add_copies(
+        self, image: ImageSegment, places: dict[str, Place], guidance: Guidance, branches: Sequence[str]
+    ) -> None:
+        """Add the copies of an image. `places` are those of branches in the row of the trajectory."""
         times = image.window.timesteps[:-1]
-        places = {"full": full}
         for step, (time, latents) in enumerate(zip(times, image.window.latents, strict=False)):
             for name in guidance.branches_at(time):
                 if name not in places:

@@ -27,11 +27,16 @@ COSMOS3_THINKING_PROMPT = (
     "Before the image is made, think about the request: say what the image must show, how many of each thing, of what "
     "color, and where. The thought is enclosed within <think> </think> tags, and nothing follows it."
 )
+COSMOS3_REWRITING_PROMPT = (
+    "Write one caption of the image that the user asks for: say what it must show, how many of each thing, of what color, "
+    "and where. Answer with the caption alone."
+)
 COSMOS3_REFLECTION_PROMPT = (
     "This image was made for the request: {prompt}\n"
     "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
     "it, and say exactly what must be changed. Then paint the corrected image."
 )
+THOUGHT_END = "</think>"
 RESOLUTION_SENTENCE = "This image is of {height}x{width} resolution."
 NEGATIVE_RESOLUTION_SENTENCE = "This image is not of {height}x{width} resolution."
 
@@ -56,12 +61,18 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         thinking_prompt (`str`, *optional*): What is added to the system prompt where the policy thinks before it paints.
         reflection_prompt (`str`, *optional*):
             Request to refine an image. The request that the image was made for replaces `{prompt}`.
+        thought_context (`str`, *optional*, defaults to `"in_place"`):
+            `"in_place"` paints from the conversation that the thought ends. `"rewrite"` paints from a new conversation, whose
+            request is the thought instead of the user's text, as the released models were trained with captions.
+        rewriting_prompt (`str`, *optional*): What replaces `thinking_prompt` where thoughts are rewritten to requests.
         negative_prompt (`str`, *optional*, defaults to `""`): Request of the branch that guidance leads away from.
         min_pixels, max_pixels (`int`, *optional*): Area of an image in the vision tower.
         max_image_size (`int`, *optional*, defaults to `1024`): Longest side of an input image, in pixels.
         image_stride, vision_stride (`int`, *optional*, defaults to `32`):
             Pixels per latent token and per token of the vision tower. Sides of images are multiples of them.
     """
+
+    thought_contexts = ("in_place", "rewrite")
 
     def __init__(
         self,
@@ -71,6 +82,8 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         editing_system_prompt: str = COSMOS3_EDITING_PROMPT,
         thinking_prompt: str = COSMOS3_THINKING_PROMPT,
         reflection_prompt: str = COSMOS3_REFLECTION_PROMPT,
+        thought_context: str = "in_place",
+        rewriting_prompt: str = COSMOS3_REWRITING_PROMPT,
         negative_prompt: str = "",
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
@@ -79,11 +92,17 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         vision_stride: int = 32,
         **kwargs: Any,
     ) -> None:
+        if thought_context not in self.thought_contexts:
+            raise ValueError(
+                f"thought_context must be one of {', '.join(self.thought_contexts)}, but is {thought_context!r}"
+            )
+        self.thought_context = thought_context
         self.use_system_prompt = use_system_prompt
         self.generation_system_prompt = generation_system_prompt
         self.editing_system_prompt = editing_system_prompt
         self.thinking_prompt = thinking_prompt
         self.reflection_prompt = reflection_prompt
+        self.rewriting_prompt = rewriting_prompt
         self.negative_prompt = negative_prompt
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.max_image_size = max_image_size
@@ -95,7 +114,8 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
 
     def system_segments(self, think: bool, edits: bool) -> list[TextSegment]:
         release = self.editing_system_prompt if edits else self.generation_system_prompt
-        text = " ".join([release] * self.use_system_prompt + [self.thinking_prompt] * think)
+        task = self.rewriting_prompt if self.thought_context == "rewrite" else self.thinking_prompt
+        text = " ".join([release] * self.use_system_prompt + [task] * think)
         return [TextSegment(self.text_segment(text).token_ids, role="system")] if text else []
 
     def request_segment(self, text: str, size: tuple[int, int]) -> TextSegment:
@@ -119,6 +139,30 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         images = [segment for segment in context if isinstance(segment, ImageSegment)]
         request = self.text_segment(with_sentence(self.negative_prompt, NEGATIVE_RESOLUTION_SENTENCE, size))
         return [*self.system_segments(think=False, edits=bool(images)), *images, request]
+
+    def painting_context(
+        self, context: Sequence[Segment], thought: TextSegment, size: tuple[int, int]
+    ) -> list[Segment]:
+        """
+        As [`UnifiedProcessor.painting_context`] says: the system prompt of a context without a thought, all images, and as the
+        request what the policy wrote after the last `</think>`, with the sentence of the size.
+        """
+        images = [segment for segment in context if isinstance(segment, ImageSegment)]
+        ids = self._caption_ids(thought.content_ids)
+        text = self.decode(ids)
+        sentence = RESOLUTION_SENTENCE.format(height=size[0], width=size[1])
+        if text.strip():
+            stop = "" if text.rstrip().endswith(".") else "."
+            space = " " if stop or text == text.rstrip() else ""
+            sentence = f"{stop}{space}{sentence}"
+        request = TextSegment([*ids, *self.text_segment(sentence).token_ids])
+        return [*self.system_segments(think=False, edits=bool(images)), *images, request]
+
+    def _caption_ids(self, ids: list[int]) -> list[int]:
+        """The ids after the last `</think>`, all of them if there is none."""
+        end = self.text_segment(THOUGHT_END).token_ids
+        starts = [start for start in range(len(ids) - len(end) + 1) if ids[start : start + len(end)] == end]
+        return ids[starts[-1] + len(end) :] if starts else ids
 
     def resize_image(self, image: Image.Image) -> Image.Image:
         image, stride = to_rgb(image), self.image_stride

@@ -9,7 +9,7 @@ from models.conformance import FamilyCase, FamilyConformance
 from models.cosmos3.tiny_cosmos3 import make_tiny_model, make_tiny_tokenizer
 
 
-def make_case(variant: str) -> FamilyCase:
+def make_case(variant: str, **settings: str) -> FamilyCase:
     """A model that paints images of two tokens, and whose vision tower reads images as small as they are."""
     processor = Cosmos3Processor(
         make_tiny_tokenizer(variant),
@@ -17,7 +17,9 @@ def make_case(variant: str) -> FamilyCase:
         # Every letter is a token.
         thinking_prompt="Think.",
         reflection_prompt="Mend: {prompt}",
+        rewriting_prompt="Rewrite.",
         min_pixels=32 * 32,
+        **settings,
     )
     return FamilyCase(make_tiny_model(variant), processor, size=(32, 64))
 
@@ -32,3 +34,11 @@ class TestEdge(FamilyConformance):
     @pytest.fixture
     def case(self) -> FamilyCase:
         return make_case("edge")
+
+
+class TestRewriting(FamilyConformance):
+    """Images are painted from contexts that hold the sampled texts as requests."""
+
+    @pytest.fixture
+    def case(self) -> FamilyCase:
+        return make_case("edge", thought_context="rewrite")

@@ -17,11 +17,11 @@ from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.adapters import freeze_parts
 from alphagrpo_ext.models.cosmos3 import Cosmos3Model, Cosmos3Processor
 from alphagrpo_ext.models.cosmos3.layout import ContextRow
-from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.loading import load_model, load_processor
 from alphagrpo_ext.models.saving import save_model
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.rollout import TASKS
-from alphagrpo_ext.trajectory import TextSegment, Trajectory
+from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 from models.conformance import ON, FamilyCase
 from models.cosmos3.test_conformance import make_case
 from models.cosmos3.tiny_cosmos3 import VARIANTS, make_tiny_model, make_tiny_tokenizer
@@ -133,6 +133,59 @@ class TestProcessor:
         assert shown.startswith(processor.editing_system_prompt) == use_system_prompt
 
     @pytest.mark.parametrize(
+        ("thought", "caption", "request_text"),
+        [
+            ("a cat", "a cat", "a cat. This image is of 32x64 resolution."),
+            ("a cat. ", "a cat. ", "a cat. This image is of 32x64 resolution."),
+            ("<think>hm</think>a cat", "a cat", "a cat. This image is of 32x64 resolution."),
+            ("why</think>no</think>", "", "This image is of 32x64 resolution."),
+        ],
+    )
+    def test_a_thought_becomes_a_request_of_the_same_ids(self, thought: str, caption: str, request_text: str) -> None:
+        case = make_case("omni")
+        processor = case.processor.with_thought_context("rewrite")
+        given = case.sample("image_editing", samples=[(0, 0)])[0].segments[:3]
+        ids = processor.text_segment(thought).token_ids
+        eos = processor.tokenizer.eos_token_id
+        for sampled in (TextSegment([*ids, eos], sampled=True), TextSegment(ids, sampled=True, ended=False)):
+            system, image, request = processor.painting_context(given, sampled, (32, 64))
+            assert processor.decode(system.token_ids) == processor.editing_system_prompt
+            assert image is given[1]
+            kept = processor.text_segment(caption).token_ids
+            assert request.token_ids[: len(kept)] == kept and not request.sampled
+            assert processor.decode(request.token_ids) == request_text
+
+    def test_images_are_painted_from_rewritten_thoughts(self, tmp_path: Path) -> None:
+        case = make_case("omni")
+        in_place = case.processor
+        processor = in_place.with_thought_context("rewrite")
+        assert (in_place.thought_context, processor.thought_context) == ("in_place", "rewrite")
+        rewriting = FamilyCase(case.model, processor, case.size)
+        trajectories = rewriting.sample(config=rewriting.config(branches_per_thought=2))
+        for trajectory in trajectories:
+            assert processor.decode(trajectory.segments[0].token_ids).endswith(processor.rewriting_prompt)
+            for thought, image in zip(trajectory.sampled_texts, trajectory.sampled_images, strict=True):
+                request = image.guidance_contexts["full"][-1]
+                assert request.token_ids[: len(thought.content_ids)] == thought.content_ids
+                assert set(image.guidance_contexts) == {"full", "negative"}
+        # The second round goes on from what was said and painted in the first.
+        first, second = trajectories[0].sampled_images
+        assert [s for s in second.guidance_contexts["full"] if isinstance(s, ImageSegment)][1] is first
+        painted = [t.sampled_images[0].latents for t in (*trajectories[:1], *case.sample(samples=[(0, 0)]))]
+        assert not torch.allclose(*painted)
+        # Without a thought there is nothing to rewrite.
+        (plain,) = rewriting.sample("reasoning_t2i", think=False, samples=[(0, 0)])
+        assert "full" not in plain.sampled_images[0].guidance_contexts
+        processor.save_pretrained(tmp_path)
+        assert Cosmos3Processor.from_pretrained(tmp_path).thought_context == "rewrite"
+
+    def test_unknown_thought_contexts_are_refused(self, case: FamilyCase) -> None:
+        with pytest.raises(ValueError, match="Cosmos3Processor: in_place, rewrite"):
+            case.processor.with_thought_context("rewritten")
+        with pytest.raises(ValueError, match="must be one of in_place, rewrite, but is 'on'"):
+            Cosmos3Processor(make_tiny_tokenizer("omni"), thought_context="on")
+
+    @pytest.mark.parametrize(
         ("size", "expected"), [((40, 50), (32, 64)), ((3000, 1000), (1024, 352)), ((10, 2000), (32, 1024))]
     )
     def test_input_images(self, case: FamilyCase, size: tuple[int, int], expected: tuple[int, int]) -> None:
@@ -223,8 +276,13 @@ def test_plain_guidance(case: FamilyCase) -> None:
         case.model.guidance(GuidanceConfig(4.0, renorm_min=0.5))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_trainer_trains_both_streams(variant: str, make_trainer: Callable, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(("variant", "thought_context"), [("omni", None), ("edge", None), ("omni", "rewrite")])
+def test_a_trainer_trains_both_streams(
+    variant: str,
+    thought_context: str | None,
+    make_trainer: Callable,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     case = make_case(variant)
     save_model(case.model, case.processor, tmp_path / "model")
     trainer = make_trainer(
@@ -232,6 +290,7 @@ def test_a_trainer_trains_both_streams(variant: str, make_trainer: Callable, tmp
         image_height=32,
         image_width=64,
         cfg_text_scale=2.0,
+        thought_context=thought_context,
         max_steps=2,
         gradient_checkpointing=True,
         output_dir=str(tmp_path / "run"),
@@ -243,6 +302,8 @@ def test_a_trainer_trains_both_streams(variant: str, make_trainer: Callable, tmp
     before = case.model.state_dict()
     unchanged = {name for name, value in trainer.model.state_dict().items() if torch.equal(value, before[name])}
     assert all(re.match(r"autoencoder\.|vision\.|transformer\.(action|audio)_", name) for name in unchanged)
+    trainer.save_model()
+    assert load_processor(tmp_path / "run").thought_context == (thought_context or "in_place")
 
 
 def test_the_policy_is_its_own_judge(case: FamilyCase) -> None:
