@@ -422,6 +422,13 @@ class UnifiedProcessor(ABC):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
 
+    def decode_sampled(self, texts: Sequence[TextSegment]) -> str:
+        """
+        What the policy wrote, as rewards and people read it: without end tokens, and with what the family's template wrote
+        for the policy, such as an opening `<think>`.
+        """
+        return self.decode([token_id for text in texts for token_id in text.content_ids])
+
     @abstractmethod
     def text_segment(self, text: str) -> TextSegment:
         """A given text, without the delimiters that the model puts around it."""

@@ -27,9 +27,6 @@ from alphagrpo_ext.models.preflight import read_json, weight_files
 from alphagrpo_ext.models.weight_files import read_shapes
 
 
-PROCESSOR_CONFIG = "processor_config.json"
-
-
 def resolve_model_path(model_name_or_path: str | Path, revision: str | None = None) -> str:
     """
     Folder of a packaged checkpoint, of a local one, or of the downloaded files of a repository on the Hub that has a
@@ -238,7 +235,7 @@ def load_processor(model_name_or_path: str | Path, revision: str | None = None) 
     path = resolve_model_path(model_name_or_path, revision)
     if is_adapter(path):
         base = adapter_base(path)
-        if not (Path(path) / PROCESSOR_CONFIG).exists():
+        if not (Path(path) / "processor_config.json").exists():
             return load_processor(base)
         # Its texts may not be those of the base.
         return find_family(resolve_model_path(base)).load_processor(path)

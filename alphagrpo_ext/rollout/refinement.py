@@ -94,10 +94,7 @@ class _Refiner:
         generators = [sample_generator(self.seed, turn, index) for index in indices]
         trajectories = generate(rows, generators, config)
         images = [trajectory.final_image for trajectory in trajectories]
-        texts = [
-            self.processor.decode([token_id for text in trajectory.sampled_texts for token_id in text.content_ids])
-            for trajectory in trajectories
-        ]
+        texts = [self.processor.decode_sampled(trajectory.sampled_texts) for trajectory in trajectories]
         return [RefinementStep(*step) for step in zip(images, texts, self._rewards(images, rows), strict=True)]
 
     def _rewards(self, images: list[Image.Image], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:

@@ -224,8 +224,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
                 start = len(step.trajectories)
                 start_judging(self.reward_funcs, part, step.rows[start : start + len(part)], loop)
                 step.trajectories += part
-        decode = self.processing_class.decode
-        step.texts = [[decode(text.content_ids) for text in t.sampled_texts] for t in step.trajectories]
+        decode = self.processing_class.decode_sampled
+        step.texts = [[decode([text]) for text in t.sampled_texts] for t in step.trajectories]
         return rollout_fields(step.trajectories, step.texts, self._tokenizer.eos_token_id)
 
     @property

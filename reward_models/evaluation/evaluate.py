@@ -98,8 +98,7 @@ def _score_batch(
         reward.check_failures(scores)
     samples = []
     for (seed, index), row, trajectory, score in zip(places, batch, trajectories, scores, strict=True):
-        ids = [token_id for text in trajectory.sampled_texts for token_id in text.content_ids]
-        text = generator.processor.decode(ids)
+        text = generator.processor.decode_sampled(trajectory.sampled_texts)
         samples.append(EvaluatedSample.from_score(row, index, seed, text, trajectory.final_image, score))
     return samples
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 SYSTEM, USER, REPLY, NEXT = "SYSTEMTEXT", "USERTEXT", "REPLYTEXT", "NEXTTEXT"
+THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 Messages = Sequence[tuple[str, str]]
 
 
@@ -84,6 +85,13 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     pieces = {name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()}
     _check_pieces(tokenizer, ChatPieces(**pieces))
     return pieces
+
+
+def opened_thought(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The `<think>` that a header of the template opens for the policy, as Edge's does, with the white space after it, or `""`."""
+    header = _render(tokenizer, [("user", USER)], header=True)
+    start = header.rfind(THOUGHT_START)
+    return header[start:] if start >= 0 and header[start:].strip() == THOUGHT_START else ""
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, header: bool, **options: bool) -> str:

@@ -15,6 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.images import to_rgb
 from alphagrpo_ext.models.contract import UnifiedProcessor
+from alphagrpo_ext.models.cosmos3.chat_template import THOUGHT_END, opened_thought
 from alphagrpo_ext.models.cosmos3.vision import MAX_PIXELS, MIN_PIXELS
 from alphagrpo_ext.models.pixels import image_to_tensor
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
@@ -36,7 +37,6 @@ COSMOS3_REFLECTION_PROMPT = (
     "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
     "it, and say exactly what must be changed. Then paint the corrected image."
 )
-THOUGHT_END = "</think>"
 RESOLUTION_SENTENCE = "This image is of {height}x{width} resolution."
 NEGATIVE_RESOLUTION_SENTENCE = "This image is not of {height}x{width} resolution."
 
@@ -108,6 +108,12 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         self.max_image_size = max_image_size
         self.image_stride, self.vision_stride = image_stride, vision_stride
         super().__init__(tokenizer, **kwargs)
+
+    def decode_sampled(self, texts: Sequence[TextSegment]) -> str:
+        opened = opened_thought(self.tokenizer)
+        if not opened:
+            return super().decode_sampled(texts)
+        return " ".join(opened + self.decode(text.content_ids) for text in texts)
 
     def text_segment(self, text: str) -> TextSegment:
         return TextSegment(self.tokenizer.encode(text, add_special_tokens=False))

@@ -25,6 +25,7 @@ from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 from models.conformance import ON, FamilyCase
 from models.cosmos3.test_conformance import make_case
 from models.cosmos3.tiny_cosmos3 import VARIANTS, make_tiny_model, make_tiny_tokenizer
+from reward_models.format import ThinkFormat
 from reward_models.judges.policy import PolicyJudge
 from support.trainers import make_trainer  # noqa: F401
 
@@ -178,6 +179,14 @@ class TestProcessor:
         assert "full" not in plain.sampled_images[0].guidance_contexts
         processor.save_pretrained(tmp_path)
         assert Cosmos3Processor.from_pretrained(tmp_path).thought_context == "rewrite"
+
+    def test_a_thought_that_the_header_opens_is_read_with_its_tag(self, case: FamilyCase) -> None:
+        processor = case.processor
+        opens = case.model.config.variant == "edge"
+        ids = processor.text_segment("a cat</think>").token_ids
+        text = TextSegment([*ids, processor.tokenizer.eos_token_id], sampled=True)
+        assert processor.decode_sampled([text]) == ("<think>\na cat</think>" if opens else "a cat</think>")
+        assert ThinkFormat().has_form(processor.decode_sampled([text])) == opens
 
     def test_unknown_thought_contexts_are_refused(self, case: FamilyCase) -> None:
         with pytest.raises(ValueError, match="Cosmos3Processor: in_place, rewrite"):
