@@ -19,6 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from alphagrpo_ext.files import atomic_path
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from recipe_tools.shapes_pretraining.arguments import PretrainingArguments
 from recipe_tools.shapes_pretraining.batches import PretrainingBatch, PretrainingLoss, build_batch, build_trajectory
 from recipe_tools.shapes_pretraining.examples import (
@@ -31,6 +32,19 @@ from recipe_tools.shapes_pretraining.examples import (
     unique_scenes,
 )
 from recipe_tools.shapes_pretraining.families import ShapesAutoencoder, ShapesFamily
+
+
+SAMPLING = {
+    "task": "reasoning_t2i",
+    "image_height": IMAGE_SIZE,
+    "image_width": IMAGE_SIZE,
+    "num_timesteps": 11,
+    "timestep_shift": 1.0,
+    "cfg_text_scale": 1.0,
+    "max_completion_length": 48,
+    "temperature": 0.0,
+}
+"""How the saved model is sampled where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +189,7 @@ def export(folder: Path, model: UnifiedModel, processor: UnifiedProcessor, args:
         if tensor.is_floating_point() and not model.family.keeps_fp32(name):
             tensor.data = tensor.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
+    model.config.sampling = dict(SAMPLING)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}

@@ -52,7 +52,8 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 HIDDEN_SIZE = 128
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 8
+AUTOENCODER_PATCH_SIZE = 2
 VISION_PATCH_SIZE = 4
 
 
@@ -88,7 +89,7 @@ def build_cosmos3_config(tokenizer: PreTrainedTokenizerFast) -> Cosmos3Config:
         tokenizer (`PreTrainedTokenizerFast`): Tokenizer with the vocabulary and the chat template.
     """
     token_ids = tokenizer.get_vocab()
-    latent_patch_size = 2
+    latent_patch_size = CELL_SIZE // AUTOENCODER_PATCH_SIZE
     return Cosmos3Config(
         variant="omni",
         transformer_config={
@@ -121,14 +122,14 @@ def build_cosmos3_config(tokenizer: PreTrainedTokenizerFast) -> Cosmos3Config:
             "base_dim": 24,
             "decoder_base_dim": 24,
             "z_dim": LATENT_CHANNELS,
-            "dim_mult": [1, 1],
+            "dim_mult": [1],
             "num_res_blocks": 1,
-            "temperal_downsample": [False],
+            "temperal_downsample": [],
             "is_residual": True,
-            "in_channels": 12,
-            "out_channels": 12,
-            "patch_size": 2,
-            "scale_factor_spatial": CELL_SIZE // latent_patch_size,
+            "in_channels": 3 * AUTOENCODER_PATCH_SIZE**2,
+            "out_channels": 3 * AUTOENCODER_PATCH_SIZE**2,
+            "patch_size": AUTOENCODER_PATCH_SIZE,
+            "scale_factor_spatial": AUTOENCODER_PATCH_SIZE,
             "latents_mean": [0.0] * LATENT_CHANNELS,
             "latents_std": [1.0] * LATENT_CHANNELS,
         },
