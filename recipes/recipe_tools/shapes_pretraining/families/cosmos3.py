@@ -119,8 +119,8 @@ def build_cosmos3_config(tokenizer: PreTrainedTokenizerFast) -> Cosmos3Config:
             "deepstack_visual_indexes": [0],
         },
         autoencoder_config={
-            "base_dim": 24,
-            "decoder_base_dim": 24,
+            "base_dim": 48,
+            "decoder_base_dim": 48,
             "z_dim": LATENT_CHANNELS,
             "dim_mult": [1],
             "num_res_blocks": 1,
