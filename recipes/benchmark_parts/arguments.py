@@ -11,6 +11,8 @@ from benchmark_parts.sizes import SIZES, Size
 
 
 PRECISIONS = ("float32", "bfloat16")
+FAMILY_OF_PARTS = {"structures": "bagel"}
+"""Parts that compare with code for the internals of one family. All others measure every size through the contract."""
 PARTS = ("structures", "utilization", "scaling", "text_overhead", "breakdown")
 
 
@@ -22,7 +24,7 @@ class BenchmarkArguments:
         default_factory=lambda: list(PARTS), metadata={"help": f"Parts to measure: {', '.join(PARTS)}."}
     )
     sizes: list[str] = field(
-        default_factory=lambda: ["bagel-shapes"], metadata={"help": "Models to measure: 'bagel-shapes' and '100m'."}
+        default_factory=lambda: ["bagel-shapes"], metadata={"help": f"Models to measure: {', '.join(SIZES)}."}
     )
     precision: str = field(default="float32", metadata={"help": "'float32', or 'bfloat16' by autocast."})
     repetitions: PositiveInt = field(default=5, metadata={"help": "Repetitions of everything that is timed."})
@@ -45,3 +47,9 @@ class BenchmarkArguments:
         """The size of this name, with the number of trajectories of the arguments."""
         size = SIZES[name]
         return size if self.num_trajectories is None else replace(size, num_trajectories=self.num_trajectories)
+
+
+def sizes_of(part: str) -> list[str]:
+    """Names of the sizes that a part measures."""
+    family = FAMILY_OF_PARTS.get(part)
+    return [name for name, size in SIZES.items() if family in (None, size.family)]

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -22,55 +21,10 @@ from alphagrpo_ext.models.bagel.attention import ContextStates, PackedLayout
 from alphagrpo_ext.models.bagel.layout import NOISED_BLOCK, PADDING_BLOCK
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput
-from alphagrpo_ext.objectives.base import OBJECTIVES, ImageScores, ObjectiveConfig
 from alphagrpo_ext.trainer.scoring import split_window_steps
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
+from benchmark_parts.update import Update, packed
 from benchmark_parts.workload import GUIDANCE, without_windows
-
-
-@dataclass(frozen=True)
-class Update:
-    """
-    The loss that all structures compute: Flow-GRPO with a penalty on the images, and the mean log-probability of the texts.
-
-    Args:
-        model ([`BagelModel`]): The model, in training mode.
-        trajectories (`list[Trajectory]`): Trajectories with one window each.
-        precision (`torch.dtype`): `torch.float32`, or `torch.bfloat16` by autocast.
-    """
-
-    model: BagelModel
-    trajectories: list[Trajectory]
-    precision: torch.dtype = torch.float32
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
-
-    @property
-    def num_steps(self) -> int:
-        return self.trajectories[0].sampled_images[0].window.num_steps
-
-    def image_loss(self, trajectories: list[Trajectory], batch: PackedBatch, output: PackedOutput) -> torch.Tensor:
-        """Contribution of the trained steps in `trajectories` to the average over all trained steps."""
-        scores = ImageScores.from_packed(trajectories, batch, output)
-        # At a ratio of 1 the value of the clipped loss does not depend on the velocities. That of the penalty does.
-        objective = OBJECTIVES.get("flow_grpo")(ObjectiveConfig(beta=0.1, kl_type="velocity"))
-        advantages = torch.linspace(-1, 2, len(trajectories))
-        output = objective(scores, advantages, ref_velocities=torch.zeros_like(scores.velocities))
-        return output.loss.mean() * scores.t.shape[1] / self.num_steps
-
-    def text_loss(self, output: PackedOutput) -> torch.Tensor:
-        return -output.log_probs.mean()
-
-
-def packed(update: Update, context_gradient: str) -> float:
-    """All steps in one forward, as in this library."""
-    batch = update.model.pack(update.trajectories, GUIDANCE)
-    with update.autocast():
-        output = update.model(**batch.inputs, context_gradient=context_gradient)
-    loss = update.image_loss(update.trajectories, batch, output) + update.text_loss(output)
-    loss.backward()
-    return loss.item()
 
 
 def with_copied_contexts(trajectories: list[Trajectory]) -> list[Trajectory]:
