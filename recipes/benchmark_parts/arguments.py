@@ -11,8 +11,6 @@ from benchmark_parts.sizes import SIZES, Size
 
 
 PRECISIONS = ("float32", "bfloat16")
-FAMILY_OF_PARTS = {"structures": "bagel"}
-"""Parts that compare with code for the internals of one family. All others measure every size through the contract."""
 PARTS = ("structures", "utilization", "scaling", "text_overhead", "breakdown")
 
 
@@ -47,9 +45,3 @@ class BenchmarkArguments:
         """The size of this name, with the number of trajectories of the arguments."""
         size = SIZES[name]
         return size if self.num_trajectories is None else replace(size, num_trajectories=self.num_trajectories)
-
-
-def sizes_of(part: str) -> list[str]:
-    """Names of the sizes that a part measures."""
-    family = FAMILY_OF_PARTS.get(part)
-    return [name for name, size in SIZES.items() if family in (None, size.family)]

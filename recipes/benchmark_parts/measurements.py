@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
@@ -19,11 +18,20 @@ from benchmark_parts.arguments import BenchmarkArguments
 from benchmark_parts.breakdown import PHASES, phase_seconds
 from benchmark_parts.flops import counted_flops, denoising_flops, training_flops
 from benchmark_parts.sizes import Size
-from benchmark_parts.structures import EXACT, PACKED, STRUCTURES, gradient_of, relative_difference, token_costs
+from benchmark_parts.structures import (
+    CONTRACT_STRUCTURES,
+    EXACT,
+    PACKED,
+    gradient_of,
+    relative_difference,
+    structures_of,
+    token_costs,
+    trained_tokens,
+)
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.text_overhead import build_trainers, step_seconds
 from benchmark_parts.timing import Spread, matmul_functions, peak_bytes, ratio, time_interleaved
-from benchmark_parts.update import Update, packed
+from benchmark_parts.update import Update
 from benchmark_parts.workload import GUIDANCE, build_image_processor, build_model, self_reflection_trajectories
 from reward_models.dvreward import DVReward
 
@@ -46,13 +54,13 @@ def without_gradients(update: Update, structure: Callable[[Update], object]) -> 
 
 def packed_call(update: Update) -> Callable[[], object]:
     """The packed micro-batch as a function that starts without gradients."""
-    return without_gradients(update, lambda update: packed(update, "exact"))
+    return without_gradients(update, CONTRACT_STRUCTURES[PACKED])
 
 
 def compare_structures(update: Update) -> dict[str, list[float]]:
     """Relative difference of each structure's loss from the packed exact one, and of its gradient from the packed one of its kind."""
     losses, differences, references = {}, {}, {}
-    for structure in STRUCTURES:
+    for structure in structures_of(update.model):
         losses[structure], gradient = gradient_of(update, structure)
         reference = references.setdefault(structure in EXACT, gradient)
         differences[structure] = relative_difference(gradient, reference)
@@ -64,7 +72,9 @@ def measure_structures(name: str, args: BenchmarkArguments) -> list[ResultTable]
     """Compare the packed micro-batch with one forward per trained step."""
     update = make_update(args.size(name), getattr(torch, args.precision))
     differences = compare_structures(update)
-    calls = {structure: without_gradients(update, function) for structure, function in STRUCTURES.items()}
+    calls = {
+        structure: without_gradients(update, function) for structure, function in structures_of(update.model).items()
+    }
     costs, seconds = token_costs(update), time_interleaved(calls, args.repetitions)
     detached = "packed, detached"
     rows = [
@@ -78,12 +88,15 @@ def measure_structures(name: str, args: BenchmarkArguments) -> list[ResultTable]
             ),
             *differences[structure],
         ]
-        for structure in STRUCTURES
+        for structure in calls
     ]
     columns = ["structure", "seconds"]
     columns += [f"{what} to {base}" for base in ("exact", "detached") for what in ("time", "tokens")]
     columns += ["difference of the loss", "of the gradient"]
-    note = "Each gradient is compared with that of the packed structure of its kind, exact or detached."
+    note = (
+        "Each gradient is compared with that of the packed structure of its kind, exact or detached. Structures with contexts that are "
+        "rebuilt or cached are written for BAGEL and measure its sizes alone."
+    )
     return [ResultTable(f"Structures: {name}, {args.precision}", columns, rows, note, bars_of("seconds"))]
 
 
@@ -166,10 +179,8 @@ def measure_scaling(name: str, args: BenchmarkArguments) -> list[ResultTable]:
         first, tokens = next(iter(updates)), {}
         for value, update in updates.items():
             update.model.zero_grad()
-            work = WorkCounter()
-            with work.of(update.model):
-                memory = peak_bytes(update.model, lambda update=update: packed(update, "exact"))
-            tokens[value] = work.tokens["training"]
+            memory = peak_bytes(update.model, lambda update=update: CONTRACT_STRUCTURES[PACKED](update))
+            tokens[value] = trained_tokens(update, CONTRACT_STRUCTURES[PACKED])
             times = ratio(seconds[str(value)], seconds[str(first)])
             share = tokens[value] / tokens[first]
             rows.append([dimension, value, Spread.of(seconds[str(value)]), times, share, memory / 2**20])

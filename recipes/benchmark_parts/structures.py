@@ -5,7 +5,8 @@ Ways to compute the same loss: the packed micro-batch, and one forward per train
 
 The step-by-step structures get the benefit of the doubt: guidance branches and trajectories run as one batch, without padding to the
 longest branch and with the same attention, and texts are scored once. They do not share contexts between branches and trajectories.
-They differ in how often contexts are computed: in each step with a gradient, in each step without one, or once without one.
+They differ in how often contexts are computed: in each step with a gradient, in each step without one, or once without one. Except for
+`one_step_per_forward`, which packs as the trainer does, they are written for BAGEL's parts and measure its sizes alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.attention import ContextStates, PackedLayout
 from alphagrpo_ext.models.bagel.layout import NOISED_BLOCK, PADDING_BLOCK
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedModel
+from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.trainer.scoring import split_window_steps
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 from benchmark_parts.update import Update, packed
@@ -47,9 +49,22 @@ def pack_unshared(model: BagelModel, trajectories: list[Trajectory]) -> PackedBa
 
 def rebuilt_with_gradient(update: Update) -> float:
     """One forward per step with its contexts, all with gradient. The first step also scores the texts."""
+    return _forward_per_step(update, with_copied_contexts(update.trajectories), pack_unshared)
+
+
+def one_step_per_forward(update: Update) -> float:
+    """The same with shared contexts, as with `--image_steps_per_forward 1`."""
+    return _forward_per_step(update, update.trajectories, lambda model, part: model.pack(part, GUIDANCE))
+
+
+def _forward_per_step(
+    update: Update,
+    trajectories: list[Trajectory],
+    pack: Callable[[UnifiedModel, list[Trajectory]], PackedBatch],
+) -> float:
     total = 0.0
-    for part in split_window_steps(with_copied_contexts(update.trajectories), 1):
-        batch = pack_unshared(update.model, part)
+    for part in split_window_steps(trajectories, 1):
+        batch = pack(update.model, part)
         with update.autocast():
             output = update.model(**batch.inputs)
         loss = update.image_loss(part, batch, output)
@@ -131,17 +146,29 @@ def _text_alone(update: Update) -> float:
 PACKED = "packed, exact"
 """Name of the structure that training uses."""
 
-STRUCTURES: dict[str, Callable[[Update], float]] = {
+CONTRACT_STRUCTURES: dict[str, Callable[[Update], float]] = {
     PACKED: lambda update: packed(update, "exact"),
     "packed, detached": lambda update: packed(update, "detached"),
+    "one step per forward": one_step_per_forward,
+}
+"""
+Structures of every family by name: each takes an update, leaves gradients in the parameters and returns the loss.
+"""
+
+BAGEL_STRUCTURES: dict[str, Callable[[Update], float]] = {
     "rebuilt with gradient": rebuilt_with_gradient,
     "rebuilt without gradient": rebuilt_without_gradient,
     "cached without gradient": cached_without_gradient,
 }
-"""Structures by name: each takes an update, leaves gradients in the parameters and returns the loss."""
+"""Structures that run the parts of a [`BagelModel`] themselves."""
 
-EXACT = (PACKED, "rebuilt with gradient")
+EXACT = (PACKED, "one step per forward", "rebuilt with gradient")
 """Structures whose gradient flows through the context."""
+
+
+def structures_of(model: UnifiedModel) -> dict[str, Callable[[Update], float]]:
+    """The structures that a model is measured with."""
+    return CONTRACT_STRUCTURES | (BAGEL_STRUCTURES if isinstance(model, BagelModel) else {})
 
 
 def num_tokens(batch: PackedBatch) -> tuple[int, int]:
@@ -153,18 +180,26 @@ def num_tokens(batch: PackedBatch) -> tuple[int, int]:
 
 def token_costs(update: Update) -> dict[str, float]:
     """Number of tokens that each structure passes through the network. A backward counts as two forwards."""
-    pack = update.model.pack
-    shared, copies = num_tokens(pack(update.trajectories, GUIDANCE))
-    contexts, _ = num_tokens(pack_unshared(update.model, update.trajectories))
-    with_texts, _ = num_tokens(pack(without_windows(update.trajectories), GUIDANCE))
-    steps = update.num_steps
-    return {
-        PACKED: 3 * (shared + copies),
-        "packed, detached": 3 * (shared + copies),
-        "rebuilt with gradient": 3 * (steps * contexts + copies),
-        "rebuilt without gradient": steps * contexts + 3 * (with_texts + copies),
-        "cached without gradient": contexts + 3 * (with_texts + copies),
-    }
+    costs = {name: 3.0 * trained_tokens(update, structure) for name, structure in CONTRACT_STRUCTURES.items()}
+    if isinstance(update.model, BagelModel):
+        contexts, copies = num_tokens(pack_unshared(update.model, update.trajectories))
+        with_texts, _ = num_tokens(update.model.pack(without_windows(update.trajectories), GUIDANCE))
+        steps = update.num_steps
+        costs |= {
+            "rebuilt with gradient": 3 * (steps * contexts + copies),
+            "rebuilt without gradient": steps * contexts + 3 * (with_texts + copies),
+            "cached without gradient": contexts + 3 * (with_texts + copies),
+        }
+    return costs
+
+
+def trained_tokens(update: Update, structure: Callable[[Update], float]) -> int:
+    """Number of tokens that the model itself counts in the forwards of a structure, padding aside."""
+    work = WorkCounter()
+    with work.of(update.model):
+        structure(update)
+    update.model.zero_grad()
+    return work.tokens["training"]
 
 
 def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -182,7 +217,7 @@ def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.
 def gradient_of(update: Update, structure: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Compute the loss of a structure and the gradient of every parameter that has one."""
     update.model.zero_grad()
-    loss = STRUCTURES[structure](update)
+    loss = structures_of(update.model)[structure](update)
     gradients = {name: p.grad.clone() for name, p in update.model.named_parameters() if p.grad is not None}
     update.model.zero_grad()
     return loss, gradients
