@@ -38,7 +38,7 @@ class BenchmarkFamily(ABC):
 
     @abstractmethod
     def initialize(self, model: Any) -> None:
-        """Give weights that would keep others without a gradient another random start."""
+        """Draw again the weights whose default start is of no use."""
 
 
 class BagelBenchmark(BenchmarkFamily):
@@ -92,6 +92,7 @@ class Cosmos3Benchmark(BenchmarkFamily):
         return Cosmos3Config.from_dict(config)
 
     def initialize(self, model: Any) -> None:
+        # As pretraining starts it. By default, all images have one color.
         initialize_autoencoder(model.autoencoder.vae)
 
 

@@ -112,8 +112,8 @@ def random_completions(
 
 def build_trainers(size: Size, output_dir: str, steps: int, bf16: bool) -> dict[str, GRPOTrainer]:
     """
-    Build TRL's trainer of a Qwen3 and this package's trainer of a unified model whose understanding expert has the same sizes. Both train on
-    one rollout of random text per step, in which the generation expert takes no part.
+    Build TRL's trainer of a Qwen3 and this package's trainer of a unified model whose understanding expert has the same sizes. Both
+    train on one rollout of random text per step, in which the generation expert takes no part.
 
     Args:
         size ([`Size`]): Sizes of the decoder, and the number of tokens of a completion (`thought_tokens`).

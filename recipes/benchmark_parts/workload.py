@@ -21,7 +21,7 @@ from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES
 
 
 GUIDANCE = GuidanceConfig(text_scale=4.0, image_scale=2.0, interval=(0.0, 1.0), renorm_type="text_channel")
-"""Guidance of the paper's self-reflection: all three branches in all steps."""
+"""Guidance of the paper's self-reflection: all branches of a family in all steps, which are three for BAGEL."""
 
 
 def build_image_processor(size: Size) -> UnifiedProcessor:

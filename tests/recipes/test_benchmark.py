@@ -12,6 +12,7 @@ import torch
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.layout import BagelSequence
 from alphagrpo_ext.trajectory import ImageSegment
+from benchmark_parts.arguments import PARTS
 from benchmark_parts.flops import counted_flops, denoising_flops, token_flops, training_flops
 from benchmark_parts.sizes import SIZES
 from benchmark_parts.structures import (
@@ -27,6 +28,7 @@ from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.timing import Spread, ratio, time_interleaved
 from benchmark_parts.update import Update
 from benchmark_parts.workload import GUIDANCE, build_model, self_reflection_trajectories
+from recipe_tools.shapes_pretraining.families.cosmos3 import Cosmos3Shapes
 
 
 SMALLEST = {name: replace(SIZES[name], num_trajectories=2, num_steps=2) for name in ("bagel-shapes", "cosmos3-shapes")}
@@ -50,6 +52,12 @@ def cosmos3_update() -> Update:
 @pytest.fixture(params=["bagel", "cosmos3"])
 def any_update(request: pytest.FixtureRequest, update: Update, cosmos3_update: Update) -> Update:
     return {"bagel": update, "cosmos3": cosmos3_update}[request.param]
+
+
+def test_cosmos3_shapes_is_the_model_of_pretraining(cosmos3_update: Update) -> None:
+    family = Cosmos3Shapes()
+    pretrained = family.build_model(family.build_processor())
+    assert cosmos3_update.model.config.to_dict() == pretrained.config.to_dict()
 
 
 def test_trajectories_are_those_of_the_family(any_update: Update) -> None:
@@ -183,7 +191,7 @@ def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
     saved = json.loads((tmp_path / "benchmark.json").read_text())
     assert saved["arguments"]["precision"] == precision
     assert [table["title"] for table in saved["tables"]] == [table.title for table in tables]
-    assert len(tables) == len(benchmark.PARTS)
+    assert len(tables) == len(PARTS)
     assert len(list(tmp_path.glob("*.png"))) == len(tables)
     differences = {row[0]: row[-2:] for row in saved["tables"][0]["rows"]}
     tolerance = 1e-5 if args.precision == "float32" else 3e-2
