@@ -151,9 +151,7 @@ CONTRACT_STRUCTURES: dict[str, Callable[[Update], float]] = {
     "packed, detached": lambda update: packed(update, "detached"),
     "one step per forward": one_step_per_forward,
 }
-"""
-Structures of every family by name: each takes an update, leaves gradients in the parameters and returns the loss.
-"""
+"""Structures of every family by name: each takes an update, leaves gradients in the parameters and returns the loss."""
 
 BAGEL_STRUCTURES: dict[str, Callable[[Update], float]] = {
     "rebuilt with gradient": rebuilt_with_gradient,
