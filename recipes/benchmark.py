@@ -13,6 +13,9 @@ measures the packaged `bagel-shapes` in a few minutes. A random model with 100 m
 OMP_NUM_THREADS=1 python recipes/benchmark.py --sizes bagel-shapes 100m --precision bfloat16 --repetitions 3
 ```
 
+`--sizes cosmos3-shapes` measures the tiny Cosmos3 with random weights. Of the other ways to compute a step, those that are written for
+BAGEL's parts measure its sizes alone.
+
 All parts run in one process. Functions that are compared run in turn, and ratios are taken within a repetition, so that they also
 hold on a machine that is busy with other work. Tables are printed. `benchmark.json` and, with
 `pip install "alphagrpo-ext[report]"`, plots are written to `--output_dir`.

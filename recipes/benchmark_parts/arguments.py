@@ -22,7 +22,7 @@ class BenchmarkArguments:
         default_factory=lambda: list(PARTS), metadata={"help": f"Parts to measure: {', '.join(PARTS)}."}
     )
     sizes: list[str] = field(
-        default_factory=lambda: ["bagel-shapes"], metadata={"help": "Models to measure: 'bagel-shapes' and '100m'."}
+        default_factory=lambda: ["bagel-shapes"], metadata={"help": f"Models to measure: {', '.join(SIZES)}."}
     )
     precision: str = field(default="float32", metadata={"help": "'float32', or 'bfloat16' by autocast."})
     repetitions: PositiveInt = field(default=5, metadata={"help": "Repetitions of everything that is timed."})

@@ -1,13 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Number of floating-point operations of a computation, counted from shapes: linear layers, and attention to visible tokens."""
+"""
+Number of floating-point operations of a computation. For BAGEL it is counted from shapes: linear layers, and attention to visible
+tokens. For other families it is counted while the computation runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, visibility_mask
+
+
+def counted_flops(function: Callable[[], object]) -> int:
+    """
+    Operations of all matrix multiplications and convolutions of a call, padding and masked attention included. Fused attention of a
+    CPU is not counted, so the model must have `attn_implementation="eager"`.
+    """
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def linear_flops(module: torch.nn.Module) -> int:

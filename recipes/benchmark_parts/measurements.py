@@ -12,23 +12,26 @@ import torch
 
 from alphagrpo_ext.rollout.denoising import DenoisingConfig, denoise
 from alphagrpo_ext.shapes.prompts import build_dataset
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from benchmark_parts.arguments import BenchmarkArguments
 from benchmark_parts.breakdown import PHASES, phase_seconds
-from benchmark_parts.flops import denoising_flops, training_flops
+from benchmark_parts.flops import counted_flops, denoising_flops, training_flops
 from benchmark_parts.sizes import Size
 from benchmark_parts.structures import (
+    CONTRACT_STRUCTURES,
     EXACT,
     PACKED,
-    STRUCTURES,
-    Update,
     gradient_of,
     relative_difference,
+    structures_of,
     token_costs,
+    trained_tokens,
 )
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.text_overhead import build_trainers, step_seconds
 from benchmark_parts.timing import Spread, matmul_functions, peak_bytes, ratio, time_interleaved
+from benchmark_parts.update import Update
 from benchmark_parts.workload import GUIDANCE, build_image_processor, build_model, self_reflection_trajectories
 from reward_models.dvreward import DVReward
 
@@ -39,23 +42,25 @@ def make_update(size: Size, dtype: torch.dtype) -> Update:
     return Update(model, self_reflection_trajectories(model, size), dtype)
 
 
-def structure_calls(update: Update) -> dict[str, Callable[[], object]]:
-    """Wrap each structure as a function that starts without gradients."""
+def without_gradients(update: Update, structure: Callable[[Update], object]) -> Callable[[], object]:
+    """Wrap a structure as a function that starts without gradients."""
 
-    def call(name: str) -> Callable[[], object]:
-        def run() -> None:
-            update.model.zero_grad()
-            STRUCTURES[name](update)
+    def run() -> None:
+        update.model.zero_grad()
+        structure(update)
 
-        return run
+    return run
 
-    return {name: call(name) for name in STRUCTURES}
+
+def packed_call(update: Update) -> Callable[[], object]:
+    """The packed micro-batch as a function that starts without gradients."""
+    return without_gradients(update, CONTRACT_STRUCTURES[PACKED])
 
 
 def compare_structures(update: Update) -> dict[str, list[float]]:
     """Relative difference of each structure's loss from the packed exact one, and of its gradient from the packed one of its kind."""
     losses, differences, references = {}, {}, {}
-    for structure in STRUCTURES:
+    for structure in structures_of(update.model):
         losses[structure], gradient = gradient_of(update, structure)
         reference = references.setdefault(structure in EXACT, gradient)
         differences[structure] = relative_difference(gradient, reference)
@@ -67,7 +72,10 @@ def measure_structures(name: str, args: BenchmarkArguments) -> list[ResultTable]
     """Compare the packed micro-batch with one forward per trained step."""
     update = make_update(args.size(name), getattr(torch, args.precision))
     differences = compare_structures(update)
-    costs, seconds = token_costs(update), time_interleaved(structure_calls(update), args.repetitions)
+    calls = {
+        structure: without_gradients(update, function) for structure, function in structures_of(update.model).items()
+    }
+    costs, seconds = token_costs(update), time_interleaved(calls, args.repetitions)
     detached = "packed, detached"
     rows = [
         [
@@ -80,12 +88,15 @@ def measure_structures(name: str, args: BenchmarkArguments) -> list[ResultTable]
             ),
             *differences[structure],
         ]
-        for structure in STRUCTURES
+        for structure in calls
     ]
     columns = ["structure", "seconds"]
     columns += [f"{what} to {base}" for base in ("exact", "detached") for what in ("time", "tokens")]
     columns += ["difference of the loss", "of the gradient"]
-    note = "Each gradient is compared with that of the packed structure of its kind, exact or detached."
+    note = (
+        "Each gradient is compared with that of the packed structure of its kind, exact or detached. Structures with contexts that are "
+        "rebuilt or cached are written for BAGEL and measure its sizes alone."
+    )
     return [ResultTable(f"Structures: {name}, {args.precision}", columns, rows, note, bars_of("seconds"))]
 
 
@@ -94,28 +105,34 @@ def measure_utilization(name: str, args: BenchmarkArguments) -> list[ResultTable
     size, dtype = args.size(name), getattr(torch, args.precision)
     update = make_update(size, dtype)
     model = update.model
-    inputs = model.pack(update.trajectories, GUIDANCE).inputs
-    group, num_latents = 4, size.grid[0] * size.grid[1]
+    grid = model.latent_grid(size.image_size, size.image_size)
+    group, num_latents = 4, grid[0] * grid[1]
     steps = DenoisingConfig(num_timesteps=size.num_steps + 1, guidance=GUIDANCE)
     contexts = [update.trajectories[0].segments[:3]]
     contexts += [
         update.trajectories[0].sampled_images[0].guidance_contexts[b] for b in model.guidance(GUIDANCE).branches[1:]
     ]
     with update.autocast():
-        cache = model.prefill(contexts, group, model.image_slots(size.grid))
+        cache = model.prefill(contexts, group, model.image_slots(grid))
     noise = torch.randn(group, num_latents, model.latent_channels)
 
     def paint() -> None:
         with update.autocast():
-            denoise(model, cache, noise, size.grid, steps)
+            denoise(model, cache, noise, grid, steps)
 
-    lengths = cache.prefix_mask.sum(dim=1).repeat_interleave(group).tolist()
-    flops = {
-        "training": training_flops(model, inputs),
-        "denoising": denoising_flops(model, lengths, num_latents, size.num_steps),
-    }
+    timed = {"training": packed_call(update), "denoising": paint}
+    if size.family == "bagel":
+        lengths = cache.prefix_mask.sum(dim=1).repeat_interleave(group).tolist()
+        inputs = model.pack(update.trajectories, GUIDANCE).inputs
+        flops = {
+            "training": training_flops(model, inputs),
+            "denoising": denoising_flops(model, lengths, num_latents, size.num_steps),
+        }
+        counted = "Operations on padding, and on pairs of tokens that do not see each other, do not count."
+    else:
+        flops = {what: counted_flops(function) for what, function in timed.items()}
+        counted = "All matrix multiplications count, those of padding and of masked attention too."
     multiply = {f"matmul {n}": function for n, function in matmul_functions(dtype).items()}
-    timed = {"training": structure_calls(update)[PACKED], "denoising": paint}
     seconds = time_interleaved({**timed, **multiply}, args.repetitions)
     work = 2 * max(matmul_functions(dtype)) ** 3
     peak = [work / min(values) for values in zip(*(seconds[n] for n in multiply), strict=True)]
@@ -127,7 +144,7 @@ def measure_utilization(name: str, args: BenchmarkArguments) -> list[ResultTable
         )
     note = (
         f"Peak in {args.precision}, {torch.get_num_threads()} thread(s): {Spread.of(peak).scaled(1e-9)} GFLOP/s, the "
-        "fastest square multiplication of each repetition."
+        f"fastest square multiplication of each repetition. {counted}"
     )
     columns = ["what", "seconds", "GFLOP", "GFLOP/s", "of the peak"]
     return [ResultTable(f"Utilization: {name}, {args.precision}", columns, rows, note, bars_of("of the peak"))]
@@ -136,15 +153,16 @@ def measure_utilization(name: str, args: BenchmarkArguments) -> list[ResultTable
 def measure_scaling(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     """Measure time and memory of the packed micro-batch, with one dimension changed at a time."""
     base = replace(args.size(name), released=False)
+    stride = build_model(base).latent_downsample
+    # Half, once and one and a half times as large, in whole latent tokens.
+    sides = [base.image_size // stride * n // 2 for n in (1, 2, 3)]
     variants: dict[str, dict[int, Size]] = {
         "group size": {n: replace(base, num_trajectories=n) for n in (1, 2, 4, 8)},
         "trained steps": {n: replace(base, num_steps=n) for n in (1, 2, 4, 8)},
         "thought tokens": {
             n * base.thought_tokens: replace(base, thought_tokens=n * base.thought_tokens) for n in (1, 2, 4)
         },
-        "image tokens": {
-            (n * base.grid[0]) ** 2 // 4: replace(base, image_size=base.image_size * n // 2) for n in (1, 2, 3)
-        },
+        "image tokens": {side**2: replace(base, image_size=side * stride) for side in sides},
         "width": {
             base.hidden_size * n // 2: replace(
                 base, hidden_size=base.hidden_size * n // 2, intermediate_size=base.intermediate_size * n // 2
@@ -156,15 +174,16 @@ def measure_scaling(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     for dimension, sizes in variants.items():
         updates = {value: make_update(size, getattr(torch, args.precision)) for value, size in sizes.items()}
         seconds = time_interleaved(
-            {str(value): structure_calls(update)[PACKED] for value, update in updates.items()}, args.repetitions
+            {str(value): packed_call(update) for value, update in updates.items()}, args.repetitions
         )
-        first = next(iter(updates))
+        first, tokens = next(iter(updates)), {}
         for value, update in updates.items():
             update.model.zero_grad()
-            memory = peak_bytes(update.model, lambda update=update: STRUCTURES[PACKED](update))
-            costs = [token_costs(updates[v])[PACKED] for v in (value, first)]
+            memory = peak_bytes(update.model, lambda update=update: CONTRACT_STRUCTURES[PACKED](update))
+            tokens[value] = trained_tokens(update, CONTRACT_STRUCTURES[PACKED])
             times = ratio(seconds[str(value)], seconds[str(first)])
-            rows.append([dimension, value, Spread.of(seconds[str(value)]), times, costs[0] / costs[1], memory / 2**20])
+            share = tokens[value] / tokens[first]
+            rows.append([dimension, value, Spread.of(seconds[str(value)]), times, share, memory / 2**20])
     columns = ["dimension", "value", "seconds", "time to the first", "tokens to the first", "peak MiB of tensors"]
     note = "Random weights. Memory is that of all tensors but the weights, gradients included."
     return [ResultTable(f"Scaling: {name}, {args.precision}", columns, rows, note, curves)]
@@ -228,7 +247,7 @@ def measure_breakdown(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     """Measure which phases the time of a training step is spent in."""
     size = args.size(name)
     # The judge of the shapes world takes images of one size only.
-    reward = DVReward("shapes") if size.released else brightness
+    reward = DVReward("shapes") if size.image_size == IMAGE_SIZE else brightness
     trainer = make_reflection_trainer(size, reward, args)
     with phase_seconds(trainer) as seconds:
         totals = step_seconds(trainer)

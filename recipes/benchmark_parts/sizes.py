@@ -13,8 +13,9 @@ class Size:
     A model and the trajectories that it is measured with.
 
     Args:
+        family (`str`): `model_type` of the model's family.
         hidden_size, intermediate_size, num_layers, num_heads (`int`): Sizes of the decoder.
-        image_size (`int`): Height and width of images in pixels. A latent token and a patch of the vision tower have 4 x 4 pixels.
+        image_size (`int`): Height and width of images in pixels.
         system_tokens, request_tokens, thought_tokens (`int`): Length of texts.
         num_trajectories (`int`): Trajectories per micro-batch.
         num_steps (`int`): Trained steps K.
@@ -22,6 +23,7 @@ class Size:
         released (`bool`, *optional*, defaults to `False`): Whether to load `bagel-shapes` instead of random weights.
     """
 
+    family: str
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -35,14 +37,10 @@ class Size:
     attn_implementation: str
     released: bool = False
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of latent tokens."""
-        return (self.image_size // 4, self.image_size // 4)
-
 
 SIZES = {
-    "bagel-shapes": Size(128, 256, 6, 4, 24, 16, 32, 32, 8, 5, "eager", released=True),
-    "100m": Size(512, 2048, 12, 8, 56, 32, 64, 64, 1, 5, "sdpa"),
+    "bagel-shapes": Size("bagel", 128, 256, 6, 4, 24, 16, 32, 32, 8, 5, "eager", released=True),
+    "100m": Size("bagel", 512, 2048, 12, 8, 56, 32, 64, 64, 1, 5, "sdpa"),
+    "cosmos3-shapes": Size("cosmos3", 128, 256, 6, 4, 24, 16, 32, 32, 8, 5, "eager"),
 }
-"""About 2 million parameters and 36 image tokens, and about 100 million and 196."""
+"""About 2 million parameters and 36 image tokens, about 100 million and 196, and about 2.5 million and 9."""

@@ -5,15 +5,15 @@ Ways to compute the same loss: the packed micro-batch, and one forward per train
 
 The step-by-step structures get the benefit of the doubt: guidance branches and trajectories run as one batch, without padding to the
 longest branch and with the same attention, and texts are scored once. They do not share contexts between branches and trajectories.
-They differ in how often contexts are computed: in each step with a gradient, in each step without one, or once without one.
+They differ in how often contexts are computed: in each step with a gradient, in each step without one, or once without one. Except for
+`one_step_per_forward`, which packs as the trainer does, they are written for BAGEL's parts and measure its sizes alone.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -21,56 +21,12 @@ from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.attention import ContextStates, PackedLayout
 from alphagrpo_ext.models.bagel.layout import NOISED_BLOCK, PADDING_BLOCK
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput
-from alphagrpo_ext.objectives.base import OBJECTIVES, ImageScores, ObjectiveConfig
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedModel
+from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.trainer.scoring import split_window_steps
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
+from benchmark_parts.update import Update, packed
 from benchmark_parts.workload import GUIDANCE, without_windows
-
-
-@dataclass(frozen=True)
-class Update:
-    """
-    The loss that all structures compute: Flow-GRPO with a penalty on the images, and the mean log-probability of the texts.
-
-    Args:
-        model ([`BagelModel`]): The model, in training mode.
-        trajectories (`list[Trajectory]`): Trajectories with one window each.
-        precision (`torch.dtype`): `torch.float32`, or `torch.bfloat16` by autocast.
-    """
-
-    model: BagelModel
-    trajectories: list[Trajectory]
-    precision: torch.dtype = torch.float32
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
-
-    @property
-    def num_steps(self) -> int:
-        return self.trajectories[0].sampled_images[0].window.num_steps
-
-    def image_loss(self, trajectories: list[Trajectory], batch: PackedBatch, output: PackedOutput) -> torch.Tensor:
-        """Contribution of the trained steps in `trajectories` to the average over all trained steps."""
-        scores = ImageScores.from_packed(trajectories, batch, output)
-        # At a ratio of 1 the value of the clipped loss does not depend on the velocities. That of the penalty does.
-        objective = OBJECTIVES.get("flow_grpo")(ObjectiveConfig(beta=0.1, kl_type="velocity"))
-        advantages = torch.linspace(-1, 2, len(trajectories))
-        output = objective(scores, advantages, ref_velocities=torch.zeros_like(scores.velocities))
-        return output.loss.mean() * scores.t.shape[1] / self.num_steps
-
-    def text_loss(self, output: PackedOutput) -> torch.Tensor:
-        return -output.log_probs.mean()
-
-
-def packed(update: Update, context_gradient: str) -> float:
-    """All steps in one forward, as in this library."""
-    batch = update.model.pack(update.trajectories, GUIDANCE)
-    with update.autocast():
-        output = update.model(**batch.inputs, context_gradient=context_gradient)
-    loss = update.image_loss(update.trajectories, batch, output) + update.text_loss(output)
-    loss.backward()
-    return loss.item()
 
 
 def with_copied_contexts(trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -93,9 +49,22 @@ def pack_unshared(model: BagelModel, trajectories: list[Trajectory]) -> PackedBa
 
 def rebuilt_with_gradient(update: Update) -> float:
     """One forward per step with its contexts, all with gradient. The first step also scores the texts."""
+    return _forward_per_step(update, with_copied_contexts(update.trajectories), pack_unshared)
+
+
+def one_step_per_forward(update: Update) -> float:
+    """The same with shared contexts, as with `--image_steps_per_forward 1`."""
+    return _forward_per_step(update, update.trajectories, lambda model, part: model.pack(part, GUIDANCE))
+
+
+def _forward_per_step(
+    update: Update,
+    trajectories: list[Trajectory],
+    pack: Callable[[UnifiedModel, list[Trajectory]], PackedBatch],
+) -> float:
     total = 0.0
-    for part in split_window_steps(with_copied_contexts(update.trajectories), 1):
-        batch = pack_unshared(update.model, part)
+    for part in split_window_steps(trajectories, 1):
+        batch = pack(update.model, part)
         with update.autocast():
             output = update.model(**batch.inputs)
         loss = update.image_loss(part, batch, output)
@@ -177,17 +146,27 @@ def _text_alone(update: Update) -> float:
 PACKED = "packed, exact"
 """Name of the structure that training uses."""
 
-STRUCTURES: dict[str, Callable[[Update], float]] = {
+CONTRACT_STRUCTURES: dict[str, Callable[[Update], float]] = {
     PACKED: lambda update: packed(update, "exact"),
     "packed, detached": lambda update: packed(update, "detached"),
+    "one step per forward": one_step_per_forward,
+}
+"""Structures of every family by name: each takes an update, leaves gradients in the parameters and returns the loss."""
+
+BAGEL_STRUCTURES: dict[str, Callable[[Update], float]] = {
     "rebuilt with gradient": rebuilt_with_gradient,
     "rebuilt without gradient": rebuilt_without_gradient,
     "cached without gradient": cached_without_gradient,
 }
-"""Structures by name: each takes an update, leaves gradients in the parameters and returns the loss."""
+"""Structures that run the parts of a [`BagelModel`] themselves."""
 
-EXACT = (PACKED, "rebuilt with gradient")
+EXACT = (PACKED, "one step per forward", "rebuilt with gradient")
 """Structures whose gradient flows through the context."""
+
+
+def structures_of(model: UnifiedModel) -> dict[str, Callable[[Update], float]]:
+    """The structures that a model is measured with."""
+    return CONTRACT_STRUCTURES | (BAGEL_STRUCTURES if isinstance(model, BagelModel) else {})
 
 
 def num_tokens(batch: PackedBatch) -> tuple[int, int]:
@@ -199,18 +178,26 @@ def num_tokens(batch: PackedBatch) -> tuple[int, int]:
 
 def token_costs(update: Update) -> dict[str, float]:
     """Number of tokens that each structure passes through the network. A backward counts as two forwards."""
-    pack = update.model.pack
-    shared, copies = num_tokens(pack(update.trajectories, GUIDANCE))
-    contexts, _ = num_tokens(pack_unshared(update.model, update.trajectories))
-    with_texts, _ = num_tokens(pack(without_windows(update.trajectories), GUIDANCE))
-    steps = update.num_steps
-    return {
-        PACKED: 3 * (shared + copies),
-        "packed, detached": 3 * (shared + copies),
-        "rebuilt with gradient": 3 * (steps * contexts + copies),
-        "rebuilt without gradient": steps * contexts + 3 * (with_texts + copies),
-        "cached without gradient": contexts + 3 * (with_texts + copies),
-    }
+    costs = {name: 3.0 * trained_tokens(update, structure) for name, structure in CONTRACT_STRUCTURES.items()}
+    if isinstance(update.model, BagelModel):
+        contexts, copies = num_tokens(pack_unshared(update.model, update.trajectories))
+        with_texts, _ = num_tokens(update.model.pack(without_windows(update.trajectories), GUIDANCE))
+        steps = update.num_steps
+        costs |= {
+            "rebuilt with gradient": 3 * (steps * contexts + copies),
+            "rebuilt without gradient": steps * contexts + 3 * (with_texts + copies),
+            "cached without gradient": contexts + 3 * (with_texts + copies),
+        }
+    return costs
+
+
+def trained_tokens(update: Update, structure: Callable[[Update], float]) -> int:
+    """Number of tokens that the model itself counts in the forwards of a structure, padding aside."""
+    work = WorkCounter()
+    with work.of(update.model):
+        structure(update)
+    update.model.zero_grad()
+    return work.tokens["training"]
 
 
 def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -228,7 +215,7 @@ def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.
 def gradient_of(update: Update, structure: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Compute the loss of a structure and the gradient of every parameter that has one."""
     update.model.zero_grad()
-    loss = STRUCTURES[structure](update)
+    loss = structures_of(update.model)[structure](update)
     gradients = {name: p.grad.clone() for name, p in update.model.named_parameters() if p.grad is not None}
     update.model.zero_grad()
     return loss, gradients

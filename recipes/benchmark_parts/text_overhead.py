@@ -14,13 +14,12 @@ from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from alphagrpo_ext.models.bagel import BagelConfig, BagelModel
-from alphagrpo_ext.shapes.model import build_processor
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.step import rollout_fields
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
+from benchmark_parts.families import BENCHMARK_FAMILIES
 from benchmark_parts.sizes import Size
-from benchmark_parts.workload import build_benchmark_config
+from benchmark_parts.workload import build_image_processor, build_random_model
 
 
 PROMPT_TOKENS = 32
@@ -57,7 +56,7 @@ class TextOnlyTrainer(AlphaGRPOTrainer):
 
     def _sample_rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         rng = random.Random(self.state.global_step)
-        vocab_size = self.model.config.text_config.vocab_size
+        vocab_size = self.model.config.get_text_config().vocab_size
         step = self._rollout_step
         step.trajectories = [
             Trajectory(
@@ -77,18 +76,21 @@ class TextOnlyTrainer(AlphaGRPOTrainer):
         return rollout_fields(step.trajectories, step.texts, self._tokenizer.eos_token_id)
 
 
-def plain_model(config: BagelConfig, attention: str) -> Qwen3ForCausalLM:
-    """Build a Qwen3 with the sizes of a BAGEL's understanding expert."""
-    text = config.text_config
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+def plain_model(size: Size, vocab_size: int) -> Qwen3ForCausalLM:
+    """Build a Qwen3 with the sizes of the understanding expert of a unified model."""
     return Qwen3ForCausalLM(
         Qwen3Config(
-            **{name: getattr(text, name) for name in (*sizes, "num_key_value_heads", "rms_norm_eps")},
-            head_dim=text.hidden_size // text.num_attention_heads,
-            attention_bias=True,
-            max_position_embeddings=text.max_position_embeddings,
+            vocab_size=vocab_size,
+            hidden_size=size.hidden_size,
+            intermediate_size=size.intermediate_size,
+            num_hidden_layers=size.num_layers,
+            num_attention_heads=size.num_heads,
+            num_key_value_heads=size.num_heads,
+            head_dim=size.hidden_size // size.num_heads,
+            attention_bias=BENCHMARK_FAMILIES[size.family].attention_bias,
+            max_position_embeddings=4096,
             tie_word_embeddings=False,
-            attn_implementation=attention,
+            attn_implementation=size.attn_implementation,
         )
     )
 
@@ -110,8 +112,8 @@ def random_completions(
 
 def build_trainers(size: Size, output_dir: str, steps: int, bf16: bool) -> dict[str, GRPOTrainer]:
     """
-    Build TRL's trainer of a Qwen3 and this package's trainer of a BAGEL whose understanding expert has the same sizes. Both train on
-    one rollout of random text per step, in which the generation expert takes no part.
+    Build TRL's trainer of a Qwen3 and this package's trainer of a unified model whose understanding expert has the same sizes. Both
+    train on one rollout of random text per step, in which the generation expert takes no part.
 
     Args:
         size ([`Size`]): Sizes of the decoder, and the number of tokens of a completion (`thought_tokens`).
@@ -119,9 +121,7 @@ def build_trainers(size: Size, output_dir: str, steps: int, bf16: bool) -> dict[
         steps (`int`): Optimizer steps of a run.
         bf16 (`bool`): Whether to train under autocast.
     """
-    processor = build_processor()
-    config = build_benchmark_config(size)
-    config._attn_implementation = size.attn_implementation
+    processor = build_image_processor(size)
     shared = {
         "output_dir": output_dir,
         "per_device_train_batch_size": BATCH_SIZE,
@@ -145,18 +145,18 @@ def build_trainers(size: Size, output_dir: str, steps: int, bf16: bool) -> dict[
     dataset = Dataset.from_list([{"prompt": f"a red circle and {i} blue squares"} for i in range(8)])
 
     torch.manual_seed(0)
+    model = build_random_model(size)
+    vocab_size = model.config.get_text_config().vocab_size
     plain = GRPOTrainer(
-        model=plain_model(config, size.attn_implementation),
+        model=plain_model(size, vocab_size),
         reward_funcs=sum_of_ids,
         args=GRPOConfig(**shared),
         train_dataset=dataset,
         processing_class=processor.tokenizer,
-        rollout_func=functools.partial(
-            random_completions, vocab_size=config.text_config.vocab_size, num_tokens=size.thought_tokens
-        ),
+        rollout_func=functools.partial(random_completions, vocab_size=vocab_size, num_tokens=size.thought_tokens),
     )
     unified = TextOnlyTrainer(
-        model=BagelModel(config),
+        model=model,
         reward_funcs=sum_of_ids,
         args=AlphaGRPOConfig(
             **shared, image_height=size.image_size, image_width=size.image_size, sde_window_size=1, top_p=1.0

@@ -8,86 +8,78 @@ import random
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.timesteps import flow_timesteps
-from alphagrpo_ext.models.bagel import BagelConfig, BagelModel, BagelProcessor
+from alphagrpo_ext.models.contract import FAMILIES, UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
-from alphagrpo_ext.shapes.model import build_config, build_processor
-from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, Segment, TextSegment, Trajectory
+from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, TextSegment, Trajectory
+from benchmark_parts.families import BENCHMARK_FAMILIES
 from benchmark_parts.sizes import Size
+from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES
 
 
 GUIDANCE = GuidanceConfig(text_scale=4.0, image_scale=2.0, interval=(0.0, 1.0), renorm_type="text_channel")
-"""Guidance of the paper's self-reflection: all three branches in all steps."""
+"""Guidance of the paper's self-reflection: all branches of a family in all steps, which are three for BAGEL."""
 
 
-def build_benchmark_config(size: Size) -> BagelConfig:
-    """Make a configuration with the architecture of `bagel-shapes` and another width, depth and image size."""
-    config = build_config(build_processor().tokenizer).to_dict()
-    config["text_config"] |= {
-        "hidden_size": size.hidden_size,
-        "intermediate_size": size.intermediate_size,
-        "num_hidden_layers": size.num_layers,
-        "num_attention_heads": size.num_heads,
-        "num_key_value_heads": size.num_heads,
-        "max_position_embeddings": 4096,
-        "layer_types": None,
-    }
-    config["vision_config"] |= {"image_size": size.image_size}
-    return BagelConfig.from_dict(config | {"max_latent_size": max(size.grid)})
+def build_image_processor(size: Size) -> UnifiedProcessor:
+    """Build the processor of the family's shapes world for images of another size."""
+    processor = SHAPES_FAMILIES.get(size.family)().build_processor()
+    BENCHMARK_FAMILIES[size.family].set_image_size(processor, size.image_size)
+    return processor
 
 
-def build_model(size: Size, seed: int = 0) -> BagelModel:
+def build_random_model(size: Size) -> UnifiedModel:
+    """Build the model of a size in fp32 with random weights."""
+    family = BENCHMARK_FAMILIES[size.family]
+    config = family.build_config(size, build_image_processor(size))
+    model_class = FAMILIES.get(size.family).model_class
+    model = model_class._from_config(config, attn_implementation=size.attn_implementation)
+    family.initialize(model)
+    return model
+
+
+def build_model(size: Size, seed: int = 0) -> UnifiedModel:
     """Build the model of a size in fp32, with its vision tower frozen as in training."""
     if size.released:
         model, _ = load_model("bagel-shapes", dtype="float32", attn_implementation=size.attn_implementation)
     else:
-        config = build_benchmark_config(size)
-        config._attn_implementation = size.attn_implementation
         torch.manual_seed(seed)
-        model = BagelModel(config)
-        # The velocity of a new model is 0, and then no other weight has a gradient.
-        torch.nn.init.normal_(model.llm2vae.weight, std=0.02)
+        model = build_random_model(size)
     model.family.freeze_vision_tower(model)
     return model.train()
 
 
-def build_image_processor(size: Size) -> BagelProcessor:
-    """Build the processor of the shapes world for images of another size."""
-    processor = build_processor()
-    for tower in ("vae", "vit"):
-        for name in ("max_size", "min_size"):
-            setattr(processor, f"{tower}_{name}", size.image_size)
-    return processor
-
-
-def self_reflection_trajectories(model: BagelModel, size: Size, seed: int = 0) -> list[Trajectory]:
+def self_reflection_trajectories(model: UnifiedModel, size: Size, seed: int = 0) -> list[Trajectory]:
     """
     Make trajectories `[system] [image] [request] [reflection*] [image*]` with random contents. Members of a group share the given
     segments.
 
     Args:
-        model ([`BagelModel`]): The model, for its vocabulary and latents.
+        model ([`UnifiedModel`]): The model, for its vocabulary and latents.
         size ([`Size`]): Lengths and numbers.
         seed (`int`, *optional*, defaults to `0`): Seed of the contents.
     """
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    num_latents, channels = size.grid[0] * size.grid[1], model.latent_channels
+    processor, image_size = build_image_processor(size), (size.image_size, size.image_size)
+    grid = model.latent_grid(*image_size)
+    num_latents, channels = grid[0] * grid[1], model.latent_channels
+    vocab_size = model.config.get_text_config().vocab_size
 
     def ids(count: int) -> list[int]:
-        return [rng.randrange(10, model.config.text_config.vocab_size) for _ in range(count)]
+        return [rng.randrange(10, vocab_size) for _ in range(count)]
 
+    look = processor.look(Image.new("RGB", image_size))
     given_image = ImageSegment(
         torch.randn(num_latents, channels, generator=generator),
-        size.grid,
-        pixel_values=torch.rand(3, size.image_size, size.image_size, generator=generator) * 2 - 1,
+        grid,
+        pixel_values=None if look is None else torch.rand(look.shape, generator=generator) * 2 - 1,
     )
-    system, request = TextSegment(ids(size.system_tokens)), TextSegment(ids(size.request_tokens))
-    contexts: dict[str, list[Segment]] = {
-        "text_dropped": [system, given_image],
-        "image_dropped": [system, request],
-    }
+    system, request = TextSegment(ids(size.system_tokens), role="system"), TextSegment(ids(size.request_tokens))
+    given = [system, given_image, request]
+    contexts = {branch: processor.branch_context(branch, given, image_size) for branch in model.branches[1:]}
     timesteps = flow_timesteps(2 * size.num_steps + 1, 1.0)[1 : size.num_steps + 2]
     trajectories = []
     for _ in range(size.num_trajectories):
@@ -99,13 +91,13 @@ def self_reflection_trajectories(model: BagelModel, size: Size, seed: int = 0) -
         )
         image = ImageSegment(
             torch.randn(num_latents, channels, generator=generator),
-            size.grid,
+            grid,
             sampled=True,
             window=window,
             guidance_contexts=contexts,
         )
         thought = TextSegment(ids(size.thought_tokens), sampled=True, ended=False)
-        trajectories.append(Trajectory([system, given_image, request, thought, image]))
+        trajectories.append(Trajectory([*given, thought, image]))
     return trajectories
 
 

@@ -7,37 +7,81 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.bagel.layout import BagelSequence
-from alphagrpo_ext.models.work import WorkCounter
-from benchmark_parts.flops import denoising_flops, token_flops, training_flops
+from alphagrpo_ext.trajectory import ImageSegment
+from benchmark_parts.arguments import PARTS
+from benchmark_parts.flops import counted_flops, denoising_flops, token_flops, training_flops
 from benchmark_parts.sizes import SIZES
 from benchmark_parts.structures import (
     EXACT,
-    STRUCTURES,
-    Update,
     gradient_of,
     num_tokens,
     pack_unshared,
     relative_difference,
+    structures_of,
     token_costs,
 )
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.timing import Spread, ratio, time_interleaved
+from benchmark_parts.update import Update
 from benchmark_parts.workload import GUIDANCE, build_model, self_reflection_trajectories
+from recipe_tools.shapes_pretraining.families.cosmos3 import Cosmos3Shapes
 
 
-SMALLEST = replace(SIZES["bagel-shapes"], num_trajectories=2, num_steps=2)
+SMALLEST = {name: replace(SIZES[name], num_trajectories=2, num_steps=2) for name in ("bagel-shapes", "cosmos3-shapes")}
+
+
+def make_update(name: str) -> Update:
+    model = build_model(SMALLEST[name])
+    return Update(model, self_reflection_trajectories(model, SMALLEST[name]))
 
 
 @pytest.fixture(scope="module")
 def update() -> Update:
-    model = build_model(SMALLEST)
-    return Update(model, self_reflection_trajectories(model, SMALLEST))
+    return make_update("bagel-shapes")
 
 
-def test_structures_compute_the_same(update: Update) -> None:
-    results = {name: gradient_of(update, name) for name in STRUCTURES}
+@pytest.fixture(scope="module")
+def cosmos3_update() -> Update:
+    return make_update("cosmos3-shapes")
+
+
+@pytest.fixture(params=["bagel", "cosmos3"])
+def any_update(request: pytest.FixtureRequest, update: Update, cosmos3_update: Update) -> Update:
+    return {"bagel": update, "cosmos3": cosmos3_update}[request.param]
+
+
+def test_cosmos3_shapes_is_the_model_of_pretraining(cosmos3_update: Update) -> None:
+    family = Cosmos3Shapes()
+    pretrained = family.build_model(family.build_processor())
+    assert cosmos3_update.model.config.to_dict() == pretrained.config.to_dict()
+
+
+def test_trajectories_are_those_of_the_family(any_update: Update) -> None:
+    """Given images as the vision tower reads them, and every guidance branch of the family."""
+    model = any_update.model
+    for trajectory in any_update.trajectories:
+        given, painted = (s for s in trajectory.segments if isinstance(s, ImageSegment))
+        assert given.pixel_values.shape == (3, 24, 24)
+        assert given.grid == painted.grid == model.latent_grid(24, 24)
+        assert tuple(painted.guidance_contexts) == model.branches[1:]
+    batch = model.pack(any_update.trajectories, GUIDANCE)
+    assert len(batch.velocities.step) == 2 * 2 * len(model.branches)
+
+
+def test_every_trained_weight_takes_part(any_update: Update) -> None:
+    _, gradient = gradient_of(any_update, "packed, exact")
+    frozen = tuple(f"{name}." for name in any_update.model.family.frozen_modules)
+    names = {n for n, p in any_update.model.named_parameters() if p.requires_grad and not n.startswith(frozen)}
+    assert names == {name for name, values in gradient.items() if values.any()}
+
+
+def test_structures_compute_the_same(any_update: Update) -> None:
+    results = {name: gradient_of(any_update, name) for name in structures_of(any_update.model)}
+    assert len(results) == (6 if isinstance(any_update.model, BagelModel) else 3)
     exact, detached = (results[name] for name in ("packed, exact", "packed, detached"))
     for name, (loss, gradient) in results.items():
         assert loss == pytest.approx(exact[0], rel=1e-5)
@@ -45,13 +89,12 @@ def test_structures_compute_the_same(update: Update) -> None:
     assert relative_difference(detached[1], exact[1]) > 1e-3
 
 
-def test_token_costs_are_what_is_counted(update: Update) -> None:
-    """Of the packed micro-batch, what the model itself counts, padding aside."""
-    work = WorkCounter()
-    with work.of(update.model):
-        gradient_of(update, "packed, exact")
+def test_token_costs_are_those_of_the_packing(update: Update) -> None:
+    """The model itself counts as many tokens as were packed, padding aside."""
     costs = token_costs(update)
-    assert costs["packed, exact"] == 3 * work.tokens["training"]
+    contexts, copies = num_tokens(update.model.pack(update.trajectories, GUIDANCE))
+    assert costs["packed, exact"] == costs["packed, detached"] == 3 * (contexts + copies)
+    assert costs["one step per forward"] == 3 * (2 * contexts + copies)
     assert costs["rebuilt with gradient"] > costs["rebuilt without gradient"] > costs["cached without gradient"]
 
 
@@ -82,6 +125,13 @@ def test_flops_are_those_of_the_layers(update: Update) -> None:
     one = denoising_flops(model, [10], 36, 1)
     assert denoising_flops(model, [10, 10], 36, 3) == 6 * one
     assert denoising_flops(model, [11], 36, 1) - one == 38 * 4 * width * text.num_hidden_layers
+
+
+def test_counted_flops_are_those_that_ran(update: Update) -> None:
+    """More than those counted from shapes, by padding and by pairs that are masked, but not much more."""
+    assert counted_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
+    expected = training_flops(update.model, update.model.pack(update.trajectories, GUIDANCE).inputs)
+    assert expected < counted_flops(lambda: gradient_of(update, "packed, exact")) < 1.15 * expected
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:
@@ -126,11 +176,14 @@ def test_scaling_has_a_panel_a_dimension() -> None:
 
 @pytest.mark.slow
 @pytest.mark.low_priority
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("bagel-shapes", "float32"), ("bagel-shapes", "bfloat16"), ("cosmos3-shapes", "float32")],
+)
+def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, precision: str) -> None:
     from recipes import benchmark
 
-    monkeypatch.setitem(SIZES, "smallest", SMALLEST)
+    monkeypatch.setitem(SIZES, "smallest", SMALLEST[name])
     args = benchmark.BenchmarkArguments(
         sizes=["smallest"], precision=precision, repetitions=1, output_dir=str(tmp_path)
     )
@@ -138,7 +191,7 @@ def test_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision:
     saved = json.loads((tmp_path / "benchmark.json").read_text())
     assert saved["arguments"]["precision"] == precision
     assert [table["title"] for table in saved["tables"]] == [table.title for table in tables]
-    assert len(tables) == len(benchmark.PARTS)
+    assert len(tables) == len(PARTS)
     assert len(list(tmp_path.glob("*.png"))) == len(tables)
     differences = {row[0]: row[-2:] for row in saved["tables"][0]["rows"]}
     tolerance = 1e-5 if args.precision == "float32" else 3e-2
