@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "eager")
+ATTENTION_IMPLEMENTATIONS = ("flex_attention", "sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MemorySettings:
         default=None, metadata={"help": "Largest number of trained steps in one forward. Default: all of them."}
     )
     num_branches: Annotated[int, "[1, 3]"] = field(
-        default=2, metadata={"help": "Number of guidance branches, 1 to 3."}
+        default=2, metadata={"help": "Number of guidance branches, 1 to 3 for BAGEL and 1 to 2 for Cosmos3."}
     )
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Whether the backward computes each layer again."}

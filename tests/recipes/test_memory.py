@@ -172,7 +172,7 @@ def test_only_what_is_alive_counts() -> None:
         ({"lora_rank": -1}, "lora_rank must not be negative, but is -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, but is 0"),
         ({"num_branches": 4}, r"num_branches must be in \[1, 3\], but is 4"),
-        ({"attn_implementation": "flash"}, "attn_implementation must be one of sdpa"),
+        ({"attn_implementation": "flash"}, "attn_implementation must be one of flex_attention"),
         ({"lora_targets": "all"}, "lora_targets must be one of both"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, but is 'int8'"),
     ],
