@@ -616,7 +616,14 @@ class Family(ABC):
         check_finite_numbers(values, source)
 
     def load_config(self, path: str, revision: str | None = None) -> PreTrainedConfig:
-        """Load the configuration alone, from a `path` as for [`Family.load`]. No weight is read."""
+        """
+        Load the configuration alone, from a `path` as for [`Family.load`]. No weight is read.
+
+        Raises:
+            `ValueError`: If it has an impossible value.
+        """
+        if Path(path).is_dir():
+            self.check_config(read_json(Path(path) / "config.json"), Path(path) / "config.json")
         return self.model_class.config_class.from_pretrained(path, revision=revision)
 
     def load_processor(self, path: str, revision: str | None = None) -> ProcessorMixin:

@@ -79,8 +79,9 @@ class MemorySettings:
             ("lora_targets", LORA_TARGETS),
             ("dtype", DTYPES),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
 
     @property
     def steps_per_forward(self) -> int:
