@@ -4,7 +4,7 @@
 Estimate the memory of an update, also for a model that this machine could not hold. No weights are loaded.
 
 Without settings it prints a table for BAGEL-7B or the named model, with LoRA and with all weights trained, for K = 10 and K = 5 trained
-steps. That takes one to two minutes:
+steps. That takes about a minute:
 
 ```bash
 python recipes/estimate_memory.py

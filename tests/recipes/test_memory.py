@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from transformers import PreTrainedConfig
+
 from alphagrpo_ext.models.bagel import BagelConfig
+from alphagrpo_ext.models.cosmos3 import Cosmos3Config
 from alphagrpo_ext.shapes.model import build_config, build_processor
+from models.cosmos3.tiny_cosmos3 import tiny_config as tiny_cosmos3
 from recipe_tools.memory import LiveBytes, estimate_memory
 from recipe_tools.memory_settings import MemorySettings
 
@@ -52,7 +56,27 @@ def mid_size_config() -> BagelConfig:
     return BagelConfig.from_dict(config | {"max_latent_size": 8})
 
 
-def measure(config: BagelConfig, settings: MemorySettings) -> int:
+COSMOS3 = replace(TINY, height=256, width=256, sde_window_size=5, batch_size=4)
+
+
+def mid_size_cosmos3(variant: str) -> Cosmos3Config:
+    """About 100 million parameters. An image of 256 pixels is 8 x 8 tokens."""
+    tiny = tiny_cosmos3(variant)
+    sizes = {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "rope_axes_dim": [12, 10, 10],
+    }
+    vision = tiny.vision_config | ({"out_hidden_size": 512} if variant == "omni" else {})
+    return tiny_cosmos3(variant, transformer_config=tiny.transformer_config | sizes, vision_config=vision)
+
+
+def measure(config: PreTrainedConfig, settings: MemorySettings) -> int:
     """Peak of a process, in bytes, that trains for two optimizer steps."""
     script = Path(__file__).parents[1] / "support" / "measure_update.py"
     environment = {
@@ -100,6 +124,24 @@ def test_estimate_of_a_model_of_100_million_parameters(settings: dict) -> None:
     settings = replace(TINY, height=32, width=32, batch_size=8, sde_window_size=5, **settings)
     estimate = estimate_memory(mid_size_config(), settings)
     assert estimate.total == pytest.approx(measure(mid_size_config(), settings), rel=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.low_priority
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        pytest.param("omni", {"lora_rank": 32}, id="Nano's form, LoRA"),
+        pytest.param("edge", {"lora_rank": 0, "attn_implementation": "eager"}, id="Edge's form, full, eager"),
+        pytest.param(
+            "omni", {"lora_rank": 0, "gradient_checkpointing": False, "context_images": 1}, id="full, kept, with an image"
+        ),
+    ],
+)
+def test_estimate_of_a_cosmos3_of_100_million_parameters(variant: str, settings: dict) -> None:
+    settings = replace(COSMOS3, **settings)
+    estimate = estimate_memory(mid_size_cosmos3(variant), settings)
+    assert estimate.total == pytest.approx(measure(mid_size_cosmos3(variant), settings), rel=0.25)
 
 
 def test_counts() -> None:
