@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from transformers import PreTrainedConfig
 
 from alphagrpo_ext.models.bagel import BagelConfig
 from alphagrpo_ext.models.cosmos3 import Cosmos3Config
 from alphagrpo_ext.shapes.model import build_config, build_processor
 from models.cosmos3.tiny_cosmos3 import tiny_config as tiny_cosmos3
-from recipe_tools.memory import LiveBytes, estimate_memory
+from recipe_tools.memory import LiveBytes, MemoryEstimate, estimate_memory
 from recipe_tools.memory_settings import MemorySettings
 
 
@@ -134,7 +133,15 @@ def test_estimate_of_a_model_of_100_million_parameters(settings: dict) -> None:
         pytest.param("omni", {"lora_rank": 32}, id="Nano's form, LoRA"),
         pytest.param("edge", {"lora_rank": 0, "attn_implementation": "eager"}, id="Edge's form, full, eager"),
         pytest.param(
-            "omni", {"lora_rank": 0, "gradient_checkpointing": False, "context_images": 1}, id="full, kept, with an image"
+            "omni",
+            {
+                "lora_rank": 0,
+                "gradient_checkpointing": False,
+                "context_images": 1,
+                "batch_size": 2,
+                "sde_window_size": 2,
+            },
+            id="full, kept, with an image",
         ),
     ],
 )
@@ -187,6 +194,61 @@ def test_what_saves_memory_and_what_takes_it() -> None:
     assert activations(batch_size=64) == pytest.approx(2 * base, rel=0.1)
     assert activations(num_branches=1) < base < activations(num_branches=3, context_images=1)
     assert activations(autocast=True) < base
+
+
+@pytest.mark.parametrize("variant", ["omni", "edge"])
+def test_cosmos3_takes_memory_where_bagel_does(variant: str) -> None:
+    config = tiny_cosmos3(variant)
+    settings = replace(COSMOS3, sde_window_size=2)
+
+    def estimate(**changes: object) -> MemoryEstimate:
+        return estimate_memory(config, replace(settings, **changes))
+
+    base = estimate()
+    # Of both streams and 3 layers, a rank of 8: q, k, v, out, and what the MLP has.
+    mlps = 3 if variant == "omni" else 2
+    assert base.gradients == 4 * 2 * 3 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + mlps * (64 + 96))
+    assert base.optimizer == 2 * base.gradients
+    assert estimate(num_branches=1).activations < base.activations
+    assert estimate(image_steps_per_forward=1).activations < base.activations
+    assert estimate(attn_implementation="eager").activations > base.activations
+    # The image stands beside every noised copy.
+    assert estimate(context_images=1).activations > 1.2 * base.activations
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        pytest.param(
+            tiny_cosmos3("edge"),
+            {"attn_implementation": "flex_attention"},
+            "attn_implementation must be one of sdpa, eager for a Cosmos3Model, but is 'flex_attention'",
+            id="attention",
+        ),
+        pytest.param(
+            tiny_cosmos3("omni"),
+            {"num_branches": 3},
+            "num_branches must be at most 2 for a Cosmos3Model, whose branches are full, negative, but is 3",
+            id="branches",
+        ),
+        pytest.param(
+            tiny_cosmos3("omni"),
+            {"height": 250},
+            "height=250 is no positive multiple of the model's 32 pixels",
+            id="stride",
+        ),
+        pytest.param(
+            tiny_config(), {"width": 28}, "width=28 is no positive multiple of the model's 4", id="BAGEL's stride"
+        ),
+        pytest.param(
+            tiny_cosmos3("omni", vision=False), {"context_images": 1}, "no vision tower", id="without a vision tower"
+        ),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(config: PreTrainedConfig, changes: dict, message: str) -> None:
+    size = {"height": 64, "width": 64} if config.model_type == "cosmos3" else {}
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(config, replace(TINY, batch_size=1, **size | changes))
 
 
 def test_only_what_is_alive_counts() -> None:
