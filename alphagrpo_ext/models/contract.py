@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
@@ -283,9 +283,11 @@ class UnifiedModel(ABC):
         """Tokens that `predict_velocity` runs the network on for each image, for counts of work."""
         return self.image_slots(grid)
 
-    def vision_tokens(self, height: int, width: int) -> int:
-        """Tokens that the vision tower makes of an image of this size in pixels; 0 without a vision tower."""
-        return 0
+    def vision_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """
+        Height and width in pixels at which the vision tower reads an image of this size. `None` without a vision tower.
+        """
+        return None
 
     @abstractmethod
     def pack(
@@ -550,6 +552,18 @@ class Family(ABC):
     """Files of such a repository that are downloaded."""
     sampling_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of [`~alphagrpo_ext.rollout.pipeline.UnifiedPipeline`] that suit released checkpoints."""
+    released_sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """
+    Arguments of the configuration by the name of each released model, so that its sizes are known without its files. Token ids may
+    be stand-ins.
+    """
+    vision_inputs: ClassVar[tuple[str, ...]] = ()
+    """
+    Names of the inputs of a packed forward that only the vision modules read. Without them it runs over as many tokens, and
+    those of images have other embeddings.
+    """
+    number_inputs: ClassVar[tuple[str, ...]] = ()
+    """Names of the inputs of a packed forward whose values it reads as numbers of Python."""
 
     def matches(self, folder: Path) -> bool:
         """Whether a folder is in a layout of this family other than that of `save_pretrained`."""
@@ -608,6 +622,17 @@ class Family(ABC):
         """
         check_finite_numbers(values, source)
 
+    def load_config(self, path: str, revision: str | None = None) -> PreTrainedConfig:
+        """
+        Load the configuration alone, from a `path` as for [`Family.load`]. No weight is read.
+
+        Raises:
+            `ValueError`: If it has an impossible value.
+        """
+        if Path(path).is_dir():
+            self.check_config(read_json(Path(path) / "config.json"), Path(path) / "config.json")
+        return self.model_class.config_class.from_pretrained(path, revision=revision)
+
     def load_processor(self, path: str, revision: str | None = None) -> ProcessorMixin:
         """Load the processor alone, from a `path` as for [`Family.load`]."""
         return self.processor_class.from_pretrained(path, revision=revision)
@@ -635,6 +660,13 @@ class Family(ABC):
 
     def sharded_layers(self, model: Any) -> Sequence[torch.nn.Module]:
         """Modules of a model whose weights are gathered one module at a time when parameters are sharded."""
+        return ()
+
+    def mask_sizes(self, inputs: Mapping[str, torch.Tensor]) -> Sequence[int]:
+        """
+        Number of elements of each mask of pairs of tokens that a packed forward makes with `"sdpa"` and not with
+        `"flex_attention"`. A family without the latter has none.
+        """
         return ()
 
     def freeze_vision_tower(self, model: Any) -> None:

@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from alphagrpo_ext.flow.timesteps import flow_timesteps
-from alphagrpo_ext.models.contract import FAMILIES, UnifiedModel
+from alphagrpo_ext.models.contract import FAMILIES, Family, UnifiedModel
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, TextSegment, Trajectory
-from recipe_tools.memory_settings import MemorySettings
+from recipe_tools.memory_settings import ATTENTION_IMPLEMENTATIONS, MemorySettings
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class LiveBytes(TorchDispatchMode):
 
 def example_trajectories(model: UnifiedModel, settings: MemorySettings) -> list[Trajectory]:
     """Build trajectories of the size that `settings` describes, with the trained steps of the largest forward."""
-    grid = (settings.height // model.latent_downsample, settings.width // model.latent_downsample)
+    grid = model.latent_grid(settings.height, settings.width)
+    vision_size = model.vision_size(settings.height, settings.width)
     tokens, num_steps = grid[0] * grid[1], settings.steps_per_forward
     window = DenoisingWindow(
         latents=torch.zeros(num_steps + 1, tokens, model.latent_channels),
@@ -105,9 +106,8 @@ def example_trajectories(model: UnifiedModel, settings: MemorySettings) -> list[
     )
     given: list[Any] = []
     for _ in range(settings.context_images):
-        given.append(ImageSegment(torch.zeros(tokens, model.latent_channels), grid))
-        # The vision tower is frozen and keeps no activations, so its tokens cost the decoder what text of the same length costs.
-        given.append(TextSegment([0] * model.vision_tokens(settings.height, settings.width)))
+        pixels = None if vision_size is None else torch.zeros(3, *vision_size)
+        given.append(ImageSegment(torch.zeros(tokens, model.latent_channels), grid, pixels))
     given.append(TextSegment([0] * settings.prompt_tokens))
     thought = (
         [TextSegment([0] * settings.thought_tokens, sampled=True, ended=False)] if settings.thought_tokens else []
@@ -124,11 +124,12 @@ def example_trajectories(model: UnifiedModel, settings: MemorySettings) -> list[
 
 def build_policy(config: PreTrainedConfig, settings: MemorySettings) -> tuple[UnifiedModel, torch.nn.Module]:
     """Build the model of a configuration as training sets it up: data types, frozen parts, adapter, checkpointing."""
+    family = FAMILIES.get(config.model_type)()
+    _check_supported(family, settings)
     # Flex attention keeps what SDPA keeps, except the mask.
     name = "eager" if settings.attn_implementation == "eager" else "sdpa"
     config = type(config).from_dict(config.to_dict())
     config._attn_implementation = name
-    family = FAMILIES.get(config.model_type)()
     model = family.model_class(config)
     dtype = getattr(torch, settings.dtype)
     keep = family.keeps_fp32
@@ -149,6 +150,27 @@ def build_policy(config: PreTrainedConfig, settings: MemorySettings) -> tuple[Un
     return model, policy.train()
 
 
+def attention_implementations(family: Family) -> list[str]:
+    """Names of the implementations of attention that a family's model has, the one that keeps the least first."""
+    has = {"flex_attention": family.model_class._supports_flex_attn, "sdpa": family.model_class._supports_sdpa}
+    return [name for name in ATTENTION_IMPLEMENTATIONS if has.get(name, True)]
+
+
+def _check_supported(family: Family, settings: MemorySettings) -> None:
+    """Raise `ValueError` if a model of the family has no such attention or branch."""
+    name, attention = family.model_class.__name__, attention_implementations(family)
+    if settings.attn_implementation not in attention:
+        raise ValueError(
+            f"attn_implementation must be one of {', '.join(attention)} for a {name}, but is {settings.attn_implementation!r}"
+        )
+    branches = family.model_class.branches
+    if settings.num_branches > len(branches):
+        raise ValueError(
+            f"num_branches must be at most {len(branches)} for a {name}, whose branches are {', '.join(branches)}, but is "
+            f"{settings.num_branches}"
+        )
+
+
 def _leave_meta(module: torch.nn.Module) -> None:
     """Put weights and buffers on the CPU, where autocast applies; in a fake mode they still have no contents."""
     for part in module.modules():
@@ -165,15 +187,6 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _mask_sizes(inputs: dict[str, torch.Tensor], dtypes: Iterable[torch.dtype]) -> list[int]:
-    sizes = []
-    for rows, context_und, context_gen, copies, copy_latents in inputs["buckets"].tolist():
-        context = context_und + context_gen
-        pairs = (rows * context * context, rows * copies * (copy_latents + 2) * context)
-        sizes += [num_pairs * dtype.itemsize for num_pairs in pairs for dtype in (torch.bool, *dtypes)]
-    return sizes
-
-
 def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> MemoryEstimate:
     """
     Estimate the memory of one process that trains a model.
@@ -184,6 +197,9 @@ def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> Memor
     Args:
         config (`PreTrainedConfig`): Configuration of a registered model family, e.g. a [`BagelConfig`].
         settings ([`MemorySettings`]): Settings of the update.
+
+    Raises:
+        `ValueError`: If the model cannot paint the size, or has no such attention or guidance branch.
     """
     with torch.device("meta"):
         model, policy = build_policy(config, settings)
@@ -208,18 +224,22 @@ def estimate_memory(config: PreTrainedConfig, settings: MemorySettings) -> Memor
 def _run_update(model: UnifiedModel, policy: torch.nn.Module, settings: MemorySettings) -> tuple[int, list[int]]:
     """Run forward and backward on fake tensors. Returns the peak of their activations and the size of each layer, in bytes."""
     batch = model.pack(example_trajectories(model, settings), settings.guidance)
+    family = model.family
+    # The vision tower is frozen and keeps no activations.
+    needed = {name: tensor for name, tensor in batch.inputs.items() if name not in family.vision_inputs}
     fake = FakeTensorMode()
     with fake:
         _leave_meta(policy)
-        # The sizes in `buckets` are read as numbers.
-        inputs = {n: t if n == "buckets" else fake.from_tensor(t) for n, t in batch.inputs.items()}
+        # A fake tensor has no values to read.
+        inputs = {n: t if n in family.number_inputs else fake.from_tensor(t) for n, t in needed.items()}
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         for parameter in trained:
             # The gradients of one micro-batch exist when the next one begins.
             parameter.grad = torch.zeros_like(parameter)
         known = [*policy.parameters(), *policy.buffers(), *inputs.values(), *(parameter.grad for parameter in trained)]
         dtype = torch.bfloat16 if settings.autocast else getattr(torch, settings.dtype)
-        ignored = _mask_sizes(batch.inputs, {dtype}) if settings.attn_implementation == "flex_attention" else []
+        masks = family.mask_sizes(needed) if settings.attn_implementation == "flex_attention" else ()
+        ignored = [size * mask_dtype.itemsize for size in masks for mask_dtype in (torch.bool, dtype)]
         with LiveBytes(known, ignored) as tracker:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
                 output = policy(**inputs)
@@ -228,5 +248,5 @@ def _run_update(model: UnifiedModel, policy: torch.nn.Module, settings: MemorySe
                 loss = loss + output.log_probs.sum()
             loss.backward()
         peak = tracker.peak
-        layers = [_num_bytes(layer.parameters()) for layer in model.family.sharded_layers(model)]
+        layers = [_num_bytes(layer.parameters()) for layer in family.sharded_layers(model)]
     return peak, layers

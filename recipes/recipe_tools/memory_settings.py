@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention", "eager")
+ATTENTION_IMPLEMENTATIONS = ("flex_attention", "sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MemorySettings:
         default=None, metadata={"help": "Largest number of trained steps in one forward. Default: all of them."}
     )
     num_branches: Annotated[int, "[1, 3]"] = field(
-        default=2, metadata={"help": "Number of guidance branches, 1 to 3."}
+        default=2, metadata={"help": "Number of guidance branches, 1 to 3 for BAGEL and 1 to 2 for Cosmos3."}
     )
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Whether the backward computes each layer again."}
@@ -79,8 +79,9 @@ class MemorySettings:
             ("lora_targets", LORA_TARGETS),
             ("dtype", DTYPES),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
 
     @property
     def steps_per_forward(self) -> int:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from alphagrpo_ext.models.bagel import BagelConfig
+from alphagrpo_ext.models.cosmos3 import Cosmos3Config
 from alphagrpo_ext.shapes.model import build_config, build_processor
-from recipe_tools.memory import LiveBytes, estimate_memory
+from models.cosmos3.tiny_cosmos3 import tiny_config as tiny_cosmos3
+from recipe_tools.memory import LiveBytes, MemoryEstimate, estimate_memory
 from recipe_tools.memory_settings import MemorySettings
 
 
@@ -52,7 +55,27 @@ def mid_size_config() -> BagelConfig:
     return BagelConfig.from_dict(config | {"max_latent_size": 8})
 
 
-def measure(config: BagelConfig, settings: MemorySettings) -> int:
+COSMOS3 = replace(TINY, height=256, width=256, sde_window_size=5, batch_size=4)
+
+
+def mid_size_cosmos3(variant: str) -> Cosmos3Config:
+    """About 100 million parameters. An image of 256 pixels is 8 x 8 tokens."""
+    tiny = tiny_cosmos3(variant)
+    sizes = {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "rope_axes_dim": [12, 10, 10],
+    }
+    vision = tiny.vision_config | ({"out_hidden_size": 512} if variant == "omni" else {})
+    return tiny_cosmos3(variant, transformer_config=tiny.transformer_config | sizes, vision_config=vision)
+
+
+def measure(config: PreTrainedConfig, settings: MemorySettings) -> int:
     """Peak of a process, in bytes, that trains for two optimizer steps."""
     script = Path(__file__).parents[1] / "support" / "measure_update.py"
     environment = {
@@ -102,6 +125,32 @@ def test_estimate_of_a_model_of_100_million_parameters(settings: dict) -> None:
     assert estimate.total == pytest.approx(measure(mid_size_config(), settings), rel=0.25)
 
 
+@pytest.mark.slow
+@pytest.mark.low_priority
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        pytest.param("omni", {"lora_rank": 32}, id="Nano's form, LoRA"),
+        pytest.param("edge", {"lora_rank": 0, "attn_implementation": "eager"}, id="Edge's form, full, eager"),
+        pytest.param(
+            "omni",
+            {
+                "lora_rank": 0,
+                "gradient_checkpointing": False,
+                "context_images": 1,
+                "batch_size": 2,
+                "sde_window_size": 2,
+            },
+            id="full, kept, with an image",
+        ),
+    ],
+)
+def test_estimate_of_a_cosmos3_of_100_million_parameters(variant: str, settings: dict) -> None:
+    settings = replace(COSMOS3, **settings)
+    estimate = estimate_memory(mid_size_cosmos3(variant), settings)
+    assert estimate.total == pytest.approx(measure(mid_size_cosmos3(variant), settings), rel=0.25)
+
+
 def test_counts() -> None:
     config = tiny_config()
     lora = estimate_memory(config, TINY)
@@ -147,6 +196,64 @@ def test_what_saves_memory_and_what_takes_it() -> None:
     assert activations(autocast=True) < base
 
 
+@pytest.mark.parametrize("variant", ["omni", "edge"])
+def test_cosmos3_takes_memory_where_bagel_does(variant: str) -> None:
+    config = tiny_cosmos3(variant)
+    settings = replace(COSMOS3, sde_window_size=2)
+
+    def estimate(**changes: object) -> MemoryEstimate:
+        return estimate_memory(config, replace(settings, **changes))
+
+    base = estimate()
+    # Of both streams and 3 layers, a rank of 8: q, k, v, out, and what the MLP has.
+    mlps = 3 if variant == "omni" else 2
+    assert base.gradients == 4 * 2 * 3 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + mlps * (64 + 96))
+    assert base.optimizer == 2 * base.gradients
+    assert estimate(num_branches=1).activations < base.activations
+    assert estimate(image_steps_per_forward=1).activations < base.activations
+    assert estimate(attn_implementation="eager").activations > base.activations
+    # The image stands beside every noised copy.
+    assert estimate(context_images=1).activations > 1.2 * base.activations
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        pytest.param(
+            tiny_cosmos3("edge"),
+            {"attn_implementation": "flex_attention"},
+            "attn_implementation must be one of sdpa, eager for a Cosmos3Model, but is 'flex_attention'",
+            id="attention",
+        ),
+        pytest.param(
+            tiny_cosmos3("omni"),
+            {"num_branches": 3},
+            "num_branches must be at most 2 for a Cosmos3Model, whose branches are full, negative, but is 3",
+            id="branches",
+        ),
+        pytest.param(
+            tiny_cosmos3("omni"),
+            {"height": 250},
+            "height=250 is no positive multiple of the model's 32 pixels",
+            id="stride",
+        ),
+        pytest.param(
+            tiny_config(),
+            {"width": 26},
+            "width=26 is no positive multiple of the model's 4 pixels",
+            id="BAGEL's stride",
+        ),
+        pytest.param(
+            tiny_cosmos3("omni", vision=False), {"context_images": 1}, "no vision tower", id="without a vision tower"
+        ),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(config: PreTrainedConfig, changes: dict, message: str) -> None:
+    size = {"height": 64, "width": 64} if config.model_type == "cosmos3" else {}
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(config, replace(TINY, batch_size=1, **size | changes))
+
+
 def test_only_what_is_alive_counts() -> None:
     known = torch.zeros(1000)
     with LiveBytes([known], ignored_sizes=[12]) as tracker:
@@ -172,7 +279,7 @@ def test_only_what_is_alive_counts() -> None:
         ({"lora_rank": -1}, "lora_rank must not be negative, but is -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, but is 0"),
         ({"num_branches": 4}, r"num_branches must be in \[1, 3\], but is 4"),
-        ({"attn_implementation": "flash"}, "attn_implementation must be one of sdpa"),
+        ({"attn_implementation": "flash"}, "attn_implementation must be one of flex_attention"),
         ({"lora_targets": "all"}, "lora_targets must be one of both"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, but is 'int8'"),
     ],

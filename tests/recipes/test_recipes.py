@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from trl import TrlParser
 
+from alphagrpo_ext.models.contract import FAMILIES
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore
+from recipe_tools.recipe_arguments import RecipeParser
 from support.recipe_modules import load_recipe, run_recipe
 
 
@@ -119,13 +122,52 @@ def test_memory_of_the_packaged_model_is_estimated(capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 @pytest.mark.low_priority
-def test_memory_in_the_page_is_what_its_command_prints() -> None:
+@pytest.mark.parametrize("model", [None, "Cosmos3-Edge", "Cosmos3-Nano"])
+def test_memory_in_the_page_is_what_its_command_prints(model: str | None) -> None:
     text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     section = text.split("\n## `estimate_memory.py`\n")[1].split("\n## ")[0]
-    (command,) = re.findall(r"`python (recipes/estimate_memory\.py[^`]*)`", section)
+    _, *parts = re.split(r"`python (recipes/estimate_memory\.py[^`]*)`", section)
+    tables = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert len(tables) == 3
+    command = "recipes/estimate_memory.py" + (f" --model_name_or_path {model}" if model else "")
     printed = [line for line in run(*shlex.split(command)).splitlines() if line.startswith("|")]
     assert len(printed) == 8
-    assert [line for line in section.splitlines() if line.startswith("|")] == printed
+    assert [line for line in tables[command].splitlines() if line.startswith("|")] == printed
+
+
+def parse_estimation(*arguments: str) -> Any:
+    recipe = load_recipe("estimate_memory")
+    (parsed,) = RecipeParser([recipe.EstimationArguments], recipe.__doc__).parse_args_and_config(arguments)
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "settings"),
+    [
+        pytest.param("BAGEL-7B-MoT", "bagel", (512, 512, "flex_attention"), id="BAGEL"),
+        pytest.param("bagel-shapes", "bagel", (24, 24, "flex_attention"), id="packaged"),
+        pytest.param("Cosmos3-Edge", "cosmos3", (640, 640, "sdpa"), id="Edge"),
+        pytest.param("nvidia/Cosmos3-Nano", "cosmos3", (640, 640, "sdpa"), id="Nano"),
+    ],
+)
+def test_estimates_have_defaults_of_their_model(name: str, model_type: str, settings: tuple[int, int, str]) -> None:
+    recipe = load_recipe("estimate_memory")
+    config = recipe.load_config(name)
+    assert config.model_type == model_type
+    found = parse_estimation("--model_name_or_path", name).settings_for(config)
+    assert (found.height, found.width, found.attn_implementation) == settings
+    assert found.batch_size == 1
+    given = parse_estimation("--height", "320", "--attn_implementation", "eager").settings_for(config)
+    assert (given.height, given.width, given.attn_implementation) == (320, settings[1], "eager")
+
+
+def test_help_of_the_estimate_names_all_models_whose_sizes_are_known() -> None:
+    recipe = load_recipe("estimate_memory")
+    help_text = RecipeParser([recipe.EstimationArguments], recipe.__doc__).format_help()
+    names = [name for family in FAMILIES.names() for name in FAMILIES.get(family).released_sizes]
+    assert len(names) == 3 and all(name in help_text for name in names)
+    assert not recipe.names_model_alone(["--model_name_or_path", "Cosmos3-Edge", "--batch_size=2"])
+    assert recipe.names_model_alone(["--model_name_or_path", "Cosmos3-Edge"]) and recipe.names_model_alone([])
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from alphagrpo_ext.models.bagel import BagelConfig
+from alphagrpo_ext.models.contract import FAMILIES
 from alphagrpo_ext.objectives import OBJECTIVES, ImageScores, ObjectiveConfig
 from recipe_tools.memory import build_policy, example_trajectories
 from recipe_tools.memory_settings import MemorySettings
@@ -39,7 +39,7 @@ def micro_step(policy: torch.nn.Module, model: torch.nn.Module, settings: Memory
 def main(config: str, settings: str) -> None:
     """
     Args:
-        config (`str`): A [`BagelConfig`] as JSON.
+        config (`str`): Configuration of a model of any family as JSON.
         settings (`str`): [`MemorySettings`] as JSON.
     """
     settings = MemorySettings(**json.loads(settings))
@@ -50,7 +50,9 @@ def main(config: str, settings: str) -> None:
         layer.zero_grad()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    model, policy = build_policy(BagelConfig.from_dict(json.loads(config)), settings)
+    values = json.loads(config)
+    config_class = FAMILIES.get(values["model_type"]).model_class.config_class
+    model, policy = build_policy(config_class.from_dict(values), settings)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], fused=True)
     for _ in range(2):
         for _ in range(2):

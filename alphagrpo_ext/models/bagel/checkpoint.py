@@ -199,6 +199,18 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, folder: Path, voca
     return token_id
 
 
+def load_released_config(folder: str | Path) -> BagelConfig:
+    """
+    Load the configuration of a released checkpoint, for which the headers of its weight files are read as well.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: As [`load_released`].
+    """
+    check_released_files(folder)
+    shapes = (read_shapes(Path(folder) / file) for file in (MODEL_WEIGHTS, VAE_WEIGHTS))
+    return config_from_released(folder, *shapes)
+
+
 def load_released(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> tuple[BagelModel, BagelProcessor]:
     """
     Load a released checkpoint.

@@ -15,11 +15,13 @@ from alphagrpo_ext.models.bagel.checkpoint import (
     DOWNLOADED_FILES,
     is_released_layout,
     load_released,
+    load_released_config,
     load_released_processor,
     save_released,
 )
 from alphagrpo_ext.models.bagel.configuration_bagel import LORA_PRESETS, BagelConfig, check_bagel_values
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
+from alphagrpo_ext.models.bagel.packing import Bucket
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.models.contract import FAMILIES, Family
 
@@ -46,6 +48,9 @@ class BagelFamily(Family):
         "max_completion_length": 1000,
         "temperature": 0.3,
     }
+    released_sizes = {"BAGEL-7B-MoT": {}}
+    vision_inputs = ("vit_patches", "vit_position_ids", "vit_mask", "vit_image", "vit_index")
+    number_inputs = ("buckets",)
 
     def matches(self, folder: Path) -> bool:
         return is_released_layout(folder)
@@ -67,6 +72,9 @@ class BagelFamily(Family):
         super().check_config(values, source)
         check_bagel_values(values, dict.fromkeys(("", "text_config", "vision_config", "vae_config"), source))
 
+    def load_config(self, path: str, revision: str | None = None) -> BagelConfig:
+        return load_released_config(path) if is_released_layout(path) else super().load_config(path, revision)
+
     def load_processor(self, path: str, revision: str | None = None) -> BagelProcessor:
         return (
             load_released_processor(Path(path)) if is_released_layout(path) else super().load_processor(path, revision)
@@ -77,6 +85,15 @@ class BagelFamily(Family):
 
     def keeps_fp32(self, name: str) -> bool:
         return name.startswith("vae.")
+
+    def mask_sizes(self, inputs: Mapping[str, torch.Tensor]) -> Sequence[int]:
+        sizes = []
+        for bucket in (Bucket(*line) for line in inputs["buckets"].tolist()):
+            context = bucket.context_und + bucket.context_gen
+            sizes += [
+                bucket.sequences * queries * context for queries in (context, bucket.copies * bucket.copy_tokens)
+            ]
+        return sizes
 
     def sharded_layers(self, model: BagelModel) -> Sequence[torch.nn.Module]:
         return [*model.language_model.model.layers, *model.vit_model.vision_model.encoder.layers]

@@ -33,9 +33,9 @@ class BagelModel(BagelNetwork, UnifiedModel):
 
     branches = BRANCHES
 
-    def vision_tokens(self, height: int, width: int) -> int:
+    def vision_size(self, height: int, width: int) -> tuple[int, int]:
         patch_size = self.config.vision_config.patch_size
-        return (height // patch_size) * (width // patch_size)
+        return height // patch_size * patch_size, width // patch_size * patch_size
 
     def guidance(self, settings: GuidanceConfig) -> BagelGuidance:
         return BagelGuidance(settings)

@@ -12,13 +12,18 @@ from typing import Any
 import torch
 
 from alphagrpo_ext.models.contract import FAMILIES, Family
-from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config, check_cosmos3_values
+from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import (
+    TRANSFORMER_CONFIGS,
+    Cosmos3Config,
+    check_cosmos3_values,
+)
 from alphagrpo_ext.models.cosmos3.modeling_cosmos3 import Cosmos3Model
 from alphagrpo_ext.models.cosmos3.processing_cosmos3 import Cosmos3Processor
 from alphagrpo_ext.models.cosmos3.released.checkpoint import (
     HUB_PATTERNS,
     keeps_fp32,
     load_cosmos3,
+    load_cosmos3_config,
     load_cosmos3_processor,
     matches,
     save_cosmos3,
@@ -32,6 +37,23 @@ _LORA_PRESETS = {
     "both": f"{_LAYER}({_UNDERSTANDING}|{_GENERATION})",
     "generation": f"{_LAYER}({_GENERATION})",
     "understanding": f"{_LAYER}({_UNDERSTANDING})",
+}
+# As many tokens as the releases put around texts: <|im_start|>, a role and a line break; <|im_end|> and a line break.
+_STAND_IN_PIECES = {
+    name: [0] * num_tokens
+    for name, num_tokens in (
+        *(("default_system", 5), ("system_start", 3), ("system_end", 2), ("user_start", 3), ("user_end", 2)),
+        *(("reply_start", 5), ("answer_start", 5), ("after_reply", 1)),
+    )
+}
+_RELEASED_SIZES = {
+    "Cosmos3-Nano": {
+        "variant": "omni",
+        # The rest are the defaults of Transformers.
+        "vision_config": {"out_hidden_size": TRANSFORMER_CONFIGS["omni"]["hidden_size"]},
+        "chat_pieces": _STAND_IN_PIECES,
+    },
+    "Cosmos3-Edge": {"variant": "edge", "vision_config": {}, "chat_pieces": _STAND_IN_PIECES},
 }
 _GENERATION_PARAMETER = re.compile(
     r"(_moe_gen|\.add_[qkv]_proj|\.to_add_out|\.norm_added_[qk]|\.k_norm_und_for_gen)\."
@@ -60,6 +82,8 @@ class Cosmos3Family(Family):
         "cfg_interval": [0.0, 1.0],
         "max_completion_length": 1000,
     }
+    released_sizes = _RELEASED_SIZES
+    vision_inputs = ("pixels", "pixel_sizes", "feature_index", "feature_places")
 
     def matches(self, folder: Path) -> bool:
         return matches(folder)
@@ -75,6 +99,9 @@ class Cosmos3Family(Family):
         super().check_config(values, source)
         parts = ("", "transformer_config", "vision_config", "autoencoder_config")
         check_cosmos3_values(values, dict.fromkeys(parts, source))
+
+    def load_config(self, path: str, revision: str | None = None) -> Cosmos3Config:
+        return load_cosmos3_config(path) if matches(path) else super().load_config(path, revision)
 
     def load_processor(self, path: str, revision: str | None = None) -> Cosmos3Processor:
         return load_cosmos3_processor(path) if matches(path) else super().load_processor(path, revision)

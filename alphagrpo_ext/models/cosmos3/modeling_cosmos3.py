@@ -21,7 +21,7 @@ from alphagrpo_ext.models.cosmos3.layout import LatentBlock, collate_latents
 from alphagrpo_ext.models.cosmos3.network import Cosmos3Network
 from alphagrpo_ext.models.cosmos3.packing import pack_conversations
 from alphagrpo_ext.models.cosmos3.transformer import StreamStates
-from alphagrpo_ext.models.cosmos3.vision import num_vision_tokens, smart_size
+from alphagrpo_ext.models.cosmos3.vision import smart_size
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
@@ -93,10 +93,8 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
     def denoising_tokens(self, cache: Cosmos3Cache, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1] + cache.clean["valid"].shape[1]
 
-    def vision_tokens(self, height: int, width: int) -> int:
-        if self.vision is None:
-            return 0
-        return num_vision_tokens(self.config, *smart_size(self.config, height, width))
+    def vision_size(self, height: int, width: int) -> tuple[int, int] | None:
+        return None if self.vision is None else smart_size(self.config, height, width)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         return self.autoencoder.encode(images)

@@ -126,8 +126,3 @@ def smart_size(
     return edge_smart_resize(
         1, height, width, temporal_factor=1, factor=stride, min_pixels=min_pixels, max_pixels=max_pixels
     )
-
-
-def num_vision_tokens(config: Cosmos3Config, height: int, width: int) -> int:
-    """Tokens of an image whose size in pixels is a result of [`smart_size`]."""
-    return (height // config.vision_stride) * (width // config.vision_stride)

@@ -23,7 +23,7 @@ from alphagrpo_ext.models.bagel.checkpoint import (
     released_tensors,
     save_released,
 )
-from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.loading import find_family, load_model
 
 
 BAGEL_7B = json.loads((Path(__file__).parent / "bagel_7b_shapes.json").read_text())
@@ -104,6 +104,13 @@ class TestReading:
         ]
         weight = model.language_model.model.layers[0].mlp.up_proj.weight
         assert any(weight.data_ptr() in part for part in addresses) == mapped
+
+    def test_the_configuration_alone(self, folder):
+        config, expected = find_family(str(folder)).load_config(str(folder)), load_released(folder)[0].config
+        stored = {"_name_or_path", "dtype", "architectures"}
+        assert {n: v for n, v in config.to_dict().items() if n not in stored} == {
+            n: v for n, v in expected.to_dict().items() if n not in stored
+        }
 
     def test_training_does_not_write_into_the_file(self, folder):
         digest = hashlib.sha256((folder / MODEL_WEIGHTS).read_bytes()).hexdigest()

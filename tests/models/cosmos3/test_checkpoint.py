@@ -22,7 +22,7 @@ from alphagrpo_ext.models.cosmos3.released.checkpoint import (
     matches,
     save_cosmos3,
 )
-from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.models.loading import find_family, load_model
 from models.cosmos3.tiny_cosmos3 import (
     VARIANTS,
     References,
@@ -288,6 +288,22 @@ def test_wrong_configurations_are_refused(
     edit_json(folder / name, **values)
     with pytest.raises(ValueError, match=message):
         load_cosmos3(folder)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_configuration_is_read_without_weights(
+    variant: str, released: dict[str, tuple[Path, References]], damaged: Callable[..., Path]
+) -> None:
+    expected = load_model(released[variant][0])[0].config.to_dict()
+    folder = damaged(variant)
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    config = find_family(str(folder)).load_config(str(folder)).to_dict()
+    names = config.keys() - {"_name_or_path", "dtype", "architectures"}
+    assert {name: config[name] for name in names} == {name: expected[name] for name in names}
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks vae/config.json"):
+        find_family(str(folder)).load_config(str(folder))
 
 
 def test_an_adapter_has_no_place(tmp_path: Path, released: dict[str, tuple[Path, References]]) -> None:

@@ -244,7 +244,7 @@ class TestWithoutVisionTower:
     def test_it_paints_and_refuses_images(self, case: FamilyCase, tmp_path: Path) -> None:
         save_model(case.model, case.processor, tmp_path / "saved")
         model, processor = load_model(tmp_path / "saved")
-        assert model.vision is None and model.vision_tokens(256, 256) == 0
+        assert model.vision is None and model.vision_size(256, 256) is None
         loaded = FamilyCase(model.eval(), processor, case.size)
         trajectories = loaded.sample("reasoning_t2i")
         assert all(len(trajectory.sampled_images) == 1 for trajectory in trajectories)

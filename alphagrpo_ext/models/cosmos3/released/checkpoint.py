@@ -131,7 +131,22 @@ def check_components(folder: str | Path) -> None:
             Transformers' reasoner without a generator.
     """
     folder = Path(folder)
-    has_reasoner = (folder / "config.json").exists() or (folder / "vision_encoder").is_dir()
+    weights = [path for part in components("omni", _has_reasoner(folder)) for path in part.files(folder)]
+    _refuse_missing(folder, _missing_configs(folder) + [str(p.relative_to(folder)) for p in weights if not p.exists()])
+
+
+def _has_reasoner(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "vision_encoder").is_dir()
+
+
+def _missing_configs(folder: Path) -> list[str]:
+    """
+    Files of a released folder, other than weights, that it lacks.
+
+    Raises:
+        `FileNotFoundError`: If it has no generator.
+    """
+    has_reasoner = _has_reasoner(folder)
     names = ["model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
     missing = [name for name in names if not (folder / name).exists()]
     if has_reasoner and not (folder / "transformer" / "config.json").exists():
@@ -140,16 +155,14 @@ def check_components(folder: str | Path) -> None:
             f"that paints needs the whole released folder"
         )
     missing += [] if not has_reasoner or (folder / "config.json").exists() else ["config.json"]
-    missing += [
-        str(path.relative_to(folder))
-        for component in components("omni", has_reasoner)
-        for path in component.files(folder)
-        if not path.exists()
-    ]
     tokenizer = folder / "text_tokenizer"
     # Without its vocabulary a tokenizer loads all the same, and is empty.
     if not (tokenizer / "tokenizer.json").exists() and not (tokenizer / "vocab.json").exists():
         missing.append("text_tokenizer/tokenizer.json")
+    return missing
+
+
+def _refuse_missing(folder: Path, missing: Sequence[str]) -> None:
     if missing:
         raise FileNotFoundError(f"the Cosmos3 checkpoint folder {folder} lacks {', '.join(missing)}")
 
@@ -257,6 +270,19 @@ def _read_fp32(path: Path, name: str) -> torch.Tensor:
 def keeps_fp32(name: str) -> bool:
     """Whether a weight of the model is fp32 in a model of any data type."""
     return name.startswith(("autoencoder.", "transformer.time_embedder."))
+
+
+def load_cosmos3_config(folder: str | Path) -> Cosmos3Config:
+    """
+    Load the configuration of a released folder, which need not hold any weights.
+
+    Raises:
+        `FileNotFoundError`: If a configuration or the tokenizer is missing; the message names it.
+        `ValueError`: As [`load_cosmos3`].
+    """
+    folder = Path(folder)
+    _refuse_missing(folder, _missing_configs(folder))
+    return read_configs(folder, AutoTokenizer.from_pretrained(folder / "text_tokenizer"))
 
 
 def load_cosmos3_processor(folder: str | Path) -> Cosmos3Processor:
