@@ -160,6 +160,7 @@ class ObjectiveConfig:
         noise_level (`float`): Noise level of these transitions.
         epsilon (`float`): Clip range of the ratio.
         beta (`float`): Weight of the regulariser.
+        base_beta (`float`): Weight of the second penalty, towards the model before training.
         kl_type (`str`): What the regulariser compares with the reference model: `"mean"` or `"velocity"`.
         advantage_clip (`float`): Largest absolute advantage.
         nft_beta (`float`): Share of the current policy in the implicit policies of DiffusionNFT.
@@ -171,6 +172,7 @@ class ObjectiveConfig:
     noise_level: PositiveFloat = 0.7
     epsilon: PositiveFloat = 1e-5
     beta: NonNegativeFloat = 0.0
+    base_beta: NonNegativeFloat = 0.0
     kl_type: str = "mean"
     advantage_clip: PositiveFloat = 5.0
     nft_beta: PositiveFloat = 1.0

@@ -390,6 +390,14 @@ class AlphaGRPOConfig(GRPOConfig):
         },
     )
     image_beta: NonNegativeFloat = field(default=0.0, metadata={"help": "KL coefficient of images. Text has beta."})
+    image_base_beta: NonNegativeFloat = field(
+        default=0.0,
+        metadata={
+            "help": "With sync_ref_model, the weight of a second penalty of images: the mean squared difference to the "
+            "velocity of the model before training, or of the model without its adapter. Where the reference does not "
+            "follow the policy, image_beta with image_kl_type 'velocity' is this penalty."
+        },
+    )
     image_kl_type: str = field(
         default="mean",
         metadata={
@@ -613,7 +621,8 @@ class AlphaGRPOConfig(GRPOConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
-        for name, default in (("rollout_policy", "policy"), ("ref_model_decay_ramp", None)):
+        following = (("rollout_policy", "policy"), ("ref_model_decay_ramp", None), ("image_base_beta", 0.0))
+        for name, default in following:
             if getattr(self, name) != default and not self.sync_ref_model:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs a reference that follows: set sync_ref_model=True"
@@ -712,6 +721,7 @@ class AlphaGRPOConfig(GRPOConfig):
             noise_level=self.noise_level,
             epsilon=self.image_epsilon,
             beta=self.image_beta,
+            base_beta=self.image_base_beta,
             kl_type=self.image_kl_type,
             advantage_clip=self.image_advantage_clip,
             nft_beta=self.nft_beta,

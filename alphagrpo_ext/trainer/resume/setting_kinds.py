@@ -31,8 +31,8 @@ _SAMPLING = """
     transformers_continuous_batching_config use_transformers_paged use_vllm vllm_structured_outputs_regex
 """
 _LOSS = """
-    image_objective image_epsilon image_beta image_kl_type image_advantage_clip image_loss_weight text_loss_weight
-    forward_time_interval nft_beta awm_power awm_time_power context_gradient rectification separate_advantages
+    image_objective image_epsilon image_beta image_base_beta image_kl_type image_advantage_clip image_loss_weight
+    text_loss_weight forward_time_interval nft_beta awm_power awm_time_power context_gradient rectification separate_advantages
     mask_broken_format beta epsilon epsilon_high delta loss_type importance_sampling_level scale_rewards
     reward_weights multi_objective_aggregation mask_truncated_completions num_iterations sapo_temperature_neg
     sapo_temperature_pos vespo_k_pos vespo_k_neg vespo_lambda_pos vespo_lambda_neg top_entropy_quantile
