@@ -5,12 +5,14 @@ Advantage weighted matching (AWM): a policy gradient in which the flow-matching 
 
 Source: https://huggingface.co/papers/2509.25050, in the form of its authors' published runs: the weighting `ghuber` and
 the loss `exp_first` of `train_sd3_awm.py`, with the settings of `dgx_awm.py`, in
-https://github.com/scxue/advantage_weighted_matching. Both files were read. There are three differences.
+https://github.com/scxue/advantage_weighted_matching. The formulas below are those of these two files. There are three
+differences.
 
-- Times are stratified over `forward_time_interval`; theirs are points of the sampler's schedule, which are stratified
-  over its first part, without the first point in most runs.
+- Times are stratified over `forward_time_interval`; theirs are points of the sampler's schedule, drawn from its first
+  nine tenths.
 - Their `advantage_max`, which is 1, is not here: `image_loss_weight` and the weights of the penalties do the same.
-- Penalties towards other policies are not part of this objective. `image_beta` and `image_base_beta` add them to any.
+- Their two penalties are not part of this objective, because `image_beta` and `image_base_beta` add them to any. They
+  are off by default, since each needs another policy. The README of `trainer/` has the flags of a published run.
 """
 
 from __future__ import annotations

@@ -406,7 +406,7 @@ class AlphaGRPOConfig(GRPOConfig):
         },
     )
     image_advantage_clip: PositiveFloat = field(
-        default=5.0, metadata={"help": "Largest absolute advantage of an image."}
+        default=5.0, metadata={"help": "Largest absolute advantage of an image. 'awm' divides advantages by it."}
     )
     forward_time_interval: list[UnitFloat] | None = field(
         default=None,
@@ -462,8 +462,8 @@ class AlphaGRPOConfig(GRPOConfig):
     offload_ref_model: bool = field(
         default=False,
         metadata={
-            "help": "Whether the reference model of training without an adapter stays in the memory of the host, and is "
-            "moved to the accelerator while it scores or samples."
+            "help": "Whether the frozen copies of training without an adapter (the reference model, and the one of "
+            "image_base_beta) stay in the memory of the host, and are moved to the accelerator while they score or sample."
         },
     )
     rollout_policy: str = field(
