@@ -52,11 +52,11 @@ def error_log_prob(error: torch.Tensor, t: torch.Tensor, power: float, time_powe
 class AWM(ClippedObjective):
     """
     `-min(r A, clip(r, 1 - eps, 1 + eps) A) / c` with `r = exp(log p - log p_old)` and [`error_log_prob`] of
-    `e = mean (v_theta - (eps - x_0))^2`, with one ratio for each noised copy of the sampled image, whose noise `eps`
-    all policies share. Advantages A are in [-c, c], so that the weight of a copy is in [-1, 1].
+    `e = mean (v_theta - (eps - x_0))^2`, with one ratio for each noised copy of the sampled image. All policies are
+    compared at the same noise `eps`. Advantages A are clipped to [-c, c], so that a copy weighs at most 1.
 
-    The mean is over latent elements, before the power is taken. The published powers are 0.25 of the error and 1 of
-    the time. By default the clip range is 1, and times are those of the first 35 of the 40 points of a schedule.
+    The mean is over latent elements, before the power is taken. The defaults are the published ones: a power of the
+    error of 0.25, a power of the time of 1, a clip range of 1, and the times of the first 35 of 40 points of a schedule.
     """
 
     trains_on = "forward_process"
