@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 
 from alphagrpo_ext.models.contract import Guidance, PackedBatch, PackedOutput
-from alphagrpo_ext.ranges import NonNegativeFloat, PositiveFloat, check_ranges
+from alphagrpo_ext.ranges import NonNegativeFloat, PositiveFloat, PositiveUnitFloat, check_ranges
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.trajectory import Trajectory
 
@@ -160,18 +160,24 @@ class ObjectiveConfig:
         noise_level (`float`): Noise level of these transitions.
         epsilon (`float`): Clip range of the ratio.
         beta (`float`): Weight of the regulariser.
+        base_beta (`float`): Weight of the second penalty, towards the model before training.
         kl_type (`str`): What the regulariser compares with the reference model: `"mean"` or `"velocity"`.
         advantage_clip (`float`): Largest absolute advantage.
         nft_beta (`float`): Share of the current policy in the implicit policies of DiffusionNFT.
+        awm_power (`float`): Power of the flow-matching error in AWM's log-likelihood.
+        awm_time_power (`float`): Power of the time in AWM's log-likelihood.
     """
 
     sde_type: str = "flow_sde"
     noise_level: PositiveFloat = 0.7
     epsilon: PositiveFloat = 1e-5
     beta: NonNegativeFloat = 0.0
+    base_beta: NonNegativeFloat = 0.0
     kl_type: str = "mean"
     advantage_clip: PositiveFloat = 5.0
     nft_beta: PositiveFloat = 1.0
+    awm_power: PositiveUnitFloat = 0.25
+    awm_time_power: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -207,6 +213,9 @@ class ImageObjective(ABC):
     The rollout fills the window of each image accordingly. Packing, windows that are trained in parts, old and
     reference velocities, buffers and checkpoints treat both alike.
 
+    The class attributes `default_epsilon` and `default_time_interval` are the clip range of the ratio, and the interval
+    of the times of noised copies before the shift, of a run that does not set them.
+
     Args:
         config ([`ObjectiveConfig`]): Shared settings.
 
@@ -215,6 +224,8 @@ class ImageObjective(ABC):
     """
 
     trains_on: ClassVar[Literal["transitions", "forward_process"]] = "transitions"
+    default_epsilon: ClassVar[float] = 1e-5
+    default_time_interval: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __init__(self, config: ObjectiveConfig) -> None:
         REGULARIZERS.get(config.kl_type)

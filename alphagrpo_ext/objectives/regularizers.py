@@ -33,6 +33,24 @@ def velocity(scores: ImageScores, ref_velocities: torch.Tensor, config: Objectiv
     return velocity_mse(scores.velocities, ref_velocities, scores.mask)
 
 
+def penalized(
+    output: ObjectiveOutput, scores: ImageScores, base_velocities: torch.Tensor, base_beta: float
+) -> ObjectiveOutput:
+    """
+    Output of an objective, with the penalty `base_beta ||v - v_base||^2` added: [`velocity`] of the model before training,
+    for a run whose reference model is another one.
+
+    Args:
+        output ([`ObjectiveOutput`]): Loss and metrics without the penalty. The metric `base_kl` is added.
+        scores ([`ImageScores`]): The current policy on the batch.
+        base_velocities (`torch.Tensor` of shape `(images, K, tokens, channels)`): Velocities of the model before training.
+        base_beta (`float`): Weight of the penalty, at least 0.
+    """
+    divergence = velocity_mse(scores.velocities, base_velocities, scores.mask)
+    metrics = {**output.metrics, "base_kl": divergence.detach().mean()}
+    return ObjectiveOutput(output.loss + base_beta * divergence.mean(dim=1), metrics)
+
+
 def score_transitions(scores: ImageScores, velocities: torch.Tensor, config: ObjectiveConfig) -> TransitionOutput:
     """The steps of all windows as transitions under `velocities` `(images, K, tokens, channels)`."""
     return transition(

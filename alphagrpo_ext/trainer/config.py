@@ -382,14 +382,22 @@ class AlphaGRPOConfig(GRPOConfig):
     image_objective: str = field(default="flow_grpo", metadata={"help": "Objective of images; a registered one."})
     text_loss_weight: NonNegativeFloat = field(default=1.0, metadata={"help": "Weight of the loss of text."})
     image_loss_weight: NonNegativeFloat = field(default=1.0, metadata={"help": "Weight of the loss of images."})
-    image_epsilon: PositiveFloat = field(
-        default=1e-5,
+    image_epsilon: PositiveFloat | None = field(
+        default=None,
         metadata={
-            "help": "Clip range of the ratio of images, whose log-probability is an average over the image. Text has "
-            "epsilon and epsilon_high."
+            "help": "Clip range of the ratio of images, whose log-probability is an average over the image: 1e-5 by "
+            "default, 1 for 'awm'. Text has epsilon and epsilon_high."
         },
     )
     image_beta: NonNegativeFloat = field(default=0.0, metadata={"help": "KL coefficient of images. Text has beta."})
+    image_base_beta: NonNegativeFloat = field(
+        default=0.0,
+        metadata={
+            "help": "With sync_ref_model, the weight of a second penalty of images: the mean squared difference to the "
+            "velocity of the model before training, or of the model without its adapter. Where the reference does not "
+            "follow the policy, image_beta with image_kl_type 'velocity' is this penalty."
+        },
+    )
     image_kl_type: str = field(
         default="mean",
         metadata={
@@ -398,13 +406,14 @@ class AlphaGRPOConfig(GRPOConfig):
         },
     )
     image_advantage_clip: PositiveFloat = field(
-        default=5.0, metadata={"help": "Largest absolute advantage of an image."}
+        default=5.0, metadata={"help": "Largest absolute advantage of an image. 'awm' divides advantages by it."}
     )
-    forward_time_interval: list[UnitFloat] = field(
-        default_factory=lambda: [0.0, 1.0],
+    forward_time_interval: list[UnitFloat] | None = field(
+        default=None,
         metadata={
             "help": "Interval, before the shift, from which objectives of the forward process ('diffusion_nft', 'awm') "
-            "draw the sde_window_size times of noised copies. They paint deterministically and train the velocity"
+            "draw the sde_window_size times of noised copies; by default 0.0 1.0, for 'awm' 0.128 1.0, the first 35 of "
+            "the 40 points of a schedule. They paint deterministically and train the velocity"
             " without guidance, so sde_window_range, sde_type and noise_level have no effect on them."
         },
     )
@@ -413,6 +422,19 @@ class AlphaGRPOConfig(GRPOConfig):
         metadata={
             "help": "Share of the current policy in DiffusionNFT's implicit policies. The rest is the policy that "
             "sampled."
+        },
+    )
+    awm_power: PositiveUnitFloat = field(
+        default=0.25,
+        metadata={
+            "help": "Power p of the flow-matching error e in AWM's log-likelihood -t^q e^p / p. Below 1, noised copies that "
+            "are predicted well weigh more."
+        },
+    )
+    awm_time_power: NonNegativeFloat = field(
+        default=1.0,
+        metadata={
+            "help": "Power q of the time t in AWM's log-likelihood. Above 0, copies with little noise weigh less."
         },
     )
     generation_learning_rate: NonNegativeFloat | None = field(
@@ -440,8 +462,8 @@ class AlphaGRPOConfig(GRPOConfig):
     offload_ref_model: bool = field(
         default=False,
         metadata={
-            "help": "Whether the reference model of training without an adapter stays in the memory of the host, and is "
-            "moved to the accelerator while it scores or samples."
+            "help": "Whether the frozen copies of training without an adapter (the reference model, and the one of "
+            "image_base_beta) stay in the memory of the host, and are moved to the accelerator while they score or sample."
         },
     )
     rollout_policy: str = field(
@@ -475,6 +497,7 @@ class AlphaGRPOConfig(GRPOConfig):
         refuse_options(self, given & self._differing_arguments())
         self.make_task(self.task)
         self._check_choices()
+        self._resolve_objective()
         self._check_bounds()
         self._check_trains()
         OBJECTIVES.get(self.image_objective)(self.objective)
@@ -542,6 +565,14 @@ class AlphaGRPOConfig(GRPOConfig):
             value = values.get(name)
             setattr(config, name, list(value) if isinstance(value, tuple | list) else value)
 
+    def _resolve_objective(self) -> None:
+        """Set the arguments whose default the image objective declares, and which were not given."""
+        objective = OBJECTIVES.get(self.image_objective)
+        if self.image_epsilon is None:
+            self.image_epsilon = objective.default_epsilon
+        if self.forward_time_interval is None:
+            self.forward_time_interval = list(objective.default_time_interval)
+
     def for_task(self, name: str | None) -> AlphaGRPOConfig:
         """
         The configuration of another task's rows: its arguments that are settings of a task have the values of that task. Rows
@@ -590,7 +621,8 @@ class AlphaGRPOConfig(GRPOConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
-        for name, default in (("rollout_policy", "policy"), ("ref_model_decay_ramp", None)):
+        following = (("rollout_policy", "policy"), ("ref_model_decay_ramp", None), ("image_base_beta", 0.0))
+        for name, default in following:
             if getattr(self, name) != default and not self.sync_ref_model:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs a reference that follows: set sync_ref_model=True"
@@ -689,9 +721,12 @@ class AlphaGRPOConfig(GRPOConfig):
             noise_level=self.noise_level,
             epsilon=self.image_epsilon,
             beta=self.image_beta,
+            base_beta=self.image_base_beta,
             kl_type=self.image_kl_type,
             advantage_clip=self.image_advantage_clip,
             nft_beta=self.nft_beta,
+            awm_power=self.awm_power,
+            awm_time_power=self.awm_time_power,
         )
 
     @property

@@ -11,6 +11,8 @@ default is the current policy (its `eta = 0`), which the paper finds quick at fi
   exist. A policy with an adapter is its own reference, with the adapter switched off, or with a second adapter `"ref"`.
 - `sync_ref_model` works with an adapter, where TRL refuses it: the second adapter follows the first one, and the final model has
   it in its folder `ref`. DeepSpeed ZeRO-3 leaves no process a whole parameter that could follow.
+- Beside a reference that follows, images can be compared with the model before training, too (`image_base_beta`): a second frozen
+  copy, or the policy with its adapter switched off. A checkpoint does not have it, because a resumed run begins from the same model.
 - A reference that follows is kept whole in a checkpoint, be it a model or an adapter: under FSDP Transformers restores only the
   adapter that is trained, and the state of a sharded model is a share of each weight.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -40,7 +42,7 @@ from alphagrpo_ext.trainer.distributed import gathered_policy
 
 
 if TYPE_CHECKING:
-    from alphagrpo_ext.trainer.scoring import PackedScorer, RolloutScores
+    from alphagrpo_ext.trainer.scoring import RolloutScores
     from alphagrpo_ext.trainer.step import RolloutStep
 
 
@@ -66,18 +68,22 @@ def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
     return reference.requires_grad_(False).eval()
 
 
-def prepare_reference(reference: PreTrainedModel, accelerator: Accelerator, offload: bool) -> torch.nn.Module:
+def prepare_reference(
+    reference: PreTrainedModel | None, accelerator: Accelerator, offload: bool
+) -> torch.nn.Module | None:
     """
     Shard or place a reference model as the launcher's configuration says.
 
     Args:
-        reference (`PreTrainedModel`): A frozen model.
+        reference (`PreTrainedModel`, *optional*): A frozen model. `None`, of a run that has none, is returned.
         accelerator (`Accelerator`): Accelerator of the trainer.
         offload (`bool`): Whether it stays in the host's memory; see [`visit_device`].
 
     Raises:
         `ValueError`: If it is to be offloaded, but DeepSpeed or FSDP places it.
     """
+    if reference is None:
+        return None
     kind = accelerator.distributed_type.value
     if offload:
         if kind in ("DEEPSPEED", "FSDP"):
@@ -124,6 +130,20 @@ def acting_reference(trainer: GRPOTrainer) -> Iterator[torch.nn.Module]:
 
 
 @contextmanager
+def acting_base(trainer: GRPOTrainer) -> Iterator[torch.nn.Module]:
+    """
+    The module that computes as the model before training while the block runs, beside a reference that follows: a model of its
+    own, or the policy with its adapter switched off.
+    """
+    if trainer.base_model is not None:
+        with visit_device(trainer.base_model, trainer.accelerator, trainer.args.offload_ref_model):
+            yield trainer.base_model
+        return
+    with use_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter_name=None):
+        yield trainer.model
+
+
+@contextmanager
 def gathered_reference(trainer: GRPOTrainer) -> Iterator[UnifiedModel]:
     """The reference, unwrapped and with whole parameters, to sample rollouts with; see [`gathered_policy`]."""
     with acting_reference(trainer) as model:
@@ -132,13 +152,42 @@ def gathered_reference(trainer: GRPOTrainer) -> Iterator[UnifiedModel]:
             yield policy
 
 
+def reference_samples(trainer: GRPOTrainer) -> bool:
+    """Whether the reference samples rollouts; in evaluation the policy does."""
+    return trainer.args.rollout_policy == "reference" and trainer.model.training
+
+
+def sampling_policy(trainer: GRPOTrainer) -> AbstractContextManager[UnifiedModel]:
+    """The model that samples the rollout, unwrapped and with whole parameters: the reference or the policy."""
+    return gathered_reference(trainer) if reference_samples(trainer) else trainer.gathered_policy()
+
+
 @torch.no_grad()
-def score_with_reference(trainer: GRPOTrainer, scorer: PackedScorer, step: RolloutStep, length: int) -> RolloutScores:
-    """The reference's scores of a rollout, where TRL does not ask for them; `length` is that of the longest text."""
+def score_with(
+    acting: AbstractContextManager[torch.nn.Module], trainer: GRPOTrainer, step: RolloutStep, length: int
+) -> RolloutScores:
+    """A model's scores of a rollout, where TRL does not ask for them; `length` is that of the longest text."""
     args = trainer.args
     batch_size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
-    with acting_reference(trainer) as model:
-        return scorer.score_rollout(model, step.trajectories, batch_size, length)
+    with acting as model:
+        return trainer.scorer.score_rollout(model, step.trajectories, batch_size, length)
+
+
+def add_scores(trainer: GRPOTrainer, step: RolloutStep, output: dict[str, Any]) -> None:
+    """Score a rollout with the reference where TRL does not, and hand the scores of images to the loss."""
+    args, length = trainer.args, output["completion_ids"].shape[1]
+    is_needed = reference_samples(trainer) or (args.image_beta and step.has_windows)
+    if is_needed and "reference" not in step.scores:
+        step.scores["reference"] = score_with(acting_reference(trainer), trainer, step, length)
+    if reference_samples(trainer):
+        step.scores["old"] = step.scores["reference"]
+        output["old_per_token_logps"] = step.scores["old"].log_probs
+    if "old" in step.scores and step.has_windows:
+        output["old_velocities"] = step.scores["old"].velocities
+    if args.image_beta and step.has_windows:
+        output["ref_velocities"] = step.scores["reference"].velocities
+    if args.image_base_beta and step.has_windows:
+        output["base_velocities"] = score_with(acting_base(trainer), trainer, step, length).velocities
 
 
 def acts_as_reference(policy: torch.nn.Module) -> bool:

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.objectives.base import ImageObjective, ImageScores, ObjectiveOutput
+from alphagrpo_ext.objectives.regularizers import penalized
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, Segment, TextSegment, Trajectory
 
@@ -174,6 +175,9 @@ class ImageLoss:
             old_velocities=velocities("old_velocities"),
             ref_velocities=velocities("ref_velocities"),
         )
+        base_velocities = velocities("base_velocities")
+        if base_velocities is not None:
+            output = penalized(output, scores, base_velocities, self.objective.config.base_beta)
         trajectories = inputs["trajectories"]
         window = next(image.window for t in trajectories for image in t.sampled_images if image.window)
         share = num_steps / window.num_steps

@@ -117,18 +117,18 @@ class AlphaGRPOTrainer(GRPOTrainer):
         check_optimizer_is_made_here(args, optimizers[0])
         peft_config = freeze_for_training(policy, peft_config, args)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        has_reference = args.has_reference
-        reference = references.frozen_copy(policy) if has_reference and not has_adapter else None
+        reference = references.frozen_copy(policy) if args.has_reference and not has_adapter else None
+        base = references.frozen_copy(policy) if args.image_base_beta and not has_adapter else None
         # The rollout that TRL is generating, scoring and rewarding, and the scores that its loss is being computed from.
         self._rollout_step: RolloutStep | None = None
         self._loss_scores: PackedScores | None = None
         self.stopwatch = Stopwatch()
         self.card_details: dict[str, Any] = {}
         self._work = WorkCounter(policy.branches)
-        self._counted_models = [policy] if reference is None else [policy, reference]
+        self._counted_models = [counted for counted in (policy, reference, base) if counted is not None]
         # TRL would load a reference from the folder of the policy, and refuses one that follows an adapter: both are made here.
+        args.sync_ref_model = args.sync_ref_model and not args.has_reference
         args.beta = 0.0 if reference is not None else args.beta
-        args.sync_ref_model = args.sync_ref_model and not has_reference
         with upstream.expected_warnings():
             super().__init__(
                 model=model,
@@ -145,10 +145,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
             )
         for name in ("beta", "sync_ref_model", "model_init_kwargs"):
             setattr(args, name, getattr(given_args, name))
-        if reference is not None:
-            self.beta = args.beta
-            self.ref_model = references.prepare_reference(reference, self.accelerator, args.offload_ref_model)
-        if args.sync_ref_model and has_reference:
+        self.beta = args.beta
+        self.ref_model = references.prepare_reference(reference, self.accelerator, args.offload_ref_model)
+        self.base_model = references.prepare_reference(base, self.accelerator, args.offload_ref_model)
+        if args.sync_ref_model and args.has_reference:
             self.add_callback(references.follow_policy(self.model, self.ref_model, self.accelerator))
         self.resume = ExactResume(self)
         for callback in (self.resume, *own_callbacks(args, self.callback_handler.callbacks, self._logs)):
@@ -203,7 +203,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:
                 announce_rollout(self, step, self.stopwatch)
-            self._add_scores(step, output)
+            references.add_scores(self, step, output)
         finally:
             self._rollout_step = None
         return {**output, "trajectories": step.trajectories}
@@ -214,7 +214,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         with (
             self.stopwatch.measure("rollout"),
             torch.no_grad(),
-            references.gathered_reference(self) if self._reference_samples else self.gathered_policy() as policy,
+            references.sampling_policy(self) as policy,
             self.accelerator.autocast(),
         ):
             generate = RolloutGenerator(policy, self.processing_class, self.tasks)
@@ -227,11 +227,6 @@ class AlphaGRPOTrainer(GRPOTrainer):
         decode = self.processing_class.decode_sampled
         step.texts = [[decode([text]) for text in t.sampled_texts] for t in step.trajectories]
         return rollout_fields(step.trajectories, step.texts, self._tokenizer.eos_token_id)
-
-    @property
-    def _reference_samples(self) -> bool:
-        """Whether the reference samples rollouts; in evaluation the policy does."""
-        return self.args.rollout_policy == "reference" and self.model.training
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         with self.stopwatch.measure("reward"):
@@ -256,20 +251,6 @@ class AlphaGRPOTrainer(GRPOTrainer):
             step.scores["reference" if is_reference else "old"] = scores
         log_probs, entropies = (pad_columns(x, logits_to_keep) for x in (scores.log_probs, scores.entropies))
         return log_probs, entropies if compute_entropy else None, None
-
-    def _add_scores(self, step: RolloutStep, output: dict[str, Any]) -> None:
-        """Score a rollout with the reference where TRL does not, and hand the scores of images to the loss."""
-        is_needed = self._reference_samples or (self.args.image_beta and step.has_windows)
-        if is_needed and "reference" not in step.scores:
-            length = output["completion_ids"].shape[1]
-            step.scores["reference"] = references.score_with_reference(self, self.scorer, step, length)
-        if self._reference_samples:
-            step.scores["old"] = step.scores["reference"]
-            output["old_per_token_logps"] = step.scores["old"].log_probs
-        if "old" in step.scores and step.has_windows:
-            output["old_velocities"] = step.scores["old"].velocities
-        if self.args.image_beta and step.has_windows:
-            output["ref_velocities"] = step.scores["reference"].velocities
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         first, *others = self.scorer.split(inputs["trajectories"])

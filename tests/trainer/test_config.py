@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from trl import GRPOConfig, TrlParser
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.flow.timesteps import flow_timesteps
 from alphagrpo_ext.rollout import TASKS, TaskSettings
 from alphagrpo_ext.rollout.tasks.reasoning_t2i import ReasoningT2I
 from alphagrpo_ext.trainer import AlphaGRPOConfig
@@ -136,6 +138,10 @@ def test_parser_reads_lists(tmp_path: Path) -> None:
         ({"image_kl_type": "forward"}, "unknown image_kl_type 'forward'"),
         ({"image_objective": "awm", "image_beta": 0.1}, "'awm' does not sample: set image_kl_type='velocity'"),
         ({"image_objective": "diffusion_nft", "nft_beta": 0.0}, "nft_beta must be positive, but is 0.0"),
+        ({"image_objective": "awm", "awm_power": 0.0}, r"awm_power must be in \(0, 1\], but is 0.0"),
+        ({"image_objective": "awm", "awm_power": float("nan")}, "awm_power must be in .*, but is nan"),
+        ({"image_objective": "awm", "awm_time_power": -1.0}, "awm_time_power must not be negative, but is -1.0"),
+        ({"image_objective": "awm", "awm_time_power": float("nan")}, "awm_time_power must not be .*, but is nan"),
         ({"forward_time_interval": [0.5]}, r"forward_time_interval takes two numbers, but is \[0.5\]"),
         (
             {"image_objective": "awm", "forward_time_interval": [0.5, 0.1]},
@@ -227,6 +233,28 @@ def test_objective_gets_the_image_settings(make_config: Callable[..., AlphaGRPOC
     ).objective
     assert (objective.epsilon, objective.beta, objective.kl_type) == (0.1, 0.2, "velocity")
     assert (objective.advantage_clip, objective.sde_type, objective.noise_level) == (3.0, "flow_cps", 0.7)
+
+
+@pytest.mark.parametrize(
+    ("objective", "epsilon", "interval"),
+    [("flow_grpo", 1e-5, [0.0, 1.0]), ("diffusion_nft", 1e-5, [0.0, 1.0]), ("awm", 1.0, [0.128, 1.0])],
+)
+def test_objective_declares_its_clip_range_and_times(
+    make_config: Callable[..., AlphaGRPOConfig], objective: str, epsilon: float, interval: list[float]
+) -> None:
+    config = make_config(image_objective=objective)
+    assert (config.objective.epsilon, config.forward_time_interval) == (epsilon, interval)
+    assert not config.changed_arguments & {"image_epsilon", "forward_time_interval"}
+    config = make_config(image_objective=objective, image_epsilon=0.1, forward_time_interval=[0.5, 0.9])
+    assert (config.objective.epsilon, config.forward_time_interval) == (0.1, [0.5, 0.9])
+
+
+def test_times_of_awm_are_those_of_35_of_40_points(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    config = make_config(image_objective="awm", num_timesteps=40, sde_window_size=35)
+    schedule = flow_timesteps(40, config.timestep_shift)
+    times = torch.tensor(config.train_rollout(0).denoising.forward_times)
+    assert times.shape == (35,)
+    assert schedule[35] < times.min() < schedule[33] and schedule[1] < times.max() <= 1
 
 
 PAINTING = GuidanceConfig(4.0, 1.0, (0.4, 1.0), "global")

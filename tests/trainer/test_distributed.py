@@ -92,9 +92,10 @@ TASKS = {
     "reflection": {"task": "self_reflection"},
     # In some steps one process has an image to look at and the other has none.
     "mixed": {"tasks": ["self_reflection", "reasoning_t2i"]},
-    # Rollouts are those of a reference that follows, which is sharded, too.
+    # Rollouts are those of a reference that follows, which is sharded, too, as is the model before training.
     "following": {
         "rollout_policy": "reference",
+        "image_base_beta": 0.1,
         "sync_ref_model": True,
         "ref_model_sync_steps": 1,
         "ref_model_mixup_alpha": 0.5,

@@ -2,6 +2,7 @@
 
 """The reference model of a KL without an adapter: a frozen copy of the policy, wherever that came from."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,76 @@ def test_average_of_a_policy_is_nearer_than_its_beginning(make_trainer: MakeTrai
     assert 0 < distances[True] < 0.5 * distances[False]
 
 
+PUBLISHED_AWM = {
+    "image_objective": "awm",
+    "sde_window_size": 6,
+    "image_beta": 1.0,
+    "image_kl_type": "velocity",
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 1,
+    "ref_model_mixup_alpha": 0.7,
+    "ref_model_decay_ramp": 0.001,
+    "image_base_beta": 0.003,
+}
+"""Settings of AWM's authors, as the trainer's README has them."""
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_published_awm_compares_images_with_its_average_and_its_beginning(
+    make_trainer: MakeTrainer, lora: bool
+) -> None:
+    settings = {"model": "bagel-shapes", "max_steps": 3, "think": False, "cfg_text_scale": 1.0, "lora": lora}
+    trainer = make_trainer(**settings, **(PUBLISHED_AWM | {"ref_model_decay_ramp": 0.2}))
+    beginning = trainer.accelerator.unwrap_model(trainer.model)
+    beginning = frozen_copy(beginning.get_base_model() if lora else beginning)
+    states = []
+
+    class States(TrainerCallback):
+        def on_step_end(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+            states.append({n: p.detach().clone() for n, p in model.named_parameters() if ".ref." not in n})
+
+    trainer.add_callback(States())
+    states.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".ref." not in n})
+    trainer.train()
+    assert history(trainer, "image/ratio_mean") == [1.0, 1.0, 1.0]
+    assert all(0 < norm < float("inf") for norm in history(trainer, "grad_norm"))
+    assert not any(p.requires_grad for n, p in trainer.model.named_parameters() if ".ref." in n)
+
+    # Before the third step the average has followed twice, and kept 0.2 and then 0.3 of itself.
+    update = trainer.recorder.updates[2]
+    average = {n: 0.3 * (0.2 * p + 0.8 * states[1][n]) + 0.7 * states[2][n] for n, p in states[0].items()}
+    for name, weights in (("base_velocities", states[0]), ("ref_velocities", average)):
+        current = copy.deepcopy(trainer.model.state_dict())
+        trainer.model.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            expected = trainer.scorer.score(trainer.model, update.trajectories).images.velocities
+            if name == "base_velocities":
+                original = trainer.scorer.score(beginning, update.trajectories).images.velocities
+                torch.testing.assert_close(original, expected, atol=1e-5, rtol=1e-5)
+        trainer.model.load_state_dict(current)
+        torch.testing.assert_close(torch.cat(update.inputs[name]), expected, atol=1e-5, rtol=1e-5)
+    for metric, name in (("image/base_kl", "base_velocities"), ("image/kl", "ref_velocities")):
+        values = history(trainer, metric)
+        assert values[0] == pytest.approx(0, abs=1e-9) and values[2] > 1e-6
+        difference = update.images.velocities - torch.cat(update.inputs[name])
+        assert values[2] == pytest.approx(difference.square().mean().item(), rel=1e-4)
+
+
+def test_base_penalty_is_added_at_its_weight(make_trainer: MakeTrainer) -> None:
+    settings = {"max_steps": 2, "think": False, "image_beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}
+    settings |= {"learning_rate": 1e-2, "image_steps_per_forward": 2}
+    with_penalty, without = make_trainer(**settings, image_base_beta=0.5), make_trainer(**settings)
+    assert with_penalty.base_model is not None and without.base_model is None
+    with_penalty.train()
+    without.train()
+    assert not history(without, "image/base_kl")
+    distances = history(with_penalty, "image/base_kl")
+    # The first update has no penalty and no gradient of it, so that the second rollouts are the same.
+    assert distances[0] < 1e-6 < distances[1]
+    expected = [loss + 0.5 * d for loss, d in zip(history(without, "image/loss"), distances, strict=True)]
+    assert history(with_penalty, "image/loss") == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_reference_that_follows_nothing_is_refused(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="sync_ref_model=True.*beta=0.0"):
         make_trainer(lora=True, sync_ref_model=True)
@@ -225,7 +296,10 @@ def test_decay_of_the_reference_rises_to_its_limit() -> None:
     assert mixup_alpha(args, 1) == 0.5
 
 
-@pytest.mark.parametrize("settings", [{"rollout_policy": "reference"}, {"ref_model_decay_ramp": 0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"rollout_policy": "reference"}, {"ref_model_decay_ramp": 0.1}, {"image_base_beta": 0.003}],
+)
 def test_a_policy_that_follows_needs_a_reference_that_does(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* set sync_ref_model=True"):
         AlphaGRPOConfig("unused", bf16=False, use_cpu=True, **settings)

@@ -22,6 +22,9 @@ from alphagrpo_ext.models.loading import load_model, load_processor
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
+from alphagrpo_ext.trainer import reference as reference_module
+from alphagrpo_ext.trainer.reference import add_scores
+from alphagrpo_ext.trainer.step import RolloutStep
 from reward_models.dvreward import DVReward
 from support.trainers import brightness
 
@@ -457,7 +460,10 @@ def test_reward_model_reads_texts_with_its_own_tokenizer(make_trainer: MakeTrain
 
 @pytest.mark.parametrize("has_own_adapter", [False, True])
 def test_old_and_reference_scores_are_told_apart_by_the_active_adapter(
-    make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel], has_own_adapter: bool
+    make_trainer: MakeTrainer,
+    make_shapes_bagel: Callable[[], BagelModel],
+    monkeypatch: pytest.MonkeyPatch,
+    has_own_adapter: bool,
 ) -> None:
     """TRL passes the same model for both."""
     model = None
@@ -467,8 +473,12 @@ def test_old_and_reference_scores_are_told_apart_by_the_active_adapter(
     settings = {"beta": 0.1, "image_beta": 0.1, "num_iterations": 2, "max_steps": 3, "learning_rate": 1e-2}
     trainer = make_trainer(model=model, lora=not has_own_adapter, **settings)
     steps = []
-    add_scores = trainer._add_scores
-    trainer._add_scores = lambda step, output: steps.append(step) or add_scores(step, output)
+
+    def recording(trainer: AlphaGRPOTrainer, step: RolloutStep, output: dict[str, Any]) -> None:
+        steps.append(step)
+        add_scores(trainer, step, output)
+
+    monkeypatch.setattr(reference_module, "add_scores", recording)
     trainer.train()
     assert [list(step.scores) for step in steps] == [["old", "reference"]] * 2
     step = steps[1]

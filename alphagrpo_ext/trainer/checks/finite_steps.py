@@ -36,6 +36,7 @@ TERMS = {
     "old_velocities": "velocities of images under the policy that sampled",
     "ref_per_token_logps": "log-probabilities of texts under the reference, for the KL",
     "ref_velocities": "velocities of images under the reference, for the KL",
+    "base_velocities": "velocities of images under the model before training, for the penalty",
 }
 """What goes into the losses, by the names of [`PackedScores`] and of TRL's buffered inputs."""
 

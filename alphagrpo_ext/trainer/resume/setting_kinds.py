@@ -31,12 +31,13 @@ _SAMPLING = """
     transformers_continuous_batching_config use_transformers_paged use_vllm vllm_structured_outputs_regex
 """
 _LOSS = """
-    image_objective image_epsilon image_beta image_kl_type image_advantage_clip image_loss_weight text_loss_weight
-    forward_time_interval nft_beta context_gradient rectification separate_advantages mask_broken_format beta epsilon
-    epsilon_high delta loss_type importance_sampling_level scale_rewards reward_weights multi_objective_aggregation
-    mask_truncated_completions num_iterations sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg
-    vespo_lambda_pos vespo_lambda_neg top_entropy_quantile entropy_coef entropy_coef_delta entropy_coef_max
-    entropy_coef_min entropy_target use_adaptive_entropy off_policy_mask_threshold use_bias_correction_kl
+    image_objective image_epsilon image_beta image_base_beta image_kl_type image_advantage_clip image_loss_weight
+    text_loss_weight forward_time_interval nft_beta awm_power awm_time_power context_gradient rectification separate_advantages
+    mask_broken_format beta epsilon epsilon_high delta loss_type importance_sampling_level scale_rewards
+    reward_weights multi_objective_aggregation mask_truncated_completions num_iterations sapo_temperature_neg
+    sapo_temperature_pos vespo_k_pos vespo_k_neg vespo_lambda_pos vespo_lambda_neg top_entropy_quantile
+    entropy_coef entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target
+    use_adaptive_entropy off_policy_mask_threshold use_bias_correction_kl
     vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     vllm_importance_sampling_correction vllm_importance_sampling_mode sync_ref_model ref_model_mixup_alpha
     ref_model_sync_steps ref_model_decay_ramp router_aux_loss_coef label_smoothing_factor

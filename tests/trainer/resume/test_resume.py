@@ -67,6 +67,7 @@ def assert_same_run(actual: AlphaGRPOTrainer, expected: AlphaGRPOTrainer) -> Non
                 "ref_model_sync_steps": 1,
                 "ref_model_mixup_alpha": 0.5,
                 "rollout_policy": "reference",
+                "image_base_beta": 0.1,
             },
             id="reference adapter that follows and samples",
             marks=pytest.mark.slow,
@@ -203,6 +204,7 @@ def test_reference_model_that_follows_the_policy_is_restored(
     shapes_processor.save_pretrained(tmp_path / "base")
     settings = {"model": str(tmp_path / "base"), "beta": 0.1, "image_beta": 0.1, "rollout_policy": rollout_policy}
     settings |= {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    settings |= {"image_base_beta": 0.1}
     whole = make("whole", **settings)
     whole.train()
     resumed = make("resumed", **settings)
