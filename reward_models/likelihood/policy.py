@@ -29,9 +29,8 @@ class PolicyScorer(LikelihoodScorer):
     A unified model, with its adapters switched off. The image, the instruction if there is one, and the answer are laid out as
     for a question about an image.
 
-    It needs whole weights in this process, so it works with one process, DDP and ZeRO up to stage 2. Under FSDP it works
-    where a copy was made before the policy was sharded. An adapter must not be in use while it scores, e.g. by a judge that
-    asks the same model in another thread.
+    It needs whole weights in this process, so it works with one process, DDP and ZeRO up to stage 2. An adapter must not be in
+    use while it scores, e.g. by a judge that asks the same model in another thread.
 
     Args:
         model ([`UnifiedModel`]): The model, unwrapped. Nothing else may train it, except its adapters.
@@ -88,8 +87,8 @@ class PolicyScorer(LikelihoodScorer):
     def answer_log_probs(self, images: Sequence[Image.Image], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters()):
             raise ValueError(
-                "likelihood_scorer 'policy' needs whole weights, but those of the policy are sharded: train all weights under "
-                "FSDP, or use an Accelerate configuration without sharding, e.g. recipes/accelerate_configs/zero2.yaml"
+                "likelihood_scorer 'policy' needs whole weights, but those of the policy are sharded: use an Accelerate "
+                "configuration that does not shard parameters, e.g. recipes/accelerate_configs/zero2.yaml"
             )
         request: list[Segment] = [self.processor.text_segment(self.instruction)] if self.instruction else []
         show = self.processor.looked_at if self.context == "vit" else self.processor.image_segment

@@ -104,6 +104,7 @@ def test_prompts_need_no_questions_and_an_adapter_no_copy(
     assert (now - then).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_refined_images_are_compared_with_those_they_started_from(made: list[LikelihoodReward]) -> None:
     (log,) = train(
         *("--reward", "likelihood", "--eval_seeds", "0", "--max_steps", "1", "--use_peft", "--judge", "policy"),
