@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from alphagrpo_ext.ranges import PositiveInt
+from alphagrpo_ext.ranges import PositiveInt, check_ranges
 from reward_models.likelihood.tokens import TOKEN_CHOICES
 
 
@@ -70,3 +70,4 @@ class LikelihoodArguments:
         for name, choices in (("likelihood_context", IMAGE_CONTEXTS), ("likelihood_tokens", TOKEN_CHOICES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")
+        check_ranges(self)

@@ -79,7 +79,7 @@ class LikelihoodScorer(ABC):
         other images.
 
         Args:
-            images (`Sequence[PIL.Image.Image]`): At most `batch_size` images.
+            images (`Sequence[PIL.Image.Image]`): At most `batch_size` images, RGB.
             answers (`Sequence[Sequence[int]]`): Token ids of the answer to each.
         """
 
@@ -88,7 +88,7 @@ class LikelihoodScorer(ABC):
         Log-probabilities of the tokens of one prompt per image, in nats, each under the image and the tokens before it.
 
         Args:
-            images (`Sequence[PIL.Image.Image]`): The images.
+            images (`Sequence[PIL.Image.Image]`): The images, RGB.
             prompts (`Sequence[Sequence[int]]`): Token ids of the prompt of each, from [`~LikelihoodScorer.encode`].
         """
         prefix = self.encode(self.prefix) if self.prefix else []

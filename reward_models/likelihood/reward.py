@@ -95,7 +95,8 @@ class LikelihoodReward:
     @property
     def run_settings(self) -> dict[str, Any]:
         """What a reward depends on, which a run that resumes keeps as it was."""
-        return {**self.scorer.run_settings, "tokens": self.tokens}
+        settings = {**self.scorer.run_settings, "tokens": self.tokens}
+        return {name: value for name, value in settings.items() if value != ""}
 
     def __call__(
         self,

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.images import to_rgb
 from reward_models.likelihood.arguments import LikelihoodArguments
 from reward_models.likelihood.base import LIKELIHOOD_SCORERS, LikelihoodScorer, PolicyLoader
 
@@ -90,7 +89,7 @@ class TransformersScorer(LikelihoodScorer):
         message = [{"role": "user", "content": content}]
         head = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         batch = self.processor(
-            images=[[to_rgb(image)] for image in images],
+            images=[[image] for image in images],
             text=[head] * len(images),
             padding=True,
             padding_side="left",

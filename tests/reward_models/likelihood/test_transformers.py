@@ -67,7 +67,6 @@ def test_a_scorer_is_loaded_by_name(vlm: tuple[LlavaForConditionalGeneration, Ll
     assert not any(parameter.requires_grad for parameter in reward.scorer.model.parameters())
     assert reward.run_settings == {
         "scorer": "TransformersScorer",
-        "prefix": "",
         "instruction": "Describe the image.",
         "model": str(tmp_path),
         "tokens": "content",
