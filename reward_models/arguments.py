@@ -13,8 +13,12 @@ from reward_models.dvreward import DVReward
 from reward_models.holdout.arguments import HoldoutArguments
 from reward_models.judges import JUDGES
 from reward_models.judges.arguments import JudgeArguments
+from reward_models.likelihood.arguments import LikelihoodArguments
 from reward_models.prompts.tags import describe_tags
 
+
+BUILT_IN_REWARDS = ("dvreward", "likelihood")
+"""Rewards of recipes by name; others are imported."""
 
 _CANNOT_CHANGE_ANSWERS = (
     "judge_max_concurrency",
@@ -90,10 +94,10 @@ class RewardArguments(JudgeArguments):
 
 
 @dataclass
-class PromptArguments(HoldoutArguments, RewardArguments):
+class PromptArguments(HoldoutArguments, LikelihoodArguments, RewardArguments):
     """
-    The prompts that a recipe trains and evaluates on, the judge and the reward (see [`RewardArguments`]), and a second judge
-    for comparison (see [`HoldoutArguments`]); the help text of a field describes it.
+    The prompts that a recipe trains and evaluates on, the judge and the reward (see [`RewardArguments`] and
+    [`LikelihoodArguments`]), and a second judge for comparison (see [`HoldoutArguments`]); the help text of a field describes it.
     """
 
     train_file: str | None = field(
@@ -133,9 +137,10 @@ class PromptArguments(HoldoutArguments, RewardArguments):
     reward: list[str] = field(
         default_factory=lambda: ["dvreward"],
         metadata={
-            "help": "Rewards of training: 'dvreward', or functions of your own as module:function, e.g. my_rewards:brightness "
-            "for my_rewards.py in this folder. --reward_weights weighs them. Evaluations use DVReward where prompts have "
-            "questions, and these functions elsewhere."
+            "help": "Rewards of training: 'dvreward'; 'likelihood', how likely a frozen model that looks at the image finds the "
+            "prompt, in nats per token, which needs no questions and compares images of one prompt only; or functions of your own "
+            "as module:function, e.g. my_rewards:brightness for my_rewards.py in this folder. --reward_weights weighs them. "
+            "Evaluations use DVReward where prompts have questions, and these functions elsewhere."
         },
     )
     verbose_logs: bool = field(
@@ -149,6 +154,7 @@ class PromptArguments(HoldoutArguments, RewardArguments):
                 f"prompt_column={self.prompt_column!r} needs train_file or eval_file, whose column it names"
             )
         RewardArguments.__post_init__(self)
+        LikelihoodArguments.__post_init__(self)
         HoldoutArguments.__post_init__(self)
 
     @property

@@ -306,7 +306,7 @@ class DVReward:
             rows (`Sequence[Mapping]`): The dataset row of each image, with its questions.
         """
         for i, (image, row) in enumerate(zip(images, rows, strict=True)):
-            image, record = _single_image(image, f"images[{i}]"), from_row(row, f"sample {i}")
+            image, record = completion_image(image, f"images[{i}]"), from_row(row, f"sample {i}")
             if image is not None:
                 self._started[id(image)] = (image, record, asyncio.create_task(self._score_one(image, record)))
 
@@ -335,7 +335,7 @@ class DVReward:
         """
         if len(images) != len(records):
             raise ValueError(f"images has {len(images)} entries for {len(records)} records")
-        images = [_single_image(image, f"images[{i}]") for i, image in enumerate(images)]
+        images = [completion_image(image, f"images[{i}]") for i, image in enumerate(images)]
         tasks = [
             self._started_task(image, record) or asyncio.create_task(self._score_one(image, record))
             for image, record in zip(images, records, strict=True)
@@ -504,10 +504,16 @@ def judge_metrics(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def _single_image(image: Any, where: str) -> Image.Image | None:
+def completion_image(image: Any, where: str) -> Image.Image | None:
+    """
+    The image of a completion, which TRL passes bare, in a sequence of length 1, or not at all (`None`, or an empty sequence).
+
+    Raises:
+        `ValueError`: If it is anything else. The message begins with `where`.
+    """
     if isinstance(image, (list, tuple)):
         if len(image) > 1:
-            raise ValueError(f"{where} holds {len(image)} images; DVReward scores one image per completion")
+            raise ValueError(f"{where} holds {len(image)} images; a reward scores one image per completion")
         image = image[0] if image else None
     if image is not None and not isinstance(image, Image.Image):
         raise ValueError(f"{where} must be a PIL image or None, got {type(image).__name__}")

@@ -8,12 +8,14 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from alphagrpo_ext.files import write_text
@@ -194,6 +196,28 @@ def fit_adapter_config(
         skipped = f" Not trained: {', '.join(parts)}." if parts else ""
         logger.warning("The adapter's configuration is fitted to the model: %s.%s", "; ".join(notes), skipped)
     return config
+
+
+@contextmanager
+def adapters_switched_off(model: torch.nn.Module) -> Iterator[None]:
+    """
+    While the block runs, a model computes as it would without its adapters, where [`~peft.PeftModel`] may not be at hand: `model`
+    may also be what it wraps. A model without adapters stays as it is.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    switched = [layer for layer in layers if not layer.disable_adapters]
+    trained = [parameter for layer in switched for parameter in layer.parameters() if parameter.requires_grad]
+    for layer in switched:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer.enable_adapters(True)
+            # PEFT makes every active adapter trainable.
+            layer.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def freeze_parts(model: PeftModel, trains_vision_tower: bool = False) -> None:

@@ -393,6 +393,41 @@ class UnifiedModel(ABC):
             `torch.Tensor` of shape `(questions, vocabulary)`.
         """
 
+    @torch.no_grad()
+    def text_log_probs(
+        self, contexts: Sequence[Sequence[Segment]], texts: Sequence[TextSegment]
+    ) -> list[torch.Tensor]:
+        """
+        Log-probabilities of given texts as answers without a thought, e.g. of a prompt after an image. They are those of the
+        tokens alone, because the logits of whole texts would fill the memory. The work is not counted.
+
+        The default takes them from a packed forward. A family whose answers begin in another way than what its policy writes
+        in a rollout overrides it, so that the first token is predicted from the same place as in `answer_logits`.
+
+        Args:
+            contexts (`Sequence[Sequence[Segment]]`):
+                What each text follows, such as an image and a request. An image without latents, `(0, channels)`, is looked at
+                through the vision tower alone.
+            texts (`Sequence[TextSegment]`): One text per context. Delimiters and end tokens have no values.
+
+        Returns:
+            `list[torch.Tensor]`: For every text a tensor of shape `(tokens,)`, in nats, fp32. It does not depend on the other
+            texts of the batch.
+        """
+        answers = [TextSegment(list(text.content_ids), sampled=True, ended=False) for text in texts]
+        trajectories = [Trajectory([*context, answer]) for context, answer in zip(contexts, answers, strict=True)]
+        batch = self.pack(trajectories, GuidanceConfig(text_scale=1.0))
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+        counter, self.work = self.work, None
+        try:
+            log_probs = self(**inputs).log_probs
+        finally:
+            self.work = counter
+        lengths = [len(answer.token_ids) for answer in answers]
+        columns = log_probs.new_zeros(len(answers), max(lengths, default=0))
+        places = (batch.score_trajectory.to(self.device), batch.score_column.to(self.device))
+        return [row[:length] for row, length in zip(columns.index_put(places, log_probs), lengths, strict=True)]
+
     @abstractmethod
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Encode pixels `(batch, 3, height, width)` in [-1, 1] to clean latents `(batch, tokens, channels)`, fp32."""
@@ -471,6 +506,19 @@ class UnifiedProcessor(ABC):
     @abstractmethod
     def question_pixels(self, image: Image.Image) -> torch.Tensor:
         """Pixels `(3, height, width)` of an image as [`UnifiedModel.answer_logits`] reads them."""
+
+    def looked_at(self, image: Image.Image, model: Any) -> ImageSegment:
+        """
+        An image as context that is seen through the vision tower alone, as in a question about it. `model` is the
+        [`UnifiedModel`] that reads it.
+
+        Raises:
+            `ValueError`: If the family has no vision tower.
+        """
+        pixels = self.look(image)
+        if pixels is None:
+            raise ValueError(f"{type(model).__name__} has no vision tower: it reads images by their latents alone")
+        return ImageSegment(torch.empty(0, model.latent_channels), (0, 0), pixels, image=image)
 
     @abstractmethod
     def branch_context(self, branch: str, context: Sequence[Segment], size: tuple[int, int]) -> list[Segment]:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_for_last, asks_to_resume, complete_checkpoints
 from recipe_tools.own_rewards import import_reward
 from recipe_tools.run_folder import refuse_other_run, run_arguments
-from reward_models.arguments import PromptArguments
+from reward_models.arguments import BUILT_IN_REWARDS, PromptArguments
 from reward_models.prompts.files import is_dataset_name
 
 
@@ -33,7 +33,7 @@ def check_arguments(script_args: PromptArguments, training_args: TrainingArgumen
             f"max_steps={training_args.max_steps} trains nothing: give a number of steps, or -1 for num_train_epochs"
         )
     for name in script_args.reward:
-        if name != "dvreward":
+        if name not in BUILT_IN_REWARDS:
             import_reward(name)
     output_dir, resume_from = Path(training_args.output_dir), training_args.resume_from_checkpoint
     has_last = asks_for_last(resume_from) and next(complete_checkpoints(output_dir), None) is not None

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from reward_models.arguments import BUILT_IN_REWARDS
 
 
 _PREFIX, _SUFFIX = "eval_rewards/", "/mean"
@@ -26,7 +27,8 @@ def import_reward(name: str) -> Callable[..., Any]:
     """
     module, separator, function = name.rpartition(":") if ":" in name else name.rpartition(".")
     if not separator:
-        raise ValueError(f"--reward {name}: give 'dvreward', or a function as module:function")
+        listing = ", ".join(map(repr, BUILT_IN_REWARDS))
+        raise ValueError(f"--reward {name}: give {listing}, or a function as module:function")
     sys.path.insert(0, os.getcwd())
     try:
         value = getattr(import_module(module), function)

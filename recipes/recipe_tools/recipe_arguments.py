@@ -32,6 +32,7 @@ SECTIONS = {
     "PromptArguments.reward": "Reward",
     "RewardArguments.judge_max_failed_frac": "Reward",
     "JudgeArguments.judge": "Judge",
+    "LikelihoodArguments.likelihood_scorer": "Likelihood reward",
     "HoldoutArguments.holdout_judge": "Hold-out judge",
     "_HoldoutJudgeArguments.holdout_judge_model": "Hold-out judge",
     "AlphaGRPOConfig.task": "Task and what is trained",

@@ -21,6 +21,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
 from transformers.processing_utils import ProcessorMixin
 from trl import ModelConfig, get_peft_config
 
@@ -34,6 +35,7 @@ from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warnin
 from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback, LastLogCallback, banner
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.reference import frozen_copy
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
@@ -50,6 +52,7 @@ from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 from reward_models.evaluation.scores import first_failed_question
 from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import evaluate_once
+from reward_models.likelihood.reward import LikelihoodReward
 from reward_models.prompts.loading import has_questions, load_prompts, load_unjudged_prompts
 from reward_models.prompts.questions import from_row
 from reward_models.prompts.rows import PromptRows
@@ -188,11 +191,26 @@ def load_rewards(run: TrainingRun) -> list[Callable[..., Any]]:
     The reward functions that `--reward` names, in its order.
 
     Raises:
-        `ValueError`: If a name is neither `"dvreward"` nor a function that can be imported.
+        `ValueError`: If a name is neither that of a built-in reward nor a function that can be imported, or if an argument of a
+            reward is wrong.
     """
-    found = [run.reward if name == "dvreward" else import_reward(name) for name in run.script_args.reward]
+    built_in = {"dvreward": lambda: run.reward, "likelihood": lambda: _make_likelihood(run)}
+    found = [built_in[name]() if name in built_in else import_reward(name) for name in run.script_args.reward]
     # A class is made without arguments, as for a reward that keeps something between its calls.
     return [value() if isinstance(value, type) else value for value in found]
+
+
+def _make_likelihood(run: TrainingRun) -> LikelihoodReward:
+    args = run.script_args
+
+    def frozen_policy() -> tuple[UnifiedModel, ProcessorMixin]:
+        # A policy with an adapter is frozen with the adapter switched off, unless its own judge may use it at the same time.
+        has_adapter = run.model_args.use_peft or isinstance(run.model, PeftModel)
+        if has_adapter and args.judge != "policy":
+            return run.model, run.processor
+        return frozen_copy(run.model).to(PartialState().device), run.processor
+
+    return LikelihoodReward.from_arguments(args, frozen_policy, args.judge_max_failed_frac)
 
 
 def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
@@ -201,13 +219,14 @@ def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     args = run.training_args
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    judge = f" (judge: {run.script_args.judge})" if run.script_args.trains_on_dvreward else ""
+    details = {"dvreward": f" (judge: {run.script_args.judge})", "likelihood": " (compare it within groups only)"}
+    rewards = [f"{name}{details.get(name, '')}" for name in trainer.reward_func_names]
     length = _count(args.max_steps, "step") if args.max_steps > 0 else _count(args.num_train_epochs, "epoch")
     return {
         "model": run.model_args.model_name_or_path,
         "trained": f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
         "task": args.task,
-        "rewards": f"{', '.join(trainer.reward_func_names)}{judge}",
+        "rewards": ", ".join(rewards),
         "length": f"{length} of {samples} samples each"
         if args.max_steps > 0
         else f"{length}, {samples} samples per step",

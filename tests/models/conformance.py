@@ -52,11 +52,13 @@ class FamilyCase:
         model ([`UnifiedModel`]): A tiny model in fp32 and evaluation mode, with weights of a size at which all matter.
         processor ([`UnifiedProcessor`]): Its processor.
         size (`tuple[int, int]`): Height and width of painted images, in pixels.
+        answers_begin_as_replies (`bool`): Whether an answer without a thought begins as what the policy writes in a rollout.
     """
 
     model: UnifiedModel
     processor: UnifiedProcessor
     size: tuple[int, int]
+    answers_begin_as_replies: bool = True
 
     def config(self, guidance: GuidanceConfig = ON, **settings: Any) -> RolloutConfig:
         denoising = DenoisingConfig(6, 1.0, guidance, window_start=1, window_size=3)
@@ -297,6 +299,42 @@ class FamilyConformance:
             )
         other = case.model.answer_logits(case.processor.question_pixels(case.picture(1)), questions)
         assert (other - logits).abs().max() > 1e-4, "the image must matter"
+
+    @torch.no_grad()
+    def test_log_probs_of_given_texts(self, case: FamilyCase) -> None:
+        """The first token is predicted as an answer to a question, and all of them as in a packed forward."""
+        processor, request = case.processor, case.processor.text_segment(PROMPTS[1])
+        pictures, texts = [case.picture(i) for i in range(2)], [processor.text_segment(text) for text in PROMPTS]
+        seen = [
+            processor.image_segment(picture, case.model)
+            if processor.look(picture) is None
+            else processor.looked_at(picture, case.model)
+            for picture in pictures
+        ]
+        contexts = [[image, request] for image in seen]
+        found = case.model.text_log_probs(contexts, texts)
+        assert [len(values) for values in found] == [len(text.token_ids) for text in texts]
+        for picture, text, values in zip(pictures, texts, found, strict=True):
+            answers = case.model.answer_logits(processor.question_pixels(picture), [request])[0].log_softmax(-1)
+            assert values[0].item() == pytest.approx(answers[text.token_ids[0]].item(), abs=TEXT_TOLERANCE)
+        if case.answers_begin_as_replies:
+            written = [TextSegment(list(text.token_ids), sampled=True, ended=False) for text in texts]
+            packed = [Trajectory([*context, text]) for context, text in zip(contexts, written, strict=True)]
+            torch.testing.assert_close(torch.cat(found), case.score(packed)[0].log_probs, atol=1e-5, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_log_probs_of_a_text_depend_on_its_own_context_alone(self, case: FamilyCase) -> None:
+        texts = [case.processor.text_segment(text) for text in (*PROMPTS, "")]
+        contexts = [[case.processor.image_segment(case.picture(i), case.model)] for i in range(3)]
+        together = case.model.text_log_probs(contexts, texts)
+        assert len(together[2]) == 0
+        for context, text, values in zip(contexts, texts, together, strict=True):
+            (alone,) = case.model.text_log_probs([context], [text])
+            torch.testing.assert_close(alone, values, atol=1e-5, rtol=1e-5)
+        (other,) = case.model.text_log_probs([contexts[1]], [texts[0]])
+        assert (other - together[0]).abs().max() > 1e-4, "the image must matter"
+        (shorter,) = case.model.text_log_probs([contexts[0]], [TextSegment(texts[0].token_ids[:-1])])
+        torch.testing.assert_close(shorter, together[0][:-1], atol=1e-5, rtol=1e-5)
 
     @torch.no_grad()
     def test_images_and_latents(self, case: FamilyCase) -> None:

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from alphagrpo_ext.models.contract import Cache, Family, Guidance, UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
 from reward_models.judges.policy import PolicyJudge
+from reward_models.likelihood.policy import PolicyScorer
+from reward_models.likelihood.reward import LikelihoodReward
 from support.toy_family import make_toy_processor
 from support.trainers import make_trainer  # noqa: F401
 
@@ -83,7 +85,7 @@ def test_callers_use_the_contract_alone(
     make_trainer: Callable,  # noqa: F811
     task: str,
 ) -> None:
-    """A rollout, a packed forward, an update with a guidance branch, and the policy as its own judge."""
+    """A rollout, a packed forward, an update with a guidance branch, and the policy as its own judge and reader."""
     model, processor = guard(policy[0], "model"), guard(policy[1], "processor")
     judge = PolicyJudge(model, processor, min_answer_mass=0.0)
 
@@ -94,7 +96,7 @@ def test_callers_use_the_contract_alone(
     trainer = make_trainer(
         model=model,
         processing_class=processor,
-        reward_funcs=yes,
+        reward_funcs=[yes, LikelihoodReward(PolicyScorer(model, processor, "vae_vit"))],
         task=task,
         num_reflection_rounds=2,
         cfg_text_scale=2.0,

@@ -19,6 +19,7 @@ from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import PromptArguments
 from reward_models.holdout.arguments import HoldoutArguments
 from reward_models.judges.arguments import JudgeArguments
+from reward_models.likelihood.arguments import LikelihoodArguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -75,12 +76,13 @@ def test_help_of_training_has_purpose_examples_and_own_options(call, name: str) 
 def test_options_are_in_sections(call) -> None:
     _, text = call("self_reflection", "--help")
     titles = re.findall(r"^(\S.*):\n  --", text, flags=re.MULTILINE)
-    assert titles[:5] == ["Reflection", "Prompts", "Reward", "Judge", "Hold-out judge"]
+    assert titles[:6] == ["Reflection", "Prompts", "Reward", "Judge", "Likelihood reward", "Hold-out judge"]
     known = dict.fromkeys(recipe_arguments.SECTIONS.values())
     assert titles == ["Reflection", *known, "Of GRPOConfig and ModelConfig, what the configuration sets"]
     assert section(text, "Reflection") == ["formats", "train_tasks"]
     assert section(text, "Prompts")[:3] == ["train_file", "eval_file", "prompt_column"]
     assert section(text, "Judge") == [f.name for f in fields(JudgeArguments)]
+    assert section(text, "Likelihood reward") == [f.name for f in fields(LikelihoodArguments)]
     assert set(section(text, "Hold-out judge")) == {f.name for f in fields(HoldoutArguments)}
     assert {"eval_seeds", "eval_num_timesteps"} <= set(section(text, "Evaluation"))
     assert {"temperature", "num_timesteps", "sde_window_size"} <= set(section(text, "Rollout"))

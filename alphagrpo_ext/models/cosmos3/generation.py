@@ -30,6 +30,7 @@ from alphagrpo_ext.models.cosmos3.layout import (
 from alphagrpo_ext.models.cosmos3.network import Cosmos3Network
 from alphagrpo_ext.models.cosmos3.transformer import StreamStates
 from alphagrpo_ext.models.token_sampling import sample_tokens
+from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
 
@@ -385,3 +386,26 @@ def start_answers(model: Cosmos3Network, pixel_values: torch.Tensor, questions: 
     hidden, _ = model.understand_contexts({name: tensor.to(device) for name, tensor in inputs.items()}, past, mask)
     last = torch.tensor([len(row.ids) - start - 1 for row in rows], device=device)
     return model.transformer.lm_head(hidden[torch.arange(len(rows), device=device), last])
+
+
+@torch.no_grad()
+def score_answers(
+    model: Cosmos3Network, contexts: Sequence[Sequence[Segment]], texts: Sequence[TextSegment]
+) -> list[torch.Tensor]:
+    """
+    Log-probabilities of given texts as answers without a thought, as [`UnifiedModel.text_log_probs`] says. A packed forward
+    would put the text into the thought that a reply of Edge begins with.
+    """
+    ids = [text.content_ids for text in texts]
+    rows = [ContextRow(model.config).add(context).begin_reply(thinks=False) for context in contexts]
+    starts = [len(row.ids) - 1 for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        row.add([TextSegment(list(text.content_ids), role="assistant")])
+    inputs = collate_contexts(rows, [[]] * len(rows))
+    hidden, _ = model.understand_contexts({name: tensor.to(model.device) for name, tensor in inputs.items()})
+    # A token is predicted from the one before it.
+    states = [row[start : start + len(own)] for row, start, own in zip(hidden, starts, ids, strict=True)]
+    targets = torch.tensor([token_id for own in ids for token_id in own], device=model.device)
+    head, size = model.transformer.lm_head, model.config.vocab_size
+    log_probs, _ = score_tokens(head, torch.cat(states), targets, size)
+    return list(log_probs.split([len(own) for own in ids]))

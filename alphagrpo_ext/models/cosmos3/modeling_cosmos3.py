@@ -124,6 +124,11 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
     def answer_logits(self, pixel_values: torch.Tensor, questions: Sequence[TextSegment]) -> torch.Tensor:
         return generation.start_answers(self, pixel_values, questions)
 
+    def text_log_probs(
+        self, contexts: Sequence[Sequence[Segment]], texts: Sequence[TextSegment]
+    ) -> list[torch.Tensor]:
+        return generation.score_answers(self, contexts, texts)
+
     def pack(
         self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig | Sequence[GuidanceConfig]
     ) -> PackedBatch:

@@ -21,7 +21,8 @@ def make_case(variant: str, **settings: str) -> FamilyCase:
         min_pixels=32 * 32,
         **settings,
     )
-    return FamilyCase(make_tiny_model(variant), processor, size=(32, 64))
+    # A reply of Edge begins with a thought, unless it is told not to.
+    return FamilyCase(make_tiny_model(variant), processor, (32, 64), answers_begin_as_replies=variant == "omni")
 
 
 class TestOmni(FamilyConformance):

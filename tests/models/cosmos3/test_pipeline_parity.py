@@ -177,6 +177,19 @@ def test_answers_about_an_image(case: Case) -> None:
 
 
 @torch.no_grad()
+def test_log_probs_of_an_answer(case: Case) -> None:
+    """A given answer has the log-probabilities that Transformers' reasoner gives it."""
+    image, question, text = picture(3), "What is it?", "a red circle"
+    answer = case.processor.text_segment(text)
+    head = chat_ids(case, question, enable_thinking=False)
+    logits = reasoner_logits(case.references.reasoner, Row([*head, *answer.token_ids], [image]))
+    theirs = logits[len(head) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+    context = [image_segment(case, image), case.processor.text_segment(question)]
+    (ours,) = case.model.text_log_probs([context], [answer])
+    assert (ours - theirs).abs().max() < BOUND
+
+
+@torch.no_grad()
 def test_velocity_after_an_image(case: Case) -> None:
     """A given image is read by the vision tower, and its latents are a clean item beside the noised one."""
     pixels = picture(4)
