@@ -272,11 +272,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
             output["ref_velocities"] = step.scores["reference"].velocities
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        first, *others = self.scorer.split(inputs["trajectories"])
         accumulation_steps = self.current_gradient_accumulation_steps if self.model.training else 1
         # The trainer's own backward is that of the first part, which has the texts; the others are done with before it.
-        outputs = self.image_loss.backward_parts(model, others, inputs, self.scorer, accumulation_steps)
-        self._loss_scores = scores = self.scorer.score(model, first)
+        scores, outputs = self.image_loss.backward_parts(model, inputs, self.scorer, accumulation_steps)
+        self._loss_scores = scores
         try:
             text_loss = super()._compute_loss(model, inputs)
         finally:

@@ -30,10 +30,10 @@ def count_parts(trainer: AlphaGRPOTrainer) -> list[tuple[int, int]]:
     counts = []
     score = trainer.scorer.score
 
-    def counting(model: torch.nn.Module, trajectories: list[Trajectory]) -> PackedScores:
+    def counting(model: torch.nn.Module, trajectories: list[Trajectory], *contexts: Any) -> PackedScores:
         image = trajectories[0].sampled_images[-1]
         counts.append((sum(len(t.sampled_texts) for t in trajectories), image.window.num_steps))
-        return score(model, trajectories)
+        return score(model, trajectories, *contexts)
 
     trainer.scorer.score = counting
     return counts
