@@ -161,6 +161,23 @@ class PackedParts:
     copies: list[PackedBatch]
 
 
+class ReadContexts:
+    """
+    Contexts after a forward of their own, for forwards over noised latents. It is no dataclass, so that FSDP leaves the
+    tensors in it alone: it takes the gradients of a forward's arguments for the end of the backward.
+
+    Args:
+        log_probs, entropies (`torch.Tensor` of shape `(scores,)`): Scores of every sampled token, fp32.
+        states (`Sequence[torch.Tensor]`):
+            What noised latents read of the contexts, such as keys and values, in the order and shapes of the family.
+    """
+
+    def __init__(self, log_probs: torch.Tensor, entropies: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
+        self.log_probs = log_probs
+        self.entropies = entropies
+        self.states = states
+
+
 @dataclass
 class PackedOutput:
     """
@@ -170,8 +187,7 @@ class PackedOutput:
         log_probs, entropies (`torch.Tensor` of shape `(scores,)`): Scores of every sampled token, fp32.
         velocities (`torch.Tensor` of shape `(copies, max_tokens, channels)`): Velocities of every noised latent, fp32.
         states (`list[torch.Tensor]`, *optional*):
-            What noised latents read of their contexts, such as keys and values, in the order and shapes of the family.
-            Only of a forward with `keep_contexts`.
+            What noised latents read of their contexts; see [`ReadContexts`]. Only of a forward with `keep_contexts`.
     """
 
     log_probs: torch.Tensor
@@ -356,9 +372,9 @@ class UnifiedModel(ABC):
         Log-probabilities and entropies of sampled tokens, and velocities of noised latents, in one call.
 
         A family with `pack_parts` has two more arguments. `keep_contexts=True` goes with `PackedParts.contexts`: the
-        output has `states`. `contexts`, that output, goes with the batches of `PackedParts.copies`: the forward runs
-        noised latents alone, and hands on the scores of `contexts`, so that all trained parameters are found from its
-        output. The tensors in `states` may be replaced by others of the same values.
+        output has `states`. `contexts`, a [`ReadContexts`] of these states or others with the same values, goes with the
+        batches of `PackedParts.copies`: the forward runs noised latents alone, and hands on the scores of `contexts`, so
+        that DDP finds all trained parameters from its output.
 
         Args:
             temperature (`float` or `torch.Tensor` of shape `(scores,)`, *optional*, defaults to `1.0`):

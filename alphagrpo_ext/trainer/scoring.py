@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedModel
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, ReadContexts, UnifiedModel
 from alphagrpo_ext.objectives.base import ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, Segment, TextSegment, Trajectory
@@ -56,12 +56,12 @@ class PartContexts:
 
     Args:
         batch ([`PackedBatch`]): The noised latents.
-        output ([`PackedOutput`]): Of the forward over contexts.
+        contexts ([`ReadContexts`]): Their contexts.
         scores ([`PackedScores`]): Of the texts in the contexts.
     """
 
     batch: PackedBatch
-    output: PackedOutput
+    contexts: ReadContexts
     scores: PackedScores
 
 
@@ -86,8 +86,9 @@ class SharedContexts:
         Contexts for a part. Those of part 0 have the graph of their forward, and its backward takes along the gradients
         that the backwards of other parts left. It comes last.
         """
-        states = self.leaves if index else list(_JoinGradients.apply(self.leaves, *self.output.states))
-        return PartContexts(self.copies[index], replace(self.output, states=states), self.scores)
+        states = self.leaves if index else _JoinGradients.apply(self.leaves, *self.output.states)
+        contexts = ReadContexts(self.output.log_probs, self.output.entropies, states)
+        return PartContexts(self.copies[index], contexts, self.scores)
 
 
 class _JoinGradients(torch.autograd.Function):
@@ -185,7 +186,7 @@ class PackedScorer:
             contexts ([`PartContexts`], *optional*): What [`PackedScorer.read_contexts`] has for that part.
         """
         if contexts is not None:
-            output = self._run(model, contexts.batch.inputs, contexts=contexts.output)
+            output = self._run(model, contexts.batch.inputs, contexts=contexts.contexts)
             return replace(contexts.scores, images=ImageScores.from_packed(trajectories, contexts.batch, output))
         unwrapped = self._unwrapped(model)
         batch = unwrapped.pack(trajectories, self._guidance(trajectories))

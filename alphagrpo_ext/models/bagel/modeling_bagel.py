@@ -17,7 +17,14 @@ from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, patchify, unpatchify, visibility_mask
 from alphagrpo_ext.models.bagel.network import BagelNetwork
 from alphagrpo_ext.models.bagel.packing import pack_parts, pack_trajectories
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, PackedParts, SampledText, UnifiedModel
+from alphagrpo_ext.models.contract import (
+    PackedBatch,
+    PackedOutput,
+    PackedParts,
+    ReadContexts,
+    SampledText,
+    UnifiedModel,
+)
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
@@ -147,7 +154,7 @@ class BagelModel(BagelNetwork, UnifiedModel):
         temperature: float | torch.Tensor = 1.0,
         context_gradient: str = "exact",
         keep_contexts: bool = False,
-        contexts: PackedOutput | None = None,
+        contexts: ReadContexts | None = None,
         **images: torch.Tensor,
     ) -> PackedOutput:
         """
@@ -169,7 +176,7 @@ class BagelModel(BagelNetwork, UnifiedModel):
                 With `"detached"`, noised copies have no gradient through their context.
             keep_contexts (`bool`, *optional*, defaults to `False`):
                 Whether the batch has contexts alone, whose keys and values are returned.
-            contexts ([`PackedOutput`], *optional*): What that returned, for a batch of noised copies alone.
+            contexts ([`ReadContexts`], *optional*): What that returned, for a batch of noised copies alone.
         """
         und, gen = self.embed_sequences({"input_ids": input_ids, **images})
         attributes = {"positions": positions, "blocks": blocks, "horizons": horizons}

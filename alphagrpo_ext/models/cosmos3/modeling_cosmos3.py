@@ -13,7 +13,14 @@ from dataclasses import replace
 import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig, PlainGuidance
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, PackedParts, SampledText, UnifiedModel
+from alphagrpo_ext.models.contract import (
+    PackedBatch,
+    PackedOutput,
+    PackedParts,
+    ReadContexts,
+    SampledText,
+    UnifiedModel,
+)
 from alphagrpo_ext.models.cosmos3 import generation
 from alphagrpo_ext.models.cosmos3.chat_template import read_pieces
 from alphagrpo_ext.models.cosmos3.generation import TAIL_SLOTS, Cosmos3Cache
@@ -173,7 +180,7 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
         temperature: float | torch.Tensor = 1.0,
         context_gradient: str = "exact",
         keep_contexts: bool = False,
-        contexts: PackedOutput | None = None,
+        contexts: ReadContexts | None = None,
         **images: torch.Tensor,
     ) -> PackedOutput:
         """
@@ -191,7 +198,7 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
                 With `"detached"`, noised copies have no gradient through their context.
             keep_contexts (`bool`, *optional*, defaults to `False`):
                 Whether to return what the generation stream reads of the understanding stream.
-            contexts ([`PackedOutput`], *optional*): What that returned, for a batch of noised copies alone.
+            contexts ([`ReadContexts`], *optional*): What that returned, for a batch of noised copies alone.
         """
         rows = {"input_ids": input_ids, "positions": positions, "horizons": horizons, "forks": forks}
         if self.work is not None:
