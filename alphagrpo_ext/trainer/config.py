@@ -427,7 +427,7 @@ class AlphaGRPOConfig(GRPOConfig):
         metadata={
             "help": "Most trained steps of an image in one packed forward; all by default. A smaller number needs less "
             "memory. Contexts are run once for all of these forwards, unless the model family cannot, or parameters are sharded "
-            "and there are several tasks. The gradient is the same."
+            "and there are several tasks. The gradient is the same. ZeRO 3 cannot do it."
         },
     )
     context_gradient: str = field(
