@@ -146,6 +146,39 @@ class PackedBatch:
 
 
 @dataclass
+class PackedParts:
+    """
+    Whole trajectories as tensors for one forward over their contexts, and several forwards over their noised latents.
+
+    Args:
+        contexts ([`PackedBatch`]): The contexts of all guidance branches, with the sampled tokens.
+        copies (`list[PackedBatch]`):
+            The noised latents of a few steps each, which read the states of `contexts`. They have no sampled tokens, and
+            steps of `velocities` are counted from the first step of the part.
+    """
+
+    contexts: PackedBatch
+    copies: list[PackedBatch]
+
+
+class ReadContexts:
+    """
+    Contexts after a forward of their own, for forwards over noised latents. It is no dataclass, so that FSDP leaves the
+    tensors in it alone: it takes the gradients of a forward's arguments for the end of the backward.
+
+    Args:
+        log_probs, entropies (`torch.Tensor` of shape `(scores,)`): Scores of every sampled token, fp32.
+        states (`Sequence[torch.Tensor]`):
+            What noised latents read of the contexts, such as keys and values, in the order and shapes of the family.
+    """
+
+    def __init__(self, log_probs: torch.Tensor, entropies: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
+        self.log_probs = log_probs
+        self.entropies = entropies
+        self.states = states
+
+
+@dataclass
 class PackedOutput:
     """
     Result of a packed forward.
@@ -153,11 +186,14 @@ class PackedOutput:
     Args:
         log_probs, entropies (`torch.Tensor` of shape `(scores,)`): Scores of every sampled token, fp32.
         velocities (`torch.Tensor` of shape `(copies, max_tokens, channels)`): Velocities of every noised latent, fp32.
+        states (`list[torch.Tensor]`, *optional*):
+            What noised latents read of their contexts; see [`ReadContexts`]. Only of a forward with `keep_contexts`.
     """
 
     log_probs: torch.Tensor
     entropies: torch.Tensor
     velocities: torch.Tensor | None
+    states: list[torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -302,6 +338,24 @@ class UnifiedModel(ABC):
                 Settings of all trajectories, or of each of them if their tasks have settings of their own.
         """
 
+    def pack_parts(
+        self,
+        trajectories: Sequence[Trajectory],
+        guidance: GuidanceConfig | Sequence[GuidanceConfig],
+        steps_per_part: int,
+    ) -> PackedParts | None:
+        """
+        Tensors as from `pack`, for a forward over contexts alone and forwards over the noised latents of at most
+        `steps_per_part` steps each. `None` if the family has no such forwards; the trainer then runs contexts again with
+        every part.
+
+        Args:
+            trajectories (`Sequence[Trajectory]`): The trajectories. All windows have the same number of steps.
+            guidance ([`GuidanceConfig`] or `Sequence[GuidanceConfig]`): As in `pack`.
+            steps_per_part (`int`): Most steps of a window in one part.
+        """
+        return None
+
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
         Inputs of `forward` that make it run every part of the model without a change of its outputs. Processes with
@@ -314,10 +368,15 @@ class UnifiedModel(ABC):
         self,
         temperature: float | torch.Tensor = 1.0,
         context_gradient: Literal["exact", "detached"] = "exact",
-        **inputs: torch.Tensor,
+        **inputs: Any,
     ) -> PackedOutput:
         """
         Log-probabilities and entropies of sampled tokens, and velocities of noised latents, in one call.
+
+        A family with `pack_parts` has two more arguments. `keep_contexts=True` goes with `PackedParts.contexts`: the
+        output has `states`. `contexts`, a [`ReadContexts`] of these states or others with the same values, goes with the
+        batches of `PackedParts.copies`: the forward runs noised latents alone, and hands on the scores of `contexts`, so
+        that DDP finds all trained parameters from its output.
 
         Args:
             temperature (`float` or `torch.Tensor` of shape `(scores,)`, *optional*, defaults to `1.0`):
@@ -325,7 +384,7 @@ class UnifiedModel(ABC):
             context_gradient (`str`, *optional*, defaults to `"exact"`):
                 One of [`CONTEXT_GRADIENTS`]. With `"detached"`, velocities have the same values and no gradient
                 through their context.
-            inputs: `PackedBatch.inputs` on the model's device.
+            inputs: `PackedBatch.inputs` on the model's device, and the two arguments above.
         """
 
     @abstractmethod

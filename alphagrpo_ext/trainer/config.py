@@ -448,7 +448,8 @@ class AlphaGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Most trained steps of an image in one packed forward; all by default. A smaller number needs less "
-            "memory and more time, because every forward reads the context again. The gradient is the same."
+            "memory. Contexts are run once for all of these forwards, unless the model family cannot, or parameters are sharded "
+            "and there are several tasks. The gradient is the same. ZeRO 3 cannot do it."
         },
     )
     context_gradient: str = field(

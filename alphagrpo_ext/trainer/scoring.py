@@ -7,11 +7,18 @@ images.
 With `image_steps_per_forward`, the trained steps of a window are split over several forwards. All but the last one are
 followed by their own backward, so that the activations of one part are in memory at a time. The gradients add up to the
 gradient of one forward.
+
+Contexts run once, in a forward before all parts. What noised latents read of them, e.g. keys and values, is cut off from
+its graph, so that the backwards of parts end there and leave a gradient. The last part to be run is not cut off: its
+backward adds the gradients that the others left, and goes on through the contexts. So DDP sees one synchronised forward
+and backward, from which all parameters can be reached. Two cases run contexts again with every part: a family without
+[`UnifiedModel.pack_parts`], and sharded parameters with several tasks, where the contexts of one process may need a part
+of the model that those of another do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +26,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, ReadContexts, UnifiedModel
 from alphagrpo_ext.objectives.base import ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.objectives.regularizers import penalized
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
@@ -40,6 +48,67 @@ class PackedScores:
     log_probs: torch.Tensor
     entropies: torch.Tensor
     images: ImageScores | None
+
+
+@dataclass
+class PartContexts:
+    """
+    What the noised latents of one part read.
+
+    Args:
+        batch ([`PackedBatch`]): The noised latents.
+        contexts ([`ReadContexts`]): Their contexts.
+        scores ([`PackedScores`]): Of the texts in the contexts.
+    """
+
+    batch: PackedBatch
+    contexts: ReadContexts
+    scores: PackedScores
+
+
+class SharedContexts:
+    """
+    Contexts that were run once, for the parts of a window.
+
+    Args:
+        scores ([`PackedScores`]): Of their texts.
+        output ([`PackedOutput`]): Of the forward over them, with their `states`.
+        copies (`Sequence[PackedBatch]`): The noised latents of every part.
+    """
+
+    def __init__(self, scores: PackedScores, output: PackedOutput, copies: Sequence[PackedBatch]) -> None:
+        self.scores = scores
+        self.output = output
+        self.copies = copies
+        self.leaves = [state.detach().requires_grad_(state.requires_grad) for state in output.states]
+
+    def part(self, index: int) -> PartContexts:
+        """
+        Contexts for a part. Those of part 0 have the graph of their forward, and its backward takes along the gradients
+        that the backwards of other parts left. It comes last.
+        """
+        states = self.leaves if index else _JoinGradients.apply(self.leaves, *self.output.states)
+        contexts = ReadContexts(self.output.log_probs, self.output.entropies, states)
+        return PartContexts(self.copies[index], contexts, self.scores)
+
+
+class _JoinGradients(torch.autograd.Function):
+    """Tensors as they are. The backward adds the gradients of leaves, which may have been scaled, to those of the tensors."""
+
+    @staticmethod
+    def forward(ctx, leaves: list[torch.Tensor], *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.leaves = leaves
+        ctx.set_materialize_grads(False)
+        return tuple(state.view_as(state) for state in states)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        joined = []
+        for leaf, gradient in zip(ctx.leaves, gradients, strict=True):
+            present = [g for g in (leaf.grad, gradient) if g is not None]
+            joined.append(sum(present[1:], present[0]) if present else None)
+            leaf.grad = None
+        return None, *joined
 
 
 @dataclass
@@ -94,8 +163,10 @@ class PackedScorer:
         """
         batches = []
         for start in range(0, len(trajectories), batch_size):
-            parts = self.split(trajectories[start : start + batch_size])
-            scores = [self.score(model, part) for part in parts]
+            batch = trajectories[start : start + batch_size]
+            contexts = self.read_contexts(model, batch)
+            parts = enumerate(self.split(batch))
+            scores = [self.score(model, part, contexts and contexts.part(i)) for i, part in parts]
             batches.append(replace(scores[0], images=join_window_steps([part.images for part in scores])))
         images = [batch.images for batch in batches]
         return RolloutScores(
@@ -104,29 +175,89 @@ class PackedScorer:
             velocities=None if None in images else [v for scores in images for v in velocities_by_trajectory(scores)],
         )
 
-    def score(self, model: torch.nn.Module, trajectories: Sequence[Trajectory]) -> PackedScores:
-        """Score a batch of trajectories in one packed forward, with a gradient where that is enabled."""
-        # accelerate's unwrapping asks which backends are installed, which takes longer than a small model's forward.
-        unwrapped = model if isinstance(model, UnifiedModel) else self.accelerator.unwrap_model(model)
-        tasks = [trajectory.task for trajectory in trajectories]
-        settings = {task: self.args.for_task(task) for task in set(tasks)}
-        guidance = {task: own.objective_guidance.effective for task, own in settings.items()}
-        batch = unwrapped.pack(trajectories, _one_or_each([guidance[task] for task in tasks]))
+    def score(
+        self, model: torch.nn.Module, trajectories: Sequence[Trajectory], contexts: PartContexts | None = None
+    ) -> PackedScores:
+        """
+        Score a batch of trajectories in one packed forward, with a gradient where that is enabled.
+
+        Args:
+            model (`torch.nn.Module`): The policy or the reference, as the launcher wrapped it.
+            trajectories (`Sequence[Trajectory]`): The batch, or one of the parts that [`PackedScorer.split`] makes of it.
+            contexts ([`PartContexts`], *optional*): What [`PackedScorer.read_contexts`] has for that part.
+        """
+        if contexts is not None:
+            output = self._run(model, contexts.batch.inputs, contexts=contexts.contexts)
+            return replace(contexts.scores, images=ImageScores.from_packed(trajectories, contexts.batch, output))
+        unwrapped = self._unwrapped(model)
+        batch = unwrapped.pack(trajectories, self._guidance(trajectories))
         inputs = unwrapped.with_all_parts(batch.inputs) if self.runs_all_parts else batch.inputs
-        device = self.accelerator.device
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        temperature = _one_or_each([settings[task].temperature for task in tasks])
-        if isinstance(temperature, list):
-            temperature = torch.tensor(temperature)[batch.score_trajectory].to(device)
+        output = self._run(model, inputs, temperature=self._temperature(trajectories, batch))
+        images = ImageScores.from_packed(trajectories, batch, output)
+        return self._text_scores(trajectories, batch, output, images)
+
+    def read_contexts(self, model: torch.nn.Module, trajectories: Sequence[Trajectory]) -> SharedContexts | None:
+        """
+        Run the contexts of a batch, once for all of the parts that [`PackedScorer.split`] makes of it. `None` if the batch
+        is not split, or if every part has to run contexts anew.
+        """
+        if self.runs_all_parts or len(self.split(trajectories)) == 1:
+            return None
+        guidance = self._guidance(trajectories)
+        parts = self._unwrapped(model).pack_parts(trajectories, guidance, self.steps_per_forward)
+        if parts is None:
+            return None
+        is_detached = self.context_gradient == "detached"
+        has_gradient = len(parts.contexts.score_column) > 0 or not is_detached
+        with torch.set_grad_enabled(torch.is_grad_enabled() and has_gradient):
+            temperature = self._temperature(trajectories, parts.contexts)
+            output = self._run(model, parts.contexts.inputs, temperature=temperature, keep_contexts=True)
+        if is_detached:
+            output = replace(output, states=[state.detach() for state in output.states])
+        scores = self._text_scores(trajectories, parts.contexts, output, images=None)
+        return SharedContexts(scores, output, parts.copies)
+
+    def _unwrapped(self, model: torch.nn.Module) -> UnifiedModel:
+        # accelerate's unwrapping asks which backends are installed, which takes longer than a small model's forward.
+        return model if isinstance(model, UnifiedModel) else self.accelerator.unwrap_model(model)
+
+    def _guidance(self, trajectories: Sequence[Trajectory]) -> GuidanceConfig | list[GuidanceConfig]:
+        return self._by_task(trajectories, lambda settings: settings.objective_guidance.effective)
+
+    def _temperature(self, trajectories: Sequence[Trajectory], batch: PackedBatch) -> float | torch.Tensor:
+        """Of all sampled tokens, or of each of them."""
+        temperature = self._by_task(trajectories, lambda settings: settings.temperature)
+        if not isinstance(temperature, list):
+            return temperature
+        return torch.tensor(temperature)[batch.score_trajectory].to(self.accelerator.device)
+
+    def _by_task(self, trajectories: Sequence[Trajectory], setting: Callable[[AlphaGRPOConfig], Any]) -> Any:
+        """A setting of all trajectories, or the list of theirs where their tasks differ in it."""
+        tasks = [trajectory.task for trajectory in trajectories]
+        values = {task: setting(self.args.for_task(task)) for task in set(tasks)}
+        each = [values[task] for task in tasks]
+        return each[0] if all(value == each[0] for value in each) else each
+
+    def _run(self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], **options: Any) -> PackedOutput:
+        inputs = {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
         with self.accelerator.autocast():
-            output = model(**inputs, temperature=temperature, context_gradient=self.context_gradient)
+            return model(**inputs, context_gradient=self.context_gradient, **options)
+
+    def _text_scores(
+        self,
+        trajectories: Sequence[Trajectory],
+        batch: PackedBatch,
+        output: PackedOutput,
+        images: ImageScores | None,
+    ) -> PackedScores:
+        device = self.accelerator.device
         length = max(sum(len(text.token_ids) for text in t.sampled_texts) for t in trajectories)
         index = (batch.score_trajectory.to(device), batch.score_column.to(device))
         blank = output.log_probs.new_zeros(len(trajectories), length)
         return PackedScores(
             log_probs=blank.index_put(index, output.log_probs),
             entropies=blank.index_put(index, output.entropies),
-            images=ImageScores.from_packed(trajectories, batch, output),
+            images=images,
         )
 
     def split(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
@@ -192,43 +323,50 @@ class ImageLoss:
         )
 
     def backward_parts(
-        self,
-        model: torch.nn.Module,
-        parts: Sequence[Sequence[Trajectory]],
-        inputs: Mapping[str, Any],
-        scorer: PackedScorer,
-        accumulation_steps: int,
-    ) -> list[ObjectiveOutput]:
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], scorer: PackedScorer, accumulation_steps: int
+    ) -> tuple[PackedScores, list[ObjectiveOutput]]:
         """
-        Forward and backward of the parts after the first one, whose backward is the trainer's own.
+        Forward and backward of all parts but the first one, and then the forward of the first one, which has the texts. Its
+        backward is the trainer's own.
 
         Args:
             model (`torch.nn.Module`): The policy, wrapped.
-            parts (`Sequence[Sequence[Trajectory]]`): All that [`split_window_steps`] returned but the first.
             inputs (`Mapping[str, Any]`): The micro-batch as TRL buffered it.
             scorer ([`PackedScorer`]): Runs the forwards.
             accumulation_steps (`int`): What a loss is divided by, since gradients of several micro-batches add up.
 
         Returns:
-            `list[ObjectiveOutput]`: One per part, without gradient.
+            `tuple[PackedScores, list[ObjectiveOutput]]`: Scores of the first part, and one output without gradient for each
+            of the others.
         """
+        trajectories = inputs["trajectories"]
+        first, *others = scorer.split(trajectories)
+        if not others:
+            return scorer.score(model, first), []
         outputs, start = [], scorer.steps_per_forward
-        state, is_last = self.accelerator.gradient_state, self.accelerator.sync_gradients
-        for part in parts:
-            # Processes exchange gradients, and DeepSpeed takes its step, in the trainer's own backward alone.
-            with self.accelerator.no_sync(model) if is_last else nullcontext():
-                scores = scorer.score(model, part).images
+        # Processes exchange gradients, and DeepSpeed takes its step, in the trainer's own backward alone.
+        with self.accelerator.no_sync(model) if self.accelerator.sync_gradients else nullcontext():
+            contexts = scorer.read_contexts(model, trajectories)
+            for index, part in enumerate(others, 1):
+                scores = scorer.score(model, part, contexts and contexts.part(index)).images
                 output = self(scores, inputs, start)
-                options = {"scale_wrt_gas": False} if self.accelerator.distributed_type.value == "DEEPSPEED" else {}
-                state._set_sync_gradients(False)
-                try:
-                    with torch.autocast(self.accelerator.device.type, enabled=False):
-                        self.accelerator.backward(self.weight * (output.loss / accumulation_steps), **options)
-                finally:
-                    state._set_sync_gradients(is_last)
-            outputs.append(replace(output, loss=output.loss.detach()))
-            start += scores.t.shape[1]
-        return outputs
+                self._backward(self.weight * (output.loss / accumulation_steps))
+                outputs.append(replace(output, loss=output.loss.detach()))
+                start += scores.t.shape[1]
+                # The graph of a part is gone before the next one is built.
+                del scores, output
+        return scorer.score(model, first, contexts and contexts.part(0)), outputs
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """A backward after which DeepSpeed takes no step."""
+        options = {"scale_wrt_gas": False} if self.accelerator.distributed_type.value == "DEEPSPEED" else {}
+        state, is_last = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with torch.autocast(self.accelerator.device.type, enabled=False):
+                self.accelerator.backward(loss, **options)
+        finally:
+            state._set_sync_gradients(is_last)
 
     def metrics(self, outputs: Sequence[ObjectiveOutput]) -> dict[str, float]:
         """Loss and metrics by the names that they are logged under, summed over parts and averaged over processes."""
@@ -301,11 +439,6 @@ def _with_window_steps(trajectory: Trajectory, start: int, stop: int) -> Traject
         return TextSegment(segment.content_ids, role=segment.role) if segment.sampled and start else segment
 
     return replace(trajectory, segments=[narrow(segment) for segment in trajectory.segments])
-
-
-def _one_or_each(values: list[Any]) -> Any:
-    """The one value of all trajectories, or the list of theirs."""
-    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _narrowed_window(window: DenoisingWindow, start: int, stop: int) -> DenoisingWindow:

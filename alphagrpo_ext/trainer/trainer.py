@@ -154,7 +154,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         for callback in (self.resume, *own_callbacks(args, self.callback_handler.callbacks, self._logs)):
             self.add_callback(callback)
         check_trains(self.model, args)
-        sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation)
+        sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation, args.image_steps_per_forward)
         self.scorer = PackedScorer(args, self.accelerator, sharding.shards_parameters and len(self.tasks) > 1)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)
         self.image_loss = ImageLoss(objective, args.image_loss_weight, self.accelerator)
@@ -253,11 +253,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
         return log_probs, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        first, *others = self.scorer.split(inputs["trajectories"])
         accumulation_steps = self.current_gradient_accumulation_steps if self.model.training else 1
         # The trainer's own backward is that of the first part, which has the texts; the others are done with before it.
-        outputs = self.image_loss.backward_parts(model, others, inputs, self.scorer, accumulation_steps)
-        self._loss_scores = scores = self.scorer.score(model, first)
+        scores, outputs = self.image_loss.backward_parts(model, inputs, self.scorer, accumulation_steps)
+        self._loss_scores = scores
         try:
             text_loss = super()._compute_loss(model, inputs)
         finally:

@@ -53,6 +53,7 @@ def phase_seconds(trainer: AlphaGRPOTrainer) -> Iterator[Mapping[str, float]]:
         (model, "decode_latents", "decoding"),
         (trainer, "_calculate_rewards", "judge"),
         (trainer.scorer, "score", "forward"),
+        (trainer.scorer, "read_contexts", "forward"),
         (trainer.accelerator, "backward", "backward"),
         (trainer.create_optimizer(), "step", "optimizer"),
     ]

@@ -6,19 +6,19 @@ Ways to compute the same loss: the packed micro-batch, and one forward per train
 The step-by-step structures get the benefit of the doubt: guidance branches and trajectories run as one batch, without padding to the
 longest branch and with the same attention, and texts are scored once. They do not share contexts between branches and trajectories.
 They differ in how often contexts are computed: in each step with a gradient, in each step without one, or once without one. Except for
-`one_step_per_forward`, which packs as the trainer does, they are written for BAGEL's parts and measure its sizes alone.
+`one_step_per_forward`, which uses the contract alone, they are written for BAGEL's parts and measure its sizes alone.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from alphagrpo_ext.models.bagel import BagelModel
-from alphagrpo_ext.models.bagel.attention import ContextStates, PackedLayout
+from alphagrpo_ext.models.bagel.attention import PackedLayout
 from alphagrpo_ext.models.bagel.layout import NOISED_BLOCK, PADDING_BLOCK
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedModel
@@ -53,7 +53,7 @@ def rebuilt_with_gradient(update: Update) -> float:
 
 
 def one_step_per_forward(update: Update) -> float:
-    """The same with shared contexts, as with `--image_steps_per_forward 1`."""
+    """The same, but contexts are shared as in the packed micro-batch."""
     return _forward_per_step(update, update.trajectories, lambda model, part: model.pack(part, GUIDANCE))
 
 
@@ -87,18 +87,16 @@ def cached_without_gradient(update: Update) -> float:
 
 def _step_by_step(update: Update, reuses_contexts: bool) -> float:
     model, total = update.model, _text_alone(update)
-    states: tuple[ContextStates, ...] | None = None
+    states: list[torch.Tensor] | None = None
     for part in split_window_steps(with_copied_contexts(update.trajectories), 1):
         batch = pack_unshared(update.model, part)
         layout = PackedLayout.from_inputs(batch.inputs)
         with update.autocast():
             embeddings = model.embed_sequences(batch.inputs)
             if states is None or not reuses_contexts:
-                contexts = layout.contexts_alone()
                 with torch.no_grad():
-                    _run(model, batch.inputs, embeddings, contexts)
-                states = contexts.states
-            gen = _run(model, batch.inputs, embeddings, layout.copies_alone(states))
+                    _, states = _run(model, batch.inputs, embeddings, layout.contexts_alone())
+            gen, _ = _run(model, batch.inputs, embeddings, layout.copies_alone(), states)
             places = batch.inputs["velocity_index"] - layout.contexts_alone().num_gen
             velocities = model.llm2vae(gen[0, places]).float()
         nothing = velocities.new_zeros(0)
@@ -113,25 +111,20 @@ def _run(
     inputs: dict[str, torch.Tensor],
     embeddings: tuple[torch.Tensor, torch.Tensor],
     part: PackedLayout,
-) -> torch.Tensor:
+    context_states: Sequence[torch.Tensor] = (),
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
     Run the contexts, which are the first tokens of both experts, or the noised copies, which are the last ones.
 
     Returns:
-        `torch.Tensor` of shape `(1, tokens, hidden)`: Hidden states of the generation expert.
+        `tuple[torch.Tensor, list[torch.Tensor]]`: Hidden states `(1, tokens, hidden)` of the generation expert, and the keys
+        and values of contexts.
     """
-    und, gen = embeddings
-    positions = inputs["positions"].split([und.shape[1], gen.shape[1]], dim=1)
-    tokens = []
-    for x, count in (
-        (und, part.num_und),
-        (gen, part.num_gen),
-        (positions[0], part.num_und),
-        (positions[1], part.num_gen),
-    ):
-        tokens.append(x[:, :count] if part.has_contexts else x[:, x.shape[1] - count :])
-    _, gen = model.language_model.model(*tokens[:2], torch.cat(tokens[2:], dim=1), part)
-    return gen
+    positions = part.take(*inputs["positions"].tensor_split([embeddings[0].shape[1]], dim=1))
+    _, gen, states = model.language_model.model(
+        *part.take(*embeddings), torch.cat(positions, dim=1), part, context_states=context_states
+    )
+    return gen, states
 
 
 def _text_alone(update: Update) -> float:

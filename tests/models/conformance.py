@@ -13,7 +13,7 @@ class TestMyFamily(FamilyConformance):
 ```
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import sample_generator
+from alphagrpo_ext.trainer.scoring import PackedScores, SharedContexts, join_window_steps, split_window_steps
 from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 
 
@@ -111,6 +112,18 @@ def assert_on_policy(
     )
     recorded = torch.stack([image.window.log_probs for t in trajectories for image in t.sampled_images])
     torch.testing.assert_close(replayed.log_prob, recorded, atol=IMAGE_TOLERANCE, rtol=0)
+
+
+def parameter_gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the parameters have gathered after the backward of a loss; it is cleared."""
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+def norm(gradients: Iterable[torch.Tensor]) -> float:
+    return torch.stack([gradient.norm() for gradient in gradients]).norm().item()
 
 
 def assert_same_scores(actual: tuple[PackedOutput, ImageScores], expected: tuple[PackedOutput, ImageScores]) -> None:
@@ -258,6 +271,49 @@ class FamilyConformance:
         assert_same_scores(*outputs)
         pairs = [[torch.zeros(1) if g is None else g for g in pair] for pair in zip(*gradients, strict=True)]
         assert any((exact - detached).abs().max() > 1e-6 for exact, detached in pairs)
+
+    @pytest.mark.parametrize(
+        "task, lora, steps",
+        [("reasoning_t2i", False, 2), ("self_reflection", True, 1)],
+        ids=["all weights", "adapter"],
+    )
+    def test_parts_over_shared_contexts_have_the_gradient_of_one_forward(
+        self, case: FamilyCase, task: str, lora: bool, steps: int
+    ) -> None:
+        """In a part of the window there is no guidance, so that the parts differ in their branches."""
+        if case.model.pack_parts(case.sample(task)[:1], PARTLY, steps) is None:
+            pytest.skip("this family runs contexts with every part")
+        model: torch.nn.Module = case.model
+        if lora:
+            targets = case.model.family.lora_target_modules("both")
+            model = get_peft_model(case.model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        trajectories = case.sample(task, case.config(PARTLY))
+        whole = case.score(trajectories, PARTLY, model)
+        loss = whole[0].log_probs.sum() + whole[1].velocities.square().sum()
+        expected = parameter_gradients(model, loss)
+        parts = case.model.pack_parts(trajectories, PARTLY, steps)
+        contexts = model(**parts.contexts.inputs, keep_contexts=True)
+        torch.testing.assert_close(contexts.log_probs, whole[0].log_probs, atol=1e-5, rtol=1e-5)
+        shared = SharedContexts(PackedScores(contexts.log_probs, contexts.entropies, None), contexts, parts.copies)
+        narrowed = split_window_steps(trajectories, steps)
+        assert len(narrowed) == len(parts.copies) > 1
+        scores, losses = {}, {}
+        for index in reversed(range(len(narrowed))):
+            part = shared.part(index)
+            output = model(**part.batch.inputs, contexts=part.contexts)
+            scores[index] = ImageScores.from_packed(narrowed[index], part.batch, output)
+            losses[index] = scores[index].velocities.square().sum()
+            if index:
+                losses[index].backward()
+        actual = parameter_gradients(model, losses[0] + output.log_probs.sum())
+        joined = join_window_steps([scores[index] for index in range(len(narrowed))])
+        torch.testing.assert_close(joined.velocities, whole[1].velocities, atol=1e-5, rtol=1e-5)
+        assert actual.keys() == expected.keys()
+        size = norm(expected.values())
+        assert norm([actual[name] - gradient for name, gradient in expected.items()]) <= 1e-6 * size
+        for name, gradient in expected.items():
+            # One that is nothing but rounding, as that of the keys' biases, is measured by all of them.
+            assert norm([actual[name] - gradient]) <= 1e-5 * max(norm([gradient]), 1e-3 * size), name
 
     @torch.no_grad()
     def test_all_parts_change_no_output(self, case: FamilyCase) -> None:

@@ -174,11 +174,22 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.slow
-def test_gradients_are_exchanged_once_where_steps_are_split(train: Callable[..., Run]) -> None:
-    whole, parts = (train("ddp", max_steps=2, image_steps_per_forward=steps) for steps in (None, 1))
-    assert whole.outcome["exchanges"] == [True, True]
-    # Two trained steps in two forwards. The first backward of an optimizer step keeps its gradients.
-    assert parts.outcome["exchanges"] == [False, True, False, True]
+@pytest.mark.parametrize(
+    "backend, settings",
+    [
+        ("ddp", {}),
+        pytest.param("ddp", {"lora": True, "gradient_checkpointing": True}, marks=pytest.mark.low_priority),
+        pytest.param("zero2", {}, marks=pytest.mark.low_priority),
+        pytest.param("fsdp2", {}, marks=pytest.mark.low_priority),
+    ],
+    ids=["ddp", "ddp lora", "zero2", "fsdp2"],
+)
+def test_split_steps_train_as_one_forward(train: Callable[..., Run], backend: str, settings: dict[str, Any]) -> None:
+    whole, parts = (train(backend, max_steps=2, image_steps_per_forward=steps, **settings) for steps in (None, 1))
+    if backend == "ddp":
+        assert whole.outcome["exchanges"] == [True, True]
+        # Two trained steps in two forwards. The first backward of an optimizer step keeps its gradients.
+        assert parts.outcome["exchanges"] == [False, True, False, True]
     expected, actual = whole.weights(), parts.weights()
     for name, weight in expected.items():
         torch.testing.assert_close(actual[name], weight, rtol=1e-4, atol=1e-5, msg=name)

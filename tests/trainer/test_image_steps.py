@@ -10,6 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from alphagrpo_ext.trainer.scoring import PackedScores, join_window_steps, split_window_steps
@@ -30,10 +32,10 @@ def count_parts(trainer: AlphaGRPOTrainer) -> list[tuple[int, int]]:
     counts = []
     score = trainer.scorer.score
 
-    def counting(model: torch.nn.Module, trajectories: list[Trajectory]) -> PackedScores:
+    def counting(model: torch.nn.Module, trajectories: list[Trajectory], *contexts: Any) -> PackedScores:
         image = trajectories[0].sampled_images[-1]
         counts.append((sum(len(t.sampled_texts) for t in trajectories), image.window.num_steps))
-        return score(model, trajectories)
+        return score(model, trajectories, *contexts)
 
     trainer.scorer.score = counting
     return counts
@@ -75,6 +77,10 @@ def gradients(trainer: AlphaGRPOTrainer) -> dict[str, torch.Tensor]:
             {"image_objective": "diffusion_nft", "image_beta": 0.1, "image_kl_type": "velocity"}, id="DiffusionNFT"
         ),
         pytest.param({"gradient_checkpointing": True}, id="gradient checkpointing"),
+        pytest.param(
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, id="reentrant"
+        ),
+        pytest.param({"context_gradient": "detached"}, id="detached context"),
         pytest.param({"task": "self_reflection", "cfg_img_scale": 2.0, "num_reflection_rounds": 2}, id="two rounds"),
     ],
 )
@@ -99,6 +105,26 @@ def test_gradient_is_that_of_one_forward(make_trainer: MakeTrainer, settings: di
         assert (actual[name] - gradient).norm().item() <= 1e-5 * scale, name
     for metric in ("loss", "image/loss", "image/ratio_mean", "image/log_prob", "image/kl", "kl", "grad_norm"):
         assert history(parts, metric) == pytest.approx(history(whole, metric), rel=1e-4, abs=1e-6), metric
+    # Contexts are run once.
+    for metric in ("work/training_tokens", "work/scoring_tokens"):
+        assert history(parts, metric) == history(whole, metric), metric
+
+
+@pytest.mark.parametrize("reason", ["family", "sharding"])
+def test_contexts_are_run_with_every_part_where_they_cannot_be_shared(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    whole, parts = make_trainer(**PLAIN), make_trainer(**PLAIN, image_steps_per_forward=1)
+    expected = gradients(whole)
+    if reason == "family":
+        monkeypatch.setattr(BagelModel, "pack_parts", UnifiedModel.pack_parts)
+    else:
+        parts.scorer.runs_all_parts = True
+    actual = gradients(parts)
+    size = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    errors = [(actual[name] - gradient).norm() for name, gradient in expected.items()]
+    assert torch.stack(errors).norm() <= 1e-5 * size
+    assert history(parts, "work/training_tokens")[0] > history(whole, "work/training_tokens")[0]
 
 
 def test_second_update_compares_each_step_with_its_own_old_velocity(make_trainer: MakeTrainer) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.scoring import PackedScores
+from alphagrpo_ext.trainer.scoring import PackedScores, SharedContexts
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -50,25 +50,33 @@ def test_fp32_where_bf16_would_move_the_ratio(
 
 
 def kept_for_backward(trainer: AlphaGRPOTrainer) -> list[int]:
-    """Bytes of activations that each packed forward with gradient keeps, from now on."""
-    sizes = []
-    score = trainer.scorer.score
+    """Bytes of activations that each packed forward with gradient keeps, from now on, with those of its contexts."""
+    sizes: list[int] = []
+    contexts: dict[int, int] = {}
+    score, read_contexts = trainer.scorer.score, trainer.scorer.read_contexts
 
-    def measuring(*args: Any) -> PackedScores:
-        storages = {}
-
+    def measure(run: Callable[..., Any], args: tuple[Any, ...], storages: dict[int, int]) -> Any:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = score(*args)
+            return run(*args)
+
+    def measuring_contexts(*args: Any) -> SharedContexts | None:
+        contexts.clear()
+        return measure(read_contexts, args, contexts)
+
+    def measuring(*args: Any) -> PackedScores:
+        storages: dict[int, int] = {}
+        result = measure(score, args, storages)
+        storages |= contexts
         weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
         if torch.is_grad_enabled():
             sizes.append(sum(size for pointer, size in storages.items() if pointer not in weights))
         return result
 
-    trainer.scorer.score = measuring
+    trainer.scorer.score, trainer.scorer.read_contexts = measuring, measuring_contexts
     return sizes
 
 

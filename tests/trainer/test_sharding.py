@@ -83,15 +83,18 @@ def test_gathered_policy_is_sharded_again_after_an_error(sharded_bagel: BagelMod
 
 
 @pytest.mark.parametrize(
-    "sharding, gather, message",
+    "sharding, gather, steps_per_forward, message",
     [
-        (Sharding(zero_stage=0, fsdp_version=1), True, "fsdp_version: 2"),
-        (Sharding(zero_stage=3, fsdp_version=None), False, "ds3_gather_for_generation"),
+        (Sharding(zero_stage=0, fsdp_version=1), True, None, "fsdp_version: 2"),
+        (Sharding(zero_stage=3, fsdp_version=None), False, None, "ds3_gather_for_generation"),
+        (Sharding(zero_stage=3, fsdp_version=None), True, 2, "image_steps_per_forward=2"),
     ],
 )
-def test_rollout_that_could_not_end_is_refused(sharding: Sharding, gather: bool, message: str) -> None:
+def test_sharding_that_cannot_train_is_refused(
+    sharding: Sharding, gather: bool, steps_per_forward: int | None, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        check_sharding(sharding, gather)
+        check_sharding(sharding, gather, steps_per_forward)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_rollout_that_could_not_end_is_refused(sharding: Sharding, gather: bool,
 )
 def test_sharding_that_works_is_not_refused(sharding: Sharding, shards: bool, gather: bool) -> None:
     assert sharding.shards_parameters == shards
-    check_sharding(sharding, gather)
+    check_sharding(sharding, gather, None if sharding.zero_stage == 3 else 1)
 
 
 def test_fsdp_leaves_inputs_in_fp32_and_sums_gradients_in_fp32() -> None:

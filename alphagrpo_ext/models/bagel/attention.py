@@ -13,15 +13,16 @@ them apart, and each kind of attention runs on dense tensors. There are four ker
 - `sdpa` elsewhere repeats the keys of the context for every copy,
 - `flex_attention` runs whole sequences under a block mask, and skips the blocks of the mask that are empty.
 
-With detached contexts, contexts run in a pass of their own, which has a gradient only if texts were sampled. Gradient
-checkpointing and flex attention work with that. Sharded layers are gathered twice as often.
+Contexts and copies also run in passes of their own: copies then read the keys and values that the pass over contexts
+returned. With detached contexts, the first pass has a gradient only if texts were sampled. Gradient checkpointing and
+flex attention work with that. Sharded layers are gathered once per pass.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -38,20 +39,6 @@ from alphagrpo_ext.models.bagel.packing import NUM_DELIMITERS, Bucket
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A bool mask of any shape as what is added to scores: 0 where it is true, else the lowest number of `dtype`."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-@dataclass
-class ContextStates:
-    """Keys and values of contexts, without gradient: `(sequences, kv_heads, tokens, head_dim)` for every layer."""
-
-    keys: list[torch.Tensor] = field(default_factory=list)
-    values: list[torch.Tensor] = field(default_factory=list)
-
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep what a layer computed. Under gradient checkpointing a layer runs twice; the second time is ignored."""
-        if layer == len(self.keys):
-            self.keys.append(keys.detach())
-            self.values.append(values.detach())
 
 
 @dataclass(frozen=True)
@@ -113,16 +100,14 @@ class PackedLayout:
 
     Args:
         buckets (`tuple[BucketMasks, ...]`): Sizes and masks of every bucket.
-        has_contexts, has_copies (`bool`, *optional*, defaults to `True`): What the batch holds.
-        states (`tuple[ContextStates, ...]`, *optional*):
-            Keys and values of every bucket's contexts. A batch without copies stores them, one without contexts reads
-            them.
+        has_contexts, has_copies (`bool`, *optional*, defaults to `True`):
+            What the batch holds. Without copies, layers return the keys and values of contexts; without contexts, they
+            are given them.
     """
 
     buckets: tuple[BucketMasks, ...]
     has_contexts: bool = True
     has_copies: bool = True
-    states: tuple[ContextStates, ...] | None = None
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, torch.Tensor]) -> PackedLayout:
@@ -152,13 +137,24 @@ class PackedLayout:
     def _count(self, sizes: Sequence[tuple[int, int]]) -> int:
         return sum(contexts * self.has_contexts + copies * self.has_copies for contexts, copies in sizes)
 
-    def contexts_alone(self) -> PackedLayout:
-        """The contexts of all buckets, with room for their keys and values."""
-        return replace(self, has_copies=False, states=tuple(ContextStates() for _ in self.buckets))
+    @property
+    def copy_mask(self) -> torch.Tensor:
+        """False on padding, for every token of every copy, flattened."""
+        return torch.cat([masks.copy_mask.flatten() for masks in self.buckets])
 
-    def copies_alone(self, states: tuple[ContextStates, ...]) -> PackedLayout:
+    def contexts_alone(self) -> PackedLayout:
+        """The contexts of all buckets."""
+        return replace(self, has_copies=False)
+
+    def copies_alone(self) -> PackedLayout:
         """The copies of all buckets, over keys and values of contexts that were computed before."""
-        return replace(self, has_contexts=False, states=states)
+        return replace(self, has_contexts=False)
+
+    def take(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this layout holds of the tokens `(1, tokens, ...)` of a whole batch, for each expert."""
+        if self.has_contexts:
+            return und[:, : self.num_und], gen[:, : self.num_gen]
+        return und[:, und.shape[1] - self.num_und :], gen[:, gen.shape[1] - self.num_gen :]
 
     def additive(self, dtype: torch.dtype) -> PackedLayout:
         """With masks that are added to scores."""

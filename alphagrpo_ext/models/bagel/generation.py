@@ -231,7 +231,7 @@ def feed_tokens(
     """
     und = model.language_model.model.embed_tokens(tokens)[:, None]
     mask = cache.visibility(torch.ones(1, 1, 1, dtype=torch.bool, device=und.device))
-    und, _ = model.language_model.model(und, None, cache.positions[:, None], mask, cache)
+    und, *_ = model.language_model.model(und, None, cache.positions[:, None], mask, cache)
     blocks = torch.where(is_reading, cache.num_blocks, PADDING_BLOCK)
     cache.commit(blocks[:, None], cache.positions + is_reading.long(), cache.num_blocks)
     return model.language_model.lm_head(und[:, 0])
@@ -267,7 +267,7 @@ def predict_velocity(
     gen = model.embed_latents(latents, position_ids, model.time_embedder(timestep.reshape(1, 1)))
     positions = cache.positions[:, None].expand(num_images, num_tokens + 2)
     mask = cache.visibility(torch.ones(1, num_tokens + 2, num_tokens + 2, dtype=torch.bool, device=device))
-    _, gen = model.language_model.model(und, gen, positions, mask, cache)
+    _, gen, _ = model.language_model.model(und, gen, positions, mask, cache)
     return model.llm2vae(gen)
 
 

@@ -16,8 +16,15 @@ from alphagrpo_ext.models.bagel.cache import BagelCache
 from alphagrpo_ext.models.bagel.guidance import BRANCHES, BagelGuidance
 from alphagrpo_ext.models.bagel.layout import PADDING_BLOCK, patchify, unpatchify, visibility_mask
 from alphagrpo_ext.models.bagel.network import BagelNetwork
-from alphagrpo_ext.models.bagel.packing import pack_trajectories
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, SampledText, UnifiedModel
+from alphagrpo_ext.models.bagel.packing import pack_parts, pack_trajectories
+from alphagrpo_ext.models.contract import (
+    PackedBatch,
+    PackedOutput,
+    PackedParts,
+    ReadContexts,
+    SampledText,
+    UnifiedModel,
+)
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.trajectory import Segment, TextSegment, Trajectory
 
@@ -102,9 +109,21 @@ class BagelModel(BagelNetwork, UnifiedModel):
     def pack(
         self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig | Sequence[GuidanceConfig]
     ) -> PackedBatch:
-        one = isinstance(guidance, GuidanceConfig)
-        made = self.guidance(guidance) if one else [self.guidance(settings) for settings in guidance]
-        return pack_trajectories(trajectories, made, self.config)
+        return pack_trajectories(trajectories, self._each_guidance(guidance), self.config)
+
+    def _each_guidance(
+        self, settings: GuidanceConfig | Sequence[GuidanceConfig]
+    ) -> BagelGuidance | list[BagelGuidance]:
+        is_shared = isinstance(settings, GuidanceConfig)
+        return self.guidance(settings) if is_shared else [self.guidance(own) for own in settings]
+
+    def pack_parts(
+        self,
+        trajectories: Sequence[Trajectory],
+        guidance: GuidanceConfig | Sequence[GuidanceConfig],
+        steps_per_part: int,
+    ) -> PackedParts:
+        return pack_parts(trajectories, self._each_guidance(guidance), self.config, steps_per_part)
 
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if "vit_patches" in inputs:
@@ -134,10 +153,12 @@ class BagelModel(BagelNetwork, UnifiedModel):
         velocity_index: torch.Tensor | None = None,
         temperature: float | torch.Tensor = 1.0,
         context_gradient: str = "exact",
+        keep_contexts: bool = False,
+        contexts: ReadContexts | None = None,
         **images: torch.Tensor,
     ) -> PackedOutput:
         """
-        Score whole trajectories; see [`collate_sequences`] and [`pack_trajectories`] for the inputs.
+        Score whole trajectories; see [`collate_sequences`], [`pack_trajectories`] and [`pack_parts`] for the inputs.
 
         Args:
             score_index (`torch.Tensor` of shape `(scores,)`):
@@ -153,59 +174,74 @@ class BagelModel(BagelNetwork, UnifiedModel):
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
             context_gradient (`str`, *optional*, defaults to `"exact"`):
                 With `"detached"`, noised copies have no gradient through their context.
+            keep_contexts (`bool`, *optional*, defaults to `False`):
+                Whether the batch has contexts alone, whose keys and values are returned.
+            contexts ([`ReadContexts`], *optional*): What that returned, for a batch of noised copies alone.
         """
-        if self.work is not None:
-            kind = "training" if torch.is_grad_enabled() else "scoring"
-            self.work.count(kind, int((blocks != PADDING_BLOCK).sum()), blocks.numel())
         und, gen = self.embed_sequences({"input_ids": input_ids, **images})
         attributes = {"positions": positions, "blocks": blocks, "horizons": horizons}
         is_flex = self.config.text_config._attn_implementation == "flex_attention"
-        if buckets is not None and velocity_index is not None and context_gradient == "detached":
+        is_detached = context_gradient == "detached" and velocity_index is not None
+        layout = None
+        if buckets is not None and (not is_flex or is_detached or keep_contexts or contexts is not None):
             layout = PackedLayout.from_inputs({"buckets": buckets, **attributes})
+        if self.work is not None:
+            mask = blocks != PADDING_BLOCK if contexts is None else layout.copy_mask
+            self.work.count("training" if torch.is_grad_enabled() else "scoring", int(mask.sum()), mask.numel())
+        states = None
+        if contexts is not None:
+            _, gen, _ = self._run_part(und, gen, positions, layout, layout.copies_alone(), contexts.states)
+            return PackedOutput(contexts.log_probs, contexts.entropies, self._velocities(gen, velocity_index))
+        if keep_contexts:
+            und, gen, states = self._run_part(und, gen, positions, layout, layout.contexts_alone())
+        elif layout is not None and is_detached:
             und, gen = self._run_detached(und, gen, positions, layout, len(score_index) > 0)
         else:
-            if buckets is not None and not is_flex:
-                mask = PackedLayout.from_inputs({"buckets": buckets, **attributes})
-            else:
-                mask = (visibility_block_mask if is_flex else visibility_mask)(**attributes, sequence_ids=sequence_ids)
-            und, gen = self.language_model.model(und, gen, positions, mask)
+            make_mask = visibility_block_mask if is_flex else visibility_mask
+            mask = make_mask(**attributes, sequence_ids=sequence_ids) if layout is None else layout
+            und, gen, _ = self.language_model.model(und, gen, positions, mask)
         head, scored = self.language_model.lm_head, und.flatten(0, 1)[score_index]
         if isinstance(head, BaseTunerLayer):
             # An adapter around the head returns logits alone.
             log_probs, entropies = score_tokens(head, scored, score_targets, head.out_features, temperature)
         else:
             log_probs, entropies = head(scored, score_targets, temperature)
-        velocities = None
-        if velocity_index is not None:
-            velocities = self.llm2vae(gen.flatten(0, 1)[velocity_index]).float()
-        return PackedOutput(log_probs, entropies, velocities)
+        velocities = None if velocity_index is None else self._velocities(gen, velocity_index)
+        return PackedOutput(log_probs, entropies, velocities, states)
+
+    def _velocities(self, gen: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return self.llm2vae(gen.flatten(0, 1)[index]).float()
+
+    def _run_part(
+        self,
+        und: torch.Tensor,
+        gen: torch.Tensor | None,
+        positions: torch.Tensor,
+        layout: PackedLayout,
+        part: PackedLayout,
+        context_states: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Run embeddings of a part of a batch. `positions` are those of the whole, which has `layout`."""
+        own_positions = part.take(*positions.tensor_split([layout.num_und], dim=1))
+        return self.language_model.model(
+            und,
+            gen if part.num_gen else None,
+            torch.cat(own_positions, dim=1),
+            part,
+            context_states=context_states,
+        )
 
     def _run_detached(
         self, und: torch.Tensor, gen: torch.Tensor, positions: torch.Tensor, layout: PackedLayout, has_scores: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Run contexts first, with gradient if they have sampled texts, and then copies over detached keys and values of
-        the contexts.
+        the contexts. Returns the states of contexts, and behind them those of copies.
         """
-        contexts = layout.contexts_alone()
-        parts = (contexts, layout.copies_alone(contexts.states))
-        und_sizes, gen_sizes = [part.num_und for part in parts], [part.num_gen for part in parts]
-        und_positions, gen_positions = positions.split([und.shape[1], gen.shape[1]], dim=1)
-        split = [
-            *(x.split(und_sizes, dim=1) for x in (und, und_positions)),
-            *(x.split(gen_sizes, dim=1) for x in (gen, gen_positions)),
-        ]
-        outputs = []
-        for part, has_gradient, *tensors in zip(parts, (has_scores, True), *split, strict=True):
-            und_part, und_positions_part, gen_part, gen_positions_part = tensors
-            with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):
-                outputs.append(
-                    self.language_model.model(
-                        und_part,
-                        gen_part if part.num_gen else None,
-                        torch.cat([und_positions_part, gen_positions_part], dim=1),
-                        part,
-                    )
-                )
-        und_outputs, gen_outputs = zip(*outputs, strict=True)
-        return torch.cat(und_outputs, dim=1), torch.cat([x for x in gen_outputs if x is not None], dim=1)
+        contexts, copies = layout.contexts_alone(), layout.copies_alone()
+        with torch.set_grad_enabled(has_scores and torch.is_grad_enabled()):
+            context_und, context_gen, states = self._run_part(*contexts.take(und, gen), positions, layout, contexts)
+        states = [state.detach() for state in states]
+        copy_und, copy_gen, _ = self._run_part(*copies.take(und, gen), positions, layout, copies, states)
+        und = torch.cat([context_und, copy_und], dim=1)
+        return und, copy_gen if context_gen is None else torch.cat([context_gen, copy_gen], dim=1)

@@ -8,7 +8,7 @@ Source: Emerging Properties in Unified Multimodal Pretraining (https://huggingfa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,13 +98,14 @@ class BagelAttention(nn.Module):
         self,
         und: torch.Tensor,
         gen: torch.Tensor | None,
+        *context_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | BlockMask | PackedLayout,
         context: BagelCache | None = None,
         prefill: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         if isinstance(mask, PackedLayout):
-            return self._attend_packed(und, gen, position_embeddings, mask)
+            return self._attend_packed(und, gen, context_states, position_embeddings, mask)
         states = self._project(und, "")
         if gen is not None:
             states = tuple(torch.cat(pair, dim=1) for pair in zip(states, self._project(gen, "_moe_gen"), strict=True))
@@ -127,10 +128,17 @@ class BagelAttention(nn.Module):
         self,
         und: torch.Tensor,
         gen: torch.Tensor | None,
+        context_states: Sequence[torch.Tensor],
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         layout: PackedLayout,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of contexts to themselves, and of copies to contexts and themselves; see [`PackedLayout`]."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """
+        Attention of contexts to themselves, and of copies to contexts and themselves; see [`PackedLayout`].
+
+        Returns:
+            The outputs of both experts, and for a layout without copies the keys and values of every bucket's contexts,
+            which `context_states` gives back to a layout without contexts.
+        """
         states = [self._project(und, "")] + ([] if gen is None else [self._project(gen, "_moe_gen")])
         # Rotated before heads and tokens are transposed, so that the tokens of a copy stay contiguous in memory.
         states = [
@@ -138,7 +146,7 @@ class BagelAttention(nn.Module):
             for (query, key, value), embeddings in zip(states, position_embeddings, strict=False)
         ]
         query, key, value = (layout.split(*expert_states) for expert_states in zip(*states, strict=True))
-        contexts, copies = [], []
+        contexts, copies, kept = [], [], []
         for i, masks in enumerate(layout.buckets):
             if layout.has_contexts:
                 context_query, context_key, context_value = (
@@ -151,11 +159,10 @@ class BagelAttention(nn.Module):
                     scaling=self.scaling,
                 )
                 contexts.append(output.flatten(2))
-                if layout.states is not None:
-                    layout.states[i].store(self.layer_idx, context_key, context_value)
+                if not layout.has_copies:
+                    kept += [context_key, context_value]
             else:
-                states = layout.states[i]
-                context_key, context_value = states.keys[self.layer_idx], states.values[self.layer_idx]
+                context_key, context_value = context_states[2 * i : 2 * i + 2]
             if layout.has_copies and masks.bucket.copies:
                 own_query, own_key, own_value = (
                     part[1][i].flatten(1, 2).transpose(1, 2) for part in (query, key, value)
@@ -164,7 +171,7 @@ class BagelAttention(nn.Module):
                 output = copy_attention(self.config._attn_implementation)(copy_states, masks, self.scaling)
                 copies.append(output.transpose(1, 2).flatten(2).unflatten(1, (masks.bucket.copies, -1)))
         und, gen = layout.merge(contexts, copies)
-        return self.o_proj(und), self.o_proj_moe_gen(gen) if gen.shape[1] else None
+        return self.o_proj(und), self.o_proj_moe_gen(gen) if gen.shape[1] else None, *kept
 
     def _attention_function(self, mask: torch.Tensor | BlockMask) -> Callable:
         if isinstance(mask, BlockMask):
@@ -190,18 +197,20 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = Qwen2RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm_moe_gen = Qwen2RMSNorm(hidden, eps=eps)
 
+    # Keys and values of contexts are arguments and results, because reentrant checkpointing follows no other gradients, and
+    # FSDP gathers a layer's weights for the backward where the gradient of a result arrives.
     def forward(
-        self, und: torch.Tensor, gen: torch.Tensor | None, **attention: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        und_output, gen_output = self.self_attn(
-            self.input_layernorm(und), None if gen is None else self.input_layernorm_moe_gen(gen), **attention
-        )
+        self, und: torch.Tensor, gen: torch.Tensor | None, *context_states: torch.Tensor, **attention: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        """States of both experts' tokens after the layer, and what [`PackedLayout`] says that layers return."""
+        normed = (self.input_layernorm(und), None if gen is None else self.input_layernorm_moe_gen(gen))
+        und_output, gen_output, *kept = self.self_attn(*normed, *context_states, **attention)
         und = und + und_output
         und = und + self.mlp(self.post_attention_layernorm(und))
         if gen is not None:
             gen = gen + gen_output
             gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
-        return und, gen
+        return und, gen, *kept
 
 
 class BagelDecoder(nn.Module):
@@ -225,7 +234,8 @@ class BagelDecoder(nn.Module):
         mask: torch.Tensor | BlockMask | PackedLayout,
         cache: BagelCache | None = None,
         prefill: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        context_states: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """
         Args:
             und (`torch.Tensor` of shape `(batch, und_tokens, hidden)`): Embeddings for the understanding expert.
@@ -235,9 +245,12 @@ class BagelDecoder(nn.Module):
             mask (`torch.Tensor` of shape `(batch, queries, keys)`, `BlockMask` or [`PackedLayout`]): Visibility, bool.
             cache ([`BagelCache`], *optional*): Context that comes before these tokens.
             prefill (`bool`, *optional*, defaults to `False`): Whether these tokens become the cache's prefix.
+            context_states (`Sequence[torch.Tensor]`, *optional*):
+                For a layout without contexts, what a layout without copies returned.
 
         Returns:
-            The normed hidden states of both experts' tokens.
+            The normed hidden states of both experts' tokens, and for a layout without copies the keys and values
+            `(sequences, kv_heads, context, head_dim)` of every layer's every bucket.
         """
         # SDPA would convert a bool mask in every layer, and keep each result for the backward.
         kind, implementation = und.device.type, self.config._attn_implementation
@@ -256,12 +269,15 @@ class BagelDecoder(nn.Module):
             elif implementation == "sdpa":
                 mask = additive_mask(mask, computes_in)
             position_embeddings = self.rotary_emb(und, positions)
-        for layer in self.layers:
+        num_states, kept = len(context_states) // len(self.layers), []
+        for i, layer in enumerate(self.layers):
+            seen = context_states[i * num_states : (i + 1) * num_states]
             # Under gradient checkpointing, Transformers removes arguments whose name says cache.
-            und, gen = layer(
-                und, gen, position_embeddings=position_embeddings, mask=mask, context=cache, prefill=prefill
+            und, gen, *states = layer(
+                und, gen, *seen, position_embeddings=position_embeddings, mask=mask, context=cache, prefill=prefill
             )
-        return self.norm(und), None if gen is None else self.norm_moe_gen(gen)
+            kept += states
+        return self.norm(und), None if gen is None else self.norm_moe_gen(gen), kept
 
 
 class BagelHead(nn.Linear):

@@ -18,8 +18,8 @@ size 1, so that no bucket is padded to the length of another, and layers see one
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from alphagrpo_ext.models.bagel.layout import (
     collate_tokens,
     grid_position_ids,
 )
-from alphagrpo_ext.models.contract import PackedBatch, VelocityLayout
+from alphagrpo_ext.models.contract import PackedBatch, PackedParts, VelocityLayout
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 
 
@@ -204,6 +204,7 @@ class _PackedBucket:
     Args:
         sizes ([`Bucket`]): Sizes.
         sequences (`list[_PackedSequence]`): The sequences.
+        noised (`list[list[NoisedCopy]]`): The copies of every sequence that are in the batch, as many for each.
         contexts (`dict[str, torch.Tensor]`): What [`collate_tokens`] returns for their contexts.
         copies (`dict[str, torch.Tensor]`):
             `positions`, `blocks`, `horizons` and `timesteps` `(sequences, copies)`; `position_ids` and `mask`
@@ -212,27 +213,46 @@ class _PackedBucket:
 
     sizes: Bucket
     sequences: list[_PackedSequence]
+    noised: list[list[NoisedCopy]]
     contexts: dict[str, torch.Tensor]
     copies: dict[str, torch.Tensor]
 
+    def narrowed(self, steps: range, config: BagelConfig) -> _PackedBucket:
+        """The same contexts with the copies of some steps alone, which are counted from the first of them."""
+        noised = [
+            [replace(copy, step=copy.step - steps.start) for copy in copies if copy.step in steps]
+            for copies in self.noised
+        ]
+        sizes = self.sizes._replace(copies=len(noised[0]))
+        return replace(self, sizes=sizes, noised=noised, copies=_collate_copies(noised, sizes, config))
 
-def _collate_buckets(sequences: Sequence[_PackedSequence], config: BagelConfig) -> list[_PackedBucket]:
-    """Sequences by shape, in the order in which the shapes first come."""
-    by_shape: dict[tuple[int, ...], list[_PackedSequence]] = {}
+
+def _collate_buckets(
+    sequences: Sequence[_PackedSequence], config: BagelConfig, same_steps: bool = False
+) -> list[_PackedBucket]:
+    """
+    Sequences by shape, in the order in which the shapes first come. With `same_steps`, the sequences of a bucket have as many
+    copies of every step.
+    """
+    by_shape: dict[Hashable, list[_PackedSequence]] = {}
     for sequence in sequences:
-        by_shape.setdefault(sequence.shape, []).append(sequence)
+        steps = sorted(copy.step for copy in sequence.copies) if same_steps else ()
+        by_shape.setdefault((sequence.shape, tuple(steps)), []).append(sequence)
     buckets = []
-    for (num_copies, num_latents, *_), same_shape in by_shape.items():
+    for same_shape in by_shape.values():
+        num_copies, num_latents, *_ = same_shape[0].shape
         contexts = collate_tokens(same_shape, config)
         num_und = contexts["input_ids"].shape[1]
         num_gen = contexts["positions"].shape[1] - num_und
         sizes = Bucket(len(same_shape), num_und, num_gen, num_copies, num_latents)
-        buckets.append(_PackedBucket(sizes, same_shape, contexts, _collate_copies(same_shape, sizes, config)))
+        noised = [sequence.copies for sequence in same_shape]
+        copies = _collate_copies(noised, sizes, config)
+        buckets.append(_PackedBucket(sizes, same_shape, noised, contexts, copies))
     return buckets
 
 
 def _collate_copies(
-    sequences: Sequence[_PackedSequence], sizes: Bucket, config: BagelConfig
+    noised: Sequence[Sequence[NoisedCopy]], sizes: Bucket, config: BagelConfig
 ) -> dict[str, torch.Tensor]:
     shape = (sizes.sequences, sizes.copies, sizes.copy_latents)
     tensors = {
@@ -244,8 +264,8 @@ def _collate_copies(
         "blocks": (NOISED_BLOCK + torch.arange(sizes.copies)).expand(shape[:2]),
         "horizons": torch.zeros(shape[:2], dtype=torch.long),
     }
-    for i, sequence in enumerate(sequences):
-        for j, copy in enumerate(sequence.copies):
+    for i, copies in enumerate(noised):
+        for j, copy in enumerate(copies):
             length = len(copy.latents)
             tensors["latents"][i, j, :length] = copy.latents
             tensors["position_ids"][i, j, :length] = grid_position_ids(*copy.grid, config.max_latent_size)
@@ -335,8 +355,8 @@ def _locate_velocities(
     located = [
         (copy, copy_starts[sequence] + i * bucket.sizes.copy_latents)
         for bucket in buckets
-        for sequence in bucket.sequences
-        for i, copy in enumerate(sequence.copies)
+        for sequence, copies in zip(bucket.sequences, bucket.noised, strict=True)
+        for i, copy in enumerate(copies)
     ]
     if not located:
         return None
@@ -362,6 +382,84 @@ def _packed_inputs(buckets: Sequence[_PackedBucket], config: BagelConfig) -> dic
     }
 
 
+@dataclass(frozen=True)
+class _PackedTrajectories:
+    """
+    Trajectories that were laid out.
+
+    Args:
+        packer ([`_Packer`]): Laid them out.
+        guidance ([`BagelGuidance`] or `tuple[BagelGuidance, ...]`): Of all images, or of each.
+        config ([`BagelConfig`]): Sizes and delimiters.
+    """
+
+    packer: _Packer
+    guidance: BagelGuidance | tuple[BagelGuidance, ...]
+    config: BagelConfig
+
+    @classmethod
+    def of(
+        cls,
+        trajectories: Sequence[Trajectory],
+        guidance: BagelGuidance | Sequence[BagelGuidance],
+        config: BagelConfig,
+        shares_contexts: bool = True,
+    ) -> _PackedTrajectories:
+        packer = _Packer(config, shares_contexts)
+        is_shared = isinstance(guidance, BagelGuidance)
+        each = [guidance] * len(trajectories) if is_shared else guidance
+        for trajectory, own in zip(trajectories, each, strict=True):
+            packer.add(trajectory, own)
+        return cls(packer, guidance if is_shared else tuple(packer.image_guidance), config)
+
+    def batch(self, buckets: Sequence[_PackedBucket]) -> PackedBatch:
+        """Contexts with their sampled tokens, and the copies that the buckets have."""
+        inputs = _packed_inputs(buckets, self.config)
+        context_starts, copy_starts = _starts(buckets)
+        inputs |= collate_pixels(list(context_starts), list(context_starts.values()), self.config)
+        tokens = [
+            (context_starts[sequence] + place, token_id, trajectory, column)
+            for trajectory, sequence in enumerate(self.packer.trajectory_sequences)
+            for column, (place, token_id) in enumerate(sequence.sampled_tokens)
+        ]
+        return self._to_batch(inputs, tokens, _locate_velocities(buckets, copy_starts))
+
+    def copies(self, buckets: Sequence[_PackedBucket]) -> PackedBatch:
+        """
+        The copies alone. Positions, blocks and horizons are those of contexts, too: they say what a copy sees.
+        """
+        inputs, copy_starts = _packed_inputs(buckets, self.config), _starts(buckets)[1]
+        num_und, num_gen = (
+            sum(s) for s in zip(*((b.sizes.und_sizes[0], b.sizes.gen_sizes[0]) for b in buckets), strict=True)
+        )
+        inputs["input_ids"] = inputs["input_ids"][:, num_und:]
+        for name in ("latents", "latent_position_ids", "timestep_index"):
+            inputs[name] = inputs[name][:, num_gen:]
+        index, layout = _locate_velocities(buckets, copy_starts)
+        return self._to_batch(inputs, [], (index - num_gen, layout))
+
+    def _to_batch(
+        self,
+        inputs: dict[str, torch.Tensor],
+        tokens: Sequence[tuple[int, int, int, int]],
+        located: tuple[torch.Tensor, VelocityLayout] | None,
+    ) -> PackedBatch:
+        """With the place, id, trajectory and column of every sampled token, and what [`_locate_velocities`] returns."""
+        places, targets, trajectory, column = torch.tensor(tokens, dtype=torch.long).reshape(-1, 4).T.contiguous()
+        inputs |= {"score_index": places, "score_targets": targets}
+        velocities = None
+        if located is not None:
+            inputs["velocity_index"], velocities = located
+        return PackedBatch(
+            inputs=inputs,
+            score_trajectory=trajectory,
+            score_column=column,
+            velocities=velocities,
+            image_trajectory=torch.tensor(self.packer.image_trajectory, dtype=torch.long),
+            guidance=self.guidance,
+        )
+
+
 def pack_trajectories(
     trajectories: Sequence[Trajectory],
     guidance: BagelGuidance | Sequence[BagelGuidance],
@@ -382,29 +480,30 @@ def pack_trajectories(
     Returns:
         [`PackedBatch`]: Its inputs are a batch of size 1, and `buckets` `(buckets, 5)` holds one [`Bucket`] per line.
     """
-    packer = _Packer(config, shares_contexts)
-    is_shared = isinstance(guidance, BagelGuidance)
-    for trajectory, own in zip(trajectories, [guidance] * len(trajectories) if is_shared else guidance, strict=True):
-        packer.add(trajectory, own)
-    buckets = _collate_buckets(packer.sequences(), config)
-    inputs = _packed_inputs(buckets, config)
-    context_starts, copy_starts = _starts(buckets)
-    inputs |= collate_pixels(list(context_starts), list(context_starts.values()), config)
-    tokens = [
-        (context_starts[sequence] + place, token_id, trajectory, column)
-        for trajectory, sequence in enumerate(packer.trajectory_sequences)
-        for column, (place, token_id) in enumerate(sequence.sampled_tokens)
-    ]
-    places, targets, trajectory, column = torch.tensor(tokens, dtype=torch.long).reshape(-1, 4).T.contiguous()
-    inputs |= {"score_index": places, "score_targets": targets}
-    velocities = None
-    if (located := _locate_velocities(buckets, copy_starts)) is not None:
-        inputs["velocity_index"], velocities = located
-    return PackedBatch(
-        inputs=inputs,
-        score_trajectory=trajectory,
-        score_column=column,
-        velocities=velocities,
-        image_trajectory=torch.tensor(packer.image_trajectory, dtype=torch.long),
-        guidance=guidance if is_shared else tuple(packer.image_guidance),
+    packed = _PackedTrajectories.of(trajectories, guidance, config, shares_contexts)
+    return packed.batch(_collate_buckets(packed.packer.sequences(), config))
+
+
+def pack_parts(
+    trajectories: Sequence[Trajectory],
+    guidance: BagelGuidance | Sequence[BagelGuidance],
+    config: BagelConfig,
+    steps_per_part: int,
+) -> PackedParts:
+    """
+    Lay out whole trajectories for one forward over contexts and several over noised copies, as
+    [`UnifiedModel.pack_parts`] says.
+
+    Args:
+        trajectories, guidance, config: As in [`pack_trajectories`].
+        steps_per_part (`int`): Most steps of a window in one part.
+    """
+    packed = _PackedTrajectories.of(trajectories, guidance, config)
+    # All parts have the same contexts in the same order, whatever copies they have.
+    buckets = _collate_buckets(packed.packer.sequences(), config, same_steps=True)
+    num_steps = 1 + max(copy.step for bucket in buckets for copies in bucket.noised for copy in copies)
+    parts = [range(start, start + steps_per_part) for start in range(0, num_steps, steps_per_part)]
+    return PackedParts(
+        contexts=packed.batch([bucket.narrowed(range(0), config) for bucket in buckets]),
+        copies=[packed.copies([bucket.narrowed(steps, config) for bucket in buckets]) for steps in parts],
     )

@@ -13,13 +13,20 @@ from dataclasses import replace
 import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig, PlainGuidance
-from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, SampledText, UnifiedModel
+from alphagrpo_ext.models.contract import (
+    PackedBatch,
+    PackedOutput,
+    PackedParts,
+    ReadContexts,
+    SampledText,
+    UnifiedModel,
+)
 from alphagrpo_ext.models.cosmos3 import generation
 from alphagrpo_ext.models.cosmos3.chat_template import read_pieces
 from alphagrpo_ext.models.cosmos3.generation import TAIL_SLOTS, Cosmos3Cache
 from alphagrpo_ext.models.cosmos3.layout import LatentBlock, collate_latents
 from alphagrpo_ext.models.cosmos3.network import Cosmos3Network
-from alphagrpo_ext.models.cosmos3.packing import pack_conversations
+from alphagrpo_ext.models.cosmos3.packing import pack_conversation_parts, pack_conversations
 from alphagrpo_ext.models.cosmos3.transformer import StreamStates
 from alphagrpo_ext.models.cosmos3.vision import smart_size
 from alphagrpo_ext.models.token_scores import score_tokens
@@ -132,9 +139,22 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
     def pack(
         self, trajectories: Sequence[Trajectory], guidance: GuidanceConfig | Sequence[GuidanceConfig]
     ) -> PackedBatch:
-        one = isinstance(guidance, GuidanceConfig)
-        made = self.guidance(guidance) if one else [self.guidance(settings) for settings in guidance]
-        return pack_conversations(trajectories, made, self.branches, self.config)
+        return pack_conversations(trajectories, self._each_guidance(guidance), self.branches, self.config)
+
+    def pack_parts(
+        self,
+        trajectories: Sequence[Trajectory],
+        guidance: GuidanceConfig | Sequence[GuidanceConfig],
+        steps_per_part: int,
+    ) -> PackedParts:
+        made = self._each_guidance(guidance)
+        return pack_conversation_parts(trajectories, made, self.branches, self.config, steps_per_part)
+
+    def _each_guidance(
+        self, settings: GuidanceConfig | Sequence[GuidanceConfig]
+    ) -> PlainGuidance | list[PlainGuidance]:
+        is_shared = isinstance(settings, GuidanceConfig)
+        return self.guidance(settings) if is_shared else [self.guidance(own) for own in settings]
 
     def with_all_parts(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs = dict(inputs)
@@ -153,19 +173,22 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        horizons: torch.Tensor,
         forks: torch.Tensor,
-        score_index: torch.Tensor,
-        score_targets: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        horizons: torch.Tensor | None = None,
+        score_index: torch.Tensor | None = None,
+        score_targets: torch.Tensor | None = None,
         velocity_index: torch.Tensor | None = None,
         temperature: float | torch.Tensor = 1.0,
         context_gradient: str = "exact",
+        keep_contexts: bool = False,
+        contexts: ReadContexts | None = None,
         **images: torch.Tensor,
     ) -> PackedOutput:
         """
         Score whole trajectories; see [`collate_contexts`], [`collate_latents`] and [`pack_conversations`] for the inputs.
+        With `contexts` there are those of the generation stream alone.
 
         Args:
             score_index (`torch.Tensor` of shape `(scores,)`):
@@ -176,11 +199,19 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
             temperature (`float`, *optional*, defaults to `1.0`): Temperature at which the tokens were sampled.
             context_gradient (`str`, *optional*, defaults to `"exact"`):
                 With `"detached"`, noised copies have no gradient through their context.
+            keep_contexts (`bool`, *optional*, defaults to `False`):
+                Whether to return what the generation stream reads of the understanding stream.
+            contexts ([`ReadContexts`], *optional*): What that returned, for a batch of noised copies alone.
         """
-        contexts = {"input_ids": input_ids, "positions": positions, "horizons": horizons, "forks": forks}
+        rows = {"input_ids": input_ids, "positions": positions, "horizons": horizons, "forks": forks}
         if self.work is not None:
-            self._count_work(contexts | images)
-        states, seen = self.understand_contexts(contexts | images)
+            self._count_work(rows | images)
+        if contexts is not None:
+            keys, values = contexts.states[::2], contexts.states[1::2]
+            velocities = self._denoise_copies(images, StreamStates(keys, keys, values), forks)
+            velocities = _read_velocities(velocities, velocity_index)
+            return PackedOutput(contexts.log_probs, contexts.entropies, velocities)
+        states, seen = self.understand_contexts(rows | images)
         velocities = None
         if "latents" in images:
             seen = seen.detach() if context_gradient == "detached" else seen
@@ -192,8 +223,9 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
         head = self.transformer.lm_head
         log_probs, entropies = score_tokens(head, scored, score_targets, self.config.vocab_size, temperature)
         if velocities is not None:
-            velocities = velocities.gather(1, velocity_index[..., None].expand(-1, -1, velocities.shape[-1]))
-        return PackedOutput(log_probs, entropies, velocities)
+            velocities = _read_velocities(velocities, velocity_index)
+        pairs = zip(seen.generation_keys, seen.values, strict=True) if keep_contexts else ()
+        return PackedOutput(log_probs, entropies, velocities, [state for pair in pairs for state in pair] or None)
 
     def _denoise_copies(
         self, images: dict[str, torch.Tensor], seen: StreamStates, forks: torch.Tensor
@@ -209,6 +241,12 @@ class Cosmos3Model(Cosmos3Network, UnifiedModel):
         return self.transformer.denoise(latents, noised, times, positions, seen, mask, context_rows=rows)
 
     def _count_work(self, inputs: dict[str, torch.Tensor]) -> None:
-        masks = [inputs["horizons"] > 0, *([inputs["valid"]] if "valid" in inputs else [])]
+        masks = [] if inputs["horizons"] is None else [inputs["horizons"] > 0]
+        masks += [inputs["valid"]] if "valid" in inputs else []
         num_tokens, num_places = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
         self.work.count("training" if torch.is_grad_enabled() else "scoring", num_tokens, num_places)
+
+
+def _read_velocities(velocities: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Those of noised latents, `(copies, tokens, channels)`, of all latents of every copy."""
+    return velocities.gather(1, index[..., None].expand(-1, -1, velocities.shape[-1]))

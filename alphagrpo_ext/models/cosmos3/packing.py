@@ -11,11 +11,11 @@ is one noised image in one guidance branch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from alphagrpo_ext.models.contract import Guidance, PackedBatch, VelocityLayout
+from alphagrpo_ext.models.contract import Guidance, PackedBatch, PackedParts, VelocityLayout
 from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config
 from alphagrpo_ext.models.cosmos3.layout import ContextRow, LatentBlock, Tail, collate_contexts, collate_latents
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
@@ -125,29 +125,52 @@ class Packing:
 
     def to_batch(self, guidance: Guidance | tuple[Guidance, ...], branches: tuple[str, ...]) -> PackedBatch:
         """The tensors of the forward, and where its results belong."""
+        batch = self.contexts_alone(guidance)
+        if self.keys:
+            copies = self.copies_alone(range(self.num_steps), guidance, branches)
+            batch = replace(batch, inputs=batch.inputs | copies.inputs, velocities=copies.velocities)
+        return batch
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the longest window."""
+        return 1 + max(step for _, step, _ in self.keys)
+
+    def contexts_alone(self, guidance: Guidance | tuple[Guidance, ...]) -> PackedBatch:
+        """The understanding stream, with the sampled tokens."""
         inputs = collate_contexts(self.rows, self.tails)
         num_columns = inputs["input_ids"].shape[1]
         trajectory, column, row, place = torch.tensor(self.scores, dtype=torch.long).reshape(-1, 4).T
         inputs["score_index"] = row * num_columns + place
         inputs["score_targets"] = torch.tensor(self.targets, dtype=torch.long)
-        image_trajectory = torch.tensor(self.image_trajectory, dtype=torch.long)
-        layout = None
-        if self.keys:
-            image, step, branch = torch.tensor(self.keys).T
-            starts = torch.tensor([block.num_clean for block in self.blocks])
-            lengths = torch.tensor([len(block.noised) for block in self.blocks])
-            offsets = torch.arange(int(lengths.max()))
-            mask = offsets < lengths[:, None]
-            layout = VelocityLayout(image, step, branch, mask, branches)
-            inputs |= collate_latents(self.blocks, self.config)
-            inputs["velocity_index"] = torch.where(mask, starts[:, None] + offsets, 0)
-            inputs["times"] = torch.stack(self.times).float()
-            inputs |= self._context_of_copies()
-        return PackedBatch(inputs, trajectory, column, layout, image_trajectory, guidance)
+        return PackedBatch(
+            inputs, trajectory, column, None, torch.tensor(self.image_trajectory, dtype=torch.long), guidance
+        )
 
-    def _context_of_copies(self) -> dict[str, torch.Tensor]:
+    def copies_alone(
+        self, steps: range, guidance: Guidance | tuple[Guidance, ...], branches: tuple[str, ...]
+    ) -> PackedBatch:
+        """The generation stream of some steps, which are counted from the first of them."""
+        chosen = [i for i, (_, step, _) in enumerate(self.keys) if step in steps]
+        blocks = [self.blocks[i] for i in chosen]
+        image, step, branch = torch.tensor([self.keys[i] for i in chosen]).T
+        starts = torch.tensor([block.num_clean for block in blocks])
+        lengths = torch.tensor([len(block.noised) for block in blocks])
+        offsets = torch.arange(int(lengths.max()))
+        mask = offsets < lengths[:, None]
+        inputs = collate_latents(blocks, self.config)
+        inputs["velocity_index"] = torch.where(mask, starts[:, None] + offsets, 0)
+        inputs["times"] = torch.stack([self.times[i] for i in chosen]).float()
+        inputs |= self._context_of_copies([self.places[i] for i in chosen])
+        layout = VelocityLayout(image, step - steps.start, branch, mask, branches)
+        nothing = torch.zeros(0, dtype=torch.long)
+        return PackedBatch(
+            inputs, nothing, nothing, layout, torch.tensor(self.image_trajectory, dtype=torch.long), guidance
+        )
+
+    def _context_of_copies(self, places: Sequence[Place]) -> dict[str, torch.Tensor]:
         """The row of every copy, how much of its conversation the copy sees, and which of its tails."""
-        values = [(p.row, self.tails[p.row][p.tail].horizon, p.tail + 1) for p in self.places]
+        values = [(p.row, self.tails[p.row][p.tail].horizon, p.tail + 1) for p in places]
         names = ("context_rows", "context_horizons", "context_forks")
         return dict(zip(names, torch.tensor(values, dtype=torch.long).T.contiguous(), strict=True))
 
@@ -167,10 +190,45 @@ def pack_conversations(
         branches (`tuple[str, ...]`): Names of all guidance branches.
         config ([`Cosmos3Config`]): Token ids and sizes.
     """
+    packing, used = _lay_out(trajectories, guidance, branches, config)
+    return packing.to_batch(used, branches)
+
+
+def pack_conversation_parts(
+    trajectories: Sequence[Trajectory],
+    guidance: Guidance | Sequence[Guidance],
+    branches: tuple[str, ...],
+    config: Cosmos3Config,
+    steps_per_part: int,
+) -> PackedParts:
+    """
+    Tensors for one forward of the understanding stream and several of the generation stream, as
+    [`UnifiedModel.pack_parts`] says.
+
+    Args:
+        trajectories, guidance, branches, config: As in [`pack_conversations`].
+        steps_per_part (`int`): Most steps of a window in one part.
+    """
+    packing, used = _lay_out(trajectories, guidance, branches, config)
+    contexts = packing.contexts_alone(used)
+    starts = range(0, packing.num_steps, steps_per_part)
+    copies = [packing.copies_alone(range(start, start + steps_per_part), used, branches) for start in starts]
+    for part in copies:
+        # Which tokens of a row are a tail, and whose, so that a copy sees its own alone.
+        part.inputs["forks"] = contexts.inputs["forks"]
+    return PackedParts(contexts, copies)
+
+
+def _lay_out(
+    trajectories: Sequence[Trajectory],
+    guidance: Guidance | Sequence[Guidance],
+    branches: tuple[str, ...],
+    config: Cosmos3Config,
+) -> tuple[Packing, Guidance | tuple[Guidance, ...]]:
+    """All that trajectories hold, and the guidance of all images, or of each."""
     packing = Packing(config)
     is_shared = not isinstance(guidance, Sequence)
     each = [guidance] * len(trajectories) if is_shared else guidance
     for index, (trajectory, own) in enumerate(zip(trajectories, each, strict=True)):
         packing.add_trajectory(index, trajectory, own, branches)
-    used = guidance if is_shared else tuple(each[index] for index in packing.image_trajectory)
-    return packing.to_batch(used, branches)
+    return packing, guidance if is_shared else tuple(each[index] for index in packing.image_trajectory)

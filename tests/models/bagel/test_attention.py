@@ -243,7 +243,7 @@ def detached_reference(model: BagelModel, batch: PackedBatch) -> dict[str, torch
                     CachedContext(layers),
                     prefill=True,
                 )
-        _, output = decoder(
+        _, output, _ = decoder(
             und[:, delimiters],
             gen[:, latents - num_und],
             positions[None, own],

@@ -94,7 +94,7 @@ def decoder_calls(model: BagelModel) -> Iterator[list[tuple[tuple, tuple]]]:
     """Collects `(und, gen)` before and after every call of the decoder."""
     calls = []
     hook = model.language_model.model.register_forward_hook(
-        lambda module, args, output: calls.append((args[:2], output))
+        lambda module, args, output: calls.append((args[:2], output[:2]))
     )
     yield calls
     hook.remove()
