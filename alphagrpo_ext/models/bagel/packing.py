@@ -223,7 +223,7 @@ class _PackedBucket:
             [replace(copy, step=copy.step - steps.start) for copy in copies if copy.step in steps]
             for copies in self.noised
         ]
-        sizes = self.sizes._replace(copies=len(noised[0]))
+        sizes = Bucket(*self.sizes[:3], copies=len(noised[0]), copy_latents=self.sizes.copy_latents)
         return replace(self, sizes=sizes, noised=noised, copies=_collate_copies(noised, sizes, config))
 
 

@@ -27,8 +27,9 @@ class FrameConvolution(WanCausalConv3d):
     """
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
-        width, _, height, *_ = self._padding
-        frame = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, self.stride[1:], (height, width))
+        # Wan's convolutions keep height and width.
+        padding = tuple(size // 2 for size in self.kernel_size[1:])
+        frame = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, self.stride[1:], padding)
         return frame[:, :, None]
 
 

@@ -73,3 +73,20 @@ def test_an_autoencoder_of_eight_pixels_a_token(patch_size: int | None) -> None:
     decoded = autoencoder.decode(tokens, (3, 2))
     assert decoded.shape == images.shape and decoded.abs().max() <= 1
     assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@torch.no_grad()
+def test_a_frame_goes_through_convolutions_of_two_dimensions(residual: bool) -> None:
+    """The library's own autoencoder computes the same, with zeros for the frames before."""
+    settings = AUTOENCODER if residual else {**AUTOENCODER, "is_residual": False}
+    autoencoder = randomize(Cosmos3Autoencoder(tiny_config("edge", autoencoder_config=settings)))
+    library = AutoencoderKLWan.from_config(autoencoder.vae.config)
+    library.load_state_dict(autoencoder.vae.state_dict())
+    frames = torch.rand(2, 3, 1, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    posteriors = [vae.encode(frames).latent_dist.parameters for vae in (autoencoder.vae, library)]
+    torch.testing.assert_close(*posteriors, atol=1e-5, rtol=1e-5)
+    latents = posteriors[0].chunk(2, dim=1)[0]
+    decoded = [vae.decode(latents).sample for vae in (autoencoder.vae, library)]
+    torch.testing.assert_close(*decoded, atol=1e-5, rtol=1e-5)
+    assert decoded[0].std() > 0.01

@@ -82,7 +82,7 @@ def build_cosmos3_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_cosmos3_config(tokenizer: PreTrainedTokenizerFast) -> Cosmos3Config:
     """
-    Make a configuration with about 2.4 million parameters. A latent token is a square of 8 pixels, which is a cell of a
+    Make a configuration with about 3 million parameters. A latent token is a square of 8 pixels, which is a cell of a
     scene.
 
     Args:
