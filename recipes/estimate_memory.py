@@ -87,14 +87,13 @@ class EstimationArguments(MemorySettings):
 
 def load_config(model_name_or_path: str) -> PreTrainedConfig:
     """Load the configuration of a model, or make that of a released model whose sizes a family knows by its name."""
-    from alphagrpo_ext.models.contract import FAMILIES
     from alphagrpo_ext.models.loading import find_family, resolve_model_path
+    from recipe_tools.memory import released_config
 
     if not Path(model_name_or_path).is_dir():
-        for family in (FAMILIES.get(name) for name in FAMILIES.names()):
-            sizes = family.released_sizes.get(model_name_or_path.rpartition("/")[2])
-            if sizes is not None:
-                return family.model_class.config_class(**sizes)
+        config = released_config(model_name_or_path.rpartition("/")[2])
+        if config is not None:
+            return config
     path = resolve_model_path(model_name_or_path)
     return find_family(path).load_config(path)
 

@@ -92,12 +92,14 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
-def matmul_functions(dtype: torch.dtype) -> dict[int, Callable[[], object]]:
+def matmul_functions(
+    dtype: torch.dtype, device: torch.device | str = "cpu", sizes: Sequence[int] = MATMUL_SIZES
+) -> dict[int, Callable[[], object]]:
     """Make multiplications of square matrices, by their size. The small ones are repeated to the work of the largest."""
     functions = {}
-    for size in MATMUL_SIZES:
-        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        count = (max(MATMUL_SIZES) // size) ** 3
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        count = (max(sizes) // size) ** 3
 
         def multiply(a: torch.Tensor = a, b: torch.Tensor = b, count: int = count) -> None:
             for _ in range(count):

@@ -135,6 +135,12 @@ def build_policy(config: PreTrainedConfig, settings: MemorySettings) -> tuple[Un
     keep = family.keeps_fp32
     for parameter_name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if keep(parameter_name) else dtype)
+    return model, prepare_policy(model, settings)
+
+
+def prepare_policy(model: UnifiedModel, settings: MemorySettings) -> torch.nn.Module:
+    """Set a model up as training does: frozen parts, adapter, checkpointing."""
+    family = model.family
     family.freeze_vision_tower(model)
     policy: torch.nn.Module = model
     if settings.lora_rank:
@@ -147,7 +153,16 @@ def build_policy(config: PreTrainedConfig, settings: MemorySettings) -> tuple[Un
             policy.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         if settings.lora_rank:
             policy.enable_input_require_grads()
-    return model, policy.train()
+    return policy.train()
+
+
+def released_config(model_name: str) -> PreTrainedConfig | None:
+    """The configuration of a released model whose sizes a family knows by its name; `None` for other names."""
+    for family in (FAMILIES.get(name) for name in FAMILIES.names()):
+        sizes = family.released_sizes.get(model_name)
+        if sizes is not None:
+            return family.model_class.config_class(**sizes)
+    return None
 
 
 def attention_implementations(family: Family) -> list[str]:
@@ -171,7 +186,7 @@ def _check_supported(family: Family, settings: MemorySettings) -> None:
         )
 
 
-def _leave_meta(module: torch.nn.Module) -> None:
+def leave_meta(module: torch.nn.Module) -> None:
     """Put weights and buffers on the CPU, where autocast applies; in a fake mode they still have no contents."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -229,7 +244,7 @@ def _run_update(model: UnifiedModel, policy: torch.nn.Module, settings: MemorySe
     needed = {name: tensor for name, tensor in batch.inputs.items() if name not in family.vision_inputs}
     fake = FakeTensorMode()
     with fake:
-        _leave_meta(policy)
+        leave_meta(policy)
         # A fake tensor has no values to read.
         inputs = {n: t if n in family.number_inputs else fake.from_tensor(t) for n, t in needed.items()}
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]

@@ -86,6 +86,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "the same",
     "pre-commit install": "it would change the hooks of the repository",
     "vllm serve": "it needs a GPU",
+    "python recipes/gpu_check.py": "it needs a GPU; `tests/recipes/test_gpu_check.py` runs it on a CPU",
     "jupyter lab": "it waits for a reader; `tests/recipes/test_quickstart.py` runs the notebook",
     "curl": "the block is run as a whole, against a server, by `tests/reward_models/server/test_process.py`",
     "python -c": "the same block",
