@@ -71,14 +71,14 @@ def environment(device: torch.device) -> dict[str, str]:
 def run_part(part: str, size: str, device: torch.device, args: GPUCheckArguments) -> PartResult:
     """Run a part for one model. Its error is its result, so that the other parts run."""
     from gpu_check_parts.parity import check_parity
-    from gpu_check_parts.results import PartResult, failure_table
+    from gpu_check_parts.results import PartResult, error_table
     from gpu_check_parts.speed import check_speed
 
     try:
         return check_parity(size, device) if part == "parity" else check_speed(size, device, args)
     except Exception as error:
         traceback.print_exc()
-        return PartResult(failure_table(f"{part.capitalize()}: {size}", error), passed=False)
+        return PartResult(error_table(f"{part.capitalize()}: {size}", error), passed=False)
 
 
 def run_parts(file: ResultFile, device: torch.device, args: GPUCheckArguments) -> list[PartResult]:

@@ -102,7 +102,7 @@ class ResultFile:
         write_text(self.folder / "gpu_check.md", self.to_markdown() + "\n")
 
 
-def failure_table(title: str, error: Exception) -> ResultTable:
+def error_table(title: str, error: Exception) -> ResultTable:
     """The table of a part that did not run to its end; the error goes to the standard error output."""
     message = " ".join(str(error).split())[:300]
     print(f"{title} failed: {type(error).__name__}: {message}", file=sys.stderr, flush=True)
