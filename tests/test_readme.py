@@ -88,7 +88,8 @@ def test_every_command_is_run_or_listed_with_a_reason() -> None:
     for command in COMMANDS:
         is_run = command[0] == "pytest" or command[:3] == SERVER
         files = [script_of(command)] if script_of(command) else command[1:2] if command[0] == "bash" else []
-        is_run |= any((ROOT / file).is_file() for file in files)
+        # A script that needs a GPU is here, but does not run.
+        is_run |= any((ROOT / file).is_file() and Path(file).name != "gpu_check.py" for file in files)
         assert is_run != (reason_not_to_run(command) is not None), command
     for start in NOT_RUN:
         assert any(f"{' '.join(command)} ".startswith(f"{start} ") for command in COMMANDS), start

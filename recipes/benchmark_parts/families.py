@@ -67,7 +67,7 @@ class BagelBenchmark(BenchmarkFamily):
 
 
 class Cosmos3Benchmark(BenchmarkFamily):
-    """Cosmos3 in Nano's form. A latent token has 8 x 8 pixels, and a patch of the vision tower 4 x 4."""
+    """Cosmos3 in Nano's form. A latent token and a patch of the vision tower have 4 x 4 pixels."""
 
     attention_bias = False
 

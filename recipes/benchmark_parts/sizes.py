@@ -43,4 +43,4 @@ SIZES = {
     "100m": Size("bagel", 512, 2048, 12, 8, 56, 32, 64, 64, 1, 5, "sdpa"),
     "cosmos3-shapes": Size("cosmos3", 128, 256, 6, 4, 24, 16, 32, 32, 8, 5, "eager"),
 }
-"""About 2 million parameters and 36 image tokens, about 100 million and 196, and about 3 million and 9."""
+"""About 2 million parameters and 36 image tokens, about 100 million and 196, and about 3 million and 36."""

@@ -31,7 +31,7 @@ from alphagrpo_ext.models.cosmos3.processing_cosmos3 import (
     RESOLUTION_SENTENCE,
     Cosmos3Processor,
 )
-from alphagrpo_ext.shapes.scene import CELL_SIZE, IMAGE_SIZE
+from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from alphagrpo_ext.shapes.text import GENERATION_SYSTEM_PROMPT, REFLECTION_PROMPT, vocabulary
 from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES, ShapesAutoencoder, ShapesFamily
 
@@ -54,6 +54,8 @@ CHAT_TEMPLATE = """\
 HIDDEN_SIZE = 128
 LATENT_CHANNELS = 8
 AUTOENCODER_PATCH_SIZE = 2
+TOKEN_SIZE = 4
+"""Pixels per side of a latent token, so that it has 32 values, a quarter of the width. One of 128 values leaves no room."""
 VISION_PATCH_SIZE = 4
 
 
@@ -82,14 +84,13 @@ def build_cosmos3_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_cosmos3_config(tokenizer: PreTrainedTokenizerFast) -> Cosmos3Config:
     """
-    Make a configuration with about 3 million parameters. A latent token is a square of 8 pixels, which is a cell of a
-    scene.
+    Make a configuration with about 3 million parameters. A latent token is a square of 4 pixels, as in BAGEL's.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): Tokenizer with the vocabulary and the chat template.
     """
     token_ids = tokenizer.get_vocab()
-    latent_patch_size = CELL_SIZE // AUTOENCODER_PATCH_SIZE
+    latent_patch_size = TOKEN_SIZE // AUTOENCODER_PATCH_SIZE
     return Cosmos3Config(
         variant="omni",
         transformer_config={
@@ -216,7 +217,7 @@ class Cosmos3Shapes(ShapesFamily):
             min_pixels=IMAGE_SIZE**2,
             max_pixels=IMAGE_SIZE**2,
             max_image_size=IMAGE_SIZE,
-            image_stride=CELL_SIZE,
+            image_stride=TOKEN_SIZE,
             vision_stride=VISION_PATCH_SIZE,
         )
 
