@@ -2,7 +2,9 @@
 
 """A real vision-language model class, tiny and with random weights: LLaVA, whose processor needs no torchvision."""
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -79,3 +81,9 @@ def make_vlm() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         num_additional_image_tokens=1,
     )
     return model, processor
+
+
+def make_images(count: int) -> list[Image.Image]:
+    """Random images, always the same."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype=np.uint8)) for _ in range(count)]

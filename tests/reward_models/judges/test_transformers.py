@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from reward_models.arguments import RewardArguments
 from reward_models.judges.transformers import TransformersJudge
 from reward_models.judges.yes_no import QUESTION_PROMPT, YesNo
-from support.tiny_llava import make_vlm
+from support.tiny_llava import make_images, make_vlm
 
 
 QUESTIONS = [
@@ -28,11 +28,6 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def vlm() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return make_vlm()
-
-
-def make_images(count: int) -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from reward_models.likelihood.arguments import LikelihoodArguments
 from reward_models.likelihood.reward import LikelihoodReward
 from reward_models.likelihood.transformers import TransformersScorer
-from support.tiny_llava import make_vlm
+from support.tiny_llava import make_images, make_vlm
 
 
 PROMPTS = ["a red circle", "two dogs on the grass look at the image", "yes"]
@@ -21,11 +21,6 @@ PROMPTS = ["a red circle", "two dogs on the grass look at the image", "yes"]
 @pytest.fixture(scope="module")
 def vlm() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return make_vlm()
-
-
-def make_images(count: int) -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 @torch.no_grad()
