@@ -10,7 +10,7 @@ accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --out
 
 One thread per process is fastest on a CPU, where `accelerate launch` starts several processes only with `--multi_gpu`. The model
 first learns to paint. Then its vision tower alone learns from images, and at last all weights but the autoencoder's learn to answer
-questions and to repair images. The same command continues a run that was stopped. The finished model lies in the output folder
+questions, to write captions, to edit images, and to repair or keep them. The same command continues a run that was stopped. The finished model lies in the output folder
 itself, the newest averaged weights during the run in its folder `checkpoint`.
 
 Cosmos3 is trained by the same code. Its checkpoint is not packaged, because it would add 8 MB. The figures in the README are of this
@@ -40,7 +40,13 @@ def main(args: PretrainingArguments) -> None:
     from alphagrpo_ext.models.loading import load_model
     from recipe_tools.shapes_pretraining.examples import GROUNDING
     from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES
-    from recipe_tools.shapes_pretraining.training import PretrainingStage, export, train_painter, train_stage
+    from recipe_tools.shapes_pretraining.training import (
+        PretrainingStage,
+        export,
+        own_paintings,
+        train_painter,
+        train_stage,
+    )
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
@@ -52,7 +58,8 @@ def main(args: PretrainingArguments) -> None:
         model = train_painter(family, processor, accelerator, args)
     else:
         model, _ = load_model(args.init_from, attn_implementation="eager")
-    grounding = PretrainingStage("grounding", GROUNDING, args.grounding_steps, args.grounding_learning_rate)
+    paintings = own_paintings(model, processor, accelerator, args)
+    grounding = PretrainingStage("grounding", GROUNDING, args.grounding_steps, args.grounding_learning_rate, paintings)
     model = train_stage(model, processor, grounding, accelerator, args)
     if accelerator.is_main_process:
         export(Path(args.output_dir), model, processor, args)

@@ -29,9 +29,12 @@ from .scene import (
     GRID_SIZE,
     IMAGE_SIZE,
     MASKS,
+    MAX_OBJECTS,
     NUM_OFFSETS,
     SHAPE_SIZE,
     SHAPES,
+    Scene,
+    SceneObject,
 )
 
 
@@ -179,6 +182,32 @@ def answer_questions(image: Image.Image, questions: Sequence[str]) -> list[float
         raise ValueError(f"`image` must be of size {(IMAGE_SIZE, IMAGE_SIZE)}, got {image.size}.")
     belief = analyze(np.asarray(to_rgb(image))[None])
     return [answer(belief, 0, question) for question in questions]
+
+
+def read_scene(belief: SceneBelief, index: int) -> Scene:
+    """
+    The likeliest scene of an image, with objects centered in their cells.
+
+    A cell that is neither empty nor a good object counts as the object that it resembles most.
+
+    Args:
+        belief (`SceneBelief`): The beliefs about a batch of images.
+        index (`int`): Index of the image in the batch.
+
+    Returns:
+        `Scene`: The scene. Of more than four objects it has the four likeliest.
+    """
+    found = []
+    for row in range(GRID_SIZE):
+        for col in range(GRID_SIZE):
+            objects, empty = belief.objects[index, row, col], belief.empty[index, row, col]
+            if objects.sum() > empty:
+                shape, color = np.unravel_index(objects.argmax(), objects.shape)
+                margin = float(objects.sum() - empty)
+                found.append((margin, SceneObject(row, col, SHAPES[shape], _COLOR_NAMES[color])))
+    likeliest = sorted(found, key=lambda item: -item[0])[:MAX_OBJECTS]
+    background = _BACKGROUND_NAMES[int(belief.background[index].argmax())]
+    return Scene(tuple(obj for _, obj in likeliest), background)
 
 
 def strict_pass(answers: Sequence[float | None]) -> bool:

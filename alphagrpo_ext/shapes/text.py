@@ -26,6 +26,12 @@ from .scene import BACKGROUNDS, CELLS, COLORS, COLUMNS, ROWS, SHAPES, Scene, Sce
 GENERATION_SYSTEM_PROMPT = "plan first , then draw ."
 UNDERSTANDING_SYSTEM_PROMPT = "look , then answer ."
 REFLECTION_PROMPT = "the request was : {prompt} . what is wrong ? repaint it ."
+FLAWS = {
+    "Geometry": "every shape must be sharp",
+    "Texture": "all colors must be solid",
+    "Coherence": "background must be clean",
+}
+"""What a reflection says of an image that is not well painted, by the tag of the quality question whose answer is no."""
 _MAX_NAMED_DIFFERENCES = 2
 
 
@@ -69,19 +75,20 @@ def reflection_request(prompt: str) -> str:
     return REFLECTION_PROMPT.format(prompt=prompt)
 
 
-def reflection(wrong: Scene, right: Scene) -> str:
+def reflection(wrong: Scene, right: Scene, flaws: Sequence[str] = ()) -> str:
     """
     Name what is wrong with an image, then plan the repaired one, in at most 45 words.
 
     Args:
         wrong (`Scene`): What the image shows.
         right (`Scene`): What it shall show.
+        flaws (`Sequence[str]`, *optional*): How the image is badly painted, values of `FLAWS`.
 
     Returns:
         `str`: E.g. `"<think> wrong : red circle top left must be blue ; plan : white : blue circle top left
-        </think>"`. It names two differences at most; offsets within cells do not count.
+        </think>"`. It names two differences or flaws at most, differences first; offsets within cells do not count.
     """
-    differences = _differences(wrong, right)[:_MAX_NAMED_DIFFERENCES]
+    differences = [*_differences(wrong, right), *flaws][:_MAX_NAMED_DIFFERENCES]
     verdict = f"wrong : {' , '.join(differences)}" if differences else "nothing wrong"
     return f"<think> {verdict} ; plan : {_plan(right)} </think>"
 
@@ -171,7 +178,9 @@ def _parse_object(words: list[str]) -> SceneObject | None:
 
 
 def _is_difference(text: str) -> bool:
-    """Whether a text names an error and its repair as [`_differences`] does."""
+    """Whether a text names an error and its repair as [`_differences`] does, or is a flaw."""
+    if text in FLAWS.values():
+        return True
     words = text.split()
     if words[:3] == ["background", "must", "be"]:
         return len(words) == 4 and words[3] in BACKGROUNDS

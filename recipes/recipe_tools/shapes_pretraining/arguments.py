@@ -49,8 +49,12 @@ class PretrainingArguments:
     vision_learning_rate: NonNegativeFloat = field(
         default=2e-3, metadata={"help": "Peak learning rate of these steps."}
     )
+    num_paintings: PositiveInt = field(
+        default=1500,
+        metadata={"help": "Images per process that the model paints, for the last steps to judge and to repair."},
+    )
     grounding_steps: PositiveInt = field(
-        default=600, metadata={"help": "Last steps, in which the model learns to answer and to repair."}
+        default=600, metadata={"help": "Last steps, in which the model learns to answer, to edit and to repair."}
     )
     grounding_learning_rate: NonNegativeFloat = field(
         default=7e-4, metadata={"help": "Peak learning rate of these steps."}

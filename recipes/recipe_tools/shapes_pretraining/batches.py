@@ -22,6 +22,7 @@ from alphagrpo_ext.shapes.scene import IMAGE_SIZE, Scene, render
 from alphagrpo_ext.shapes.text import UNDERSTANDING_SYSTEM_PROMPT
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, Segment, TextSegment, Trajectory
 from recipe_tools.shapes_pretraining.examples import Example, PretrainingMixture
+from recipe_tools.shapes_pretraining.paintings import Painting
 
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -61,28 +62,34 @@ class PretrainingLoss(nn.Module):
 
 
 def given_segments(
-    example: Example, latents: Mapping[Scene, torch.Tensor], processor: UnifiedProcessor, model: UnifiedModel
+    example: Example,
+    latents: Mapping[Scene | Painting, torch.Tensor],
+    processor: UnifiedProcessor,
+    model: UnifiedModel,
 ) -> list[Segment]:
     """
     What the policy is given, as the task of the same kind builds it.
 
     Args:
         example ([`Example`]): The example.
-        latents (`Mapping[Scene, torch.Tensor]`): Clean latents `(tokens, channels)` of the scenes.
+        latents (`Mapping[Scene | Painting, torch.Tensor]`): Clean latents `(tokens, channels)` of the images that are read.
     """
     if example.kind == "painting":
         system = processor.system_segments(example.think, edits=False)
         return [*system, processor.request_segment(example.request, SIZE)]
-    pixels, grid = processor.look(render(example.shown)), model.latent_grid(*SIZE)
-    if example.kind == "repair":
-        request = processor.request_segment(processor.reflection_request(example.request), SIZE)
-        image = ImageSegment(latents[example.shown], grid, pixels)
-        return [*processor.system_segments(example.think, edits=True), image, request]
-    # A question is answered by looking at the image alone.
-    image = ImageSegment(torch.empty(0, model.latent_channels), grid, pixels)
-    system = processor.text_segment(UNDERSTANDING_SYSTEM_PROMPT).token_ids
-    systems = [TextSegment(system, role="system")] * example.think
-    return [*systems, image, processor.text_segment(example.request)]
+    shown = example.shown
+    read = latents[shown] if example.reads_latents else torch.empty(0, model.latent_channels)
+    pixels = processor.look(render(shown) if isinstance(shown, Scene) else shown.image)
+    image = ImageSegment(read, model.latent_grid(*SIZE), pixels)
+    if example.kind == "caption":
+        # The layout in which the likelihood of a prompt is scored.
+        return [image]
+    if example.kind == "answer":
+        system = processor.text_segment(UNDERSTANDING_SYSTEM_PROMPT).token_ids
+        systems = [TextSegment(system, role="system")] * example.think
+        return [*systems, image, processor.text_segment(example.request)]
+    request = processor.reflection_request(example.request) if example.kind == "repair" else example.request
+    return [*processor.system_segments(example.think, edits=True), image, processor.request_segment(request, SIZE)]
 
 
 def dropped_context(
@@ -112,7 +119,7 @@ def noised_window(clean: torch.Tensor, mixture: PretrainingMixture, generator: t
 
 def build_trajectory(
     example: Example,
-    latents: Mapping[Scene, torch.Tensor],
+    latents: Mapping[Scene | Painting, torch.Tensor],
     processor: UnifiedProcessor,
     model: UnifiedModel,
     mixture: PretrainingMixture,
@@ -123,7 +130,7 @@ def build_trajectory(
 
     Args:
         example ([`Example`]): The example.
-        latents (`Mapping[Scene, torch.Tensor]`): Clean latents `(tokens, channels)` of the scenes.
+        latents (`Mapping[Scene | Painting, torch.Tensor]`): Clean latents `(tokens, channels)` of what is read or painted.
         processor ([`UnifiedProcessor`]), model ([`UnifiedModel`]): Turn texts and images into segments.
         mixture ([`PretrainingMixture`]): Number and times of noised copies.
         generator (`torch.Generator`): Draws times (logit-normal) and noise.

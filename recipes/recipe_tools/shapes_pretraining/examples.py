@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Examples of the pretraining: planning and painting, answering yes or no, and repairing a wrong image.
+Examples of the pretraining: planning and painting, answering yes or no, captions, edits, and reflections that repair an image
+or keep it.
 
 Some images do not show what the prompt asks for, and some plans are wrong, so that the pretrained model makes errors that a reward
-can correct.
+can correct. Images to judge and to repair are rendered scenes or the model's own paintings, which alone show how it fails.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from alphagrpo_ext.shapes.editing import sample_taught_edit
 from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
     PromptSpec,
@@ -26,8 +28,18 @@ from alphagrpo_ext.shapes.prompts import (
     satisfies,
     semantic_questions,
 )
-from alphagrpo_ext.shapes.scene import BACKGROUNDS, CELLS, NUM_OFFSETS, Scene, random_object, render, render_array
+from alphagrpo_ext.shapes.scene import (
+    BACKGROUNDS,
+    CELLS,
+    NUM_OFFSETS,
+    Scene,
+    corrupt_scene,
+    random_object,
+    render,
+    render_array,
+)
 from alphagrpo_ext.shapes.text import reflection, repair, thought
+from recipe_tools.shapes_pretraining.paintings import Painting
 
 
 @dataclass(frozen=True)
@@ -36,11 +48,16 @@ class PretrainingMixture:
     Number of examples of each kind in a batch, and shares of wrong ones.
 
     Args:
-        direct, thought, answer, described_answer, reflection (`int`):
+        direct, thought, answer, described_answer, caption, edit, reflection (`int`):
             Numbers of: text-to-image without a thought, text-to-image with one, questions about an image, questions with a description
-            of the image before the answer, and repairs of a wrong image.
+            of the image before the answer, prompts after an image that shows them, edits, and reflections on an image.
         wrong_image (`float`, *optional*, defaults to `0.2`):
             Share of text-to-image examples whose image has an error that is not in prompt and thought.
+        painted (`float`, *optional*, defaults to `0.0`):
+            Share of questions, captions and reflections about an image that the model painted. The others are about rendered
+            scenes.
+        kept (`float`, *optional*, defaults to `0.0`):
+            Share of reflections on right images that end without painting. The others paint the image once more.
         wrong_thought (`float`, *optional*, defaults to `0.1`):
             Share of examples whose thought plans a wrong image, which is painted as planned.
         condition_dropout (`float`, *optional*, defaults to `0.1`):
@@ -55,7 +72,11 @@ class PretrainingMixture:
     thought: int = 50
     answer: int = 10
     described_answer: int = 0
+    caption: int = 0
+    edit: int = 0
     reflection: int = 16
+    painted: float = 0.0
+    kept: float = 0.0
     wrong_image: float = 0.2
     wrong_thought: float = 0.1
     condition_dropout: float = 0.1
@@ -66,8 +87,10 @@ class PretrainingMixture:
 PAINTING = PretrainingMixture()
 """Mostly painting."""
 
-GROUNDING = PretrainingMixture(direct=4, thought=16, answer=32, described_answer=24, reflection=20)
-"""Mostly questions and repairs, which tie words to given images after the model has learned to paint."""
+GROUNDING = PretrainingMixture(
+    direct=4, thought=20, answer=28, described_answer=16, caption=12, edit=24, reflection=28, painted=0.5, kept=0.5
+)
+"""Mostly questions, captions, edits and reflections, which tie words to given images after the model has learned to paint."""
 
 
 RARE_PROBABILITY = 0.03
@@ -81,23 +104,28 @@ class Example:
 
     Args:
         kind (`str`):
-            `"painting"` from a prompt, `"repair"` of the image that is shown, or an `"answer"` about it.
+            `"painting"` from a prompt, `"repair"` or `"edit"` of the image that is shown, an `"answer"` about it, or its
+            `"caption"`.
         think (`bool`): Whether the context asks for a thought.
-        request (`str`): The prompt, or the question.
+        request (`str`): The prompt, the instruction, or the question.
         learned (`str`, *optional*): The text that is learned.
         target (`Scene`, *optional*): The image that is learned.
-        shown (`Scene`, *optional*): The image that the request is about.
+        shown (`Scene` or [`Painting`], *optional*): The image that the request is about.
+        reads_latents (`bool`, *optional*, defaults to `False`):
+            Whether the latents of the image that is shown are in the context, as where it is painted anew. Otherwise the
+            vision tower alone looks at it.
         dropped (`float`, *optional*):
             If given, the image is painted from the context of another guidance branch, which this number in [0, 1)
             chooses.
     """
 
-    kind: Literal["painting", "repair", "answer"]
+    kind: Literal["painting", "repair", "edit", "answer", "caption"]
     think: bool
     request: str
     learned: str | None = None
     target: Scene | None = None
-    shown: Scene | None = None
+    shown: Scene | Painting | None = None
+    reads_latents: bool = False
     dropped: float | None = None
 
 
@@ -117,58 +145,107 @@ def _painting(rng: random.Random, mixture: PretrainingMixture, think: bool) -> E
     return Example("painting", think, sample_prompt(spec, rng), thought(planned) if think else None, painted)
 
 
-def _answering(rng: random.Random, describe: bool) -> Example:
+def _answering(
+    rng: random.Random, mixture: PretrainingMixture, describe: bool, paintings: Sequence[Painting]
+) -> Example:
     """
     Draw a question about an image, with the answer `yes` or `no` equally often. With `describe`, the answer follows a thought that
     describes the image.
     """
-    spec = sample_pretraining_spec(rng)
-    shown = sample_scene(spec, rng)
     wanted = rng.random() < 0.5
-    if not wanted:
-        shown = sample_violation(shown, spec, rng)
-    questions = [row["question"] for row in semantic_questions(spec)]
-    answers = [answer >= 0.5 for answer in answer_questions(render(shown), questions)]
-    choices = [i for i, answer in enumerate(answers) if answer == wanted] or range(len(questions))
-    index = rng.choice(choices)
-    answer = "yes" if answers[index] else "no"
-    learned = f"{thought(shown)} {answer}" if describe else answer
-    return Example("answer", describe, questions[index], learned, shown=shown)
+    if rng.random() < mixture.painted:
+        painting = rng.choice(paintings)
+        shown, scene, answers = painting, painting.scene, dict(painting.answers)
+    else:
+        spec = sample_pretraining_spec(rng)
+        shown = scene = sample_scene(spec, rng)
+        if not wanted:
+            shown = scene = sample_violation(scene, spec, rng)
+        questions = [row["question"] for row in semantic_questions(spec)]
+        values = answer_questions(render(scene), questions)
+        answers = {question: value >= 0.5 for question, value in zip(questions, values, strict=True)}
+    question = rng.choice([question for question, yes in answers.items() if yes == wanted] or list(answers))
+    answer = "yes" if answers[question] else "no"
+    learned = f"{thought(scene)} {answer}" if describe else answer
+    return Example("answer", describe, question, learned, shown=shown)
 
 
-def _reflecting(rng: random.Random, mixture: PretrainingMixture) -> Example:
-    spec = sample_pretraining_spec(rng)
-    shown = sample_scene(spec, rng)
-    if rng.random() < 0.75:
-        shown = sample_violation(shown, spec, rng)
-    right = shown if satisfies(shown, spec) else repair(shown, spec, rng)
+def _captioning(rng: random.Random, mixture: PretrainingMixture, paintings: Sequence[Painting]) -> Example:
+    """Draw an image and a prompt that it shows, read through the vision tower alone or with its latents."""
+    right = [painting for painting in paintings if painting.is_right]
+    if rng.random() < mixture.painted:
+        shown = rng.choice(right)
+        spec = shown.spec
+    else:
+        spec = sample_pretraining_spec(rng)
+        shown = sample_scene(spec, rng)
+    prompt = sample_prompt(spec, rng)
+    return Example("caption", False, "", prompt, shown=shown, reads_latents=rng.random() < 0.5)
+
+
+def _editing(rng: random.Random, mixture: PretrainingMixture) -> Example:
+    edit, instruction = sample_taught_edit(rng)
+    painted = corrupt_scene(edit.after, rng) if rng.random() < mixture.wrong_image else edit.after
+    draw = rng.random()
+    if draw < mixture.condition_dropout:
+        text, dropped = None, draw / mixture.condition_dropout
+    else:
+        text, dropped = reflection(edit.before, edit.after), None
+    return Example("edit", True, instruction, text, painted, edit.before, reads_latents=True, dropped=dropped)
+
+
+def _reflecting(rng: random.Random, mixture: PretrainingMixture, paintings: Sequence[Painting]) -> Example:
+    if rng.random() < mixture.painted:
+        shown = rng.choice(paintings)
+        spec, scene, flaws, is_right = shown.spec, shown.scene, shown.flaws, shown.is_right
+    else:
+        spec = sample_pretraining_spec(rng)
+        shown = scene = sample_scene(spec, rng)
+        if rng.random() < 0.75:
+            shown = scene = sample_violation(scene, spec, rng)
+        flaws, is_right = (), satisfies(scene, spec)
+    right = scene if satisfies(scene, spec) else repair(scene, spec, rng)
     painted = sample_violation(right, spec, rng) if rng.random() < mixture.wrong_image else right
     prompt = sample_prompt(spec, rng)
     draw = rng.random()
     if draw < mixture.condition_dropout:
         dropped = draw / mixture.condition_dropout
-        return Example("repair", True, prompt, target=painted, shown=shown, dropped=dropped)
-    return Example("repair", True, prompt, reflection(shown, right), painted, shown)
+        return Example("repair", True, prompt, None, painted, shown, reads_latents=True, dropped=dropped)
+    target = None if is_right and rng.random() < mixture.kept else painted
+    return Example("repair", True, prompt, reflection(scene, right, flaws), target, shown, reads_latents=True)
 
 
-def sample_examples(rng: random.Random, mixture: PretrainingMixture) -> list[list[Example]]:
-    """Draw the examples of a batch, in parts of similar length so that there is little padding."""
-    paintings = [
+def sample_examples(
+    rng: random.Random, mixture: PretrainingMixture, paintings: Sequence[Painting] = ()
+) -> list[list[Example]]:
+    """
+    Draw the examples of a batch, in parts of similar length so that there is little padding.
+
+    Args:
+        rng (`random.Random`): Draws everything.
+        mixture ([`PretrainingMixture`]): Numbers and shares.
+        paintings (`Sequence[Painting]`, *optional*): Images that the model painted; a mixture with `painted > 0` needs them.
+    """
+    paintings_from_text = [
         *(_painting(rng, mixture, think=False) for _ in range(mixture.direct)),
         *(_painting(rng, mixture, think=True) for _ in range(mixture.thought)),
     ]
-    answers = [
-        *(_answering(rng, describe=False) for _ in range(mixture.answer)),
-        *(_answering(rng, describe=True) for _ in range(mixture.described_answer)),
+    texts_about_images = [
+        *(_answering(rng, mixture, False, paintings) for _ in range(mixture.answer)),
+        *(_answering(rng, mixture, True, paintings) for _ in range(mixture.described_answer)),
+        *(_captioning(rng, mixture, paintings) for _ in range(mixture.caption)),
     ]
-    reflections = [_reflecting(rng, mixture) for _ in range(mixture.reflection)]
-    return [part for part in (paintings, answers, reflections) if part]
+    reflections = [
+        *(_editing(rng, mixture) for _ in range(mixture.edit)),
+        *(_reflecting(rng, mixture, paintings) for _ in range(mixture.reflection)),
+    ]
+    return [part for part in (paintings_from_text, texts_about_images, reflections) if part]
 
 
-def unique_scenes(examples: Sequence[Example]) -> list[Scene]:
-    """Collect the scenes that the examples show or paint, each once."""
-    scenes = [scene for example in examples for scene in (example.shown, example.target)]
-    return list(dict.fromkeys(scene for scene in scenes if scene is not None))
+def unique_images(examples: Sequence[Example]) -> list[Scene | Painting]:
+    """Collect the images whose latents the examples read or paint, each once."""
+    images = [image for example in examples for image in (example.reads_latents and example.shown, example.target)]
+    return list(dict.fromkeys(image for image in images if image))
 
 
 def sample_random_scene(rng: random.Random) -> Scene:
@@ -178,7 +255,8 @@ def sample_random_scene(rng: random.Random) -> Scene:
     return Scene(tuple(shifted), rng.choice(list(BACKGROUNDS)))
 
 
-def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
-    """Render scenes to pixels in [-1, 1], shape `(scenes, 3, height, width)`."""
-    pixels = torch.stack([torch.from_numpy(render_array(scene)) for scene in scenes])
+def image_pixels(images: Sequence[Scene | Painting]) -> torch.Tensor:
+    """Pixels of scenes and paintings in [-1, 1], shape `(images, 3, height, width)`."""
+    arrays = [render_array(image) if isinstance(image, Scene) else image.array for image in images]
+    pixels = torch.stack([torch.from_numpy(array) for array in arrays])
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from alphagrpo_ext.files import atomic_path
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.rollout.settings import TaskSettings
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from recipe_tools.shapes_pretraining.arguments import PretrainingArguments
 from recipe_tools.shapes_pretraining.batches import PretrainingBatch, PretrainingLoss, build_batch, build_trajectory
@@ -26,12 +28,13 @@ from recipe_tools.shapes_pretraining.examples import (
     GROUNDING,
     PAINTING,
     PretrainingMixture,
+    image_pixels,
     sample_examples,
     sample_random_scene,
-    scene_pixels,
-    unique_scenes,
+    unique_images,
 )
 from recipe_tools.shapes_pretraining.families import ShapesAutoencoder, ShapesFamily
+from recipe_tools.shapes_pretraining.paintings import Painting, load_paintings
 
 
 SAMPLING = {
@@ -57,12 +60,14 @@ class PretrainingStage:
         mixture ([`PretrainingMixture`]): Examples of a batch.
         steps (`int`): Optimizer steps.
         learning_rate (`float`): Peak learning rate.
+        paintings (`Sequence[Painting]`, *optional*): Images that the model painted, for the examples that are about such.
     """
 
     name: str
     mixture: PretrainingMixture
     steps: int
     learning_rate: float
+    paintings: Sequence[Painting] = ()
 
 
 def train_autoencoder(autoencoder: ShapesAutoencoder, args: PretrainingArguments) -> float:
@@ -85,7 +90,7 @@ def train_autoencoder(autoencoder: ShapesAutoencoder, args: PretrainingArguments
         schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
         progress = trange(num_steps, desc=description)
         for _ in progress:
-            pixels = scene_pixels([sample_random_scene(rng) for _ in range(args.vae_batch_size)])
+            pixels = image_pixels([sample_random_scene(rng) for _ in range(args.vae_batch_size)])
             posterior = autoencoder.posterior(pixels)
             latents = posterior.sample(generator)
             level = noise_level * torch.rand(len(latents), 1, 1, 1, generator=generator)
@@ -102,7 +107,7 @@ def train_autoencoder(autoencoder: ShapesAutoencoder, args: PretrainingArguments
         module.requires_grad_(False)
 
     train(autoencoder.module, args.vae_steps, 0.0, "autoencoder")
-    pixels = scene_pixels([sample_random_scene(rng) for _ in range(512)])
+    pixels = image_pixels([sample_random_scene(rng) for _ in range(512)])
     with torch.no_grad():
         latents = autoencoder.posterior(pixels).mean
     std = autoencoder.normalize(latents)
@@ -150,12 +155,15 @@ def sample_batches(
     model: UnifiedModel,
     processor: UnifiedProcessor,
     mixture: PretrainingMixture,
+    paintings: Sequence[Painting] = (),
 ) -> list[PretrainingBatch]:
     """Draw the micro-batches of one step: `rng` draws examples, `generator` draws times and noise."""
-    parts = sample_examples(rng, mixture)
-    scenes = unique_scenes([example for part in parts for example in part])
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        latents = dict(zip(scenes, model.encode_images(scene_pixels(scenes)), strict=True))
+    parts = sample_examples(rng, mixture, paintings)
+    images = unique_images([example for part in parts for example in part])
+    latents = {}
+    if images:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            latents = dict(zip(images, model.encode_images(image_pixels(images)), strict=True))
     trajectories = [
         [build_trajectory(example, latents, processor, model, mixture, generator) for example in part]
         for part in parts
@@ -210,7 +218,7 @@ def train_stage(
     Returns:
         [`UnifiedModel`]: A copy of the model with averaged weights.
     """
-    output_dir, mixture = Path(args.output_dir), stage.mixture
+    output_dir = Path(args.output_dir)
     state_path = output_dir / f"{stage.name}.pt"
     model.requires_grad_(True)
     for name in model.family.frozen_modules:
@@ -236,7 +244,7 @@ def train_stage(
     for step in progress:
         key = f"{stage.name}-{args.seed}-{step}-{accelerator.process_index}"
         rng, generator = random.Random(key), torch.Generator().manual_seed(random.Random(key).getrandbits(62))
-        batches = sample_batches(rng, generator, model, processor, mixture)
+        batches = sample_batches(rng, generator, model, processor, stage.mixture, stage.paintings)
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * learning_rate_factor(step, stage.steps, args)
         with accelerator.autocast():
@@ -255,6 +263,22 @@ def train_stage(
             save_atomically(state_path, {"step": step + 1, **state})
             export(output_dir / "checkpoint", with_averaged_weights(model, average), processor, args)
     return with_averaged_weights(model, average)
+
+
+def own_paintings(
+    model: UnifiedModel, processor: UnifiedProcessor, accelerator: Accelerator, args: PretrainingArguments
+) -> list[Painting]:
+    """Images that the model paints now, those of this process, or those that it painted when the stage began."""
+    index = accelerator.process_index
+    return load_paintings(
+        Path(args.output_dir) / f"paintings_{index}.npy",
+        args.num_paintings,
+        f"{args.seed}-{index}",
+        model.eval(),
+        processor,
+        TaskSettings(**{name: value for name, value in SAMPLING.items() if name != "task"}),
+        show_progress=accelerator.is_main_process,
+    )
 
 
 def load_autoencoder(autoencoder: ShapesAutoencoder, accelerator: Accelerator, args: PretrainingArguments) -> None:
