@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from alphagrpo_ext.shapes.judge import analyze, answer, answer_questions, strict_pass
+from alphagrpo_ext.shapes.judge import analyze, answer, answer_questions, read_scene, strict_pass
 from alphagrpo_ext.shapes.prompts import (
     SPLITS,
     quality_questions,
@@ -203,6 +203,16 @@ def test_beliefs_are_distributions():
     total = belief.objects.sum(axis=(-1, -2)) + belief.empty
     assert (total <= 1 + 1e-5).all() and (belief.background.sum(axis=-1) <= 1 + 1e-5).all()
     assert (total[:4] > 0.99).all() and (total[4:] < 0.5).all()
+
+
+def test_reads_the_scene_of_an_image():
+    rng, generator = random.Random(0), np.random.default_rng(0)
+    scenes = [sample_scene(sample_spec(rng, "train"), rng) for _ in range(100)]
+    pixels = np.stack([render_array(scene) for scene in scenes])
+    belief = analyze(pixels)
+    assert [read_scene(belief, index) for index in range(100)] == scenes
+    noisy = analyze(np.stack([_noisy(array, 40, generator) for array in pixels]))
+    assert sum(read_scene(noisy, index) == scene for index, scene in enumerate(scenes)) > 80
 
 
 def test_empty_batch():

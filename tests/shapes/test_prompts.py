@@ -27,10 +27,12 @@ from alphagrpo_ext.shapes.prompts import (
     semantic_questions,
     specs_of,
 )
-from alphagrpo_ext.shapes.scene import CELLS, Scene, corrupt_scene
+from alphagrpo_ext.shapes.scene import CELLS, Scene, SceneObject, corrupt_scene
 from alphagrpo_ext.shapes.text import (
+    FLAWS,
     GENERATION_SYSTEM_PROMPT,
     UNDERSTANDING_SYSTEM_PROMPT,
+    is_reflection,
     parse_thought,
     reflection,
     reflection_request,
@@ -185,6 +187,17 @@ def test_thought_parses_back():
 )
 def test_thought_outside_the_grammar(text):
     assert parse_thought(text) is None
+
+
+def test_reflection_names_flaws_after_differences():
+    scene = Scene((SceneObject(0, 0, "circle", "red"),), "white")
+    blurred = reflection(scene, scene, [FLAWS["Geometry"], FLAWS["Coherence"]])
+    assert blurred.startswith("<think> wrong : every shape must be sharp , background must be clean ; plan : white :")
+    assert is_reflection(blurred) and parse_thought(blurred) == scene
+    wrong = Scene((SceneObject(0, 0, "square", "red"),), "black")
+    both = reflection(wrong, scene, list(FLAWS.values()))
+    assert is_reflection(both) and "sharp" not in both
+    assert not is_reflection("<think> wrong : every shape must be red ; plan : white : nothing </think>")
 
 
 def test_reflection_is_short_and_names_something_only_if_something_is_wrong():
