@@ -44,6 +44,8 @@ class Task(ABC):
         think (`bool`): Whether the policy writes a thought before it paints.
         num_reflection_rounds (`int`, *optional*, defaults to `1`):
             How often the policy refines an image, in tasks that refine.
+        allow_stop (`bool`, *optional*, defaults to `False`):
+            Whether a turn may end without painting, in tasks that refine.
     """
 
     needs_image: bool = False
@@ -53,11 +55,12 @@ class Task(ABC):
     settings: ClassVar[TaskSettings] = TaskSettings()
     """The guidance, schedule, size and sampling of texts that this task needs; the run decides about the others."""
 
-    def __init__(self, think: bool, num_reflection_rounds: int = 1) -> None:
+    def __init__(self, think: bool, num_reflection_rounds: int = 1, allow_stop: bool = False) -> None:
         if num_reflection_rounds < 1:
             raise ValueError(f"num_reflection_rounds must be at least 1, but is {num_reflection_rounds}")
         self.think = think
         self.num_reflection_rounds = num_reflection_rounds
+        self.allow_stop = allow_stop
 
     @property
     def num_turns(self) -> int:

@@ -23,6 +23,8 @@ class SelfReflection(ImageEditing):
     `[reflection request] [reflection*] [image*]`, which looks at the image before it.
 
     A row is one of text-to-image; its `image`, where it has none, is painted by the policy (stage 1).
+
+    With `allow_stop`, the trajectory ends after a reflection that says that the image is right.
     """
 
     paints_initial_image = True
@@ -32,4 +34,8 @@ class SelfReflection(ImageEditing):
         return self.num_reflection_rounds
 
     def request(self, row: Mapping[str, Any], processor: UnifiedProcessor, size: tuple[int, int]) -> TextSegment:
-        return processor.request_segment(processor.reflection_request(prompt_text(row["prompt"])), size)
+        text = processor.reflection_request(prompt_text(row["prompt"]), self.allow_stop)
+        return processor.request_segment(text, size)
+
+    def paints(self, text: str, processor: UnifiedProcessor) -> bool:
+        return not (self.allow_stop and processor.is_done(text))
