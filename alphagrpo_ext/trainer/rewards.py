@@ -254,11 +254,12 @@ def stop_metrics(is_kept: torch.Tensor, initial_passes: torch.Tensor, final_pass
             Whether the image that a sample started from, and its last one, pass strictly: 0, 1, or NaN if that is not known.
 
     Returns:
-        `dict[str, float]`: The share of samples that keep their image; of those, the share whose image passes; of repainted
-        images that failed, the share that passes now; and of repainted images that passed, the share that fails now. A share
-        of no samples is left out.
+        `dict[str, float]`: The share of samples that keep their image; of those, the share whose image passes; of the samples
+        whose first image failed, the share whose last one passes; and of those whose first image passed, the share whose last
+        one fails. A share of no samples is left out.
     """
-    known = ~is_kept & ~initial_passes.isnan() & ~final_passes.isnan()
+    final_passes = torch.where(is_kept & ~initial_passes.isnan(), initial_passes, final_passes)
+    known = ~initial_passes.isnan() & ~final_passes.isnan()
     values = {
         "stop_frac": (is_kept, torch.ones_like(is_kept)),
         "stop_right_frac": (final_passes, is_kept & ~final_passes.isnan()),

@@ -6,14 +6,15 @@ Self-reflective refinement: an image of the policy, a text that says what is wro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alphagrpo_ext.messages import prompt_text
-from alphagrpo_ext.models.contract import UnifiedProcessor
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.rollout.stopping import keep_probabilities
 from alphagrpo_ext.rollout.task import TASKS
 from alphagrpo_ext.rollout.tasks.image_editing import ImageEditing
-from alphagrpo_ext.trajectory import TextSegment
+from alphagrpo_ext.trajectory import Segment, TextSegment
 
 
 @TASKS.register("self_reflection")
@@ -39,3 +40,15 @@ class SelfReflection(ImageEditing):
 
     def paints(self, text: str, processor: UnifiedProcessor) -> bool:
         return not (self.allow_stop and processor.is_done(text))
+
+    def which_paint(
+        self,
+        contexts: Sequence[Sequence[Segment]],
+        texts: Sequence[TextSegment],
+        processor: UnifiedProcessor,
+        model: UnifiedModel,
+    ) -> list[bool]:
+        if self.stop_threshold is None:
+            return super().which_paint(contexts, texts, processor, model)
+        sure = keep_probabilities(model, processor, contexts, texts)
+        return [p is None or p < self.stop_threshold for p in sure]
