@@ -32,6 +32,8 @@ FLAWS = {
     "Coherence": "background must be clean",
 }
 """What a reflection says of an image that is not well painted, by the tag of the quality question whose answer is no."""
+KEEP_VERDICT = "<think> nothing wrong"
+REPAINT_VERDICT = "<think> wrong"
 _MAX_NAMED_DIFFERENCES = 2
 
 

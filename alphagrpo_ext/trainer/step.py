@@ -117,6 +117,8 @@ class RolloutStep:
         texts (`list[list[str]]`): Decoded sampled texts of each trajectory, one per turn.
         initial_scores (`torch.Tensor` of shape `(samples, functions that judge images)`):
             Rewards of the image that each sample set out to refine; NaN where there is none.
+        initial_passes (`torch.Tensor` of shape `(samples,)`):
+            Whether that image passes strictly, 0 or 1; NaN where that is not known.
         initial_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
             Their weighted sum; NaN where one that counts is missing.
         image_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
@@ -140,6 +142,7 @@ class RolloutStep:
     trajectories: list[Trajectory] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
     initial_scores: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    initial_passes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     initial_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     image_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     is_false_positive: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
@@ -159,8 +162,8 @@ class RolloutStep:
 
     @property
     def has_windows(self) -> bool:
-        """Whether an image has steps to train on."""
-        return any(image.window is not None for t in self.trajectories for image in t.sampled_images)
+        """Whether images have steps to train on, the same in every process, whatever it painted."""
+        return any(trajectory.num_trained_steps for trajectory in self.trajectories)
 
     def generators(self) -> list[torch.Generator]:
         """One source of randomness per sample, which depends on its position among the samples of all processes alone."""
