@@ -119,7 +119,7 @@ class DenoisingPath:
     The states that a sample passes through.
 
     Args:
-        timesteps (`torch.Tensor` of shape `(states,)`): Their times, fp32, falling to 0; from 1, unless a path starts from a partly noised image.
+        timesteps (`torch.Tensor` of shape `(states,)`): Their times, fp32, falling from 1 to 0. A path from a partly noised image begins below 1.
         window (`range`):
             Indices of the stochastic steps; step `k` leads from `timesteps[k]` to `timesteps[k + 1]`. Empty for a
             deterministic path.

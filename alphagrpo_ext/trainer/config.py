@@ -575,12 +575,11 @@ class AlphaGRPOConfig(GRPOConfig):
         overrides = self.task_settings.get(task, {})
         declared = TASKS.get(task).settings
         values = resolve_settings(declared, self._given, TASK_DEFAULTS, overrides, is_main_task=task == self.task)
-        if not TASKS.get(task).needs_image:
-            # Such a task paints from noise, so its window may lie anywhere.
-            values |= {"refine_strength": 1.0, "eval_refine_strength": None}
         for name in TASK_SETTINGS:
             value = values.get(name)
             setattr(config, name, list(value) if isinstance(value, tuple | list) else value)
+        # Other tasks paint from noise, so their windows may lie anywhere.
+        config._starts_from_image = TASKS.get(task).needs_image
 
     def _resolve_objective(self) -> None:
         """Set the arguments whose default the image objective declares, and which were not given."""
@@ -781,7 +780,7 @@ class AlphaGRPOConfig(GRPOConfig):
             noise_level=self.noise_level,
             ode_solver=self.ode_solver,
             ode_steps=self.ode_steps,
-            refine_strength=self.refine_strength,
+            refine_strength=self.refine_strength if self._starts_from_image else 1.0,
             **trained_steps,
         )
         return RolloutConfig(
