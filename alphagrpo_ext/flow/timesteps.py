@@ -44,6 +44,27 @@ def flow_timesteps(num_timesteps: int, shift: float = 1.0, device: torch.device 
     return timesteps.to(device)
 
 
+def first_step(timesteps: torch.Tensor, strength: float) -> int:
+    """
+    Index of the first time that is not above `strength`, up to rounding. A path that starts from a partly noised image begins
+    there.
+
+    Args:
+        timesteps (`torch.Tensor` of shape `(num_timesteps,)`): From [`flow_timesteps`].
+        strength (`float`): In (0, 1].
+
+    Raises:
+        `ValueError`: If that time is the last one, 0, so that no step is left.
+    """
+    first = int((timesteps > strength + 1e-6).sum())
+    if first >= len(timesteps) - 1:
+        raise ValueError(
+            f"{strength} is below {timesteps[-2].item():.3g}, the time of the last of {len(timesteps) - 1} steps, so nothing "
+            f"would be painted"
+        )
+    return first
+
+
 def share_steps(num_steps: int, lengths: Sequence[int]) -> list[int]:
     """
     Share out solver steps to the deterministic stretches of a path in proportion to their lengths, with at least one
@@ -98,7 +119,7 @@ class DenoisingPath:
     The states that a sample passes through.
 
     Args:
-        timesteps (`torch.Tensor` of shape `(states,)`): Their times, fp32, falling from 1 to 0.
+        timesteps (`torch.Tensor` of shape `(states,)`): Their times, fp32, falling from 1 to 0. A path from a partly noised image begins below 1.
         window (`range`):
             Indices of the stochastic steps; step `k` leads from `timesteps[k]` to `timesteps[k + 1]`. Empty for a
             deterministic path.

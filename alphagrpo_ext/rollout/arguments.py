@@ -63,6 +63,13 @@ class SamplingArguments:
     ode_steps: PositiveInt | None = field(
         default=None, metadata={"help": "Number of denoising steps; those of the schedule by default."}
     )
+    refine_strength: PositiveUnitFloat | None = field(
+        default=None,
+        metadata={
+            "help": "Where a task refines or edits an image, the time at which painting starts from a noised copy of that image; "
+            "the lower, the more of it stays. At 1.0, the default, painting starts from noise."
+        },
+    )
     cfg_text_scale: float | None = field(
         default=None, metadata={"help": "Guidance scale of text; at most 1 is off. 1.0 by default."}
     )
@@ -129,6 +136,7 @@ class SamplingArguments:
             timestep_shift=self.timestep_shift,
             ode_solver=self.ode_solver,
             ode_steps=self.ode_steps,
+            refine_strength=self.refine_strength,
             cfg_text_scale=self.cfg_text_scale,
             cfg_img_scale=self.cfg_img_scale,
             cfg_interval=self.cfg_interval,

@@ -84,6 +84,7 @@ class RolloutConfig:
             timestep_shift="timestep_shift",
             ode_solver="ode_solver",
             ode_steps="ode_steps",
+            refine_strength="refine_strength",
         )
         thought = pick(max_new_tokens="max_completion_length", temperature="temperature", top_k="top_k", top_p="top_p")
         denoising = DenoisingConfig(guidance=GuidanceConfig(**guidance), **schedule)
@@ -102,6 +103,7 @@ class RolloutConfig:
             timestep_shift=denoising.timestep_shift,
             ode_solver=denoising.ode_solver,
             ode_steps=denoising.ode_steps,
+            refine_strength=denoising.refine_strength,
             image_height=self.height,
             image_width=self.width,
             max_completion_length=self.max_new_tokens,
@@ -126,6 +128,12 @@ class RolloutConfig:
     def deterministic(self) -> RolloutConfig:
         """These settings without a stochastic window, and so with one image per thought."""
         return replace(self, denoising=self.denoising.without_window(), branches_per_thought=1)
+
+    def from_noise(self) -> RolloutConfig:
+        """These settings for images that start from noise alone, because there is no image to start from."""
+        if self.denoising.refine_strength == 1:
+            return self
+        return replace(self, denoising=replace(self.denoising, refine_strength=1.0))
 
     def grid(self, model: UnifiedModel) -> tuple[int, int]:
         """

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from alphagrpo_ext.flow.forward_process import noised_latents
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.solvers import ODE_SOLVERS, VelocityEvaluation
-from alphagrpo_ext.flow.timesteps import DenoisingPath, denoising_path, flow_timesteps
+from alphagrpo_ext.flow.timesteps import DenoisingPath, denoising_path, first_step, flow_timesteps
 from alphagrpo_ext.flow.transitions import TRANSITIONS, check_densities, transition
 from alphagrpo_ext.models.contract import Cache, Guidance, UnifiedModel
 from alphagrpo_ext.ranges import (
@@ -61,6 +62,10 @@ class DenoisingConfig:
             evaluated once for each of them and for each step of the window. `None` takes the steps of the schedule.
         forward_times (`tuple[float, ...]`, *optional*):
             Times of noised copies of a deterministically painted image. The objective trains on these copies.
+        refine_strength (`float`, *optional*, defaults to `1.0`):
+            How much of the image that it starts from a repaint may lose, in (0, 1]. The path begins at the first time s of the
+            schedule that is not above it, with the state `(1 - s) x0 + s eps`. With `ode_steps`, their number holds for this
+            shorter path. At 1, the path begins with noise alone.
     """
 
     num_timesteps: AtLeastTwo = 50
@@ -73,6 +78,7 @@ class DenoisingConfig:
     ode_solver: str = "euler"
     ode_steps: PositiveInt | None = None
     forward_times: tuple[PositiveUnitFloat, ...] = ()
+    refine_strength: PositiveUnitFloat = 1.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -89,6 +95,7 @@ class DenoisingConfig:
                 f"{self.num_timesteps - 1} steps of num_timesteps={self.num_timesteps}"
             )
         ODE_SOLVERS.get(self.ode_solver)
+        self._check_start()
         try:
             path = self.path()
         except ValueError as error:
@@ -101,12 +108,27 @@ class DenoisingConfig:
             times = path.timesteps[path.window.start : path.window.stop + 1]
             check_densities(self.sde_type, times, self.noise_level)
 
+    def _check_start(self) -> None:
+        """Check that a path which starts from a partly noised image has steps, and its window after the start."""
+        schedule = flow_timesteps(self.num_timesteps, self.timestep_shift)
+        try:
+            first = first_step(schedule, self.refine_strength)
+        except ValueError as error:
+            raise ValueError(f"refine_strength={error}: raise refine_strength or num_timesteps") from error
+        if self.window_start is not None and self.window_start < first:
+            raise ValueError(
+                f"a window from step {self.window_start} (time {schedule[self.window_start].item():.3g}) lies before step {first} "
+                f"(time {schedule[first].item():.3g}), where painting starts with refine_strength={self.refine_strength}: let "
+                f"windows begin at step {first} or later, or raise refine_strength"
+            )
+
     def path(self, device: torch.device | str | None = None) -> DenoisingPath:
         """The states of the path and the stochastic steps between them."""
         schedule = flow_timesteps(self.num_timesteps, self.timestep_shift, device=device)
-        start = self.window_start
+        first = first_step(schedule, self.refine_strength)
+        start = None if self.window_start is None else self.window_start - first
         window = range(0) if start is None else range(start, start + self.window_size)
-        return denoising_path(schedule, window, self.ode_steps, self.timestep_shift)
+        return denoising_path(schedule[first:], window, self.ode_steps, self.timestep_shift)
 
     @property
     def num_trained_steps(self) -> int:
@@ -120,7 +142,7 @@ class DenoisingConfig:
 
     def branches(self, guidance: Guidance) -> tuple[str, ...]:
         """Guidance branches that at least one step needs, `"full"` first; a context is prefilled for no other."""
-        times = flow_timesteps(self.num_timesteps, self.timestep_shift)[:-1]
+        times = self.path().timesteps[:-1]
         return max((guidance.branches_at(t) for t in times), key=len)
 
 
@@ -132,6 +154,7 @@ def denoise(
     grid: tuple[int, int],
     config: DenoisingConfig,
     transition_noise: torch.Tensor | None = None,
+    sources: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[DenoisingWindow | None]]:
     """
     Paint one image per sample.
@@ -142,22 +165,29 @@ def denoise(
     Args:
         model ([`UnifiedModel`]): Predicts velocities.
         cache ([`Cache`]): The model's cache with `branches * samples` rows.
-        noise (`torch.Tensor` of shape `(samples, tokens, channels)`): Initial states.
+        noise (`torch.Tensor` of shape `(samples, tokens, channels)`): Initial noise.
         grid (`tuple[int, int]`): Rows and columns of tokens.
         config ([`DenoisingConfig`]): Schedule, guidance, solver and window.
         transition_noise (`torch.Tensor` of shape `(samples * forks, window_size, tokens, channels)`, *optional*):
             Noise of the window's transitions; required with a window. Several `forks` of a sample, one after the
             other, share its context, its initial noise and every evaluation up to that of the first stochastic step.
+        sources (`torch.Tensor` of shape `(samples, tokens, channels)`, *optional*):
+            Clean latents of the images that paths start from; required with a `refine_strength` below 1.
 
     Returns:
         `tuple[torch.Tensor, list[DenoisingWindow | None]]`: Clean latents `(samples * forks, tokens, channels)`, fp32,
         and the window of each.
+
+    Raises:
+        `ValueError`: If paths start from images, and there are none.
     """
+    if sources is None and config.refine_strength < 1:
+        raise ValueError(f"refine_strength={config.refine_strength} needs images to start from")
     guidance = model.guidance(config.guidance)
     path = config.path(noise.device)
     timesteps, window = path.timesteps, path.window
     solver = ODE_SOLVERS.get(config.ode_solver)
-    latents = noise.float()
+    latents = noise.float() if sources is None else noised_latents(sources, noise, timesteps[0])
     states, log_probs = [], []
     evaluations: list[VelocityEvaluation] = []
     last_branches: tuple[str, ...] = ()

@@ -29,7 +29,7 @@ from PIL import Image
 from alphagrpo_ext.flow.forward_process import forward_windows
 from alphagrpo_ext.models.contract import Cache, UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.finite import is_finite, names_not_finite
-from alphagrpo_ext.models.pixels import tensor_to_image
+from alphagrpo_ext.models.pixels import image_to_tensor, tensor_to_image
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.denoising import denoise
 from alphagrpo_ext.rollout.task import Task, prompt_text
@@ -165,8 +165,9 @@ class RolloutGenerator:
         """Trajectories of the consecutive groups `runs`. Those that are sampled in the same way are one batch."""
         batches: list[tuple[tuple[RolloutConfig, bool], list[range]]] = []
         for run in runs:
-            row = rows[run.start]
-            way = (_row_config(row, config).effective, self.task_of(row).think)
+            row, task = rows[run.start], self.task_of(rows[run.start])
+            row_config = _row_config(row, config).effective
+            way = (row_config if task.needs_image else row_config.from_noise(), task.think)
             alike = next((batch for other, batch in batches if other == way), None)
             if alike is None:
                 batches.append((way, [run]))
@@ -276,7 +277,8 @@ class RolloutGenerator:
                 canvas = model.prefill(needed, capacity=image_slots, past=None if rewrites else cache)
                 cache = cache if rewrites else canvas
             contexts = each
-        images = self._paint(canvas, grid, [generators[i] for i in painting], config) if painting else []
+        sources = self._sources(turn, grid)[painting] if config.denoising.refine_strength < 1 else None
+        images = self._paint(canvas, grid, [generators[i] for i in painting], config, sources) if painting else []
         samples_per_context = len(images) // max(len(contexts["full"]), 1)
         for i, image in enumerate(images):
             image.guidance_contexts = {
@@ -331,10 +333,31 @@ class RolloutGenerator:
             for _ in range(num_copies)
         ]
 
+    def _sources(self, turn: _Turn, grid: tuple[int, int]) -> torch.Tensor:
+        """
+        Latents `(samples, tokens, channels)` of the image that each sample looks at, which is the last one in its context.
+        An image of another size than the painted one is resized to it.
+        """
+        latents = []
+        for context in turn.contexts:
+            looked_at = next(segment for segment in reversed(context) if isinstance(segment, ImageSegment))
+            if looked_at.grid == grid:
+                latents.append(looked_at.latents)
+                continue
+            height, width = turn.config.size
+            pixels = image_to_tensor(looked_at.image.resize((width, height), Image.Resampling.BICUBIC))
+            latents.append(self.model.encode_images(pixels[None].to(self.model.device))[0].cpu())
+        return torch.stack(latents).repeat_interleave(turn.group_size, dim=0)
+
     def _paint(
-        self, cache: Cache, grid: tuple[int, int], generators: Sequence[torch.Generator], config: RolloutConfig
+        self,
+        cache: Cache,
+        grid: tuple[int, int],
+        generators: Sequence[torch.Generator],
+        config: RolloutConfig,
+        sources: torch.Tensor | None = None,
     ) -> list[ImageSegment]:
-        """An image per sample."""
+        """An image per sample, which starts from the latents `sources` of another where there are any."""
         model, denoising = self.model, config.denoising
         num_tokens, channels = grid[0] * grid[1], model.latent_channels
         num_noises = 1 + denoising.num_trained_steps
@@ -344,7 +367,8 @@ class RolloutGenerator:
         # Samples that share a thought draw initial noise that they do not use, so that the noise of their transitions
         # is the same as without sharing.
         initial_noise = noise[:: config.branches_per_thought, 0]
-        latents, windows = denoise(model, cache, initial_noise, grid, denoising, noise[:, 1:])
+        starts = None if sources is None else sources[:: config.branches_per_thought].to(model.device)
+        latents, windows = denoise(model, cache, initial_noise, grid, denoising, noise[:, 1:], starts)
         if denoising.forward_times:
             windows = forward_windows(latents, noise[:, 1:], denoising.forward_times)
         pixels = model.decode_latents(latents, grid)

@@ -30,6 +30,7 @@ OTHER_NAMES = {
     "num_steps": "use num_timesteps, which is one more than the number of steps",
     "output_type": "images are always PIL images",
     "prompts": "use prompt, which takes a list as well",
+    "strength": "use refine_strength",
     "torch_dtype": "use dtype",
     "true_cfg_scale": "use cfg_text_scale",
     "width": "use image_width",

@@ -36,6 +36,7 @@ class TaskSettings:
         num_timesteps (`int`, *optional*): Points of the denoising schedule.
         timestep_shift (`float`, *optional*): Shift of the schedule towards noise.
         ode_solver (`str`, *optional*), ode_steps (`int`, *optional*): Solver and number of the deterministic steps.
+        refine_strength (`float`, *optional*): How much a repaint may lose of the image that it starts from, in (0, 1].
         image_height, image_width (`int`, *optional*): Size of painted images, in pixels.
         max_completion_length (`int`, *optional*): Longest text, in tokens.
         temperature, top_p, top_k (`float`, `float`, `int`, *optional*): Sampling of texts.
@@ -50,6 +51,7 @@ class TaskSettings:
     timestep_shift: float | None = None
     ode_solver: str | None = None
     ode_steps: int | None = None
+    refine_strength: float | None = None
     image_height: int | None = None
     image_width: int | None = None
     max_completion_length: int | None = None

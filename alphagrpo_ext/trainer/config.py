@@ -69,6 +69,7 @@ TASK_DEFAULTS: dict[str, Any] = {
         num_timesteps=16,
         timestep_shift=3.0,
         ode_solver="euler",
+        refine_strength=1.0,
         image_height=512,
         image_width=512,
         max_completion_length=512,
@@ -81,7 +82,7 @@ TASK_DEFAULTS: dict[str, Any] = {
 """What holds where neither the user nor the task sets it. Arguments of these names are `None` until then."""
 TASK_SETTINGS = (
     *SETTING_NAMES,
-    *("eval_num_timesteps", "eval_timestep_shift", "eval_ode_solver", "eval_ode_steps"),
+    *("eval_num_timesteps", "eval_timestep_shift", "eval_ode_solver", "eval_ode_steps", "eval_refine_strength"),
     *("eval_cfg_text_scale", "eval_cfg_img_scale", "eval_cfg_interval", "eval_temperature", "eval_top_p"),
 )
 """Arguments that are settings of a task."""
@@ -152,7 +153,7 @@ class AlphaGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": 'Settings of single tasks, as JSON or a mapping in YAML, e.g. \'{"reasoning_t2i": {"cfg_text_scale": '
-            "3.0}}'. They are guidance (cfg_*), schedule (num_timesteps, timestep_shift, ode_*), size (image_height, "
+            "3.0}}'. They are guidance (cfg_*), schedule (num_timesteps, timestep_shift, ode_*, refine_strength), size (image_height, "
             "image_width) and thought (max_completion_length, temperature, top_p, top_k), and those of evaluation (eval_*). "
             "They win over the argument of that name, which is about --task: a task beside it (rows of other tasks, and "
             "reasoning_t2i as the painter of initial images) keeps the guidance that it declares, and takes the argument "
@@ -252,6 +253,14 @@ class AlphaGRPOConfig(GRPOConfig):
             "evaluations wherever the window lies. Those of the schedule by default."
         },
     )
+    refine_strength: PositiveUnitFloat | None = field(
+        default=None,
+        metadata={
+            "help": "Where a task refines or edits an image, painting starts at the first time s of the schedule that is not "
+            "above this, from (1 - s) image + s noise; the lower, the more of the image stays. Windows must lie after "
+            "that time (sde_window_range). At 1.0, the default, painting starts from noise, as in all other tasks."
+        },
+    )
     branches_per_thought: PositiveInt = field(
         default=1,
         metadata={
@@ -335,6 +344,10 @@ class AlphaGRPOConfig(GRPOConfig):
             "help": "Steps of the whole path in evaluation, whatever eval_num_timesteps is; those of its schedule by "
             "default."
         },
+    )
+    eval_refine_strength: PositiveUnitFloat | None = field(
+        default=None,
+        metadata={"help": "refine_strength in evaluation; the training value by default."},
     )
     eval_timestep_shift: PositiveFloat | None = field(
         default=None,
@@ -579,6 +592,8 @@ class AlphaGRPOConfig(GRPOConfig):
         for name in TASK_SETTINGS:
             value = values.get(name)
             setattr(config, name, list(value) if isinstance(value, tuple | list) else value)
+        # Other tasks paint from noise, so their windows may lie anywhere.
+        config._starts_from_image = TASKS.get(task).needs_image
 
     def _resolve_objective(self) -> None:
         """Set the arguments whose default the image objective declares, and which were not given."""
@@ -781,6 +796,7 @@ class AlphaGRPOConfig(GRPOConfig):
             noise_level=self.noise_level,
             ode_solver=self.ode_solver,
             ode_steps=self.ode_steps,
+            refine_strength=self.refine_strength if self._starts_from_image else 1.0,
             **trained_steps,
         )
         return RolloutConfig(

@@ -18,6 +18,7 @@ def test_every_argument_reaches_the_rollout() -> None:
         timestep_shift=3.0,
         ode_solver="ab2",
         ode_steps=5,
+        refine_strength=0.9,
         cfg_text_scale=4.0,
         cfg_img_scale=2.0,
         cfg_interval=[0.1, 0.9],
@@ -27,7 +28,7 @@ def test_every_argument_reaches_the_rollout() -> None:
         top_p=0.8,
     )
     guidance = GuidanceConfig(4.0, 2.0, (0.1, 0.9), "channel")
-    denoising = DenoisingConfig(21, 3.0, guidance, ode_solver="ab2", ode_steps=5)
+    denoising = DenoisingConfig(21, 3.0, guidance, ode_solver="ab2", ode_steps=5, refine_strength=0.9)
     assert arguments.rollout(8, 16) == RolloutConfig(8, 16, 7, 0.3, top_p=0.8, denoising=denoising)
 
 

@@ -56,6 +56,13 @@ def test_rounds_begin_with_the_image_that_is_painted_or_given(pipe: UnifiedPipel
     assert refined.refinements[0].steps[0].image is given
 
 
+def test_refine_strength_is_about_rounds_alone(pipe: UnifiedPipeline) -> None:
+    first, repaint = (step.image for step in pipe(PROMPTS[0], num_rounds=1).refinements[0].steps)
+    same, other = (step.image for step in pipe(PROMPTS[0], num_rounds=1, refine_strength=0.6).refinements[0].steps)
+    assert (pixels([first]) == pixels([same])).all()
+    assert (pixels([repaint]) != pixels([other])).any()
+
+
 IMAGE = Image.new("RGB", (24, 24), "white")
 
 
@@ -70,6 +77,7 @@ IMAGE = Image.new("RGB", (24, 24), "white")
         ({"guidance_scale": 4.0}, "unknown argument 'guidance_scale': use cfg_text_scale"),
         ({"guidance_scal": 4.0}, "unknown argument 'guidance_scal': instead of 'guidance_scale' use cfg_text_scale"),
         ({"num_inference_steps": 10}, "use num_timesteps, which is one more than the number of steps"),
+        ({"strength": 0.5}, "unknown argument 'strength': use refine_strength"),
         ({"height": 24, "width": 24}, "'height': use image_height; unknown argument 'width': use image_width"),
         ({"generator": None}, "unknown argument 'generator': use seed"),
         ({"zzz": 1}, "unknown argument 'zzz'. Arguments are prompt"),

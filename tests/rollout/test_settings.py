@@ -14,7 +14,15 @@ from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, read_tas
 from alphagrpo_ext.rollout.task import TASKS
 
 
-FLOATS = ("cfg_text_scale", "cfg_img_scale", "cfg_renorm_min", "timestep_shift", "temperature", "top_p")
+FLOATS = (
+    "cfg_text_scale",
+    "cfg_img_scale",
+    "cfg_renorm_min",
+    "timestep_shift",
+    "refine_strength",
+    "temperature",
+    "top_p",
+)
 INTEGERS = ("num_timesteps", "ode_steps", "image_height", "image_width", "max_completion_length", "top_k")
 STRINGS = ("cfg_renorm_type", "ode_solver")
 

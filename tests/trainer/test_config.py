@@ -393,6 +393,36 @@ def test_bad_task_settings_raise(
         make_config(task_settings=settings)
 
 
+def test_windows_must_lie_after_the_start_of_a_repaint(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    """Steps 3 and 4 begin at times .923 and .892."""
+    window = {"sde_window_size": 4, "num_timesteps": 16}
+    message = r"from step 3 .* refine_strength=0.92: let windows begin at step 4 .*sde_window_range=\[3, 11\]"
+    for settings in (
+        {"task": "self_reflection", "refine_strength": 0.92},
+        {"task_settings": {"self_reflection": {"refine_strength": 0.92}}},
+    ):
+        make_config(**settings, **window, sde_window_range=[4, 11])
+        with pytest.raises(ValueError, match=message):
+            make_config(**settings, **window, sde_window_range=[3, 11])
+
+
+def test_only_tasks_that_look_at_an_image_start_from_it(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    def strengths(config: AlphaGRPOConfig) -> list[float]:
+        tasks = ("reasoning_t2i", "self_reflection", "image_editing")
+        return [config.for_task(task).train_rollout(0).denoising.refine_strength for task in tasks]
+
+    window = {"sde_window_size": 4, "sde_window_range": [6, 11]}
+    assert strengths(make_config(task="self_reflection")) == [1.0, 1.0, 1.0]
+    assert strengths(make_config(task="self_reflection", refine_strength=0.9, **window)) == [1.0, 0.9, 0.9]
+    assert strengths(make_config(refine_strength=0.9, **window)) == [1.0, 0.9, 0.9]
+    config = make_config(task="self_reflection", eval_refine_strength=0.6)
+    assert config.train_rollout(0).denoising.refine_strength == 1.0
+    assert config.eval_rollout().denoising.refine_strength == 0.6
+    assert config.eval_rollout().to_settings()["refine_strength"] == 0.6
+    config = make_config(task="self_reflection", refine_strength=0.9, **window)
+    assert config.eval_rollout().denoising.refine_strength == 0.9
+
+
 def test_settings_of_the_task_that_paints_first_are_checked(make_config: Callable[..., AlphaGRPOConfig]) -> None:
     with pytest.raises(ValueError, match="task 'reasoning_t2i': .*num_timesteps"):
         make_config(task="self_reflection", task_settings={"reasoning_t2i": {"num_timesteps": 5}})

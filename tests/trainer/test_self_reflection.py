@@ -51,8 +51,10 @@ def make(make_trainer: Callable[..., AlphaGRPOTrainer]) -> Callable[..., AlphaGR
         {"cfg_img_scale": 2.0, "cfg_renorm_type": "text_channel", "cfg_interval": [0.0, 1.0]},
         {"lora": True},
         {"num_iterations": 2, "max_steps": 2, "num_reflection_rounds": 2},
+        {"refine_strength": 0.8, "num_reflection_rounds": 2},
+        {"refine_strength": 0.8, "branches_per_thought": 2, "ode_solver": "ab2", "ode_steps": 2},
     ],
-    ids=["one round", "two rounds", "image guidance", "lora", "off-policy"],
+    ids=["one round", "two rounds", "image guidance", "lora", "off-policy", "from a copy", "branches from a copy"],
 )
 def test_ratio_is_one(make: Callable[..., AlphaGRPOTrainer], settings: dict[str, Any]) -> None:
     trainer = make(**settings)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
+from alphagrpo_ext.flow.timesteps import flow_timesteps
 from alphagrpo_ext.objectives.regularizers import score_transitions
 from alphagrpo_ext.rollout.generator import RolloutConfig, RolloutGenerator, sample_generator
 from alphagrpo_ext.rollout.task import TASKS
@@ -30,7 +31,7 @@ ROWS = [
 DIFFERENT: dict[str, dict[str, Any]] = {
     "reasoning_t2i": {"cfg_text_scale": 2.5, "timestep_shift": 2.0, "temperature": 0.8, "max_completion_length": 7},
     "image_editing": {"cfg_interval": [0.0, 0.7], "num_timesteps": 8, "temperature": 1.3, "top_p": 1.0},
-    "self_reflection": {"cfg_renorm_type": "channel"},
+    "self_reflection": {"cfg_renorm_type": "channel", "refine_strength": 0.8},
 }
 SIZES = {"reasoning_t2i": {"image_width": 16}, "image_editing": {"image_height": 16, "image_width": 16}}
 
@@ -97,9 +98,9 @@ def test_mixed_run_replays_each_row_as_it_was_sampled(
         config = tasks[trajectory.task].train_rollout(0)
         for image in trajectory.sampled_images:
             assert image.image.size == config.size[::-1]
-            start = image.window.start
-            expected = config.denoising.path().timesteps[start : start + 4]
-            torch.testing.assert_close(image.window.timesteps, expected)
+            start, denoising = image.window.start, config.denoising
+            schedule = flow_timesteps(denoising.num_timesteps, denoising.timestep_shift)
+            assert torch.equal(image.window.timesteps, schedule[start : start + 4])
         assert all(len(text.token_ids) <= config.max_new_tokens for text in trajectory.sampled_texts)
 
 

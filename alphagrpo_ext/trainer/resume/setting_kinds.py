@@ -25,8 +25,8 @@ class SettingKind(Enum):
 _SAMPLING = """
     task task_settings think thought_context image_height image_width num_timesteps timestep_shift sde_type noise_level
     sde_window_size sde_window_range cfg_text_scale cfg_img_scale cfg_interval cfg_renorm_type cfg_renorm_min
-    ode_solver ode_steps branches_per_thought num_reflection_rounds num_initial_images stage1_selection rollout_policy
-    max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs
+    ode_solver ode_steps refine_strength branches_per_thought num_reflection_rounds num_initial_images stage1_selection
+    rollout_policy max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs
     cache_implementation max_tool_calling_iterations use_transformers_continuous_batching
     transformers_continuous_batching_config use_transformers_paged use_vllm vllm_structured_outputs_regex
 """
@@ -65,8 +65,8 @@ _LOGGING = """
 """
 _EVALUATION = """
     eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size num_generations_eval
-    eval_num_timesteps eval_ode_solver eval_ode_steps eval_timestep_shift eval_cfg_text_scale eval_cfg_img_scale
-    eval_cfg_interval eval_temperature eval_top_p load_best_model_at_end metric_for_best_model greater_is_better
+    eval_num_timesteps eval_ode_solver eval_ode_steps eval_refine_strength eval_timestep_shift eval_cfg_text_scale
+    eval_cfg_img_scale eval_cfg_interval eval_temperature eval_top_p load_best_model_at_end metric_for_best_model greater_is_better
     prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics
     batch_eval_metrics bf16_full_eval fp16_full_eval restore_callback_states_from_checkpoint
 """
