@@ -121,10 +121,13 @@ class Trajectory:
     Args:
         segments (`list[Segment]`): Given and sampled segments in the order in which the model sees them.
         task (`str`, *optional*): Name of the task that it was sampled for, whose guidance its images have.
+        num_trained_steps (`int`, *optional*, defaults to `0`):
+            Steps in the window of every image that is sampled with it, which a trajectory without a sampled image knows, too.
     """
 
     segments: list[Segment]
     task: str | None = None
+    num_trained_steps: int = 0
 
     @property
     def sampled_texts(self) -> list[TextSegment]:
@@ -138,5 +141,9 @@ class Trajectory:
 
     @property
     def final_image(self) -> Image.Image | None:
-        """The last image that the policy sampled, for judges and people."""
-        return self.sampled_images[-1].image if self.sampled_images else None
+        """
+        The last image, for judges and people: the one that the policy painted last or, if it ended without painting, the one
+        that it looked at.
+        """
+        images = [segment.image for segment in self.segments if isinstance(segment, ImageSegment)]
+        return images[-1] if images else None

@@ -108,6 +108,11 @@ class DenoisingConfig:
         window = range(0) if start is None else range(start, start + self.window_size)
         return denoising_path(schedule, window, self.ode_steps, self.timestep_shift)
 
+    @property
+    def num_trained_steps(self) -> int:
+        """Steps of every image that an objective trains on: those of the window, or noised copies."""
+        return len(self.forward_times) if self.window_start is None else self.window_size
+
     def without_window(self) -> DenoisingConfig:
         """A deterministic path with equally many evaluations of the network, for an image that is not trained on."""
         steps = None if self.ode_steps is None else self.ode_steps + self.window_size

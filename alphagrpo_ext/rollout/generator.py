@@ -8,6 +8,9 @@ group size.
 
 A painted image becomes context as it was painted. Later rounds read the sampled latents themselves, and not those of
 the decoded image encoded again. Only a vision tower reads the decoded image.
+
+A task may end a turn, and with it the trajectory, after its text; see [`Task.paints`]. The network is not evaluated for
+samples that ended.
 """
 
 from __future__ import annotations
@@ -187,13 +190,14 @@ class RolloutGenerator:
         segments = {i: list(turn.contexts[place // group_size]) for place, i in enumerate(members)}
         turn_index, cache = 0, None
         while turn is not None:
-            sampled, cache = self._take_turn(turn, [generators[i] for i in turn.members], cache)
+            sampled, cache = self._take_turn(turn, rows, [generators[i] for i in turn.members], cache)
             turn_index += 1
             for i, new in zip(turn.members, sampled, strict=True):
                 _check_finite(new, rows[i], i, self.model)
                 segments[i] += new
             turn = self._next_turn(rows, turn, turn_index, segments)
-        return {i: Trajectory(segments[i], rows[i].get("task")) for i in members}
+        num_steps = config.denoising.num_trained_steps
+        return {i: Trajectory(segments[i], rows[i].get("task"), num_steps) for i in members}
 
     def _first_turn(self, rows: Sequence[Mapping[str, Any]], runs: Sequence[range], config: RolloutConfig) -> _Turn:
         # Groups of one size share a prefix by a plain reshape, so unequal runs are cut into equal parts.
@@ -219,61 +223,91 @@ class RolloutGenerator:
         segments: Mapping[int, list[Segment]],
     ) -> _Turn | None:
         """
-        The turn of the samples that act once more. Their next request is appended to `segments`. `None` if there are
-        none.
+        The turn of the samples that act once more, which are those that painted. Their next request is appended to
+        `segments`. `None` if there are none.
         """
         config = replace(turn.config, branches_per_thought=1)
-        members = [i for i in turn.members if self.task_of(rows[i]).num_turns > turn_index]
+        painted = [i for i in turn.members if isinstance(segments[i][-1], ImageSegment)]
+        members = [i for i in painted if self.task_of(rows[i]).num_turns > turn_index]
         for i in members:
-            painted = segments[i][-1]
-            painted.pixel_values = self.processor.look(painted.image)
+            image = segments[i][-1]
+            image.pixel_values = self.processor.look(image.image)
             segments[i].append(self.task_of(rows[i]).request(rows[i], self.processor, config.size))
         # From now on every sample has a history of its own.
         contexts = [list(segments[i]) for i in members]
         return _Turn(members, contexts, 1, config, turn.think) if members else None
 
     def _take_turn(
-        self, turn: _Turn, generators: Sequence[torch.Generator], past: Cache | None
+        self,
+        turn: _Turn,
+        rows: Sequence[Mapping[str, Any]],
+        generators: Sequence[torch.Generator],
+        past: Cache | None,
     ) -> tuple[list[list[TextSegment | ImageSegment]], Cache]:
-        """The thought, if there is one, and the image of each sample, and the cache that they were sampled with."""
+        """
+        What each sample does, and the cache that it did it with: a thought, if there is one, and an image, unless the task
+        ends the turn after the thought.
+        """
         model, config = self.model, turn.config
-        grid = config.grid(model)
+        num_copies, grid = config.branches_per_thought, config.grid(model)
         branches = config.denoising.branches(model.guidance(config.denoising.guidance))
         contexts = {
             name: [self.processor.branch_context(name, context, config.size) for context in turn.contexts]
             for name in branches
         }
         rewrites = turn.think and self.processor.thought_context == "rewrite"
+        image_slots = model.image_slots(grid)
         cache = model.prefill(
             [context for name in (branches[:1] if rewrites else branches) for context in contexts[name]],
-            group_size=turn.group_size // config.branches_per_thought,
-            capacity=(model.text_slots(config.max_new_tokens) if turn.think else 0) + model.image_slots(grid),
+            group_size=turn.group_size // num_copies,
+            capacity=(model.text_slots(config.max_new_tokens) if turn.think else 0) + image_slots,
             past=past,
         )
         texts = self._write(cache, generators, config) if turn.think else []
+        painting = self._painting(turn, rows, texts)
         canvas = cache
-        if rewrites:
-            contexts = self._rewrite(contexts, texts[:: config.branches_per_thought], config)
-            canvas = model.prefill([c for own in contexts.values() for c in own], capacity=model.image_slots(grid))
-        images = self._paint(canvas, grid, generators, config)
-        samples_per_context = len(images) // len(contexts["full"])
+        if rewrites or len(painting) < len(turn.members):
+            thoughts = painting[::num_copies]
+            each = {name: [own[i // turn.group_size] for i in thoughts] for name, own in contexts.items()}
+            thought_texts = [texts[i] for i in thoughts]
+            each["full"] = self._after_thoughts(each["full"], thought_texts, config, rewrites)
+            needed = [context for own in each.values() for context in own]
+            if needed:
+                canvas = model.prefill(needed, capacity=image_slots, past=None if rewrites else cache)
+                cache = cache if rewrites else canvas
+            contexts = each
+        images = self._paint(canvas, grid, [generators[i] for i in painting], config) if painting else []
+        samples_per_context = len(images) // max(len(contexts["full"]), 1)
         for i, image in enumerate(images):
             image.guidance_contexts = {
                 name: own[i // samples_per_context] for name, own in contexts.items() if rewrites or name != "full"
             }
-        return [[*texts[i : i + 1], image] for i, image in enumerate(images)], cache
+        done: list[list[TextSegment | ImageSegment]] = [texts[i : i + 1] for i in range(len(turn.members))]
+        for i, image in zip(painting, images, strict=True):
+            done[i].append(image)
+        return done, cache
 
-    def _rewrite(
-        self, contexts: Mapping[str, list[list[Segment]]], thoughts: Sequence[TextSegment], config: RolloutConfig
-    ) -> dict[str, list[list[Segment]]]:
-        """The contexts that images are painted from, by branch and with one for every thought."""
-        repeats = len(thoughts) // len(contexts["full"])
-        each = {name: [context for context in own for _ in range(repeats)] for name, own in contexts.items()}
-        each["full"] = [
-            self.processor.painting_context(context, thought, config.size)
-            for context, thought in zip(each["full"], thoughts, strict=True)
+    def _painting(self, turn: _Turn, rows: Sequence[Mapping[str, Any]], texts: Sequence[TextSegment]) -> list[int]:
+        """Which members go on to paint, as places in the turn. Those that share a thought have the same text."""
+        return [
+            place
+            for place, i in enumerate(turn.members)
+            if not texts
+            or self.task_of(rows[i]).paints(self.processor.decode_sampled(texts[place : place + 1]), self.processor)
         ]
-        return each
+
+    def _after_thoughts(
+        self,
+        contexts: Sequence[list[Segment]],
+        thoughts: Sequence[TextSegment],
+        config: RolloutConfig,
+        rewrites: bool,
+    ) -> list[list[Segment]]:
+        """The contexts that images are painted from, one for every thought."""
+        return [
+            self.processor.painting_context(context, thought, config.size) if rewrites else [*context, thought]
+            for context, thought in zip(contexts, thoughts, strict=True)
+        ]
 
     def _write(self, cache: Cache, generators: Sequence[torch.Generator], config: RolloutConfig) -> list[TextSegment]:
         """A thought per sample. Samples that share a thought get copies of it."""
@@ -294,8 +328,8 @@ class RolloutGenerator:
         """An image per sample."""
         model, denoising = self.model, config.denoising
         num_tokens, channels = grid[0] * grid[1], model.latent_channels
-        window_size = len(denoising.forward_times) if denoising.window_start is None else denoising.window_size
-        noise = torch.stack([torch.randn(1 + window_size, num_tokens, channels, generator=g) for g in generators]).to(
+        num_noises = 1 + denoising.num_trained_steps
+        noise = torch.stack([torch.randn(num_noises, num_tokens, channels, generator=g) for g in generators]).to(
             model.device
         )
         # Samples that share a thought draw initial noise that they do not use, so that the noise of their transitions

@@ -61,8 +61,19 @@ class Task(ABC):
 
     @property
     def num_turns(self) -> int:
-        """How often the policy acts, which is to write, if it thinks, and to paint."""
+        """How often the policy acts at most, which is to write, if it thinks, and to paint."""
         return 1
+
+    def paints(self, text: str, processor: UnifiedProcessor) -> bool:
+        """
+        Whether a turn goes on to paint after the policy wrote this text. If not, the trajectory ends with the text, and its
+        last image is the one that the policy looked at. A turn without a text always paints.
+
+        Args:
+            text (`str`): What [`UnifiedProcessor.decode_sampled`] makes of the sampled text.
+            processor ([`UnifiedProcessor`]): Knows the wordings of the model.
+        """
+        return True
 
     @abstractmethod
     def context(

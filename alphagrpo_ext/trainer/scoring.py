@@ -14,6 +14,10 @@ backward adds the gradients that the others left, and goes on through the contex
 and backward, from which all parameters can be reached. Two cases run contexts again with every part: a family without
 [`UnifiedModel.pack_parts`], and sharded parameters with several tasks, where the contexts of one process may need a part
 of the model that those of another do not.
+
+A trajectory may have ended without painting. Where no trajectory of a batch painted, a stand-in of one token with as many
+steps takes the place of images; see [`with_stand_in`]. So every process runs the same forwards over the same parts of the
+model, and adds the same parameters to its graph.
 """
 
 from __future__ import annotations
@@ -122,7 +126,7 @@ class RolloutScores:
             Scores of sampled tokens; 0 on padding.
         velocities (`list[torch.Tensor]`, *optional*):
             Guided velocities `(images of the trajectory, steps, tokens, channels)` of each trajectory, as a list, so that
-            TRL shuffles and splits it. `None` if no image has a window.
+            TRL shuffles and splits it. `None` if no image has a window, or would have one.
     """
 
     log_probs: torch.Tensor
@@ -163,16 +167,17 @@ class PackedScorer:
         """
         batches = []
         for start in range(0, len(trajectories), batch_size):
-            batch = trajectories[start : start + batch_size]
+            batch = self.complete(model, trajectories[start : start + batch_size])
             contexts = self.read_contexts(model, batch)
             parts = enumerate(self.split(batch))
             scores = [self.score(model, part, contexts and contexts.part(i)) for i, part in parts]
             batches.append(replace(scores[0], images=join_window_steps([part.images for part in scores])))
         images = [batch.images for batch in batches]
+        counts = [num_windows(trajectory) for trajectory in trajectories]
         return RolloutScores(
             log_probs=torch.cat([pad_columns(batch.log_probs, length) for batch in batches]),
             entropies=torch.cat([pad_columns(batch.entropies, length) for batch in batches]),
-            velocities=None if None in images else [v for scores in images for v in velocities_by_trajectory(scores)],
+            velocities=None if None in images else velocities_by_trajectory(images, counts, batch_size),
         )
 
     def score(
@@ -216,6 +221,10 @@ class PackedScorer:
             output = replace(output, states=[state.detach() for state in output.states])
         scores = self._text_scores(trajectories, parts.contexts, output, images=None)
         return SharedContexts(scores, output, parts.copies)
+
+    def complete(self, model: torch.nn.Module, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """A batch that has an image to train on, if rollouts have any; see [`with_stand_in`]."""
+        return with_stand_in(trajectories, self._unwrapped(model))
 
     def _unwrapped(self, model: torch.nn.Module) -> UnifiedModel:
         # accelerate's unwrapping asks which backends are installed, which takes longer than a small model's forward.
@@ -292,12 +301,16 @@ class ImageLoss:
         Returns:
             [`ObjectiveOutput`]: With a scalar loss, before `weight`.
         """
+        trajectories = inputs["trajectories"]
+        has_images = any(map(num_windows, trajectories))
         num_steps, num_tokens = scores.velocities.shape[1:3]
 
         def velocities(name: str) -> torch.Tensor | None:
             kept = inputs.get(name)
             if kept is None:
                 return None
+            if not has_images:
+                return scores.velocities.detach()
             return torch.cat([fit_tokens(tensor, num_tokens) for tensor in kept])[:, start : start + num_steps]
 
         output = self.objective(
@@ -309,17 +322,17 @@ class ImageLoss:
         base_velocities = velocities("base_velocities")
         if base_velocities is not None:
             output = penalized(output, scores, base_velocities, self.objective.config.base_beta)
-        trajectories = inputs["trajectories"]
-        window = next(image.window for t in trajectories for image in t.sampled_images if image.window)
-        share = num_steps / window.num_steps
+        share = num_steps / num_window_steps(trajectories)
         # A trajectory with several images weighs as much as one with a single image.
         num_images = torch.bincount(scores.trajectory, minlength=len(trajectories))
-        losses = (output.loss / num_images[scores.trajectory]).masked_fill(
-            ~inputs["is_scored"][scores.trajectory], 0.0
+        is_left_out = (
+            ~inputs["is_scored"][scores.trajectory] if has_images else torch.ones_like(scores.trajectory).bool()
         )
+        losses = (output.loss / num_images[scores.trajectory]).masked_fill(is_left_out, 0.0)
         return ObjectiveOutput(
             loss=share * losses.sum() / len(trajectories),
-            metrics={name: share * value for name, value in output.metrics.items()},
+            # Those of a stand-in are about no image.
+            metrics={name: share * has_images * value for name, value in output.metrics.items()},
         )
 
     def backward_parts(
@@ -339,7 +352,7 @@ class ImageLoss:
             `tuple[PackedScores, list[ObjectiveOutput]]`: Scores of the first part, and one output without gradient for each
             of the others.
         """
-        trajectories = inputs["trajectories"]
+        trajectories = scorer.complete(model, inputs["trajectories"])
         first, *others = scorer.split(trajectories)
         if not others:
             return scorer.score(model, first), []
@@ -368,12 +381,56 @@ class ImageLoss:
         finally:
             state._set_sync_gradients(is_last)
 
-    def metrics(self, outputs: Sequence[ObjectiveOutput]) -> dict[str, float]:
-        """Loss and metrics by the names that they are logged under, summed over parts and averaged over processes."""
+    def metrics(self, outputs: Sequence[ObjectiveOutput], trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """
+        Loss and metrics by the names that they are logged under, summed over parts. The loss is averaged over processes, and
+        metrics over those whose `trajectories` have images. Without any image, there are no metrics.
+        """
         names = ["loss", *outputs[0].metrics]
         parts = [torch.stack([output.loss.detach(), *output.metrics.values()]) for output in outputs]
-        values = self.accelerator.reduce(torch.stack(parts).sum(dim=0), reduction="mean").tolist()
-        return {f"image/{name}": value for name, value in zip(names, values, strict=True)}
+        own = torch.stack(parts).sum(dim=0)
+        has_images = own.new_tensor([any(map(num_windows, trajectories))])
+        share, *values = self.accelerator.reduce(torch.cat([has_images, own]), reduction="mean").tolist()
+        if not share:
+            return {"image/loss": values[0]}
+        shares = [1.0, *[share] * len(outputs[0].metrics)]
+        return {f"image/{name}": value / part for name, value, part in zip(names, values, shares, strict=True)}
+
+
+def with_stand_in(trajectories: Sequence[Trajectory], model: UnifiedModel) -> list[Trajectory]:
+    """
+    A batch with a stand-in for an image where none was painted, but all would have been trained on. It is sampled after the
+    first trajectory, has a single token, and needs no context of its own. Its velocities have no meaning.
+
+    Args:
+        trajectories (`Sequence[Trajectory]`): The batch.
+        model ([`UnifiedModel`]): The policy or the reference, unwrapped.
+    """
+    first, *others = trajectories
+    num_steps = first.num_trained_steps
+    if not num_steps or any(map(num_windows, trajectories)):
+        return list(trajectories)
+    states = torch.zeros(num_steps + 1, 1, model.latent_channels)
+    times = torch.linspace(0.75, 0.25, num_steps + 1)
+    image = ImageSegment(
+        states[0],
+        (1, 1),
+        sampled=True,
+        window=DenoisingWindow(states, times, start=0, log_probs=torch.zeros(num_steps)),
+        guidance_contexts={name: [] for name in model.branches[1:]},
+    )
+    return [replace(first, segments=[*first.segments, image]), *others]
+
+
+def num_windows(trajectory: Trajectory) -> int:
+    """Number of sampled images that are trained on."""
+    return sum(image.window is not None for image in trajectory.sampled_images)
+
+
+def num_window_steps(trajectories: Sequence[Trajectory]) -> int:
+    """Steps of the windows of a batch, or of the stand-in of one without images."""
+    windows = [image.window for t in trajectories for image in t.sampled_images if image.window is not None]
+    return windows[0].num_steps if windows else trajectories[0].num_trained_steps
 
 
 def pad_columns(scores: torch.Tensor, length: int) -> torch.Tensor:
@@ -390,10 +447,22 @@ def fit_tokens(velocities: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.nn.functional.pad(velocities, (0, 0, 0, missing)) if missing else velocities
 
 
-def velocities_by_trajectory(scores: ImageScores) -> tuple[torch.Tensor, ...]:
-    """Velocities `(images of the trajectory, steps, tokens, channels)` of each trajectory."""
-    _, num_images = scores.trajectory.unique_consecutive(return_counts=True)
-    return scores.velocities.split(num_images.tolist())
+def velocities_by_trajectory(
+    batches: Sequence[ImageScores], num_images: Sequence[int], batch_size: int
+) -> list[torch.Tensor]:
+    """
+    Velocities `(images of the trajectory, steps, tokens, channels)` of each trajectory.
+
+    Args:
+        batches (`Sequence[ImageScores]`): Scores of batches of trajectories. Those of a batch without images are a stand-in's.
+        num_images (`Sequence[int]`): Images with a window of every trajectory.
+        batch_size (`int`): Trajectories per batch.
+    """
+    result: list[torch.Tensor] = []
+    for index, scores in enumerate(batches):
+        counts = num_images[index * batch_size : (index + 1) * batch_size]
+        result += scores.velocities[: sum(counts)].split(list(counts))
+    return result
 
 
 def split_window_steps(trajectories: Sequence[Trajectory], steps_per_part: int | None) -> list[list[Trajectory]]:

@@ -159,8 +159,8 @@ class RolloutStep:
 
     @property
     def has_windows(self) -> bool:
-        """Whether an image has steps to train on."""
-        return any(image.window is not None for t in self.trajectories for image in t.sampled_images)
+        """Whether images have steps to train on, the same in every process, whatever it painted."""
+        return any(trajectory.num_trained_steps for trajectory in self.trajectories)
 
     def generators(self) -> list[torch.Generator]:
         """One source of randomness per sample, which depends on its position among the samples of all processes alone."""

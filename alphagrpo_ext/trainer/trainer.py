@@ -264,7 +264,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         losses = {"texts": self.args.text_loss_weight * text_loss}
         if scores.images is not None:
             outputs.insert(0, self.image_loss(scores.images, inputs))
-            self._append_metrics(self.image_loss.metrics(outputs))
+            self._append_metrics(self.image_loss.metrics(outputs, inputs["trajectories"]))
             # The gradient of the other parts is there already, so only the value of their loss is added.
             image_loss = sum([output.loss.detach() for output in outputs[1:]], outputs[0].loss)
             losses["images"] = self.args.image_loss_weight * (image_loss / accumulation_steps)

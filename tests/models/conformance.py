@@ -33,8 +33,15 @@ from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import sample_generator
-from alphagrpo_ext.trainer.scoring import PackedScores, SharedContexts, join_window_steps, split_window_steps
+from alphagrpo_ext.trainer.scoring import (
+    PackedScores,
+    SharedContexts,
+    join_window_steps,
+    split_window_steps,
+    with_stand_in,
+)
 from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
+from support.stopping import stop_after
 
 
 PROMPTS = ("a red circle", "two blue squares on a white table")
@@ -75,9 +82,14 @@ class FamilyCase:
         config: RolloutConfig | None = None,
         think: bool = True,
         samples: Sequence[tuple[int, int]] = ((0, 0), (0, 1), (1, 2), (1, 3)),
+        stops: Sequence[str] = (),
     ) -> list[Trajectory]:
-        """Trajectories of `samples`, which are pairs of a prompt and a seed. Self-reflection has two rounds."""
-        generate = RolloutGenerator(self.model, self.processor, TASKS.get(task)(think=think, num_reflection_rounds=2))
+        """
+        Trajectories of `samples`, which are pairs of a prompt and a seed. Self-reflection has two rounds, and ends after the
+        texts `stops`.
+        """
+        made = stop_after(TASKS.get(task)(think=think, num_reflection_rounds=2), *stops)
+        generate = RolloutGenerator(self.model, self.processor, made)
         rows: list[dict[str, Any]] = [{"prompt": PROMPTS[prompt]} for prompt, _ in samples]
         if generate.task.needs_image:
             rows = [row | {"image": self.picture(prompt)} for row, (prompt, _) in zip(rows, samples, strict=True)]
@@ -159,6 +171,41 @@ class FamilyConformance:
         assert_on_policy(case, trajectories, ON, adapted)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("num_copies", [1, 2])
+    def test_some_stop(self, case: FamilyCase, num_copies: int) -> None:
+        """Samples that end after a text change no others, and a packed forward scores both."""
+        config = case.config(branches_per_thought=num_copies)
+        everybody = case.sample(config=config)
+        texts = [[case.processor.decode_sampled([text]) for text in t.sampled_texts] for t in everybody]
+        stops = (texts[0][0], texts[-1][1])
+        trajectories = case.sample(config=config, stops=stops)
+        counts = [len(t.sampled_images) for t in trajectories]
+        expected = [next((i for i, text in enumerate(written) if text in stops), 2) for written in texts]
+        assert counts == expected and counts[0] == 0 and counts[-1] > 0
+        for trajectory, other in zip(trajectories, everybody, strict=True):
+            for image, other_image in zip(trajectory.sampled_images, other.sampled_images, strict=False):
+                torch.testing.assert_close(image.latents, other_image.latents, atol=1e-4, rtol=1e-4)
+        assert_on_policy(case, trajectories, ON)
+        parts = case.model.pack_parts(trajectories, ON, 2)
+        assert parts is None or [part.image_trajectory.tolist() for part in parts.copies] == [
+            [i for i, count in enumerate(counts) for _ in range(count)]
+        ] * len(parts.copies)
+
+    def test_stand_in_reaches_all_parameters(self, case: FamilyCase) -> None:
+        """Where nothing was painted, a packed forward still runs over every trained parameter."""
+        trajectories = case.sample()
+        num_steps = trajectories[0].num_trained_steps
+        stopped = [replace(t, segments=t.segments[:-1]) for t in case.sample("image_editing")]
+        assert with_stand_in(trajectories, case.model) == trajectories
+        completed = with_stand_in(stopped, case.model)
+        output, scores = case.score(completed)
+        expected, _ = case.score(stopped)
+        torch.testing.assert_close(output.log_probs, expected.log_probs, atol=1e-5, rtol=1e-5)
+        assert scores.velocities.shape[:3] == (1, num_steps, 1)
+        (output.log_probs.sum() + 0 * scores.velocities.sum()).backward()
+        assert not [name for name, p in case.model.named_parameters() if p.requires_grad and p.grad is None]
+        case.model.zero_grad()
+
     def test_every_branch_equals_the_cached_prediction(self, case: FamilyCase) -> None:
         """Each velocity of a packed forward is that of its branch's context, read anew into a cache."""
         trajectories = case.sample("image_editing")
