@@ -143,7 +143,7 @@ class Trajectory:
     def final_image(self) -> Image.Image | None:
         """
         The last image, for judges and people: the one that the policy painted last or, if it ended without painting, the one
-        that it looked at.
+        that it could have painted anew. `None` if it answered a question: an image without latents was only looked at.
         """
-        images = [segment.image for segment in self.segments if isinstance(segment, ImageSegment)]
+        images = [s.image for s in self.segments if isinstance(s, ImageSegment) and len(s.latents)]
         return images[-1] if images else None

@@ -106,6 +106,9 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
     def system_segments(self, think: bool, edits: bool) -> list[TextSegment]:
         return [TextSegment(self.encode_text(self.generation_system_prompt), role="system")] if think else []
 
+    def answering_segments(self, think: bool) -> list[TextSegment]:
+        return [TextSegment(self.encode_text(self.understanding_system_prompt), role="system")] if think else []
+
     def reflection_request(self, prompt: str) -> str:
         return self.reflection_prompt.replace("{prompt}", prompt)
 
