@@ -268,7 +268,7 @@ def judge_step(
         [bool(reward_attribute(function, "always_applies", False)) for function in functions], device=device
     )
     has_image = accelerator.gather(
-        torch.tensor([t.final_image is not None for t in step.trajectories], device=device)
+        torch.tensor([t.result is not None for t in step.trajectories], device=device)
     )
     owed = always & (has_image[:, None] | ~is_image)
     is_missing = missing_rewards(rewards, owed, step.group_size) & (weights != 0)
