@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
-from alphagrpo_ext.rollout.arguments import SamplingArguments
+from alphagrpo_ext.rollout.arguments import SamplingArguments, StoppingArguments
 from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import RewardArguments
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class GenerationArguments(RewardArguments, SamplingArguments):
-    """Arguments of the generation; for the rest see [`RewardArguments`] and [`SamplingArguments`]."""
+class GenerationArguments(RewardArguments, SamplingArguments, StoppingArguments):
+    """Arguments of the generation; for the rest see [`RewardArguments`], [`SamplingArguments`] and [`StoppingArguments`]."""
 
     model_name_or_path: str = field(
         default="bagel-shapes", metadata={"help": "The policy: a name, a folder, or an id on the Hub."}
@@ -97,6 +97,7 @@ class GenerationArguments(RewardArguments, SamplingArguments):
     def __post_init__(self) -> None:
         RewardArguments.__post_init__(self)
         SamplingArguments.__post_init__(self)
+        StoppingArguments.__post_init__(self)
         if self.prompts and self.prompt_file:
             raise ValueError("give prompts or prompt_file, not both")
         if self.prompt_column is not None and not self.prompt_file:
@@ -152,10 +153,12 @@ def save_refinements(
             steps.append({"image": name, "text": step.text, "reward": step.reward, "best": is_best})
             label = "" if step.reward is None else f"reward {step.reward:.2f}"
             tiles.append((step.image, f"{label} (kept)" if keep_best and is_best else label))
-        lines.append(json.dumps({"prompt": row["prompt"], "steps": steps}, ensure_ascii=False))
+        kept = {} if refinement.verdict is None else {"kept_with": refinement.verdict}
+        lines.append(json.dumps({"prompt": row["prompt"], "steps": steps, **kept}, ensure_ascii=False))
         tiles += [(blank, "")] * (num_rounds + 1 - len(tiles))
         shown = refinement.best if keep_best else refinement.steps[-1]
-        sheet.append((f"{prompt_text(row['prompt'])}\n\n{shown.text}", tiles))
+        text = shown.text if refinement.verdict is None else refinement.verdict
+        sheet.append((f"{prompt_text(row['prompt'])}\n\n{text}", tiles))
     headers = ["painted", *(f"round {turn}" for turn in range(1, num_rounds + 1))]
     contact_sheet(sheet, headers, caption_width=420).save(output_dir / "contact_sheet.png")
     write_text(output_dir / "samples.jsonl", "\n".join(lines) + "\n")
@@ -198,6 +201,8 @@ def main(args: GenerationArguments) -> None:
             scorer=scorer,
             stop_reward=args.stop_reward,
             keep_best=args.keep_best,
+            allow_stop=args.allow_stop,
+            stop_threshold=args.threshold_of(model),
         )
     save_refinements(refinements, rows, output_dir, args.num_rounds, args.keep_best)
     print(f"{len(rows)} prompts: images, samples.jsonl and contact_sheet.png in {output_dir}")

@@ -22,6 +22,13 @@ precedence. Rewards of the text's format train the text alone:
 ```bash
 accelerate launch recipes/self_reflection.py --formats shapes_reflection --reward_weights 1.0 0.2
 ```
+
+With `--allow_stop` the policy keeps an image that it finds right, and learns from the reward when to do so. First images then
+follow a thought, so that some of them are worth keeping:
+
+```bash
+accelerate launch recipes/self_reflection.py --allow_stop --stage1_think --stage1_selection sampled
+```
 """
 
 from __future__ import annotations
@@ -92,7 +99,7 @@ def assign_tasks(dataset: Dataset, tasks: list[str]) -> Dataset:
 
 
 def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, Any]:
-    """Scores of images that were painted without a thought, and of the same images refined, for `summary.json`."""
+    """Scores of images as they were first painted, and of the same images refined, for `summary.json`."""
     from reward_models.evaluation.scores import RefinementScore
 
     return {
@@ -122,7 +129,8 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
 
     def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
-            initial = training.evaluate_policy(run, policy, PAINTING_TASK, False, f"{moment}: painting")
+            think = training_args.stage1_think
+            initial = training.evaluate_policy(run, policy, PAINTING_TASK, think, f"{moment}: painting")
             refined = training.evaluate_policy(
                 run, policy, training_args.task, training_args.think, f"{moment}: refining", initial
             )

@@ -214,7 +214,11 @@ class DVReward:
         # A task that paints nothing has rows without questions.
         places = [i for i, image in enumerate(found) if image is not None]
         rows = [
-            {"prompt": prompts[i], "semantic_questions": semantic_questions[i], "quality_questions": quality_questions[i]}
+            {
+                "prompt": prompts[i],
+                "semantic_questions": semantic_questions[i],
+                "quality_questions": quality_questions[i],
+            }
             for i in places
         ]
         records = [from_row(row, f"sample {i}") for i, row in zip(places, rows, strict=True)]
@@ -309,8 +313,10 @@ class DVReward:
         """
         for i, (image, row) in enumerate(zip(images, rows, strict=True)):
             image = completion_image(image, f"images[{i}]")
-            if image is not None:
-                record = from_row(row, f"sample {i}")
+            if image is None:
+                continue
+            record = from_row(row, f"sample {i}")
+            if not self._has_started(image, record):
                 self._started[id(image)] = (image, record, asyncio.create_task(self._score_one(image, record)))
 
     async def aclose(self) -> None:
@@ -322,7 +328,8 @@ class DVReward:
         self, images: Sequence[Image.Image | Sequence[Image.Image] | None], records: Sequence[PromptRecord]
     ) -> list[Score]:
         """
-        Score each image by the valid questions of its record.
+        Score each image by the valid questions of its record. One image object that several records with the same questions
+        have is judged once.
 
         Args:
             images (`Sequence`):
@@ -339,20 +346,29 @@ class DVReward:
         if len(images) != len(records):
             raise ValueError(f"images has {len(images)} entries for {len(records)} records")
         images = [completion_image(image, f"images[{i}]") for i, image in enumerate(images)]
-        tasks = [
-            self._started_task(image, record) or asyncio.create_task(self._score_one(image, record))
-            for image, record in zip(images, records, strict=True)
-        ]
+        # An image that several samples have kept is judged once.
+        shared: dict[int, tuple[PromptRecord, asyncio.Task[Score]]] = {}
+        tasks = []
+        for image, record in zip(images, records, strict=True):
+            known = shared.get(id(image))
+            if image is None or known is None or known[0] != record:
+                known = (
+                    record,
+                    self._started_task(image, record) or asyncio.create_task(self._score_one(image, record)),
+                )
+                shared[id(image)] = known
+            tasks.append(known[1])
         try:
             return await asyncio.gather(*tasks)
         finally:
             await self._drop_started()
 
-    def _started_task(self, image: Image.Image | None, record: PromptRecord) -> asyncio.Task[Score] | None:
+    def _has_started(self, image: Image.Image | None, record: PromptRecord) -> bool:
         started = self._started.get(id(image))
-        if started is None or started[1] != record or started[2].get_loop() is not asyncio.get_running_loop():
-            return None
-        return self._started.pop(id(image))[2]
+        return started is not None and started[1] == record and started[2].get_loop() is asyncio.get_running_loop()
+
+    def _started_task(self, image: Image.Image | None, record: PromptRecord) -> asyncio.Task[Score] | None:
+        return self._started.pop(id(image))[2] if self._has_started(image, record) else None
 
     async def _drop_started(self) -> None:
         loop = asyncio.get_running_loop()

@@ -513,6 +513,10 @@ class UnifiedProcessor(ABC):
     What an image is painted from after a thought: `"in_place"`, the conversation as it stands, which the thought ends, or
     `"rewrite"`, the context of its own that [`UnifiedProcessor.painting_context`] makes of the thought.
     """
+    keep_verdict: str = "<done/>"
+    """What a reflection says where the image is right, so that nothing is painted."""
+    repaint_verdict: str = "<edit/>"
+    """What it says where the image is to be painted anew."""
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -553,8 +557,14 @@ class UnifiedProcessor(ABC):
         return self.text_segment(text)
 
     @abstractmethod
-    def reflection_request(self, prompt: str) -> str:
-        """Text of the request to refine an image that was made for `prompt`."""
+    def reflection_request(self, prompt: str, may_stop: bool = False) -> str:
+        """
+        Text of the request to refine an image that was made for `prompt`. With `may_stop` it asks for one of the two verdicts.
+        """
+
+    def is_done(self, text: str) -> bool:
+        """Whether the last verdict in a reflection is `keep_verdict`. A text without a verdict is not done."""
+        return text.rfind(self.keep_verdict) > text.rfind(self.repaint_verdict)
 
     @abstractmethod
     def resize_image(self, image: Image.Image) -> Image.Image:

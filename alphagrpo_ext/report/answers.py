@@ -9,7 +9,9 @@ shows the table shows the answers, and the report reads them from there. Any rew
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from alphagrpo_ext.report.records import Answer
 
@@ -57,3 +59,23 @@ def parse_answers(text: str | None) -> list[Answer]:
         p_yes, kind, tag, question = parts
         answers.append(Answer(question, tag, kind, None if p_yes == "-" else float(p_yes)))
     return answers
+
+
+def strict_passes(columns: Mapping[str, Sequence[Any]], num_samples: int) -> list[float]:
+    """
+    Whether every answer about each sample's image is yes, by a P(yes) of at least 0.5.
+
+    Args:
+        columns (`Mapping[str, Sequence[Any]]`): What reward functions gave to `log_extra`, of which answers are read.
+        num_samples (`int`): Number of samples. They are the last ones of every column.
+
+    Returns:
+        `list[float]`: 0 or 1 for every sample; NaN for one without answers, or with one that is missing.
+    """
+    own = [list(values)[-num_samples:] for name, values in columns.items() if name.endswith(COLUMN_SUFFIX)]
+    passes = []
+    for sample in range(num_samples):
+        answers = [answer.p_yes for values in own for answer in parse_answers(values[sample])]
+        is_known = bool(answers) and None not in answers
+        passes.append(float(all(p_yes >= 0.5 for p_yes in answers)) if is_known else math.nan)
+    return passes

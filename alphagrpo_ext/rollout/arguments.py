@@ -20,6 +20,7 @@ from alphagrpo_ext.rollout.settings import TaskSettings, read_task_settings, res
 
 
 if TYPE_CHECKING:
+    from alphagrpo_ext.models.contract import UnifiedModel
     from alphagrpo_ext.rollout.config import RolloutConfig
 
 
@@ -143,3 +144,34 @@ class SamplingArguments:
             return RolloutConfig.from_settings(settings)
         except ValueError as error:
             raise ValueError(f"task '{task}': {error}") from error
+
+
+@dataclass
+class StoppingArguments:
+    """When a round of reflection keeps the image that it looks at. Each argument is described by the help text of its field."""
+
+    allow_stop: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a round of reflection may keep the image that it looks at. No round follows then. Who decides is the "
+            "policy itself: by the words that it writes, or by stop_threshold."
+        },
+    )
+    stop_threshold: UnitFloat | None = field(
+        default=None,
+        metadata={
+            "help": "With allow_stop, probability of the verdict that the image is right from which it is kept. Default: the one "
+            "that the model's configuration has from calibrate_stop.py; without any, the words decide."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.stop_threshold is not None and not self.allow_stop:
+            raise ValueError(f"stop_threshold={self.stop_threshold} needs allow_stop")
+
+    def threshold_of(self, model: UnifiedModel) -> float | None:
+        """The threshold from which a model keeps images: the one given, or its own if it may keep any."""
+        from alphagrpo_ext.rollout.stopping import saved_threshold
+
+        return saved_threshold(model) if self.allow_stop and self.stop_threshold is None else self.stop_threshold

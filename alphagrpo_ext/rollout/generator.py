@@ -295,12 +295,21 @@ class RolloutGenerator:
 
     def _painting(self, turn: _Turn, rows: Sequence[Mapping[str, Any]], texts: Sequence[TextSegment]) -> list[int]:
         """Which members go on to paint, as places in the turn. Those that share a thought have the same text."""
-        return [
-            place
-            for place, i in enumerate(turn.members)
-            if not texts
-            or self.task_of(rows[i]).paints(self.processor.decode_sampled(texts[place : place + 1]), self.processor)
-        ]
+        if not texts:
+            return list(range(len(turn.members)))
+        by_task: dict[int, list[int]] = {}
+        for place, i in enumerate(turn.members):
+            by_task.setdefault(id(self.task_of(rows[i])), []).append(place)
+        painting: list[int] = []
+        for places in by_task.values():
+            chosen = self.task_of(rows[turn.members[places[0]]]).which_paint(
+                [turn.contexts[place // turn.group_size] for place in places],
+                [texts[place] for place in places],
+                self.processor,
+                self.model,
+            )
+            painting += [place for place, paints in zip(places, chosen, strict=True) if paints]
+        return sorted(painting)
 
     def _after_thoughts(
         self,

@@ -31,6 +31,7 @@ from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.pipeline_inputs import as_images, as_prompts, refuse_unknown_names, whole_number
 from alphagrpo_ext.rollout.refinement import Refinement, refine
 from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, check_setting, resolve_settings
+from alphagrpo_ext.rollout.stopping import STOP_THRESHOLD
 from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
 from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
 
@@ -84,6 +85,7 @@ class UnifiedPipeline:
         self.model, self.processor = model, processor
         saved = dict(getattr(model.config, "sampling", None) or model.family.sampling_settings)
         self.task = saved.pop("task", PAINTING_TASK)
+        self.stop_threshold = saved.pop(STOP_THRESHOLD, None)
         self.saved = _checked(saved)
         self.settings = _checked(settings or {})
         self._words_warned_of: set[str] = set()
@@ -194,6 +196,8 @@ class UnifiedPipeline:
         num_rounds: int = 0,
         num_images_per_prompt: int = 1,
         seed: int = 0,
+        allow_stop: bool = False,
+        stop_threshold: float | None = None,
         **settings: Any,
     ) -> PipelineOutput:
         """
@@ -209,6 +213,10 @@ class UnifiedPipeline:
             num_rounds (`int`, *optional*, defaults to `0`): Rounds in which it reflects on the image and repaints it.
             num_images_per_prompt (`int`, *optional*, defaults to `1`): Images of each prompt, which follow each other.
             seed (`int`, *optional*, defaults to `0`): Seed of all noise. Each image of a call has noise of its own.
+            allow_stop (`bool`, *optional*, defaults to `False`): Whether a round may keep the image that it looks at.
+            stop_threshold (`float`, *optional*):
+                Probability of that verdict from which an image is kept, in [0, 1]. By default the one that the model's
+                configuration keeps; without any, the words of the reflection decide.
             settings: Settings of sampling that replace the defaults; names as in [`TaskSettings`], e.g. `num_timesteps=20`.
 
         Raises:
@@ -235,6 +243,8 @@ class UnifiedPipeline:
             num_rounds=num_rounds,
             think=think,
             seed=seed,
+            allow_stop=allow_stop,
+            stop_threshold=self.stop_threshold if allow_stop and stop_threshold is None else stop_threshold,
         )
         last = [refinement.steps[-1] for refinement in refinements]
         return PipelineOutput([step.image for step in last], [step.text for step in last], refinements)

@@ -17,7 +17,7 @@ from PIL import Image
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
-from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
+from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS, Task
 
 
 Scorer: TypeAlias = Callable[[list[Image.Image], list[Mapping[str, Any]]], list[float | None]]
@@ -47,9 +47,11 @@ class Refinement:
 
     Args:
         steps (`list[RefinementStep]`): The first image, and one per round.
+        verdict (`str`, *optional*): What the policy wrote when it kept the image that it looked at; `None` if it never did.
     """
 
     steps: list[RefinementStep]
+    verdict: str | None = None
 
     @property
     def best(self) -> RefinementStep:
@@ -86,16 +88,22 @@ class _Refiner:
         ]
 
     def sample(
-        self, name: str, think: bool, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], turn: int
-    ) -> list[RefinementStep]:
-        """One step per row. `indices` are those of the rows among all, and set the noise together with `turn`."""
-        generate = RolloutGenerator(self.model, self.processor, TASKS.get(name)(think=think))
+        self, name: str, task: Task, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], turn: int
+    ) -> list[tuple[str, RefinementStep | None]]:
+        """
+        The text of every row, and a step if it painted. `indices` are those of the rows among all, and set the noise together
+        with `turn`.
+        """
+        generate = RolloutGenerator(self.model, self.processor, task)
         config = self.config if isinstance(self.config, RolloutConfig) else self.config[name]
         generators = [sample_generator(self.seed, turn, index) for index in indices]
         trajectories = generate(rows, generators, config)
-        images = [trajectory.final_image for trajectory in trajectories]
         texts = [self.processor.decode_sampled(trajectory.sampled_texts) for trajectory in trajectories]
-        return [RefinementStep(*step) for step in zip(images, texts, self._rewards(images, rows), strict=True)]
+        painted = [i for i, trajectory in enumerate(trajectories) if trajectory.sampled_images]
+        images = [trajectories[i].final_image for i in painted]
+        rewards = self._rewards(images, [rows[i] for i in painted])
+        steps = {i: RefinementStep(image, texts[i], r) for i, image, r in zip(painted, images, rewards, strict=True)}
+        return [(text, steps.get(i)) for i, text in enumerate(texts)]
 
     def _rewards(self, images: list[Image.Image], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         return self.scorer(images, list(rows)) if self.scorer and images else [None] * len(images)
@@ -112,6 +120,8 @@ def refine(
     scorer: Scorer | None = None,
     stop_reward: float | None = None,
     keep_best: bool = False,
+    allow_stop: bool = False,
+    stop_threshold: float | None = None,
 ) -> list[Refinement]:
     """
     Paint every prompt, then reflect on the image and paint it anew, up to `num_rounds` times. A round sees the image
@@ -130,12 +140,18 @@ def refine(
         stop_reward (`float`, *optional*): A row whose image has this reward is not refined further.
         keep_best (`bool`, *optional*, defaults to `False`):
             Whether a round refines the best image so far instead of the last one.
+        allow_stop (`bool`, *optional*, defaults to `False`):
+            Whether the policy may keep the image that it looks at. Then no round follows.
+        stop_threshold (`float`, *optional*):
+            With `allow_stop`, it keeps an image where the probability of that verdict is at least this, in [0, 1]; see
+            [`keep_probabilities`]. `None` goes by the words that it writes.
 
     Returns:
         `list[Refinement]`: One per row.
 
     Raises:
-        `ValueError`: If `stop_reward` or `keep_best` is set without a scorer, or `num_rounds` is negative.
+        `ValueError`: If `stop_reward` or `keep_best` is set without a scorer, `stop_threshold` without `allow_stop`, or a
+            number is out of range.
     """
     if num_rounds < 0:
         raise ValueError(f"num_rounds must not be negative, but is {num_rounds}")
@@ -147,15 +163,23 @@ def refine(
     painted = [i for i in range(len(rows)) if i not in given]
     first_steps = dict(zip(given, refiner.given([rows[i] for i in given]), strict=True))
     prompts = [rows[i] for i in painted]
-    first_steps |= zip(painted, refiner.sample(PAINTING_TASK, think, prompts, painted, turn=0), strict=True)
+    painting = TASKS.get(PAINTING_TASK)(think=think)
+    reflection = TASKS.get(REFLECTION_TASK)(think=True, allow_stop=allow_stop, stop_threshold=stop_threshold)
+    sampled = refiner.sample(PAINTING_TASK, painting, prompts, painted, turn=0)
+    first_steps |= {i: step for i, (_, step) in zip(painted, sampled, strict=True)}
     results = [Refinement([first_steps[i]]) for i in range(len(rows))]
     for turn in range(1, num_rounds + 1):
-        open_rows = [i for i, result in enumerate(results) if not result.reached(stop_reward)]
+        open_rows = [
+            i for i, result in enumerate(results) if result.verdict is None and not result.reached(stop_reward)
+        ]
         if not open_rows:
             break
         sources = [results[i].best if keep_best else results[i].steps[-1] for i in open_rows]
         inputs = [{**rows[i], "image": source.image} for i, source in zip(open_rows, sources, strict=True)]
-        steps = refiner.sample(REFLECTION_TASK, True, inputs, open_rows, turn)
-        for i, step in zip(open_rows, steps, strict=True):
-            results[i].steps.append(step)
+        outcomes = refiner.sample(REFLECTION_TASK, reflection, inputs, open_rows, turn)
+        for i, (text, step) in zip(open_rows, outcomes, strict=True):
+            if step is None:
+                results[i].verdict = text
+            else:
+                results[i].steps.append(step)
     return results

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from PIL import Image
 from alphagrpo_ext.images import read_image
 from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
+from alphagrpo_ext.ranges import check_number
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.settings import TaskSettings
@@ -47,6 +48,11 @@ class Task(ABC):
         think (`bool`): Whether the policy writes a thought before it paints or answers.
         num_reflection_rounds (`int`, *optional*, defaults to `1`):
             How often the policy refines an image, in tasks that refine.
+        allow_stop (`bool`, *optional*, defaults to `False`):
+            Whether a turn may end without painting, in tasks that refine.
+        stop_threshold (`float`, *optional*):
+            With `allow_stop`, the probability of that verdict from which a turn ends, in [0, 1], whatever the text says. `None`
+            goes by the words.
     """
 
     needs_image: bool = False
@@ -58,11 +64,22 @@ class Task(ABC):
     settings: ClassVar[TaskSettings] = TaskSettings()
     """The guidance, schedule, size and sampling of texts that this task needs; the run decides about the others."""
 
-    def __init__(self, think: bool, num_reflection_rounds: int = 1) -> None:
+    def __init__(
+        self,
+        think: bool,
+        num_reflection_rounds: int = 1,
+        allow_stop: bool = False,
+        stop_threshold: float | None = None,
+    ) -> None:
         if num_reflection_rounds < 1:
             raise ValueError(f"num_reflection_rounds must be at least 1, but is {num_reflection_rounds}")
         self.think = think
         self.num_reflection_rounds = num_reflection_rounds
+        if stop_threshold is not None:
+            check_number("stop_threshold", stop_threshold, "[0, 1]")
+            if not allow_stop:
+                raise ValueError(f"stop_threshold={stop_threshold} needs allow_stop")
+        self.allow_stop, self.stop_threshold = allow_stop, stop_threshold
 
     @property
     def num_turns(self) -> int:
@@ -84,6 +101,23 @@ class Task(ABC):
             processor ([`UnifiedProcessor`]): Knows the wordings of the model.
         """
         return True
+
+    def which_paint(
+        self,
+        contexts: Sequence[Sequence[Segment]],
+        texts: Sequence[TextSegment],
+        processor: UnifiedProcessor,
+        model: UnifiedModel,
+    ) -> list[bool]:
+        """
+        Which of several turns go on to paint: by default those that [`~Task.paints`] says.
+
+        Args:
+            contexts (`Sequence[Sequence[Segment]]`): What each turn saw before its text.
+            texts (`Sequence[TextSegment]`): The texts of the turns.
+            processor ([`UnifiedProcessor`]), model ([`UnifiedModel`]): The policy's.
+        """
+        return [self.paints(processor.decode_sampled([text]), processor) for text in texts]
 
     def system_segments(self, processor: UnifiedProcessor) -> list[TextSegment]:
         """System prompt that the context begins with."""

@@ -8,7 +8,14 @@ import random
 from typing import Any
 
 from alphagrpo_ext.shapes.judge import answer_questions
-from alphagrpo_ext.shapes.prompts import CATEGORIES, PromptSpec, sample_scene, sample_violation, semantic_questions, specs_of
+from alphagrpo_ext.shapes.prompts import (
+    CATEGORIES,
+    PromptSpec,
+    sample_scene,
+    sample_violation,
+    semantic_questions,
+    specs_of,
+)
 from alphagrpo_ext.shapes.scene import Scene, render
 
 

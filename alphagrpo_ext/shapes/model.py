@@ -12,7 +12,9 @@ from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from alphagrpo_ext.shapes.text import (
     GENERATION_SYSTEM_PROMPT,
+    KEEP_VERDICT,
     REFLECTION_PROMPT,
+    REPAINT_VERDICT,
     UNDERSTANDING_SYSTEM_PROMPT,
     vocabulary,
 )
@@ -56,6 +58,9 @@ def build_processor() -> BagelProcessor:
         generation_system_prompt=GENERATION_SYSTEM_PROMPT,
         understanding_system_prompt=UNDERSTANDING_SYSTEM_PROMPT,
         reflection_prompt=REFLECTION_PROMPT,
+        verdict_request="",
+        keep_verdict=KEEP_VERDICT,
+        repaint_verdict=REPAINT_VERDICT,
         **limits,
     )
 

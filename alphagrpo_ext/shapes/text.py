@@ -26,6 +26,8 @@ from .scene import BACKGROUNDS, CELLS, COLORS, COLUMNS, ROWS, SHAPES, Scene, Sce
 GENERATION_SYSTEM_PROMPT = "plan first , then draw ."
 UNDERSTANDING_SYSTEM_PROMPT = "look , then answer ."
 REFLECTION_PROMPT = "the request was : {prompt} . what is wrong ? repaint it ."
+KEEP_VERDICT = "<think> nothing wrong"
+REPAINT_VERDICT = "<think> wrong"
 _MAX_NAMED_DIFFERENCES = 2
 
 

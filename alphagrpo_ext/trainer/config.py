@@ -277,19 +277,33 @@ class AlphaGRPOConfig(GRPOConfig):
     num_initial_images: PositiveInt = field(
         default=1,
         metadata={
-            "help": "Images that every process paints for each of its prompts, without a thought and deterministically. "
-            "The whole group refines one of them. A row with an 'image' uses that one."
+            "help": "Images that every process paints for each of its prompts, deterministically. The whole group refines one "
+            "of them. A row with an 'image' uses that one."
+        },
+    )
+    stage1_think: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether these images are painted with a thought, which is not part of the reflection. With allow_stop, "
+            "set it, unless the rows have images: without a thought few images are worth keeping."
         },
     )
     stage1_selection: str = field(
         default="lowest",
         metadata={"help": "Which image is refined: of 'lowest' reward, or 'sampled' by softmax(1 - reward)."},
     )
+    allow_stop: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a turn may end without painting, after a reflection that says that the image is right. The image "
+            "is then kept, and its reward is that of the trajectory."
+        },
+    )
     rectification: str = field(
         default="minimum",
         metadata={
             "help": "Reward of an image that is no better than the one it refines: the 'minimum' of the group, that of "
-            "the 'initial' image, or its own: 'off'."
+            "the 'initial' image, or its own: 'off'. An image that is kept has its own."
         },
     )
     separate_advantages: bool = field(
@@ -650,6 +664,8 @@ class AlphaGRPOConfig(GRPOConfig):
             raise ValueError("text_loss_weight and image_loss_weight are both 0, so nothing would be trained")
         if not (self.image_loss_weight or self.think):
             raise ValueError("image_loss_weight=0 and think=False leave neither images nor texts to train on")
+        if self.allow_stop and not self.think:
+            raise ValueError("allow_stop=True needs think=True: what ends a turn is the text that the policy writes")
         if self.reward_weights is not None and not any(self.reward_weights):
             raise ValueError(f"reward_weights={self.reward_weights} are all 0, so nothing would be trained")
 
@@ -701,7 +717,7 @@ class AlphaGRPOConfig(GRPOConfig):
 
     def make_task(self, name: str) -> Task:
         """Make a registered task with the settings of this configuration."""
-        return TASKS.get(name)(think=self.think, num_reflection_rounds=self.num_reflection_rounds)
+        return TASKS.get(name)(self.think, self.num_reflection_rounds, self.allow_stop)
 
     @property
     def guidance(self) -> GuidanceConfig:

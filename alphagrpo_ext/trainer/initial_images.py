@@ -3,8 +3,8 @@
 """
 Stage 1 of self-reflection: the policy paints the images that its groups then refine.
 
-The policy paints without a thought and without noise, with the guidance, schedule and size of text-to-image. Every process
-paints for the prompts that it holds, the reward functions score the images as they score everything, and the image to refine
+The policy paints without noise, with the guidance, schedule and size of text-to-image, and with a thought only if the run asks
+for it. Every process paints for the prompts that it holds, the reward functions score the images as they score everything, and the image to refine
 is chosen among those of all processes by a generator that all of them share.
 """
 
@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from trl import GRPOTrainer
 
+from alphagrpo_ext.report.answers import strict_passes
 from alphagrpo_ext.rollout.generator import RolloutGenerator, same_context, sample_generator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
 from alphagrpo_ext.trainer.reward_functions import reward_name
@@ -57,17 +58,21 @@ class ImageRewards:
         functions = [function for function, judges in zip(trainer.reward_funcs, keep.tolist(), strict=True) if judges]
         return cls(functions, trainer.reward_weights[keep], trainer.state, getattr(trainer, "async_loop", None))
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> torch.Tensor:
+    def __call__(
+        self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Rewards `(images, functions)` of the images for their rows; NaN where a function gave none.
+        Rewards `(images, functions)` of the images for their rows; NaN where a function gave none. And whether each image
+        passes strictly, `(images,)`: see [`strict_passes`].
 
-        What the functions log is dropped, since it would be about images that get no gradient.
+        What else the functions log is dropped, since it would be about images that get no gradient.
 
         Raises:
             `ValueError`: If a function returns another number of rewards, or an infinite one.
         """
         if not images or not self.functions:
-            return torch.full((len(images), len(self.functions)), torch.nan)
+            return torch.full((len(images), len(self.functions)), torch.nan), torch.full((len(images),), torch.nan)
+        logged: dict[str, Sequence[Any]] = {}
         judged = [reward_row(row) for row in rows]
         prompts = [row["prompt"] for row in judged]
         arguments = {
@@ -76,7 +81,7 @@ class ImageRewards:
             "completion_ids": [[] for _ in prompts],
             **{key: [row[key] for row in judged] for key in judged[0] if key not in ("prompt", "completion")},
             **{"images": list(images), "texts": [[] for _ in prompts], "trajectory": [None] * len(prompts)},
-            **{"trainer_state": self.trainer_state, "log_extra": _drop, "log_metric": _drop},
+            **{"trainer_state": self.trainer_state, "log_extra": logged.__setitem__, "log_metric": _drop},
         }
         results = [function(**arguments) for function in self.functions]
         waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
@@ -88,7 +93,7 @@ class ImageRewards:
         columns = [[torch.nan if reward is None else reward for reward in result] for result in results]
         rewards = torch.tensor(columns, dtype=torch.float32).T
         refuse_infinite(rewards, names)
-        return rewards
+        return rewards, torch.tensor(strict_passes(logged, len(images)))
 
     def totals(self, rewards: torch.Tensor) -> list[float | None]:
         """Weighted sums of rewards `(images of one prompt, functions)`; `None` where a reward is missing."""
@@ -101,7 +106,7 @@ async def _gather(results: Sequence[Any]) -> list[Any]:
 
 
 def _drop(name: str, value: Any) -> None:
-    """Takes the place of TRL's `log_extra` and `log_metric`."""
+    """Takes the place of TRL's `log_metric`."""
 
 
 def paint_initial_images(
@@ -115,50 +120,52 @@ def paint_initial_images(
     Give every row of a task that refines the image that its group starts from, and note the reward of that image.
 
     Args:
-        step ([`RolloutStep`]): Its `rows` and `initial_scores` are set.
+        step ([`RolloutStep`]): Its `rows`, `initial_scores` and `initial_passes` are set.
         generate ([`RolloutGenerator`]): Holds the policy and its processor.
         tasks (`Mapping[str, Task]`): The tasks of the rows by name.
         rewards ([`ImageRewards`]): Scores the images.
-        args ([`AlphaGRPOConfig`]): `num_initial_images` that this process paints per prompt, and `stage1_selection`.
+        args ([`AlphaGRPOConfig`]):
+            `num_initial_images` that this process paints per prompt, `stage1_think` and `stage1_selection`.
     """
     rows, num_images = step.rows, args.num_initial_images
     refining = [i for i, row in enumerate(rows) if tasks[row["task"]].paints_initial_image]
     first_of_group = {same_context(rows[i]): i for i in reversed(refining)}
     missing = [i for i in sorted(first_of_group.values()) if rows[i].get("image") is None]
-    images = _paint(step, generate, missing, num_images)
+    images = _paint(step, generate, missing, num_images, args.stage1_think)
     candidates = [(i, image) for i, image in zip((i for i in missing for _ in range(num_images)), images, strict=True)]
     candidates += [(i, rows[i]["image"]) for i in first_of_group.values() if i not in missing]
-    scores = rewards([rows[i] for i, _ in candidates], [image for _, image in candidates])
+    scores, passes = rewards([rows[i] for i, _ in candidates], [image for _, image in candidates])
+    judged = zip(candidates, scores.tolist(), passes.tolist(), strict=True)
     # A prompt can stand on several processes, which must all choose the same image.
-    found = gather_object(
-        [(same_context(rows[i]), score, image) for (i, image), score in zip(candidates, scores.tolist(), strict=True)]
-    )
-    choices: dict[tuple[str, ...], tuple[list[float], Image.Image]] = {}
+    found = gather_object([(same_context(rows[i]), score, passed, image) for (i, image), score, passed in judged])
+    choices: dict[tuple[str, ...], tuple[list[float], float, Image.Image]] = {}
     step.rows = list(rows)
     step.initial_scores = torch.full((len(rows), len(rewards.functions)), torch.nan)
+    step.initial_passes = torch.full((len(rows),), torch.nan)
     for i in refining:
         context = same_context(rows[i])
         if context not in choices:
-            offered = [(score, image) for other, score, image in found if other == context]
+            offered = [(score, passed, image) for other, score, passed, image in found if other == context]
             rng = random.Random(f"{step.seed}-{step.index}-{context}")
-            totals = rewards.totals(torch.tensor([score for score, _ in offered]))
+            totals = rewards.totals(torch.tensor([score for score, _, _ in offered]))
             choices[context] = offered[select_initial(totals, args.stage1_selection, rng)]
-        score, image = choices[context]
+        score, passed, image = choices[context]
         step.rows[i] = {**rows[i], "image": image}
         step.initial_scores[i] = torch.tensor(score)
+        step.initial_passes[i] = passed
 
 
 def _paint(
-    step: RolloutStep, generate: RolloutGenerator, indices: Sequence[int], num_images: int
+    step: RolloutStep, generate: RolloutGenerator, indices: Sequence[int], num_images: int, think: bool
 ) -> list[Image.Image]:
-    """Paint `num_images` images for each row of `indices`, one row after the other."""
+    """Paint `num_images` images for each row of `indices`, one row after the other, after a thought if it is to `think`."""
     if not indices:
         # Rows that refine nothing have no settings of the task that paints.
         return []
     config = step.configs[PAINTING_TASK].deterministic()
     # There is no image yet whose absence could guide.
     guidance = replace(config.denoising.guidance, image_scale=1.0)
-    paint = RolloutGenerator(generate.model, generate.processor, TASKS.get(PAINTING_TASK)(think=False))
+    paint = RolloutGenerator(generate.model, generate.processor, TASKS.get(PAINTING_TASK)(think=think))
     trajectories = paint(
         [step.rows[i] for i in indices for _ in range(num_images)],
         [

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from trl.trainer.utils import nanstd
 
+from alphagrpo_ext.report.answers import strict_passes
 from alphagrpo_ext.rollout.task import Task
 from alphagrpo_ext.trainer.reward_functions import reward_attribute, reward_name
 
@@ -95,6 +96,7 @@ def rectify_false_positives(
     initial_rewards: torch.Tensor,
     num_generations: int,
     rectification: str = "minimum",
+    is_kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     False-positive rectification (https://huggingface.co/papers/2605.12495): a refined image that is no better than the image
@@ -109,6 +111,8 @@ def rectify_false_positives(
         rectification (`str`, *optional*, defaults to `"minimum"`):
             `"minimum"` gives a false positive all rewards of the worst sample of its group, `"initial"` changes its own so
             that they sum to the initial image's, `"off"` leaves them.
+        is_kept (`torch.Tensor` of shape `(samples,)`, *optional*):
+            Samples that ended without painting, bool. They claim no improvement and are never false positives.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Rewards `(samples, functions)`, and which samples are false positives, bool
@@ -117,6 +121,8 @@ def rectify_false_positives(
     # In the precision of the initial rewards, so that equal rewards are equal.
     total = complete_sum(rewards, weights, num_generations).to(initial_rewards.dtype)
     is_false = total <= initial_rewards
+    if is_kept is not None:
+        is_false = is_false & ~is_kept
     if rectification == "off" or not is_false.any() or not weights.any():
         return rewards, is_false
     if rectification == "initial":
@@ -212,6 +218,62 @@ def reflection_metrics(
     return {f"reflection/{name}": value[compared].mean().item() for name, value in values.items()}
 
 
+def strict_pass_metrics(
+    step: RolloutStep, columns: Mapping[str, Sequence[Any]], tasks: Mapping[str, Task], accelerator: Accelerator
+) -> dict[str, float]:
+    """
+    What [`stop_metrics`] makes of a rollout, if a task refines images.
+
+    Args:
+        step ([`RolloutStep`]): Its trajectories are sampled.
+        columns (`Mapping[str, Sequence[Any]]`): TRL's columns of all processes, which end with those of this rollout.
+        tasks (`Mapping[str, Task]`): The tasks of the rows by name.
+        accelerator ([`~accelerate.Accelerator`]): Gathers what is known of this process alone.
+    """
+    if not any(task.paints_initial_image for task in tasks.values()):
+        return {}
+    device, names = accelerator.device, [row["task"] for row in step.rows]
+    refines = torch.tensor([tasks[name].paints_initial_image for name in names], device=device)
+    painted = torch.tensor([bool(t.sampled_images) for t in step.trajectories], device=device)
+    own = torch.stack([refines.float(), painted.float(), step.initial_passes.to(device)], dim=1)
+    refines, painted, initial = accelerator.gather(own).T
+    final = torch.tensor(strict_passes(columns, len(initial)), device=device)
+    chosen = refines.bool()
+    metrics = stop_metrics(~painted.bool()[chosen], initial[chosen], final[chosen])
+    if not any(task.allow_stop for task in tasks.values()):
+        metrics.pop("reflection/stop_frac", None)
+    return metrics
+
+
+def stop_metrics(is_kept: torch.Tensor, initial_passes: torch.Tensor, final_passes: torch.Tensor) -> dict[str, float]:
+    """
+    What is logged about turns that end without painting, and about images that repaints fix and break.
+
+    Args:
+        is_kept (`torch.Tensor` of shape `(samples,)`): Samples that ended without painting, bool.
+        initial_passes, final_passes (`torch.Tensor` of shape `(samples,)`):
+            Whether the image that a sample started from, and its last one, pass strictly: 0, 1, or NaN if that is not known.
+
+    Returns:
+        `dict[str, float]`: The share of samples that keep their image; of those, the share whose image passes; of the samples
+        whose first image failed, the share whose last one passes; and of those whose first image passed, the share whose last
+        one fails. A share of no samples is left out.
+    """
+    final_passes = torch.where(is_kept & ~initial_passes.isnan(), initial_passes, final_passes)
+    known = ~initial_passes.isnan() & ~final_passes.isnan()
+    values = {
+        "stop_frac": (is_kept, torch.ones_like(is_kept)),
+        "stop_right_frac": (final_passes, is_kept & ~final_passes.isnan()),
+        "fixed_frac": (final_passes, known & (initial_passes == 0)),
+        "broken_frac": (1 - final_passes, known & (initial_passes == 1)),
+    }
+    return {
+        f"reflection/{name}": value[counted].float().mean().item()
+        for name, (value, counted) in values.items()
+        if counted.any()
+    }
+
+
 def refuse_infinite(rewards: torch.Tensor, names: Sequence[str]) -> None:
     """
     Raise `ValueError` if a reward is infinite.
@@ -267,9 +329,15 @@ def judge_step(
     always = torch.tensor(
         [bool(reward_attribute(function, "always_applies", False)) for function in functions], device=device
     )
-    has_image = accelerator.gather(
-        torch.tensor([t.result is not None for t in step.trajectories], device=device)
-    )
+    painted = accelerator.gather(torch.tensor([bool(t.sampled_images) for t in step.trajectories], device=device))
+    refines = any(task.paints_initial_image for task in tasks.values())
+    if refines:
+        initial = accelerator.gather(step.initial_scores.to(device))
+        # The image that a sample keeps was judged with the initial images.
+        is_judged = ~painted[:, None] & ~initial.isnan()
+        rewards = rewards.clone()
+        rewards[:, is_image] = torch.where(is_judged, initial, rewards[:, is_image])
+    has_image = accelerator.gather(torch.tensor([t.result is not None for t in step.trajectories], device=device))
     owed = always & (has_image[:, None] | ~is_image)
     is_missing = missing_rewards(rewards, owed, step.group_size) & (weights != 0)
     needed = is_image & (weights != 0)
@@ -286,14 +354,13 @@ def judge_step(
     if len(tasks) > 1:
         names = gather_object([row["task"] for row in step.rows])
         metrics |= {f"rewards/{task}": value for task, value in mean_by_name(step.image_rewards, names).items()}
-    if any(task.paints_initial_image for task in tasks.values()):
-        initial = accelerator.gather(step.initial_scores.to(device))
+    if refines:
         # What a function does not judge in the refined images, it does not count for in the initial one.
         is_uncounted = (rewards[:, is_image].isnan() & ~is_missing[:, is_image]) | (image_weights == 0)
         initial = (initial.double() * image_weights.double()).masked_fill(is_uncounted, 0.0).sum(dim=1)
         step.initial_rewards = initial.masked_fill(~has_image, torch.nan).to(rewards.dtype)
         rectified, is_false = rectify_false_positives(
-            images, image_weights, step.initial_rewards, step.group_size, args.rectification
+            images, image_weights, step.initial_rewards, step.group_size, args.rectification, ~painted
         )
         step.is_false_positive = is_false if args.rectification != "off" else torch.zeros_like(is_false)
         metrics |= reflection_metrics(step.initial_rewards, step.image_rewards, step.is_false_positive)

@@ -117,6 +117,8 @@ class RolloutStep:
         texts (`list[list[str]]`): Decoded sampled texts of each trajectory, one per turn.
         initial_scores (`torch.Tensor` of shape `(samples, functions that judge images)`):
             Rewards of the image that each sample set out to refine; NaN where there is none.
+        initial_passes (`torch.Tensor` of shape `(samples,)`):
+            Whether that image passes strictly, 0 or 1; NaN where that is not known.
         initial_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
             Their weighted sum; NaN where one that counts is missing.
         image_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
@@ -141,6 +143,7 @@ class RolloutStep:
     trajectories: list[Trajectory] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
     initial_scores: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    initial_passes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     initial_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     image_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     is_false_positive: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))

@@ -43,7 +43,7 @@ from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_ima
 from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, set_generation_learning_rate
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
 from alphagrpo_ext.trainer.reward_functions import trl_reward_functions
-from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step
+from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step, strict_pass_metrics
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 
@@ -199,6 +199,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         try:
             output = super()._generate_and_score_completions([reward_row(row) for row in step.rows])
             output |= joint_advantages(step, output, self.reward_funcs, self.reward_weights, self.args)
+            self._append_metrics(strict_pass_metrics(step, self._logs["extra"], self.tasks, self.accelerator))
             if self.log_completions and self.log_multimodal:
                 self._logs["images"].extend(gather_object(completion_images(step.trajectories)))
             if is_training:

@@ -283,7 +283,7 @@ def evaluate_policy(
         initial ([`Evaluation`], *optional*): Images that the policy refines.
     """
     args = run.training_args
-    task = TASKS.get(name)(think=think, num_reflection_rounds=args.num_reflection_rounds)
+    task = TASKS.get(name)(think, args.num_reflection_rounds, args.allow_stop)
     return evaluate(
         RolloutGenerator(policy, run.processor, task),
         run.eval_rows,
@@ -346,7 +346,7 @@ def _evaluate_before(run: TrainingRun, evaluations: Callable[[str], list[Evaluat
     settings = settings_digest(
         *(model_args.model_name_or_path, model_args.dtype, run.script_args, run.eval_rows),
         rollout_configs(training_args, [training_args.task, PAINTING_TASK]),
-        *(training_args.task, training_args.think),
+        *(training_args.task, training_args.think, training_args.stage1_think, training_args.allow_stop),
     )
 
     def announce_and_evaluate() -> list[Evaluation]:

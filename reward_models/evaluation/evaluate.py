@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ def evaluate(
         batch_size (`int`, *optional*, defaults to `128`): Samples per batch.
         description (`str`, *optional*, defaults to `"evaluation"`): Label of the progress bar.
         initial ([`Evaluation`], *optional*):
-            An evaluation of the same rows and seeds. The policy refines its images.
+            An evaluation of the same rows and seeds. The policy refines its images, but for those that it kept already. An
+            image that it keeps has the score that it had.
         store ([`EvaluationStore`], *optional*):
             An open store. It keeps every scored batch, and batches that it already holds are not painted again.
 
@@ -64,11 +66,10 @@ def evaluate(
             places = work[start : start + batch_size]
             scored = store.samples(start) if store is not None else None
             if scored is None:
-                batch = [
-                    {**rows[index], "image": initial_samples[seed, index].load_image()} if initial else rows[index]
-                    for seed, index in places
-                ]
-                scored = _score_batch(generator, batch, places, config, reward, num_rounds, runner, store is not None)
+                started = [initial_samples.get(place) for place in places]
+                scored = _score_batch(
+                    generator, rows, places, started, config, reward, num_rounds, runner, store is not None
+                )
                 if store is not None:
                     scored = store.keep(start, scored)
             samples += scored
@@ -80,27 +81,38 @@ def evaluate(
 
 def _score_batch(
     generator: RolloutGenerator,
-    batch: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     places: Sequence[tuple[int, int]],
+    started: Sequence[EvaluatedSample | None],
     config: RolloutConfig,
     reward: DVReward,
     num_rounds: int,
     runner: asyncio.Runner,
     check_failures: bool,
 ) -> list[EvaluatedSample]:
-    """Paint and score the rows of a batch; `places` has the noise seed and the row index of each."""
-    generators = [sample_generator(f"eval-{seed}", num_rounds, index) for seed, index in places]
-    trajectories = generator(batch, generators, config)
-    records = [from_row(row, where=f"row {index}") for row, (_, index) in zip(batch, places, strict=True)]
-    scores = runner.run(reward.score([trajectory.final_image for trajectory in trajectories], records))
+    """
+    Paint and score a batch. `places` has the noise seed and the row index of each sample, and `started` the sample that is
+    refined, if there is one.
+    """
+    result = {place: old.kept(old.text) for place, old in zip(places, started, strict=True) if old and old.is_kept}
+    is_open = [place not in result for place in places]
+    sources = dict(itertools.compress(zip(places, started, strict=True), is_open))
+    batch = [{**rows[index], "image": old.load_image()} if old else rows[index] for (_, index), old in sources.items()]
+    generators = [sample_generator(f"eval-{seed}", num_rounds, index) for seed, index in sources]
+    trajectories = dict(zip(sources, generator(batch, generators, config), strict=True))
+    texts = {place: generator.processor.decode_sampled(t.sampled_texts) for place, t in trajectories.items()}
+    painted = {place: t.final_image for place, t in trajectories.items() if t.sampled_images or not sources[place]}
+    records = [from_row(rows[index], where=f"row {index}") for _, index in painted]
+    scores = runner.run(reward.score(list(painted.values()), records))
     if check_failures:
         # A kept batch is final, so it must not record that the judge was unreachable for a while.
         reward.check_failures(scores)
-    samples = []
-    for (seed, index), row, trajectory, score in zip(places, batch, trajectories, scores, strict=True):
-        text = generator.processor.decode_sampled(trajectory.sampled_texts)
-        samples.append(EvaluatedSample.from_score(row, index, seed, text, trajectory.final_image, score))
-    return samples
+    for place, score in zip(painted, scores, strict=True):
+        seed, index = place
+        result[place] = EvaluatedSample.from_score(rows[index], index, seed, texts[place], painted[place], score)
+    for place in sources.keys() - painted.keys():
+        result[place] = sources[place].kept(texts[place])
+    return [result[place] for place in places]
 
 
 def share_of_work(num_rows: int, seeds: Sequence[int]) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class EvaluatedSample:
         semantic, quality (`tuple[float | None, ...]`, *optional*, defaults to `()`):
             P(yes) of each valid question of the row, in order; `None` where there is no answer.
         image_file (`str`, *optional*): Path of the image, if it is kept in a file.
+        is_kept (`bool`, *optional*, defaults to `False`):
+            Whether it is the image of the round before, because the policy wrote that it is right. Later rounds leave it alone.
     """
 
     index: int
@@ -50,6 +52,11 @@ class EvaluatedSample:
     semantic: tuple[float | None, ...] = ()
     quality: tuple[float | None, ...] = ()
     image_file: str | None = None
+    is_kept: bool = False
+
+    def kept(self, text: str) -> EvaluatedSample:
+        """This sample in the next round, if the policy keeps its image with a `text`."""
+        return replace(self, text=text, image=self.load_image(), image_file=None, is_kept=True)
 
     @classmethod
     def from_score(

@@ -111,6 +111,39 @@ class RefinementScore:
 
 
 @dataclass(frozen=True)
+class StopRates:
+    """
+    What a policy that may keep its images made of right ones, which pass strictly, and of wrong ones. `None` if there are none.
+
+    Args:
+        right_kept, broken (`float`, *optional*): Shares of right images that it kept, and that fail after the rounds.
+        wrong_kept, fixed (`float`, *optional*): Shares of wrong images that it kept, and that pass after the rounds.
+    """
+
+    right_kept: float | None
+    broken: float | None
+    wrong_kept: float | None
+    fixed: float | None
+
+    @classmethod
+    def from_evaluations(cls, initial: Evaluation, refined: Evaluation) -> StopRates:
+        """Compare the evaluations of the same rows and seeds before and after a refinement."""
+        pairs = scored_pairs(initial.samples, refined.samples)
+        right = [new for old, new in pairs if old.strict_pass]
+        wrong = [new for old, new in pairs if not old.strict_pass]
+
+        def share(flags: list[bool]) -> float | None:
+            return sum(flags) / len(flags) if flags else None
+
+        return cls(
+            right_kept=share([new.is_kept for new in right]),
+            broken=share([not new.strict_pass for new in right]),
+            wrong_kept=share([new.is_kept for new in wrong]),
+            fixed=share([bool(new.strict_pass) for new in wrong]),
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationScores:
     """
     All scores of one evaluation.

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from alphagrpo_ext.report.records import REWARD_TOLERANCE
 from reward_models.evaluation.comparisons import ModelComparison
 from reward_models.evaluation.samples import CategoryScore, EvaluatedSample, Evaluation, named_categories
-from reward_models.evaluation.scores import EvaluationScores, RefinementScore
+from reward_models.evaluation.scores import EvaluationScores, RefinementScore, StopRates
 from reward_models.evaluation.statistics import MIN_PROMPTS, Estimate, PairedDifference
 
 
@@ -121,7 +122,10 @@ def has_few_prompts(estimate: Estimate) -> bool:
 
 
 def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
-    """The effect of refinements, given the initial and the refined evaluation of each by name."""
+    """
+    The effect of refinements, given the initial and the refined evaluation of each by name. If images were kept, a second table
+    says how many of the right and of the wrong ones.
+    """
     columns = f"{'improved':>10}{'worsened':>10}{'unchanged':>11}{'fixed':>8}{'broken':>8}"
     header = f"{'':<18}{'n':>6}{_CHANGE_HEADER}{columns}"
     lines = [header, "-" * len(header)]
@@ -133,7 +137,22 @@ def refinement_table(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> str:
             f"{score.improved:>10.1%}{score.worsened:>10.1%}{score.unchanged:>11.1%}"
             f"{score.fixed:>8.1%}{score.broken:>8.1%}"
         )
+    if any(sample.is_kept for _, refined in pairs.values() for sample in refined.samples):
+        lines += ["", *_stop_lines(pairs), ""]
     return _noted([*lines, _STRICT_PASS_NOTE, _REFINEMENT_NOTE], [initial.samples for initial, _ in pairs.values()])
+
+
+def _stop_lines(pairs: Mapping[str, tuple[Evaluation, Evaluation]]) -> list[str]:
+    """What happened to right first images, and to wrong ones, as shares of either."""
+    names = ("right_kept", "broken", "wrong_kept", "fixed")
+    columns = ("of right: kept", "broken", "of wrong: kept", "fixed")
+    header = f"{'':<18}" + "".join(f"{column:>16}" for column in columns)
+    lines = [header, "-" * len(header)]
+    for name, (initial, refined) in pairs.items():
+        rates = asdict(StopRates.from_evaluations(initial, refined))
+        cells = ("-" if rates[rate] is None else f"{rates[rate]:.1%}" for rate in names)
+        lines.append(f"{name:<18}" + "".join(f"{cell:>16}" for cell in cells))
+    return lines
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> str:

@@ -471,7 +471,10 @@ class FamilyConformance:
         processor = case.processor
         assert processor.decode(processor.text_segment(PROMPTS[0]).token_ids) == PROMPTS[0]
         assert all(segment.role == "system" for segment in processor.system_segments(think=True, edits=True))
-        assert PROMPTS[0] in processor.reflection_request(PROMPTS[0])
+        request, stopping = (processor.reflection_request(PROMPTS[0], may_stop) for may_stop in (False, True))
+        assert PROMPTS[0] in request and stopping.startswith(request)
+        keep, repaint = processor.keep_verdict, processor.repaint_verdict
+        assert [processor.is_done(t) for t in ("", keep, repaint, repaint + keep, keep + repaint)] == [0, 1, 0, 1, 0]
         look = processor.look(case.picture(0))
         assert look is None or (look.ndim == 3 and len(look) == 3)
         context = [processor.text_segment(PROMPTS[0]), ImageSegment(torch.zeros(1, 1), (1, 1)), TextSegment([0])]

@@ -358,6 +358,26 @@ def test_images_that_are_under_way_are_not_asked_about_again():
     assert len(judge.asked) <= 5
 
 
+def test_one_image_of_several_samples_is_judged_once():
+    judge = TableJudge({0: [1.0, 1.0], 1: [0.0, 1.0]})
+    kept, painted = make_image(0), make_image(1)
+    images, rows = [kept, painted, kept, None, None], [make_row()] * 5
+
+    async def run(starts: bool):
+        reward = DVReward(judge)
+        if starts:
+            await reward.start(images, rows)
+        scores = await reward.score(images, [from_row(row) for row in rows])
+        await reward.aclose()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return [score.reward for score in scores]
+
+    for starts in (False, True):
+        judge.asked.clear()
+        assert asyncio.run(run(starts)) == [1.0, 0.0, 1.0, None, None]
+        assert len(judge.asked) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

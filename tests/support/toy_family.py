@@ -270,7 +270,7 @@ class ToyProcessor(ProcessorMixin, contract.UnifiedProcessor):
         text = "edit" if edits else "paint"
         return [TextSegment(self.text_segment(text).token_ids, role="system")] if think else []
 
-    def reflection_request(self, prompt: str) -> str:
+    def reflection_request(self, prompt: str, may_stop: bool = False) -> str:
         return f"fix: {prompt}"
 
     def resize_image(self, image: Image.Image) -> Image.Image:

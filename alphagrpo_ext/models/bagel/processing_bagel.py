@@ -35,6 +35,10 @@ BAGEL_REFLECTION_PROMPT = (
     "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
     "it, and say exactly what must be changed. Then paint the corrected image."
 )
+BAGEL_VERDICT_REQUEST = (
+    "\nAfter the thought, write <done/> if nothing must be changed, so that the image is kept, or <edit/> if the corrected image "
+    "is to be painted."
+)
 
 
 def resized_size(width: int, height: int, max_size: int, min_size: int, stride: int) -> tuple[int, int]:
@@ -69,6 +73,10 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
             System prompts that ask the model to think before it paints, or before it answers.
         reflection_prompt (`str`, *optional*):
             Request to refine an image. The request that the image was made for replaces `{prompt}`.
+        verdict_request (`str`, *optional*):
+            What is added to it where a reflection may end without painting.
+        keep_verdict, repaint_verdict (`str`, *optional*, defaults to `"<done/>"`, `"<edit/>"`):
+            The two verdicts of a reflection. Without any, or if the second one comes last, the image is painted anew.
         vae_max_size, vae_min_size, vae_stride (`int`, *optional*, defaults to `1024`, `512`, `16`):
             Limits of the resize of every input image.
         vit_max_size, vit_min_size, vit_stride (`int`, *optional*, defaults to `980`, `224`, `14`):
@@ -81,6 +89,9 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
         generation_system_prompt: str = BAGEL_GENERATION_PROMPT,
         understanding_system_prompt: str = BAGEL_UNDERSTANDING_PROMPT,
         reflection_prompt: str = BAGEL_REFLECTION_PROMPT,
+        verdict_request: str = BAGEL_VERDICT_REQUEST,
+        keep_verdict: str = UnifiedProcessor.keep_verdict,
+        repaint_verdict: str = UnifiedProcessor.repaint_verdict,
         vae_max_size: int = 1024,
         vae_min_size: int = 512,
         vae_stride: int = 16,
@@ -92,6 +103,8 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
         self.generation_system_prompt = generation_system_prompt
         self.understanding_system_prompt = understanding_system_prompt
         self.reflection_prompt = reflection_prompt
+        self.verdict_request = verdict_request
+        self.keep_verdict, self.repaint_verdict = keep_verdict, repaint_verdict
         self.vae_max_size, self.vae_min_size, self.vae_stride = vae_max_size, vae_min_size, vae_stride
         self.vit_max_size, self.vit_min_size, self.vit_stride = vit_max_size, vit_min_size, vit_stride
         super().__init__(tokenizer, **kwargs)
@@ -109,8 +122,9 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
     def answering_segments(self, think: bool) -> list[TextSegment]:
         return [TextSegment(self.encode_text(self.understanding_system_prompt), role="system")] if think else []
 
-    def reflection_request(self, prompt: str) -> str:
-        return self.reflection_prompt.replace("{prompt}", prompt)
+    def reflection_request(self, prompt: str, may_stop: bool = False) -> str:
+        request = self.reflection_prompt.replace("{prompt}", prompt)
+        return request + self.verdict_request if may_stop else request
 
     def branch_context(self, branch: str, context: Sequence[Segment], size: tuple[int, int]) -> list[Segment]:
         return branch_context(branch, context)

@@ -37,6 +37,10 @@ COSMOS3_REFLECTION_PROMPT = (
     "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
     "it, and say exactly what must be changed. Then paint the corrected image."
 )
+COSMOS3_VERDICT_REQUEST = (
+    "\nAfter the thought, write <done/> if nothing must be changed, so that the image is kept, or <edit/> if the corrected image "
+    "is to be painted."
+)
 RESOLUTION_SENTENCE = "This image is of {height}x{width} resolution."
 NEGATIVE_RESOLUTION_SENTENCE = "This image is not of {height}x{width} resolution."
 
@@ -61,6 +65,10 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         thinking_prompt (`str`, *optional*): What is added to the system prompt where the policy thinks before it paints.
         reflection_prompt (`str`, *optional*):
             Request to refine an image. The request that the image was made for replaces `{prompt}`.
+        verdict_request (`str`, *optional*):
+            What is added to it where a reflection may end without painting.
+        keep_verdict, repaint_verdict (`str`, *optional*, defaults to `"<done/>"`, `"<edit/>"`):
+            The two verdicts of a reflection. Without any, or if the second one comes last, the image is painted anew.
         thought_context (`str`, *optional*, defaults to `"in_place"`):
             `"in_place"` paints from the conversation that the thought ends. `"rewrite"` paints from a new conversation, whose
             request is the thought instead of the user's text, as the released models were trained with captions.
@@ -82,6 +90,9 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         editing_system_prompt: str = COSMOS3_EDITING_PROMPT,
         thinking_prompt: str = COSMOS3_THINKING_PROMPT,
         reflection_prompt: str = COSMOS3_REFLECTION_PROMPT,
+        verdict_request: str = COSMOS3_VERDICT_REQUEST,
+        keep_verdict: str = UnifiedProcessor.keep_verdict,
+        repaint_verdict: str = UnifiedProcessor.repaint_verdict,
         thought_context: str = "in_place",
         rewriting_prompt: str = COSMOS3_REWRITING_PROMPT,
         negative_prompt: str = "",
@@ -102,6 +113,8 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         self.editing_system_prompt = editing_system_prompt
         self.thinking_prompt = thinking_prompt
         self.reflection_prompt = reflection_prompt
+        self.verdict_request = verdict_request
+        self.keep_verdict, self.repaint_verdict = keep_verdict, repaint_verdict
         self.rewriting_prompt = rewriting_prompt
         self.negative_prompt = negative_prompt
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
@@ -127,8 +140,9 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
     def request_segment(self, text: str, size: tuple[int, int]) -> TextSegment:
         return self.text_segment(with_sentence(text, RESOLUTION_SENTENCE, size))
 
-    def reflection_request(self, prompt: str) -> str:
-        return self.reflection_prompt.replace("{prompt}", prompt)
+    def reflection_request(self, prompt: str, may_stop: bool = False) -> str:
+        request = self.reflection_prompt.replace("{prompt}", prompt)
+        return request + self.verdict_request if may_stop else request
 
     def branch_context(self, branch: str, context: Sequence[Segment], size: tuple[int, int]) -> list[Segment]:
         """

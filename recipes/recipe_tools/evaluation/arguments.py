@@ -7,16 +7,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
-from alphagrpo_ext.rollout.arguments import SamplingArguments
+from alphagrpo_ext.rollout.arguments import SamplingArguments, StoppingArguments
 from recipe_tools.evaluation.stages import DIRECT, EDITING, PAINTING, REFINE, THOUGHT
 from reward_models.arguments import RewardArguments
 
 
 @dataclass
-class EvaluationArguments(RewardArguments, SamplingArguments):
+class EvaluationArguments(RewardArguments, SamplingArguments, StoppingArguments):
     """
-    Arguments of the evaluation; for the rest see [`RewardArguments`] and [`SamplingArguments`]. The help text of a field describes
-    it.
+    Arguments of the evaluation; for the rest see [`RewardArguments`], [`SamplingArguments`] and [`StoppingArguments`]. The help
+    text of a field describes it.
     """
 
     models: list[str] = field(
@@ -54,6 +54,7 @@ class EvaluationArguments(RewardArguments, SamplingArguments):
     def __post_init__(self) -> None:
         RewardArguments.__post_init__(self)
         SamplingArguments.__post_init__(self)
+        StoppingArguments.__post_init__(self)
         if self.task not in (PAINTING, EDITING):
             raise ValueError(f"task must be '{PAINTING}' or '{EDITING}', but is '{self.task}'")
         if self.modes is None:

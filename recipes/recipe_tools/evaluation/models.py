@@ -83,13 +83,18 @@ def evaluate_model(
     for stage in stages:
         folder = Path(args.output_dir) / "images" / model_label(name) / stage.mode.replace(" ", "_")
         sampling = [configs[earlier.task] for earlier in stage.lineage]
-        with EvaluationStore(folder, settings_digest(settings, stage.lineage, sampling)) as store:
+        # Whether images may be kept says nothing about first ones, and a threshold of the model's own is in its fingerprint.
+        stops = [args.allow_stop, args.stop_threshold] if args.allow_stop and stage.source else []
+        with EvaluationStore(folder, settings_digest(settings, stage.lineage, sampling, *stops)) as store:
             evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
             if evaluation is None:
                 # Before the model is loaded.
                 reward = checked_reward()
+                model, processor = policy()
+                stopping = {"allow_stop": args.allow_stop, "stop_threshold": args.threshold_of(model)}
+                task = TASKS.get(stage.task)(think=stage.think, **stopping)
                 evaluation = evaluate(
-                    RolloutGenerator(*policy(), TASKS.get(stage.task)(think=stage.think)),
+                    RolloutGenerator(model, processor, task),
                     rows,
                     configs[stage.task],
                     reward,

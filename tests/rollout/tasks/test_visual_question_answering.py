@@ -36,7 +36,9 @@ def policy() -> tuple[BagelModel, BagelProcessor]:
     return load_model("bagel-shapes")
 
 
-def sample(policy: tuple[BagelModel, BagelProcessor], think: bool, rows: Sequence[dict[str, Any]] = ROWS, **tasks: Any):
+def sample(
+    policy: tuple[BagelModel, BagelProcessor], think: bool, rows: Sequence[dict[str, Any]] = ROWS, **tasks: Any
+):
     task = tasks or TASKS.get(NAME)(think=think)
     return RolloutGenerator(*policy, task)(rows, [sample_generator(0, 0, i) for i in range(len(rows))], CONFIG)
 

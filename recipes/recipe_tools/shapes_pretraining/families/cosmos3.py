@@ -32,7 +32,13 @@ from alphagrpo_ext.models.cosmos3.processing_cosmos3 import (
     Cosmos3Processor,
 )
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
-from alphagrpo_ext.shapes.text import GENERATION_SYSTEM_PROMPT, REFLECTION_PROMPT, vocabulary
+from alphagrpo_ext.shapes.text import (
+    GENERATION_SYSTEM_PROMPT,
+    KEEP_VERDICT,
+    REFLECTION_PROMPT,
+    REPAINT_VERDICT,
+    vocabulary,
+)
 from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES, ShapesAutoencoder, ShapesFamily
 
 
@@ -214,6 +220,9 @@ class Cosmos3Shapes(ShapesFamily):
             use_system_prompt=False,
             thinking_prompt=GENERATION_SYSTEM_PROMPT,
             reflection_prompt=REFLECTION_PROMPT,
+            verdict_request="",
+            keep_verdict=KEEP_VERDICT,
+            repaint_verdict=REPAINT_VERDICT,
             min_pixels=IMAGE_SIZE**2,
             max_pixels=IMAGE_SIZE**2,
             max_image_size=IMAGE_SIZE,
