@@ -140,10 +140,15 @@ class Trajectory:
         return [segment for segment in self.segments if isinstance(segment, ImageSegment) and segment.sampled]
 
     @property
-    def final_image(self) -> Image.Image | None:
+    def result(self) -> ImageSegment | None:
         """
-        The last image, for judges and people: the one that the policy painted last or, if it ended without painting, the one
-        that it looked at.
+        The image that it results in: the one that the policy painted last or, if it ended without painting, the one that it
+        could have painted anew. `None` if it answered a question: an image without latents was only looked at.
         """
-        images = [segment.image for segment in self.segments if isinstance(segment, ImageSegment)]
+        images = [s for s in self.segments if isinstance(s, ImageSegment) and len(s.latents)]
         return images[-1] if images else None
+
+    @property
+    def final_image(self) -> Image.Image | None:
+        """The image that it results in, for judges and people."""
+        return self.result.image if self.result else None

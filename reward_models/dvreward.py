@@ -121,7 +121,7 @@ class DVReward:
     """
 
     always_applies = True
-    """Every row has questions, so a missing reward is a failure of the judge."""
+    """Every row whose task paints has questions, so a missing reward of an image is a failure of the judge."""
 
     def __init__(
         self,
@@ -210,13 +210,19 @@ class DVReward:
         for column, values in columns.items():
             if len(values) != len(prompts):
                 raise ValueError(f"{column} has {len(values)} entries for {len(prompts)} prompts")
-        records = [
-            from_row({"prompt": prompt, "semantic_questions": semantic, "quality_questions": quality}, f"sample {i}")
-            for i, (prompt, semantic, quality) in enumerate(
-                zip(prompts, semantic_questions, quality_questions, strict=True)
-            )
+        found = [completion_image(image, f"images[{i}]") for i, image in enumerate(images)]
+        # A task that paints nothing has rows without questions.
+        places = [i for i, image in enumerate(found) if image is not None]
+        rows = [
+            {
+                "prompt": prompts[i],
+                "semantic_questions": semantic_questions[i],
+                "quality_questions": quality_questions[i],
+            }
+            for i in places
         ]
-        scores = await self.score(images, records)
+        records = [from_row(row, f"sample {i}") for i, row in zip(places, rows, strict=True)]
+        scores = await self.score([found[i] for i in places], records)
         if log_metric is not None:
             for metric, value in batch_metrics(scores, records).items():
                 log_metric(f"{self.__name__}/{metric}", value)
@@ -228,8 +234,8 @@ class DVReward:
         self.check_failures(scores)
         if log_extra is not None:
             for column, values in _columns(scores, records).items():
-                log_extra(f"{self.__name__}{column}", values)
-        return [score.reward for score in scores]
+                log_extra(f"{self.__name__}{column}", _spread(values, places, len(found)))
+        return _spread([score.reward for score in scores], places, len(found))
 
     def validate_dataset(self, dataset: Iterable[Mapping[str, Any]]) -> None:
         """
@@ -306,8 +312,11 @@ class DVReward:
             rows (`Sequence[Mapping]`): The dataset row of each image, with its questions.
         """
         for i, (image, row) in enumerate(zip(images, rows, strict=True)):
-            image, record = completion_image(image, f"images[{i}]"), from_row(row, f"sample {i}")
-            if image is not None and not self._has_started(image, record):
+            image = completion_image(image, f"images[{i}]")
+            if image is None:
+                continue
+            record = from_row(row, f"sample {i}")
+            if not self._has_started(image, record):
                 self._started[id(image)] = (image, record, asyncio.create_task(self._score_one(image, record)))
 
     async def aclose(self) -> None:
@@ -537,6 +546,14 @@ def _checked_answers(answers: Sequence[float | None], count: int) -> tuple[float
         if answer is not None and not 0.0 <= answer <= 1.0:
             raise ValueError(f"the judge returned {answer}, which is not a probability")
     return tuple(None if answer is None else float(answer) for answer in answers)
+
+
+def _spread(values: Sequence[Any], places: Sequence[int], count: int) -> list[Any]:
+    """A list of this length with the values at their places, and `None` elsewhere."""
+    result: list[Any] = [None] * count
+    for place, value in zip(places, values, strict=True):
+        result[place] = value
+    return result
 
 
 def _mean(answers: Sequence[float | None]) -> float | None:

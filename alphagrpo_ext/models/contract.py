@@ -543,6 +543,15 @@ class UnifiedProcessor(ABC):
             edits (`bool`): Whether the request is about a given image.
         """
 
+    def answering_segments(self, think: bool) -> list[TextSegment]:
+        """
+        System prompt of a question about an image, which is answered with a text alone. The default has none.
+
+        Args:
+            think (`bool`): Whether the policy writes a thought before it answers.
+        """
+        return []
+
     def request_segment(self, text: str, size: tuple[int, int]) -> TextSegment:
         """A user's request for an image of the given size."""
         return self.text_segment(text)

@@ -35,7 +35,7 @@ class ReportTurn:
 
     Args:
         text (`str`): Thought or reflection; empty if there is none.
-        image (`str`): Data URL of the image. Of a turn that ended without painting, it is the image that the policy kept.
+        image (`str`): Data URL of the image. Of a turn that ended without painting, it is the one that the policy looked at.
     """
 
     text: str

@@ -85,14 +85,16 @@ class _Turn:
         contexts (`list[list[Segment]]`): What each group sees.
         group_size (`int`): Samples per context.
         config ([`RolloutConfig`]): How to sample.
-        think (`bool`): Whether the policy writes a thought before it paints.
+        writes (`bool`): Whether the policy writes a text.
+        can_paint (`bool`): Whether it may go on to paint.
     """
 
     members: list[int]
     contexts: list[list[Segment]]
     group_size: int
     config: RolloutConfig
-    think: bool
+    writes: bool
+    can_paint: bool
 
 
 class RolloutGenerator:
@@ -163,18 +165,19 @@ class RolloutGenerator:
         config: RolloutConfig | Mapping[str, RolloutConfig],
     ) -> list[Trajectory]:
         """Trajectories of the consecutive groups `runs`. Those that are sampled in the same way are one batch."""
-        batches: list[tuple[tuple[RolloutConfig, bool], list[range]]] = []
+        batches: list[tuple[tuple[RolloutConfig, bool, bool], list[range]]] = []
         for run in runs:
-            row, task = rows[run.start], self.task_of(rows[run.start])
-            row_config = _row_config(row, config).effective
-            way = (row_config if task.needs_image else row_config.from_noise(), task.think)
+            task = self.task_of(rows[run.start])
+            row_config = _row_config(rows[run.start], config).effective
+            starts_from_image = task.needs_image and task.can_paint
+            way = (row_config if starts_from_image else row_config.from_noise(), task.writes, task.can_paint)
             alike = next((batch for other, batch in batches if other == way), None)
             if alike is None:
                 batches.append((way, [run]))
             else:
                 alike.append(run)
         sampled: dict[int, Trajectory] = {}
-        for (row_config, _), alike in batches:
+        for (row_config, *_), alike in batches:
             sampled |= self._generate_alike(rows, generators, alike, row_config)
         return [sampled[i] for run in runs for i in run]
 
@@ -214,7 +217,8 @@ class RolloutGenerator:
             context = self.task_of(row).context(row, self.processor, self.model, config.size)
             contexts += [context] * (len(run) // group_size)
         members = [i for run in runs for i in run]
-        return _Turn(members, contexts, group_size, config, self.task_of(rows[members[0]]).think)
+        task = self.task_of(rows[members[0]])
+        return _Turn(members, contexts, group_size, config, task.writes, task.can_paint)
 
     def _next_turn(
         self,
@@ -236,7 +240,7 @@ class RolloutGenerator:
             segments[i].append(self.task_of(rows[i]).request(rows[i], self.processor, config.size))
         # From now on every sample has a history of its own.
         contexts = [list(segments[i]) for i in members]
-        return _Turn(members, contexts, 1, config, turn.think) if members else None
+        return _Turn(members, contexts, 1, config, turn.writes, turn.can_paint) if members else None
 
     def _take_turn(
         self,
@@ -246,25 +250,27 @@ class RolloutGenerator:
         past: Cache | None,
     ) -> tuple[list[list[TextSegment | ImageSegment]], Cache]:
         """
-        What each sample does, and the cache that it did it with: a thought, if there is one, and an image, unless the task
-        ends the turn after the thought.
+        What each sample does, and the cache that it did it with: a text, if it writes one, and an image, unless the task
+        ends the turn after the text.
         """
         model, config = self.model, turn.config
         num_copies, grid = config.branches_per_thought, config.grid(model)
         branches = config.denoising.branches(model.guidance(config.denoising.guidance))
+        # Only an image is guided.
+        branches = branches if turn.can_paint else branches[:1]
         contexts = {
             name: [self.processor.branch_context(name, context, config.size) for context in turn.contexts]
             for name in branches
         }
-        rewrites = turn.think and self.processor.thought_context == "rewrite"
-        image_slots = model.image_slots(grid)
+        rewrites = turn.writes and self.processor.thought_context == "rewrite"
+        image_slots = model.image_slots(grid) if turn.can_paint else 0
         cache = model.prefill(
             [context for name in (branches[:1] if rewrites else branches) for context in contexts[name]],
             group_size=turn.group_size // num_copies,
-            capacity=(model.text_slots(config.max_new_tokens) if turn.think else 0) + image_slots,
+            capacity=(model.text_slots(config.max_new_tokens) if turn.writes else 0) + image_slots,
             past=past,
         )
-        texts = self._write(cache, generators, config) if turn.think else []
+        texts = self._write(cache, generators, config) if turn.writes else []
         painting = self._painting(turn, rows, texts)
         canvas = cache
         if rewrites or len(painting) < len(turn.members):
@@ -277,7 +283,7 @@ class RolloutGenerator:
                 canvas = model.prefill(needed, capacity=image_slots, past=None if rewrites else cache)
                 cache = cache if rewrites else canvas
             contexts = each
-        sources = self._sources(turn, grid)[painting] if config.denoising.refine_strength < 1 else None
+        sources = self._sources(turn, grid)[painting] if painting and config.denoising.refine_strength < 1 else None
         images = self._paint(canvas, grid, [generators[i] for i in painting], config, sources) if painting else []
         samples_per_context = len(images) // max(len(contexts["full"]), 1)
         for i, image in enumerate(images):

@@ -28,6 +28,7 @@ TASKS: Registry = Registry(
         "image_editing": "alphagrpo_ext.rollout.tasks.image_editing:ImageEditing",
         "reasoning_t2i": "alphagrpo_ext.rollout.tasks.reasoning_t2i:ReasoningT2I",
         "self_reflection": "alphagrpo_ext.rollout.tasks.self_reflection:SelfReflection",
+        "visual_question_answering": "alphagrpo_ext.rollout.tasks.visual_question_answering:VisualQuestionAnswering",
     },
 )
 
@@ -35,6 +36,8 @@ PAINTING_TASK = "reasoning_t2i"
 """The task that paints from a prompt alone; it also paints the images that other tasks refine."""
 REFLECTION_TASK = "self_reflection"
 """The task that refines such an image."""
+ANSWERING_TASK = "visual_question_answering"
+"""The task that answers a question about an image, and paints none."""
 
 
 class Task(ABC):
@@ -42,7 +45,7 @@ class Task(ABC):
     A kind of request. Register one with `@TASKS.register("name")`.
 
     Args:
-        think (`bool`): Whether the policy writes a thought before it paints.
+        think (`bool`): Whether the policy writes a thought before it paints or answers.
         num_reflection_rounds (`int`, *optional*, defaults to `1`):
             How often the policy refines an image, in tasks that refine.
         allow_stop (`bool`, *optional*, defaults to `False`):
@@ -56,6 +59,8 @@ class Task(ABC):
     """Whether a row needs an `image` when the policy starts to act."""
     paints_initial_image: bool = False
     """Whether the policy paints the image of a row that has none, with the settings of [`PAINTING_TASK`]."""
+    can_paint: bool = True
+    """Whether a turn can end with an image, which reward functions then judge."""
     settings: ClassVar[TaskSettings] = TaskSettings()
     """The guidance, schedule, size and sampling of texts that this task needs; the run decides about the others."""
 
@@ -78,8 +83,13 @@ class Task(ABC):
 
     @property
     def num_turns(self) -> int:
-        """How often the policy acts at most, which is to write, if it thinks, and to paint."""
+        """How often the policy acts at most, which is to write, if it does, and to paint."""
         return 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether the policy writes a text in each turn."""
+        return self.think
 
     def paints(self, text: str, processor: UnifiedProcessor) -> bool:
         """
@@ -109,6 +119,10 @@ class Task(ABC):
         """
         return [self.paints(processor.decode_sampled([text]), processor) for text in texts]
 
+    def system_segments(self, processor: UnifiedProcessor) -> list[TextSegment]:
+        """System prompt that the context begins with."""
+        return processor.system_segments(self.think, edits=self.needs_image)
+
     @abstractmethod
     def context(
         self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, size: tuple[int, int]
@@ -134,9 +148,9 @@ class Task(ABC):
         one, so that no image is decoded.
         """
         image = ImageSegment(torch.empty(0, model.latent_channels), config.grid(model))
-        thoughts = [TextSegment([0] * config.max_new_tokens, role="assistant")] if self.think else []
-        turn = [self.request(row, processor, config.size), *thoughts, image]
-        given = [*processor.system_segments(self.think, edits=self.needs_image), *[image] * self.needs_image]
+        texts = [TextSegment([0] * config.max_new_tokens, role="assistant")] * self.writes
+        turn = [self.request(row, processor, config.size), *texts, *[image] * self.can_paint]
+        given = [*self.system_segments(processor), *[image] * self.needs_image]
         return model.num_positions([*given, *turn * self.num_turns])
 
 

@@ -66,7 +66,8 @@ def missing_rewards(rewards: torch.Tensor, always: torch.Tensor, num_generations
 
     Args:
         rewards (`torch.Tensor` of shape `(samples, functions)`): NaN where a function gave none.
-        always (`torch.Tensor` of shape `(functions,)`): Functions that apply to every sample, bool.
+        always (`torch.Tensor` of shape `(functions,)` or `(samples, functions)`):
+            Functions that apply to every sample, or to which samples they do, bool.
         num_generations (`int`): Samples per group.
 
     Returns:
@@ -302,14 +303,15 @@ def judge_step(
     Set `image_rewards`, `is_false_positive` and, after rectification, `rewards` of a rollout.
 
     A sample with a missing reward is not trained on, neither its text nor its image: all its rewards become NaN, before
-    anything is summed. A sample with an image needs the reward of at least one function that judges images.
+    anything is summed. A sample with an image needs the reward of at least one function that judges images. Such functions owe
+    nothing to a sample without one, as that of a task that paints nothing.
 
     Args:
         step ([`RolloutStep`]): Its trajectories are sampled.
         rewards (`torch.Tensor` of shape `(samples of all processes, functions)`): What the functions gave.
         functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`):
-            All functions and their weights. A function with a true attribute `always_applies` owes every sample a reward;
-            others owe none to a group of which they judged no sample.
+            All functions and their weights. A function with a true attribute `always_applies` owes every sample a reward, if it
+            judges images every one with an image; others owe none to a group of which they judged no sample.
         tasks (`Mapping[str, Task]`): The tasks of the rows by name.
         args ([`AlphaGRPOConfig`]): `rectification`, one of [`RECTIFICATIONS`].
         accelerator ([`~accelerate.Accelerator`]): Gathers what is known of this process alone.
@@ -335,14 +337,18 @@ def judge_step(
         is_judged = ~painted[:, None] & ~initial.isnan()
         rewards = rewards.clone()
         rewards[:, is_image] = torch.where(is_judged, initial, rewards[:, is_image])
-    is_missing = missing_rewards(rewards, always, step.group_size) & (weights != 0)
+    has_image = accelerator.gather(torch.tensor([t.result is not None for t in step.trajectories], device=device))
+    owed = always & (has_image[:, None] | ~is_image)
+    is_missing = missing_rewards(rewards, owed, step.group_size) & (weights != 0)
     needed = is_image & (weights != 0)
-    is_unjudged = painted & needed.any() & rewards[:, needed].isnan().all(dim=1)
+    is_unjudged = has_image & needed.any() & rewards[:, needed].isnan().all(dim=1)
     is_left_out = is_missing.any(dim=1) | is_unjudged
     metrics = {"rewards/missing_frac": is_left_out.float().mean().item()}
     step.rewards = rewards.masked_fill(is_left_out[:, None], torch.nan)
     images, image_weights = step.rewards[:, is_image], weights[is_image]
-    step.image_rewards = complete_sum(images, image_weights, step.group_size).to(rewards.dtype)
+    totals = complete_sum(step.rewards, weights, step.group_size)
+    image_totals = complete_sum(images, image_weights, step.group_size)
+    step.image_rewards = torch.where(has_image, image_totals, totals).to(rewards.dtype)
     step.is_false_positive = torch.zeros(len(rewards), dtype=torch.bool, device=device)
     step.initial_rewards = torch.full_like(step.image_rewards, torch.nan)
     if len(tasks) > 1:
@@ -352,7 +358,7 @@ def judge_step(
         # What a function does not judge in the refined images, it does not count for in the initial one.
         is_uncounted = (rewards[:, is_image].isnan() & ~is_missing[:, is_image]) | (image_weights == 0)
         initial = (initial.double() * image_weights.double()).masked_fill(is_uncounted, 0.0).sum(dim=1)
-        step.initial_rewards = initial.to(rewards.dtype)
+        step.initial_rewards = initial.masked_fill(~has_image, torch.nan).to(rewards.dtype)
         rectified, is_false = rectify_false_positives(
             images, image_weights, step.initial_rewards, step.group_size, args.rectification, ~painted
         )

@@ -122,7 +122,8 @@ class RolloutStep:
         initial_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
             Their weighted sum; NaN where one that counts is missing.
         image_rewards (`torch.Tensor` of shape `(samples of all processes,)`):
-            Weighted sum of the rewards of images, before rectification; NaN where one is missing.
+            Weighted sum of the rewards of images, before rectification; NaN where one is missing. For a sample without an image,
+            that of all its rewards.
         is_false_positive (`torch.Tensor` of shape `(samples of all processes,)`, bool):
             Samples whose rewards rectification replaced.
         rewards (`torch.Tensor` of shape `(samples of all processes, functions)`):

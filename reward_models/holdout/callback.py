@@ -74,8 +74,10 @@ class HoldoutCallback(TrainerCallback):
     ) -> None:
         # The whole run shares one event loop, so that the judge keeps its connections.
         self._runner = self._runner or asyncio.Runner()
-        images = [trajectory.final_image for trajectory in rollout.trajectories]
-        records = [from_row(row, f"sample {i}") for i, row in enumerate(rollout.rows)]
+        # A task that paints nothing leaves nothing to judge.
+        places = [i for i, trajectory in enumerate(rollout.trajectories) if trajectory.final_image is not None]
+        images = [rollout.trajectories[i].final_image for i in places]
+        records = [from_row(rollout.rows[i], f"sample {i}") for i in places]
         scores = gather_object(
             [(s.reward, s.strict_pass) for s in self._runner.run(self.reward.score(images, records))]
         )
@@ -83,7 +85,8 @@ class HoldoutCallback(TrainerCallback):
         if rewards:
             log_metric("holdout/reward", fmean(rewards))
             log_metric("holdout/strict_pass", fmean(passed for reward, passed in scores if reward is not None))
-        log_metric("holdout/failed_frac", 1 - len(rewards) / len(scores))
+        if scores:
+            log_metric("holdout/failed_frac", 1 - len(rewards) / len(scores))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         was_diverging, self._diverging = self._diverging, self._diverges(state)

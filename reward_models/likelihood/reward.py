@@ -56,7 +56,7 @@ class LikelihoodReward:
     """
 
     always_applies = True
-    """Every row has a prompt, so a missing reward is a failure."""
+    """Every row has a prompt, so a missing reward of an image is a failure."""
 
     def __init__(
         self,
@@ -137,8 +137,8 @@ class LikelihoodReward:
         rewards: list[float | None] = [None] * len(images)
         for i, value in zip(present, values, strict=True):
             rewards[i] = value
-        if log_metric is not None and rewards:
-            log_metric(f"{self.__name__}/failed_frac", fmean(reward is None for reward in rewards))
+        if log_metric is not None and values:
+            log_metric(f"{self.__name__}/failed_frac", fmean(value is None for value in values))
             deviation = within_prompt_std(texts, rewards)
             if deviation is not None:
                 log_metric(f"{self.__name__}/within_prompt_std", deviation)

@@ -25,7 +25,7 @@ from reward_models.prompts.files import (
     read_rows,
     read_saved_dataset,
 )
-from reward_models.prompts.questions import PromptRecord, check_own_tags, from_row
+from reward_models.prompts.questions import PromptRecord, check_own_tags, from_row, paints_image
 from reward_models.prompts.tables import read_prompt_column, read_text_rows
 from reward_models.prompts.tags import TAGS
 
@@ -38,8 +38,10 @@ FAILED_SUFFIX = ".failed.jsonl"
 _QUESTIONS = List({"question": Value("string"), "tag": Value("string"), "is_valid": Value("bool")})
 EXTRA_FEATURES = {"task": Value("string"), "image": Image(), "category": Value("string")}
 """Optional columns of a prompt dataset."""
+JUDGED_FEATURES = {**EXTRA_FEATURES, "solution": Value("string")}
+"""Those of a dataset whose other rows have questions: a row of a task that paints nothing has an answer instead."""
 # Images may be paths, or structs of bytes and path.
-_CASTABLE = {"task": Value, "image": (Image, Value, Mapping), "category": Value}
+_CASTABLE = {"task": Value, "image": (Image, Value, Mapping), "category": Value, "solution": Value}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class _FileRow:
     task: str | None
     image: str | None
     category: str | None
+    solution: str | None
     where: str
 
 
@@ -66,7 +69,8 @@ def load_prompts(
             A file of JSON lines, of a JSON array, in CSV, TSV or Parquet, a folder of JSON-lines files (all `*.jsonl` except
             `*.failed.jsonl`, in alphabetical order), a folder that `save_to_disk` wrote or that holds Parquet files, or the name
             of a dataset, whose split `"train"` is loaded. `None` for prompts of the shapes world. Rows are as in [`from_row`],
-            with the optional columns `task`, `category` (strings) and `image`. In CSV and TSV, a cell holds a list of questions
+            with the optional columns `task`, `category` (strings) and `image`. A row whose task paints nothing has no questions, and
+            its answer in the column `solution`. In CSV and TSV, a cell holds a list of questions
             as JSON. In JSON, CSV and TSV, `image` is a path relative to the folder of the file. In a dataset, it is a column of
             images or of paths.
         split (`str`):
@@ -79,8 +83,8 @@ def load_prompts(
             Name of the column of prompts in `file`, if it is not `prompt`. A column `prompt` beside it is dropped.
 
     Returns:
-        `datasets.Dataset`: The columns `prompt`, `semantic_questions` and `quality_questions`, and those of `task`, `image` and
-        `category` that have values. Other columns are dropped, except in the shapes world. Images are decoded by
+        `datasets.Dataset`: The columns `prompt`, `semantic_questions` and `quality_questions`, and those of `task`, `image`,
+        `category` and `solution` that have values. Other columns are dropped, except in the shapes world. Images are decoded by
         [`~alphagrpo_ext.images.read_image`].
 
     Raises:
@@ -137,7 +141,7 @@ def load_unjudged_prompts(file: str, skipped: list[str] | None = None, prompt_co
         if not len(dataset):
             raise ValueError(f"dataset {file} has no records")
         rows = [(f"dataset {file}, row {i}", {"prompt": prompt}) for i, prompt in enumerate(dataset["prompt"])]
-        dataset = _with_extra_features(dataset, file)
+        dataset = _with_extra_features(dataset, file, EXTRA_FEATURES)
     else:
         rows = [found for path in _files(file) for found in _unjudged_rows(path, prompt_column)]
         dataset = _columns_dataset(rows, file)
@@ -197,11 +201,11 @@ def _columns_dataset(rows: Sequence[tuple[str, Mapping[str, Any]]], file: str) -
 
 def _file_dataset(rows: Sequence[_FileRow], file: str) -> Dataset:
     dataset = _records_dataset([row.record for row in rows], file)
-    columns = {name: [getattr(row, name) for row in rows] for name in EXTRA_FEATURES}
+    columns = {name: [getattr(row, name) for row in rows] for name in JUDGED_FEATURES}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     if not columns:
         return dataset
-    extras = Dataset.from_dict(columns, Features({name: EXTRA_FEATURES[name] for name in columns}))
+    extras = Dataset.from_dict(columns, Features({name: JUDGED_FEATURES[name] for name in columns}))
     return concatenate_datasets([dataset, extras], axis=1)
 
 
@@ -366,14 +370,25 @@ def _refuse_prompts_alone(columns: Container[str], where: str, source: str, prom
 
 def _file_row(row: Any, where: str, path: Path, prompt_column: str | None) -> _FileRow:
     if isinstance(row, Mapping):
-        _refuse_prompts_alone(row, where, str(path), prompt_column)
+        if paints_image(row):
+            _refuse_prompts_alone(row, where, str(path), prompt_column)
         if "prompt" not in row:
             raise ValueError(f"{where} has no 'prompt'; its fields are {list(row)}. --prompt_column names another")
-    record = from_row(row, where)
+    record = _record(row, where)
     refuse_images_column(row, where)
     _check_extra_texts(row, where)
     image = _image_path(row.get("image"), where, path.parent)
-    return _FileRow(record, row.get("task"), image, row.get("category"), where)
+    solution = row.get("solution")
+    text = None if solution is None else str(solution)
+    return _FileRow(record, row.get("task"), image, row.get("category"), text, where)
+
+
+def _record(row: Any, where: str) -> PromptRecord:
+    """The record of a row; without questions if its task paints nothing that they could be about."""
+    if not isinstance(row, Mapping) or paints_image(row):
+        return from_row(row, where)
+    _check_prompt(row["prompt"], where)
+    return PromptRecord(row["prompt"], (), ())
 
 
 def _check_extra_texts(row: Mapping[str, Any], where: str) -> None:
@@ -401,20 +416,20 @@ def _with_records(dataset: Dataset, name: str, prompt_column: str | None) -> Dat
     if missing:
         raise ValueError(f"dataset {name} has no column '{missing[0]}'; its columns are {dataset.column_names}")
     refuse_images_column(dataset.column_names, f"dataset {name}")
-    rows = dataset.select_columns(["prompt", *TAGS])
-    records = [from_row(row, f"dataset {name}, row {index}") for index, row in enumerate(rows)]
+    rows = dataset.select_columns([column for column in ("prompt", "task", *TAGS) if column in dataset.column_names])
+    records = [_record(row, f"dataset {name}, row {index}") for index, row in enumerate(rows)]
     if not records:
         raise ValueError(f"dataset {name} has no records")
     check_own_tags((f"dataset {name}, row {index}", record) for index, record in enumerate(records))
-    extras = dataset.select_columns([column for column in EXTRA_FEATURES if column in dataset.column_names])
-    extras = _with_extra_features(extras, name)
+    extras = dataset.select_columns([column for column in JUDGED_FEATURES if column in dataset.column_names])
+    extras = _with_extra_features(extras, name, JUDGED_FEATURES)
     checked = _records_dataset(records, f"dataset {name}")
     return concatenate_datasets([checked, extras], axis=1) if extras.column_names else checked
 
 
-def _with_extra_features(dataset: Dataset, name: str) -> Dataset:
-    """A dataset whose columns of [`EXTRA_FEATURES`], if it has them, are of these types."""
-    for column, wanted in EXTRA_FEATURES.items():
+def _with_extra_features(dataset: Dataset, name: str, wanted_features: Mapping[str, Any]) -> Dataset:
+    """A dataset whose columns of these names, if it has them, are of these types."""
+    for column, wanted in wanted_features.items():
         if column not in dataset.column_names:
             continue
         feature = dataset.features[column]

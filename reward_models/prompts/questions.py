@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alphagrpo_ext.messages import prompt_text
+from alphagrpo_ext.registry import UnknownNameError
 from reward_models.prompts.files import read_rows
 from reward_models.prompts.tags import TAGS, OwnTags, read_tag
 
@@ -107,6 +108,21 @@ def from_row(row: Mapping[str, Any], where: str = "row") -> PromptRecord:
     return record
 
 
+def paints_image(row: Mapping[str, Any]) -> bool:
+    """Whether the task that a row names, if it names one, paints an image, which questions can be about."""
+    name = row.get("task")
+    if not isinstance(name, str):
+        return True
+    # Rows of the reward server and of most files name none, and need no tasks.
+    from alphagrpo_ext.rollout.task import TASKS
+
+    try:
+        return TASKS.get(name).can_paint
+    except UnknownNameError:
+        # The trainer says which tasks there are.
+        return True
+
+
 def check_own_tags(records: Iterable[tuple[str, PromptRecord]]) -> None:
     """
     Check that few tags of a file or dataset are not known ones, and warn of those that look like known ones; see [`OwnTags`].
@@ -150,7 +166,8 @@ def validate_dataset(
     own_tags: OwnTags | None = None,
 ) -> None:
     """
-    Check every row of a dataset, so that a malformed row is found before training.
+    Check every row of a dataset, so that a malformed row is found before training. Rows of a task that paints no image have no
+    questions, and are passed over.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `Iterable[Mapping]`):
@@ -167,8 +184,10 @@ def validate_dataset(
     columns = getattr(dataset, "column_names", None)
     if columns and all(field in columns for field in ("prompt", *TAGS)):
         # Image columns stay undecoded.
-        dataset = dataset.select_columns(["prompt", *TAGS])
+        dataset = dataset.select_columns([name for name in ("prompt", "task", *TAGS) if name in columns])
     for index, row in enumerate(dataset):
+        if not paints_image(row):
+            continue
         record = from_row(row, f"row {index}")
         prompt = repr(str(record.prompt)[:80])
         try:

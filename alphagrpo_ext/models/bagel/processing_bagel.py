@@ -119,6 +119,9 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
     def system_segments(self, think: bool, edits: bool) -> list[TextSegment]:
         return [TextSegment(self.encode_text(self.generation_system_prompt), role="system")] if think else []
 
+    def answering_segments(self, think: bool) -> list[TextSegment]:
+        return [TextSegment(self.encode_text(self.understanding_system_prompt), role="system")] if think else []
+
     def reflection_request(self, prompt: str, may_stop: bool = False) -> str:
         request = self.reflection_prompt.replace("{prompt}", prompt)
         return request + self.verdict_request if may_stop else request

@@ -27,4 +27,4 @@ class ImageEditing(Task):
         self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, size: tuple[int, int]
     ) -> list[Segment]:
         image = processor.image_segment(context_image(row), model)
-        return [*processor.system_segments(self.think, edits=True), image, self.request(row, processor, size)]
+        return [*self.system_segments(processor), image, self.request(row, processor, size)]

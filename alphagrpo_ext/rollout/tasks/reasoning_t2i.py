@@ -24,4 +24,4 @@ class ReasoningT2I(Task):
     def context(
         self, row: Mapping[str, Any], processor: UnifiedProcessor, model: UnifiedModel, size: tuple[int, int]
     ) -> list[Segment]:
-        return [*processor.system_segments(self.think, edits=False), self.request(row, processor, size)]
+        return [*self.system_segments(processor), self.request(row, processor, size)]

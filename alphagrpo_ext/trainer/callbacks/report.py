@@ -188,10 +188,10 @@ def _record(rollout: ScoredRollout, i: int, max_size: int) -> TrajectoryRecord:
 
 
 def _turns(trajectory: Trajectory, texts: Sequence[str], max_size: int) -> list[ReportTurn]:
-    # A policy that does not think has images and no texts. One that stops has a text and keeps the image before it.
+    # A policy that does not think has images and no texts. One that does not paint has a text about the image before it.
     images = [image.image for image in trajectory.sampled_images]
-    if len(texts) > len(images) and trajectory.final_image is not None:
-        images.append(trajectory.final_image)
+    if len(texts) > len(images):
+        images += [s.image for s in trajectory.segments if isinstance(s, ImageSegment)][-1:]
     return [
         ReportTurn(texts[place] if place < len(texts) else "", data_url(image, max_size))
         for place, image in enumerate(images)

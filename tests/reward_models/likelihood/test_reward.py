@@ -51,7 +51,8 @@ def test_rewards_are_compared_within_prompts(reward: LikelihoodReward) -> None:
     rewards = reward(prompts, images=images, log_metric=logged.__setitem__)
     low = pytest.approx(math.log(0.2), abs=1e-5)
     assert rewards == [pytest.approx(0, abs=1e-5), low, low, None, None]
-    expected = {"likelihood/failed_frac": 0.4, "likelihood/within_prompt_std": -math.log(0.2) / 2}
+    # Completions without an image are no failures.
+    expected = {"likelihood/failed_frac": 0.0, "likelihood/within_prompt_std": -math.log(0.2) / 2}
     assert logged == pytest.approx(expected, abs=1e-5)
     assert within_prompt_std(["a", "b"], [0.0, 1.0]) is None
 
