@@ -11,11 +11,11 @@ def test_asks_one_question_about_the_whole_prompt() -> None:
     args = DecomposerArguments(decomposer="holistic", holistic_template="is there {prompt} ?")
     decomposer = DECOMPOSERS.get("holistic").from_arguments(args)
     record = asyncio.run(decomposer.decompose("a {red} circle"))
-    assert record.to_row() == {
-        "prompt": "a {red} circle",
-        "semantic_questions": [{"question": "is there a {red} circle ?", "tag": "Holistic"}],
-        "quality_questions": [],
-    }
+    assert record.prompt == "a {red} circle"
+    assert record.quality_questions == ()
+    assert [(q.question, q.tag, q.is_valid) for q in record.semantic_questions] == [
+        ("is there a {red} circle ?", "Holistic", True)
+    ]
 
 
 def test_the_default_question_is_for_any_prompt() -> None:

@@ -101,7 +101,9 @@ def test_a_named_model_judges_in_the_place_of_the_policy(packaged: tuple[BagelMo
     # Nothing is shared, so training the policy leaves the judge as it is.
     assert not own & {parameter.data_ptr() for parameter in packaged[0].parameters()}
     blank, questions = Image.new("RGB", (24, 24), "white"), ["is the background white ?"]
-    assert judge.probabilities(blank, questions) == pytest.approx(PolicyJudge(*packaged).probabilities(blank, questions))
+    assert judge.probabilities(blank, questions) == pytest.approx(
+        PolicyJudge(*packaged).probabilities(blank, questions)
+    )
 
 
 def test_an_answer_of_too_little_mass_is_none(packaged: tuple[BagelModel, BagelProcessor]) -> None:
