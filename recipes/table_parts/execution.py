@@ -95,13 +95,15 @@ class RunQueue:
     def _start(self, run: Run) -> subprocess.Popen:
         self.logs.mkdir(parents=True, exist_ok=True)
         script, *arguments = run.command
+        places = [str(RECIPES_FOLDER), os.environ.get("PYTHONPATH", "")]
         with open(self._log(run), "ab") as log:
             return subprocess.Popen(
-                [sys.executable, str(RECIPES_FOLDER / script), *arguments],
+                # Scripts of a folder below import as those of `recipes/` do.
+                [sys.executable, "-P", str(RECIPES_FOLDER / script), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))},
                 # Ctrl-C in a terminal reaches this process alone, which stops its children itself.
                 start_new_session=True,
             )

@@ -27,7 +27,7 @@ class Run:
     Args:
         name (`str`): Its name, the same in all tables that need it.
         folder (`Path`): What it writes.
-        command (`tuple[str, ...]`): Name of a recipe's file, and its arguments.
+        command (`tuple[str, ...]`): A script's file in `recipes/`, and its arguments.
         minutes (`float`): Estimate of its time on one core.
         needs (`tuple[Run, ...]`, *optional*, defaults to `()`): Runs that must be finished before.
     """
@@ -130,8 +130,8 @@ class Plan:
         return self._run(f"questions-{decomposer}", "decompose_prompts.py", words, 0.3, output="questions.jsonl")
 
     def costs(self) -> Run:
-        """The measurement of `fewer_evaluations.py`."""
+        """The measurement of `fewer_evaluations.py`, which begins anew after it was cut off."""
         num_groups = max(2, round(120 * self.args.num_eval_prompts / 504))
         amounts = ("--num_prompts", str(self.args.num_eval_prompts), "--num_groups", str(num_groups))
         words = ("--model_name_or_path", self.args.model_name_or_path, *amounts)
-        return self._run("fewer_evaluations", "fewer_evaluations.py", words, 12.0)
+        return self._run("fewer_evaluations", "table_parts/fewer_evaluations.py", words, 12.0)

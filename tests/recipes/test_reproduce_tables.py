@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 from trl import ModelConfig, TrlParser
 
+from alphagrpo_ext.models.loading import resolve_model_path
 from alphagrpo_ext.shapes.editing import EDITS
 from alphagrpo_ext.shapes.prompts import CATEGORIES
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
@@ -28,6 +30,7 @@ from support.recipe_modules import load_recipe
 from table_parts import execution
 from table_parts.arguments import TABLE_NAMES, TablesArguments
 from table_parts.execution import RunQueue
+from table_parts.fewer_evaluations import MeasurementArguments
 from table_parts.plan import Plan, Run, with_needs
 from table_parts.registry import TABLES
 from table_parts.tables import MeasuredTable
@@ -95,7 +98,7 @@ def write_results(run: Run) -> None:
         passes = [index < (2 if "untrained" in run.name else 3) for index in range(4)]
         rows = [sample(m, i, s, passes[i], EDITS[i]) for m in modes for i in range(4) for s in range(2)]
         (run.folder / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    elif script == "fewer_evaluations.py":
+    elif script == "table_parts/fewer_evaluations.py":
         row = {"name": "euler", "images": 10.0, "fewer": 1.0, "reward": 0.78, "difference": 0.0, "error": 0.0}
         row |= {"strict_pass_rate": 0.5, "spread": None}
         tables = {"evaluation": [row], "rollouts": [row | {"name": "ab2", "spread": 0.17}]}
@@ -176,14 +179,13 @@ def test_tables_share_runs_and_the_list_counts_what_is_left(
 
 def test_runs_of_other_settings_or_of_a_replaced_model_are_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
+    shutil.copytree(resolve_model_path("bagel-shapes"), model)
     plan = plan_in(tmp_path / "tables", model_name_or_path=str(model))
     check_made_with(plan)
     check_made_with(plan)
     with pytest.raises(ValueError, match="runs with max_steps=80, and this command has 2: name another output_dir"):
         check_made_with(plan_in(tmp_path / "tables", model_name_or_path=str(model), max_steps=2))
-    (model / "config.json").write_text('{"a": 1}')
+    os.utime(model / "config.json", (0, 0))
     with pytest.raises(ValueError, match="holds runs with files of the model="):
         check_made_with(plan)
 
@@ -194,7 +196,7 @@ def test_runs_of_other_settings_or_of_a_replaced_model_are_refused(tmp_path: Pat
         ({"only": ["trainig"]}, "only: unknown trainig; available: training"),
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
         ({"seeds": []}, "at least one"),
-        ({"num_parallel": 0}, "num_parallel must be in"),
+        ({"num_parallel": 0}, "num_parallel must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -212,7 +214,7 @@ def test_recipes_accept_the_arguments_of_every_command(tmp_path: Path, monkeypat
     others = {
         "evaluate.py": EvaluationArguments,
         "decompose_prompts.py": load_recipe("decompose_prompts").DecompositionArguments,
-        "fewer_evaluations.py": load_recipe("fewer_evaluations").MeasurementArguments,
+        "table_parts/fewer_evaluations.py": MeasurementArguments,
     }
     assert issubclass(others["decompose_prompts.py"], DecomposerArguments)
     parsers |= {name: (TrlParser((kind,), allow_abbrev=False), []) for name, kind in others.items()}

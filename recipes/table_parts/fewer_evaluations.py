@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Measure how the reward of the packaged `bagel-shapes`, or of another model, depends on the number of evaluations of the network.
+Measure how the reward of a model of the shapes world depends on the number of evaluations of its network.
 
 One table has evaluations with several ODE solvers and numbers of steps, the other has training rollouts with fewer steps and with
-branches. Every row is paired with the first one of its table by prompt and noise.
+branches. Every row is paired with the first one of its table by prompt and noise. It is a script that `reproduce_tables.py` runs:
 
 ```bash
-python recipes/fewer_evaluations.py
+python recipes/reproduce_tables.py --only solvers rollouts
 ```
 """
 
