@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 INTERRUPTED_STATUS = 130
 
 
-def overview(plan: Plan, tables: dict[str, MeasuredTable]) -> str:
+def tables_overview(plan: Plan, tables: dict[str, MeasuredTable]) -> str:
     """The number of runs and an estimate of their time for each table, and for all, where shared runs count once."""
     from table_parts.plan import with_needs
 
@@ -80,7 +80,7 @@ def check_made_with(plan: Plan) -> None:
             )
 
 
-def save_tables(folder: Path, tables: dict[str, MeasuredTable]) -> None:
+def save_pages(folder: Path, tables: dict[str, MeasuredTable]) -> None:
     """Write the page of each table, and `tables.md` of all pages that the folder has."""
     from alphagrpo_ext.files import write_text
 
@@ -105,7 +105,7 @@ def run_tables(plan: Plan, runs: list[Run], tables: dict[str, MeasuredTable]) ->
             check_made_with(plan)
         with interrupted_by_termination():
             failures = RunQueue(plan.folder / "logs", plan.args.num_parallel).run_all(runs)
-        save_tables(plan.folder, tables)
+        save_pages(plan.folder, tables)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.")
         return INTERRUPTED_STATUS
@@ -125,7 +125,7 @@ def main(args: TablesArguments) -> int:
     plan = Plan(args)
     tables = {name: TABLES[name](plan) for name in TABLE_NAMES if name in args.only}
     if args.list_tables:
-        print(overview(plan, tables))
+        print(tables_overview(plan, tables))
         return 0
     return run_tables(plan, with_needs(run for table in tables.values() for run in table.runs), tables)
 

@@ -15,8 +15,8 @@ from table_parts.results import ScoredSamples, decimals, over_seeds, percent, re
 from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
 
-GUIDED = ("--cfg_text_scale", "2", "--cfg_interval", "0", "1")
-NUM_ROUNDS = 3
+GUIDANCE_ARGUMENTS = ("--cfg_text_scale", "2", "--cfg_interval", "0", "1")
+NUM_MEASURED_ROUNDS = 3
 
 
 def guidance_table(plan: Plan) -> MeasuredTable:
@@ -25,7 +25,7 @@ def guidance_table(plan: Plan) -> MeasuredTable:
     trained: dict[str, Sequence[Run | None]] = {
         "not at all": [None],
         "without guidance": plan.default_reasoning(seeds),
-        "with guidance": plan.reasoning("guided", *GUIDED, seeds=seeds),
+        "with guidance": plan.reasoning("guided", *GUIDANCE_ARGUMENTS, seeds=seeds),
     }
     rows = []
     for label, models in trained.items():
@@ -60,12 +60,12 @@ def rounds_table(plan: Plan) -> MeasuredTable:
     """Rounds of refinement after an image that was painted with a thought."""
     (trained,) = plan.default_reasoning(plan.seeds[:1])
     models = {"untrained": None, f"trained on reasoning text-to-image, seed {plan.seeds[0]}": trained}
-    words = ("--num_rounds", str(NUM_ROUNDS))
+    words = ("--num_rounds", str(NUM_MEASURED_ROUNDS))
     return MeasuredTable(
         "Rounds of refinement after a first image with a thought",
-        ("strict pass after round", "0 (with thought)", *(str(turn) for turn in range(1, NUM_ROUNDS + 1))),
+        ("strict pass after round", "0 (with thought)", *(str(turn) for turn in range(1, NUM_MEASURED_ROUNDS + 1))),
         tuple(
-            one_line(label, [plan.evaluation("rounds", model, *words, num_stages=NUM_ROUNDS + 1)], _rounds)
+            one_line(label, [plan.evaluation("rounds", model, *words, num_stages=NUM_MEASURED_ROUNDS + 1)], _rounds)
             for label, model in models.items()
         ),
         "`+-` is the standard error over prompts.",

@@ -24,36 +24,45 @@ from table_parts.results import (
 from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
 
-REFERENCE = ("--sync_ref_model", "--ref_model_sync_steps", "1", "--ref_model_mixup_alpha")
-NFT = ("--image_objective", "diffusion_nft")
+REFERENCE_ARGUMENTS = ("--sync_ref_model", "--ref_model_sync_steps", "1", "--ref_model_mixup_alpha")
+NFT_ARGUMENTS = ("--image_objective", "diffusion_nft")
 # The configuration's clip range is that of Flow-GRPO.
-AWM = ("--image_objective", "awm", "--image_epsilon", "1")
-AWM_AUTHORS = ("--sde_window_size", "6", "--image_beta", "1", "--image_kl_type", "velocity", *REFERENCE, "0.7")
-AWM_AUTHORS += ("--ref_model_decay_ramp", "0.001", "--image_base_beta", "0.003")
-OBJECTIVES = {
+AWM_ARGUMENTS = ("--image_objective", "awm", "--image_epsilon", "1")
+AWM_AUTHORS_ARGUMENTS = (
+    "--sde_window_size",
+    "6",
+    "--image_beta",
+    "1",
+    "--image_kl_type",
+    "velocity",
+    *REFERENCE_ARGUMENTS,
+    "0.7",
+)
+AWM_AUTHORS_ARGUMENTS += ("--ref_model_decay_ramp", "0.001", "--image_base_beta", "0.003")
+OTHER_OBJECTIVES = {
     "flow_cps": ("`--sde_type flow_cps`", ("--sde_type", "flow_cps")),
     "grpo_guard": ("`--image_objective grpo_guard`", ("--image_objective", "grpo_guard")),
-    "diffusion_nft": ("`--image_objective diffusion_nft`", NFT),
+    "diffusion_nft": ("`--image_objective diffusion_nft`", NFT_ARGUMENTS),
     "diffusion_nft_reference": (
-        f"the same, `--rollout_policy reference {' '.join(REFERENCE)} 0.5`",
-        (*NFT, "--rollout_policy", "reference", *REFERENCE, "0.5"),
+        f"the same, `--rollout_policy reference {' '.join(REFERENCE_ARGUMENTS)} 0.5`",
+        (*NFT_ARGUMENTS, "--rollout_policy", "reference", *REFERENCE_ARGUMENTS, "0.5"),
     ),
-    "awm": (f"`{' '.join(AWM)}`", AWM),
-    "awm_authors": (f"the same, `{' '.join(AWM_AUTHORS)}`", (*AWM, *AWM_AUTHORS)),
+    "awm": (f"`{' '.join(AWM_ARGUMENTS)}`", AWM_ARGUMENTS),
+    "awm_authors": (f"the same, `{' '.join(AWM_AUTHORS_ARGUMENTS)}`", (*AWM_ARGUMENTS, *AWM_AUTHORS_ARGUMENTS)),
 }
 """Other objectives than the default: label and arguments by name."""
-LORA = ("--use_peft", "--lora_r", "32", "--lora_alpha", "64", "--learning_rate", "5e-4")
-LORA_AVERAGE = ("--image_beta", "0.01", "--image_kl_type", "velocity", *REFERENCE, "0.1")
-SETTINGS = {
+LORA_ARGUMENTS = ("--use_peft", "--lora_r", "32", "--lora_alpha", "64", "--learning_rate", "5e-4")
+LORA_AVERAGE_ARGUMENTS = ("--image_beta", "0.01", "--image_kl_type", "velocity", *REFERENCE_ARGUMENTS, "0.1")
+OTHER_SETTINGS = {
     "kl_mean": ("", ("--image_beta", "0.01", "--image_kl_type", "mean")),
     "kl_velocity": ("", ("--image_beta", "0.1", "--image_kl_type", "velocity")),
-    "lora": ("", LORA),
-    "lora_average": (f"the same, `{' '.join(LORA_AVERAGE)}`", (*LORA, *LORA_AVERAGE)),
+    "lora": ("", LORA_ARGUMENTS),
+    "lora_average": (f"the same, `{' '.join(LORA_AVERAGE_ARGUMENTS)}`", (*LORA_ARGUMENTS, *LORA_AVERAGE_ARGUMENTS)),
     "detached": ("", ("--context_gradient", "detached")),
 }
 """Other settings. A label that is empty is the arguments themselves."""
-SOLVER = ("--ode_solver", "ab2", "--ode_steps", "3")
-BRANCHES = ("--branches_per_thought", "2")
+SOLVER_ARGUMENTS = ("--ode_solver", "ab2", "--ode_steps", "3")
+BRANCH_ARGUMENTS = ("--branches_per_thought", "2")
 
 
 def training_table(plan: Plan) -> MeasuredTable:
@@ -123,7 +132,7 @@ def objectives_table(plan: Plan) -> MeasuredTable:
         return one_line(label, (*runs, *default), lambda folders: _objective(folders, len(runs), plan.args.max_steps))
 
     rows = [row("`flow_grpo`, Flow-SDE, without guidance (the recipe's default)", default)]
-    rows += [row(label, plan.reasoning(name, *words)) for name, (label, words) in OBJECTIVES.items()]
+    rows += [row(label, plan.reasoning(name, *words)) for name, (label, words) in OTHER_OBJECTIVES.items()]
     return MeasuredTable(
         f"Objectives, {plan.args.max_steps} steps each",
         (
@@ -154,7 +163,7 @@ def settings_table(plan: Plan) -> MeasuredTable:
     first = plan.seeds[:1]
     rows = {
         label or f"`{' '.join(words)}`": plan.reasoning(n, *words, seeds=first)
-        for n, (label, words) in SETTINGS.items()
+        for n, (label, words) in OTHER_SETTINGS.items()
     }
     return _one_seed_table(plan, "Other settings", rows)
 
@@ -164,7 +173,11 @@ def cheaper_training_table(plan: Plan) -> MeasuredTable:
     first = plan.seeds[:1]
     rows = {
         f"`{' '.join(words)}`": plan.reasoning(name, *words, seeds=first)
-        for name, words in {"solver": SOLVER, "branches": BRANCHES, "solver_branches": (*SOLVER, *BRANCHES)}.items()
+        for name, words in {
+            "solver": SOLVER_ARGUMENTS,
+            "branches": BRANCH_ARGUMENTS,
+            "solver_branches": (*SOLVER_ARGUMENTS, *BRANCH_ARGUMENTS),
+        }.items()
     }
     return _one_seed_table(plan, "Training with fewer network evaluations", rows)
 

@@ -14,7 +14,7 @@ from table_parts.results import over_seeds, percent, points, read_summary
 from table_parts.tables import MeasuredTable, one_line
 
 
-PLAIN = ("--text_loss_weight", "1")
+UNWEIGHTED = ("--text_loss_weight", "1")
 
 
 def reflection_table(plan: Plan) -> MeasuredTable:
@@ -78,13 +78,13 @@ def reflection_settings_table(plan: Plan) -> MeasuredTable:
     """How the gain of refinement depends on settings."""
     last, ends = plan.seeds[-1:], list(dict.fromkeys([plan.seeds[0], plan.seeds[-1]]))
     settings: dict[str, tuple[Run, ...]] = {
-        "text loss weight 1, learning rate 5e-5": plan.reflection("reflection_weight_1", *PLAIN),
-        "the same at 2e-5": plan.reflection("reflection_rate_2", *PLAIN, "--learning_rate", "2e-5", seeds=last),
+        "text loss weight 1, learning rate 5e-5": plan.reflection("reflection_weight_1", *UNWEIGHTED),
+        "the same at 2e-5": plan.reflection("reflection_rate_2", *UNWEIGHTED, "--learning_rate", "2e-5", seeds=last),
         "the same at 3e-5, groups of 16": plan.reflection(
-            "reflection_groups_16", *PLAIN, "--learning_rate", "3e-5", "--num_generations", "16", seeds=last
+            "reflection_groups_16", *UNWEIGHTED, "--learning_rate", "3e-5", "--num_generations", "16", seeds=last
         ),
         "weight 1, every second prompt a reasoning text-to-image": plan.reflection(
-            "reflection_mixed", *PLAIN, "--train_tasks", "self_reflection", "reasoning_t2i", seeds=ends
+            "reflection_mixed", *UNWEIGHTED, "--train_tasks", "self_reflection", "reasoning_t2i", seeds=ends
         ),
         "text loss weight 0": plan.reflection("reflection_weight_0", "--text_loss_weight", "0", seeds=last),
         "text loss weight 0.05 (the recipe's)": plan.default_reflection(),

@@ -16,7 +16,7 @@ from table_parts.learning import (
 )
 from table_parts.plan import Plan
 from table_parts.refinement import reflection_settings_table, reflection_table
-from table_parts.rewards import rewards_table
+from table_parts.rewards import decomposed_or_holistic_table
 from table_parts.tables import MeasuredTable
 
 
@@ -33,6 +33,6 @@ TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
     "reflection_settings": reflection_settings_table,
     "rounds": rounds_table,
     "editing": editing_table,
-    "decomposed_or_holistic": rewards_table,
+    "decomposed_or_holistic": decomposed_or_holistic_table,
 }
 """What makes each table of `TABLE_NAMES`."""

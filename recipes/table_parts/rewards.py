@@ -17,14 +17,14 @@ from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
 HOLISTIC_TEMPLATE = "is there {prompt} ?"
 # Prompts without a category, and rewards on different scales: advantages are divided by the deviation of their own group.
-COMMON = ("--eval_seeds", "0", "--scale_rewards", "group")
-BOTH = ("--reward", "dvreward", "likelihood", "--reward_weights", "1", "1")
-BOTH += ("--multi_objective_aggregation", "normalize_then_sum")
+COMMON_ARGUMENTS = ("--eval_seeds", "0", "--scale_rewards", "group")
+BOTH_ARGUMENTS = ("--reward", "dvreward", "likelihood", "--reward_weights", "1", "1")
+BOTH_ARGUMENTS += ("--multi_objective_aggregation", "normalize_then_sum")
 NUM_PICTURED_PROMPTS = 14
 """Prompts in the picture, the same for all policies."""
 
 
-def rewards_table(plan: Plan) -> MeasuredTable:
+def decomposed_or_holistic_table(plan: Plan) -> MeasuredTable:
     """What training by each reward of a frozen copy of the policy changes, as the judge of the pixels sees it."""
     untrained = plan.evaluation("rewards", None)
     arms = _evaluations(plan)
@@ -59,12 +59,12 @@ def _evaluations(plan: Plan) -> dict[str, list[Run]]:
         "DVReward": ("by_questions", questions, frozen),
         "one question": ("by_one_question", holistic, frozen),
         "likelihood": ("by_likelihood", questions, ("--reward", "likelihood")),
-        "both": ("by_both", questions, (*BOTH, *frozen)),
+        "both": ("by_both", questions, (*BOTH_ARGUMENTS, *frozen)),
     }
 
     def trained(name: str, source: Run, words: Sequence[str], seed: int) -> Run:
         file = ("--train_file", str(source.folder / "questions.jsonl"))
-        return plan.training(name, seed, *file, *COMMON, *words, needs=(source,))
+        return plan.training(name, seed, *file, *COMMON_ARGUMENTS, *words, needs=(source,))
 
     return {
         label: [plan.evaluation("rewards", trained(name, source, words, seed)) for seed in plan.seeds]

@@ -24,7 +24,7 @@ from alphagrpo_ext.shapes.editing import EDITS
 from alphagrpo_ext.shapes.prompts import CATEGORIES
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from recipe_tools.evaluation.arguments import EvaluationArguments
-from recipes.reproduce_tables import check_made_with, main, overview, save_tables
+from recipes.reproduce_tables import check_made_with, main, tables_overview, save_pages
 from reward_models.decomposition.base import DecomposerArguments
 from support.recipe_modules import load_recipe
 from table_parts import execution
@@ -116,7 +116,7 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     plan = plan_in(tmp_path)
     for run in all_runs(plan):
         write_results(run)
-    save_tables(tmp_path, tables_of(plan))
+    save_pages(tmp_path, tables_of(plan))
     pages = {name: tmp_path / f"{name}.md" for name in TABLE_NAMES}
     assert all("not finished" not in page.read_text() for page in pages.values())
     assert (tmp_path / "tables.md").read_text() == "\n".join(page.read_text() for page in pages.values())
@@ -150,7 +150,7 @@ def test_a_row_says_which_runs_are_missing_and_others_stay(tmp_path: Path) -> No
     for run in TABLES["training"](plan).runs:
         if run.name != "image_only-seed2":
             write_results(run)
-    save_tables(tmp_path, {"training": TABLES["training"](plan)})
+    save_pages(tmp_path, {"training": TABLES["training"](plan)})
     assert cells(tmp_path / "training.md", "image only") == ["not finished: image_only-seed2", "", "", ""]
     assert cells(tmp_path / "training.md", "text only")[0] == "+10.0 +- 1.5"
 
@@ -171,7 +171,7 @@ def test_tables_share_runs_and_the_list_counts_what_is_left(
     write_results(plan.default_reasoning()[0])
     assert main(TablesArguments(output_dir=str(tmp_path), seeds=[0, 2], num_parallel=2, list_tables=True)) == 0
     text = capsys.readouterr().out
-    assert text.strip() == overview(plan, tables)
+    assert text.strip() == tables_overview(plan, tables)
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
     assert lines["categories"] == ["categories", "2", "1", "2"] and lines["training"][1:3] == ["6", "5"]
     assert not (tmp_path / "tables.md").exists()
