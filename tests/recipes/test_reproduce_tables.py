@@ -24,7 +24,7 @@ from alphagrpo_ext.shapes.editing import EDITS
 from alphagrpo_ext.shapes.prompts import CATEGORIES
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from recipe_tools.evaluation.arguments import EvaluationArguments
-from recipes.reproduce_tables import check_made_with, main, tables_overview, save_pages
+from recipes.reproduce_tables import check_made_with, main, save_pages, tables_overview
 from reward_models.decomposition.base import DecomposerArguments
 from support.recipe_modules import load_recipe
 from table_parts import execution
