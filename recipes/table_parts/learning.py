@@ -106,7 +106,7 @@ def categories_table(plan: Plan) -> MeasuredTable:
         "Training: the default by category",
         ("category", "strict pass before", "after", "reward before", "after"),
         (MeasuredRow("categories", plan.default_reasoning(), _categories),),
-        f"Means over seeds {', '.join(map(str, plan.seeds))}, with their standard deviation.",
+        f"Seeds: {', '.join(map(str, plan.seeds))}. Means over seeds, with their standard deviation.",
     )
 
 

@@ -8,13 +8,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alphagrpo_ext.files import write_text
 from table_parts.arguments import TablesArguments
 
 
 FINISHED_NAME = "finished.json"
-"""File of a run's folder that says by which command it was finished."""
+"""File of a run's folder that says by which commands it was finished."""
 TRAINING_MINUTES, REFLECTION_MINUTES, EVALUATION_MINUTES = 4.5, 6.0, 1.2
 """Minutes on one core while the other core is busy: a run of each training recipe, and an evaluation of one model."""
 
@@ -39,13 +40,18 @@ class Run:
     needs: tuple[Run, ...] = ()
 
     @property
+    def commands(self) -> list[Any]:
+        """Its command, and those of the runs that it needs, as JSON has them."""
+        return [list(self.command), [other.commands for other in self.needs]]
+
+    @property
     def finished(self) -> bool:
-        """Whether this very command was finished."""
+        """Whether these very commands were finished."""
         path = self.folder / FINISHED_NAME
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == list(self.command)
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == self.commands
 
     def mark_finished(self) -> None:
-        write_text(self.folder / FINISHED_NAME, json.dumps(list(self.command)) + "\n")
+        write_text(self.folder / FINISHED_NAME, json.dumps(self.commands) + "\n")
 
 
 def with_needs(runs: Iterable[Run]) -> list[Run]:

@@ -53,7 +53,8 @@ def _evaluations(plan: Plan) -> dict[str, list[Run]]:
     """The evaluations of each reward, one per seed, by its label."""
     questions = plan.questions("shapes")
     holistic = plan.questions("holistic", "--holistic_template", HOLISTIC_TEMPLATE)
-    frozen = ("--judge", "policy", "--judge_model", plan.args.model_name_or_path)
+    # To some questions the policy says neither yes nor no; which of the two it prefers is its answer all the same.
+    frozen = ("--judge", "policy", "--judge_model", plan.args.model_name_or_path, "--judge_min_answer_mass", "0")
     arms = {
         "DVReward, pixels": ("by_pixels", questions, ()),
         "DVReward": ("by_questions", questions, frozen),
@@ -102,7 +103,9 @@ def _draw(path: Path, evaluations: dict[str, Run]) -> None:
     from reward_models.files.image_files import load_image
 
     found = {label: (run.folder, _read(run.folder).by_noise) for label, run in evaluations.items() if run.finished}
-    keys = sorted(set.intersection(*(set(samples) for _, samples in found.values()))) if found else []
+    common = sorted(set.intersection(*(set(samples) for _, samples in found.values()))) if found else []
+    # One noise seed per prompt, the first.
+    keys = list({key[0]: key for key in reversed(common)}.values())
     if not keys:
         return
     chosen = random.Random(0).sample(keys, min(len(keys), NUM_PICTURED_PROMPTS))

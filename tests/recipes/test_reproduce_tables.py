@@ -106,6 +106,10 @@ def write_results(run: Run) -> None:
     run.mark_finished()
 
 
+def read_logs(file: Path) -> list[dict[str, Any]]:
+    return [log for line in file.read_text().splitlines() if "reward" in (log := json.loads(line))]
+
+
 def cells(page: Path, label: str) -> list[str]:
     lines = [line for line in page.read_text().splitlines() if line.startswith(f"| {label} |")]
     assert len(lines) == 1
@@ -278,6 +282,7 @@ def test_a_failed_run_is_named_and_others_go_on_and_are_not_repeated(small_recip
     assert not (good.folder / "checkpoint-20").exists() and (bad.folder / "checkpoint-20").exists()
     changed = small_run(small_recipes, "good", seconds=0.01)
     assert not changed.finished
+    assert not small_run(small_recipes, "after_good", needs=(changed,)).finished
 
 
 def test_an_interrupted_queue_ends_its_processes(small_recipes: Path, tmp_path: Path) -> None:
@@ -322,6 +327,9 @@ def test_command_runs_trains_by_all_rewards_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tables"
     assert "not finished" not in (folder / "tables.md").read_text()
     assert len(cells(folder / "decomposed_or_holistic.md", "both")) == 5
+    # The judge prefers yes or no for every image, whatever it was taught to be asked.
+    (log,) = read_logs(folder / "runs" / "by_one_question-seed0" / "metrics.jsonl")
+    assert log["judge/failed_frac"] == 0 and 0 < log["reward"] < 1
     assert (folder / "decomposed_or_holistic.png").is_file()
     # The second command repeated nothing.
     assert (folder / "logs" / "reasoning-seed0.log").read_text().count("Before training") == 1
