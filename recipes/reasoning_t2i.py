@@ -57,7 +57,7 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
         check_arguments(script_args, training_args, model_args)
     # Here, so that `--help` does not import models and trainers.
     from recipe_tools import training
-    from reward_models.evaluation.scores import scored_pairs
+    from reward_models.evaluation.scores import gain_error, scored_pairs
     from reward_models.evaluation.text_tables import comparison_table
 
     with checking_input():
@@ -70,7 +70,8 @@ def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_arg
 
     def save(before: list[Evaluation], after: list[Evaluation]) -> tuple[str, str]:
         (old,), (new,) = before, after
-        training.save_scores(run, {"before": old.summary(), "after": new.summary()}, old, new)
+        summary = {"before": old.summary(), "after": new.summary(), "gain_error": gain_error(old, new)}
+        training.save_scores(run, summary, old, new)
         training.save_picture(
             run.output_dir / "before_after.png",
             scored_pairs(old.samples, new.samples),

@@ -26,7 +26,7 @@ LAYERS = (
     ("alphagrpo_ext.objectives", "alphagrpo_ext.shapes"),
     ("alphagrpo_ext.trainer",),
     ("reward_models",),
-    ("recipes", "recipe_tools", "benchmark_parts", "gpu_check_parts"),
+    ("recipes", "recipe_tools", "benchmark_parts", "gpu_check_parts", "table_parts"),
 )
 LONGEST_FUNCTION = 60
 

@@ -38,6 +38,7 @@ LONG = (
     "estimate_memory.py",
     "pretrain_shapes.py",
     "ray_train.py",
+    "reproduce_tables.py",
     "weight_digests.py",
 )
 """Words of commands that take half a minute or more, or several processes."""
@@ -47,7 +48,6 @@ RESULTS = {
     "decompose_prompts.py": "**/*questions.jsonl",
     "evaluate.py": "runs/*/evaluation.json",
     "export_benchmark.py": "runs/*/images/00000/samples/00000.png",
-    "fewer_evaluations.py": "runs/*/fewer_evaluations.json",
     "generate.py": "runs/*/contact_sheet.png",
     "openrlhf_prompts.py": "runs/*/prompts.jsonl",
     "pretrain_shapes.py": "runs/*/checkpoint/model.safetensors",

@@ -19,10 +19,14 @@ DECOMPOSERS = Registry(
     "decomposer",
     "alphagrpo_ext.decomposers",
     {
+        "holistic": "reward_models.decomposition.holistic:HolisticDecomposer",
         "openai": "reward_models.decomposition.openai:OpenAIDecomposer",
         "shapes": "reward_models.decomposition.shapes:ShapesDecomposer",
     },
 )
+
+PROMPT_PLACE = "{prompt}"
+"""Where a template has the prompt."""
 
 
 class DecompositionError(ValueError):
@@ -59,7 +63,8 @@ class DecomposerArguments:
     decomposer: str | None = field(
         default=None,
         metadata={
-            "help": "Decomposer: 'openai', 'shapes' or a registered one. Default: 'openai' with an input, else 'shapes'."
+            "help": "Decomposer: 'openai', 'shapes', 'holistic' (one question about the whole prompt, without a model), or a "
+            "registered one. Default: 'openai' with an input, else 'shapes'."
         },
     )
     base_url: str | None = field(
@@ -92,7 +97,17 @@ class DecomposerArguments:
         },
     )
 
+    holistic_template: str = field(
+        default=f"Does the image show exactly what this request asks for, with nothing wrong, missing or added? {PROMPT_PLACE}",
+        metadata={
+            "help": "Question of the decomposer 'holistic', with {prompt} in the place of the prompt. For prompts of the shapes "
+            "world: 'is there {prompt} ?'"
+        },
+    )
+
     def __post_init__(self) -> None:
+        if PROMPT_PLACE not in self.holistic_template:
+            raise ValueError(f"holistic_template must contain {PROMPT_PLACE}, but is {self.holistic_template!r}")
         self.extra_body = parse_extra_body("extra_body", self.extra_body)
         check_ranges(self)
 

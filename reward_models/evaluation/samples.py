@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from reward_models.dvreward import Score
+from reward_models.evaluation.statistics import standard_error
 from reward_models.files.image_files import load_image
 
 
@@ -119,23 +120,28 @@ class CategoryScore:
         strict_pass_rate (`float`): Share of samples for which the answer to every question is yes.
         num_samples (`int`): Number of samples that were scored.
         num_failed (`int`): Number of samples that could not be scored.
+        reward_error, strict_pass_error (`float`, *optional*): Standard errors of the two means; see [`standard_error`].
     """
 
     reward: float
     strict_pass_rate: float
     num_samples: int
     num_failed: int
+    reward_error: float | None
+    strict_pass_error: float | None
 
     @classmethod
     def from_samples(cls, samples: Sequence[EvaluatedSample]) -> CategoryScore:
         """Average the samples that were scored."""
         scored = [sample for sample in samples if sample.reward is not None]
-        count = max(len(scored), 1)
+        count, prompts = max(len(scored), 1), [sample.index for sample in scored]
         return cls(
             reward=sum(sample.reward for sample in scored) / count,
             strict_pass_rate=sum(sample.strict_pass for sample in scored) / count,
             num_samples=len(scored),
             num_failed=len(samples) - len(scored),
+            reward_error=standard_error(prompts, [sample.reward for sample in scored]),
+            strict_pass_error=standard_error(prompts, [sample.strict_pass for sample in scored]),
         )
 
 

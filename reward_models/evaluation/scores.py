@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from alphagrpo_ext.report.records import REWARD_TOLERANCE
 from reward_models.dvreward import PASS_THRESHOLD
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation, named_categories
-from reward_models.evaluation.statistics import Estimate, bootstrap_mean, estimate_rate
+from reward_models.evaluation.statistics import Estimate, bootstrap_mean, estimate_rate, standard_error
 from reward_models.prompts.questions import PromptRecord, Question
 
 
@@ -85,6 +85,7 @@ class RefinementScore:
         fixed (`float`): Images that pass strictly after the refinement and did not before.
         broken (`float`): Images that passed strictly before the refinement and do not after.
         num_pairs (`int`): Number of pairs that could be scored.
+        gain_error (`float`, *optional*): Standard error of `fixed - broken`; see [`gain_error`].
     """
 
     improved: float
@@ -93,6 +94,7 @@ class RefinementScore:
     fixed: float
     broken: float
     num_pairs: int
+    gain_error: float | None
 
     @classmethod
     def from_evaluations(cls, initial: Evaluation, refined: Evaluation) -> RefinementScore:
@@ -107,7 +109,18 @@ class RefinementScore:
             fixed=sum(new.strict_pass and not old.strict_pass for old, new in pairs) / count,
             broken=sum(old.strict_pass and not new.strict_pass for old, new in pairs) / count,
             num_pairs=len(pairs),
+            gain_error=gain_error(initial, refined),
         )
+
+
+def gain_error(before: Evaluation, after: Evaluation) -> float | None:
+    """
+    Compute the standard error, clustered by prompt, of the change of the strict pass rate between two evaluations of the same
+    rows and seeds; `None` with fewer than two prompts.
+    """
+    pairs = scored_pairs(before.samples, after.samples)
+    changes = [float(new.strict_pass) - float(old.strict_pass) for old, new in pairs]
+    return standard_error([old.index for old, _ in pairs], changes)
 
 
 @dataclass(frozen=True)

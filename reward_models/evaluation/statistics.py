@@ -136,6 +136,25 @@ def bootstrap_mean(
     return Estimate(mean, low, high, len(sums), num_samples)
 
 
+def standard_error(prompts: Sequence[int], values: Sequence[float]) -> float | None:
+    """
+    Compute the standard error of a mean whose values are independent between prompts only (clustered by prompt).
+
+    Args:
+        prompts (`Sequence[int]`): The prompt of each value.
+        values (`Sequence[float]`): The values.
+
+    Returns:
+        `float`: `None` with fewer than two prompts.
+    """
+    if len(set(prompts)) < 2:
+        return None
+    sums, counts = totals_by_prompt(prompts, values)
+    residuals = sums - counts * (sums.sum() / counts.sum())
+    correction = len(sums) / (len(sums) - 1)
+    return float(math.sqrt(correction * (residuals**2).sum()) / counts.sum())
+
+
 def estimate_rate(prompts: Sequence[int], passed: Sequence[bool], confidence: float = 0.95) -> Estimate:
     """
     Compute a rate with the interval of [`bootstrap_mean`], or with Wilson's interval if all resamples are equal, as if all samples

@@ -27,7 +27,10 @@ class JudgeArguments:
     )
     judge_model: str | None = field(
         default=None,
-        metadata={"help": "Model of the judge: its name at the endpoint, or the name or folder of a local model."},
+        metadata={
+            "help": "Model of the judge: its name at the endpoint, or the name or folder of a local model. For 'policy', a "
+            "frozen unified model in the place of the one that is trained."
+        },
     )
     judge_base_url: str | None = field(
         default=None,

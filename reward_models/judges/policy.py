@@ -24,7 +24,8 @@ class PolicyJudge(LocalJudge):
     Asks a unified model about its own images, without a second model or a server. Questions are asked without an
     instruction around them, as unified models are taught. An image is read once for all its questions.
 
-    The judge changes as the policy learns. It needs whole weights in this process, so it works with one process, DDP
+    The judge changes as the policy learns, unless `judge_model` names a model: that one is loaded beside the policy and stays as
+    it is. The judge needs whole weights in this process, so it works with one process, DDP
     and ZeRO up to stage 2, but not with sharded parameters.
 
     Args:
@@ -36,12 +37,13 @@ class PolicyJudge(LocalJudge):
 
     @classmethod
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> PolicyJudge:
-        if policy is not None:
-            return cls(*policy, args.judge_batch_size, args.judge_min_answer_mass)
-        if args.judge_model is None:
+        if args.judge_model is not None:
+            model, processor = load_model(args.judge_model)
+            model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+        elif policy is not None:
+            model, processor = policy
+        else:
             raise ValueError("judge 'policy' needs judge_model, a unified model, where none is trained")
-        model, processor = load_model(args.judge_model)
-        model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
         return cls(model, processor, args.judge_batch_size, args.judge_min_answer_mass)
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:

@@ -184,6 +184,8 @@ def test_reasoning_t2i_runs_from_prompts_to_report(tmp_path: Path) -> None:
         assert scores["num_samples"] + scores["num_failed"] == 14
         assert len(scores["categories"]) == 7
         assert sum(s["num_samples"] + s["num_failed"] for s in scores["categories"].values()) == 14
+        assert 0 < scores["reward_error"] < 0.5
+    assert 0 <= summary["gain_error"] < 0.5
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("image/ratio_mean" in entry for entry in entries)
     with Image.open(tmp_path / "before_after.png") as picture:

@@ -66,6 +66,9 @@ SHORT = {
     "--vision_steps": "2",
     "--vision_answers": "4",
     "--grounding_steps": "2",
+    # Of reproduce_tables.py
+    "--only": "categories",
+    "--seeds": "0",
     # Of weight_digests.py
     "--runs": "reasoning_t2i",
 }

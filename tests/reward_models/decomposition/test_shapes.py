@@ -36,5 +36,5 @@ def test_a_prompt_outside_the_grammar_is_a_failure(prompt: str, message: str) ->
 
 
 def test_decomposers_have_names() -> None:
-    assert DECOMPOSERS.names() == ["openai", "shapes"]
+    assert DECOMPOSERS.names() == ["holistic", "openai", "shapes"]
     assert isinstance(DECOMPOSERS.get("shapes").from_arguments(DecomposerArguments()), ShapesDecomposer)

@@ -105,6 +105,9 @@ def test_categories_equal_hand_computation(evaluation: Evaluation) -> None:
     assert two.reward == pytest.approx(0.5**0.5)
     assert (two.strict_pass_rate, two.num_samples, two.num_failed) == (1.0, 2, 0)
     assert (three.num_samples, three.num_failed) == (0, 2)
+    # One prompt of three passes.
+    assert total.strict_pass_error == pytest.approx(1 / 3)
+    assert three.reward_error is None
     assert total.reward == pytest.approx(((0.9 * 0.4) ** 0.5 + (0.2 * 0.5) ** 0.5 + 0.5**0.5) / 3)
     assert total.strict_pass_rate == pytest.approx(1 / 3)
     assert (total.num_samples, total.num_failed) == (6, 4)

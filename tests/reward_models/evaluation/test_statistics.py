@@ -16,6 +16,7 @@ from reward_models.evaluation.statistics import (
     holm_p_values,
     paired_difference,
     sign_flip_p_value,
+    standard_error,
     totals_by_prompt,
     wilson_interval,
 )
@@ -25,6 +26,15 @@ def test_totals_equal_hand_computation() -> None:
     sums, counts = totals_by_prompt([7, 2, 7, 2, 5], [1.0, 2.0, 3.0, 4.0, 5.0])
     assert sums.tolist() == [6.0, 5.0, 4.0]
     assert counts.tolist() == [2, 1, 2]
+
+
+def test_standard_error_counts_prompts_and_not_samples() -> None:
+    values = [0.0, 1.0, 5.0, 2.0]
+    expected = np.std(values, ddof=1) / 2
+    assert standard_error([0, 1, 2, 3], values) == pytest.approx(expected)
+    # Samples that repeat what another one of their prompt says add nothing.
+    assert standard_error([0, 1, 2, 3] * 2, values * 2) == pytest.approx(expected)
+    assert standard_error([4, 4], [0.0, 1.0]) is None
 
 
 def test_interval_is_that_of_all_possible_draws() -> None:

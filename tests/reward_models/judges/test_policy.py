@@ -94,6 +94,18 @@ def test_judges_with_the_policy_that_is_trained(packaged: tuple[BagelModel, Bage
         RewardArguments(judge="policy").make_reward()
 
 
+def test_a_named_model_judges_in_the_place_of_the_policy(packaged: tuple[BagelModel, BagelProcessor]) -> None:
+    judge = RewardArguments(judge="policy", judge_model="bagel-shapes").make_reward(packaged).judge
+    own = {parameter.data_ptr() for parameter in judge.model.parameters()}
+    assert not judge.model.training
+    # Nothing is shared, so training the policy leaves the judge as it is.
+    assert not own & {parameter.data_ptr() for parameter in packaged[0].parameters()}
+    blank, questions = Image.new("RGB", (24, 24), "white"), ["is the background white ?"]
+    assert judge.probabilities(blank, questions) == pytest.approx(
+        PolicyJudge(*packaged).probabilities(blank, questions)
+    )
+
+
 def test_an_answer_of_too_little_mass_is_none(packaged: tuple[BagelModel, BagelProcessor]) -> None:
     blank = Image.new("RGB", (24, 24))
     sure = PolicyJudge(*packaged)

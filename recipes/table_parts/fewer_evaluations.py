@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Measure how the reward of the packaged `bagel-shapes` depends on the number of evaluations of the network.
+Measure how the reward of a model of the shapes world depends on the number of evaluations of its network.
 
 One table has evaluations with several ODE solvers and numbers of steps, the other has training rollouts with fewer steps and with
-branches. Every row is paired with the first one of its table by prompt and noise.
+branches. Every row is paired with the first one of its table by prompt and noise. It is a script that `reproduce_tables.py` runs:
 
 ```bash
-python recipes/fewer_evaluations.py
+python recipes/reproduce_tables.py --only solvers rollouts
 ```
 """
 
@@ -27,6 +27,7 @@ from recipe_tools.recipe_arguments import RecipeParser
 class MeasurementArguments:
     """Arguments of the measurement; the help text of a field describes it."""
 
+    model_name_or_path: str = field(default="bagel-shapes", metadata={"help": "Model of the shapes world to measure."})
     num_prompts: AtLeastTwo = field(default=504, metadata={"help": "Number of held-out prompts of an evaluation."})
     num_groups: AtLeastTwo = field(default=120, metadata={"help": "Number of groups of training rollouts."})
     output_dir: str = field(default="runs/fewer_evaluations", metadata={"help": "Folder for fewer_evaluations.json."})
@@ -46,7 +47,7 @@ def main(args: MeasurementArguments) -> None:
 
     # Threads that wait for each other cost more than they save at this size.
     torch.set_num_threads(1)
-    model, processor = load_model("bagel-shapes", dtype="float32", attn_implementation="eager")
+    model, processor = load_model(args.model_name_or_path, dtype="float32", attn_implementation="eager")
     meter = Meter(RolloutGenerator(model.eval(), processor, TASKS.get("reasoning_t2i")(think=True)))
     output = Path(args.output_dir) / "fewer_evaluations.json"
     evaluation_title = f"evaluation, {args.num_prompts} prompts x {NUM_SEEDS} seeds"

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Tables of `reasoning_t2i.py`: what is trained, by which objective, and with which other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from alphagrpo_ext.shapes.prompts import CATEGORIES
+from table_parts.plan import Plan, Run
+from table_parts.results import (
+    ERRORS_NOTE,
+    decimals,
+    over_seeds,
+    percent,
+    points,
+    read_summary,
+    rewards_over_seeds,
+    seconds_per_step,
+)
+from table_parts.tables import MeasuredRow, MeasuredTable, one_line
+
+
+REFERENCE_ARGUMENTS = ("--sync_ref_model", "--ref_model_sync_steps", "1", "--ref_model_mixup_alpha")
+NFT_ARGUMENTS = ("--image_objective", "diffusion_nft")
+# The configuration's clip range is that of Flow-GRPO.
+AWM_ARGUMENTS = ("--image_objective", "awm", "--image_epsilon", "1")
+AWM_AUTHORS_ARGUMENTS = (
+    "--sde_window_size",
+    "6",
+    "--image_beta",
+    "1",
+    "--image_kl_type",
+    "velocity",
+    *REFERENCE_ARGUMENTS,
+    "0.7",
+)
+AWM_AUTHORS_ARGUMENTS += ("--ref_model_decay_ramp", "0.001", "--image_base_beta", "0.003")
+OTHER_OBJECTIVES = {
+    "flow_cps": ("`--sde_type flow_cps`", ("--sde_type", "flow_cps")),
+    "grpo_guard": ("`--image_objective grpo_guard`", ("--image_objective", "grpo_guard")),
+    "diffusion_nft": ("`--image_objective diffusion_nft`", NFT_ARGUMENTS),
+    "diffusion_nft_reference": (
+        f"the same, `--rollout_policy reference {' '.join(REFERENCE_ARGUMENTS)} 0.5`",
+        (*NFT_ARGUMENTS, "--rollout_policy", "reference", *REFERENCE_ARGUMENTS, "0.5"),
+    ),
+    "awm": (f"`{' '.join(AWM_ARGUMENTS)}`", AWM_ARGUMENTS),
+    "awm_authors": (f"the same, `{' '.join(AWM_AUTHORS_ARGUMENTS)}`", (*AWM_ARGUMENTS, *AWM_AUTHORS_ARGUMENTS)),
+}
+"""Other objectives than the default: label and arguments by name."""
+LORA_ARGUMENTS = ("--use_peft", "--lora_r", "32", "--lora_alpha", "64", "--learning_rate", "5e-4")
+LORA_AVERAGE_ARGUMENTS = ("--image_beta", "0.01", "--image_kl_type", "velocity", *REFERENCE_ARGUMENTS, "0.1")
+OTHER_SETTINGS = {
+    "kl_mean": ("", ("--image_beta", "0.01", "--image_kl_type", "mean")),
+    "kl_velocity": ("", ("--image_beta", "0.1", "--image_kl_type", "velocity")),
+    "lora": ("", LORA_ARGUMENTS),
+    "lora_average": (f"the same, `{' '.join(LORA_AVERAGE_ARGUMENTS)}`", (*LORA_ARGUMENTS, *LORA_AVERAGE_ARGUMENTS)),
+    "detached": ("", ("--context_gradient", "detached")),
+}
+"""Other settings. A label that is empty is the arguments themselves."""
+SOLVER_ARGUMENTS = ("--ode_solver", "ab2", "--ode_steps", "3")
+BRANCH_ARGUMENTS = ("--branches_per_thought", "2")
+
+
+def training_table(plan: Plan) -> MeasuredTable:
+    """What is trained: text and image, or one of them."""
+    parts = {
+        "text and image (the default)": plan.default_reasoning(),
+        "image only": plan.reasoning("image_only", "--text_loss_weight", "0"),
+        "text only": plan.reasoning("text_only", "--image_loss_weight", "0"),
+    }
+    return MeasuredTable(
+        "Training: text and image",
+        ("updates", *(f"seed {seed}" for seed in plan.seeds), "mean strict pass", "mean reward"),
+        tuple(one_line(label, runs, _gains) for label, runs in parts.items()),
+        f"Seeds: points of strict pass gained. {ERRORS_NOTE}",
+    )
+
+
+def _gains(folders: Sequence[Path]) -> list[str]:
+    summaries = [read_summary(folder) for folder in folders]
+    before, after = ([summary[moment] for summary in summaries] for moment in ("before", "after"))
+    changes = [_gain(summary) for summary in summaries]
+    return [
+        *(points(change, summary["gain_error"]) for change, summary in zip(changes, summaries, strict=True)),
+        f"{percent(_mean(before, 'strict_pass_rate'))} → **{percent(_mean(after, 'strict_pass_rate'))}** "
+        f"({over_seeds(changes, points)} points)",
+        f"{_mean(before, 'reward'):.3f} → {rewards_over_seeds([part['reward'] for part in after])}",
+    ]
+
+
+def _gain(summary: dict[str, Any]) -> float:
+    return summary["after"]["strict_pass_rate"] - summary["before"]["strict_pass_rate"]
+
+
+def _mean(parts: Sequence[dict[str, Any]], name: str) -> float:
+    return fmean(part[name] for part in parts)
+
+
+def categories_table(plan: Plan) -> MeasuredTable:
+    """The default by category."""
+    return MeasuredTable(
+        "Training: the default by category",
+        ("category", "strict pass before", "after", "reward before", "after"),
+        (MeasuredRow("categories", plan.default_reasoning(), _categories),),
+        f"Seeds: {', '.join(map(str, plan.seeds))}. Means over seeds, with their standard deviation.",
+    )
+
+
+def _categories(folders: Sequence[Path]) -> list[list[str]]:
+    summaries = [read_summary(folder) for folder in folders]
+    lines = []
+    for name in CATEGORIES:
+        # A short evaluation does not have all of them.
+        found = [s for s in summaries if name in s["before"]["categories"]]
+        before, after = ([summary[m]["categories"][name] for summary in found] for m in ("before", "after"))
+        if found:
+            rates = [[part["strict_pass_rate"] for part in parts] for parts in (before, after)]
+            rewards = [[part["reward"] for part in parts] for parts in (before, after)]
+            lines.append([name, *(over_seeds(r, percent) for r in rates), *map(rewards_over_seeds, rewards)])
+    return lines
+
+
+def objectives_table(plan: Plan) -> MeasuredTable:
+    """Objectives at an equal number of steps, and what their steps take."""
+    default = plan.default_reasoning()
+
+    def row(label: str, runs: tuple[Run, ...]) -> MeasuredRow:
+        return one_line(label, (*runs, *default), lambda folders: _objective(folders, len(runs), plan.args.max_steps))
+
+    rows = [row("`flow_grpo`, Flow-SDE, without guidance (the recipe's default)", default)]
+    rows += [row(label, plan.reasoning(name, *words)) for name, (label, words) in OTHER_OBJECTIVES.items()]
+    return MeasuredTable(
+        f"Objectives, {plan.args.max_steps} steps each",
+        (
+            "objective",
+            *(f"seed {seed}" for seed in plan.seeds),
+            *("mean strict pass", "mean reward", "seconds per step", "steps in the time of the default"),
+        ),
+        tuple(rows),
+        f"{ERRORS_NOTE} Seconds are medians while {plan.args.num_parallel} runs share the machine.",
+    )
+
+
+def _objective(folders: Sequence[Path], num_own: int, max_steps: int) -> list[str]:
+    own, default = folders[:num_own], folders[num_own:]
+    after = [read_summary(folder)["after"] for folder in own]
+    seconds, base = (fmean(map(seconds_per_step, group)) for group in (own, default))
+    return [
+        *(percent(part["strict_pass_rate"], part["strict_pass_error"]) for part in after),
+        over_seeds([part["strict_pass_rate"] for part in after], percent),
+        rewards_over_seeds([part["reward"] for part in after]),
+        f"{seconds:.2f}",
+        f"{max_steps * base / seconds:.0f}",
+    ]
+
+
+def settings_table(plan: Plan) -> MeasuredTable:
+    """Other settings, one run each."""
+    first = plan.seeds[:1]
+    rows = {
+        label or f"`{' '.join(words)}`": plan.reasoning(n, *words, seeds=first)
+        for n, (label, words) in OTHER_SETTINGS.items()
+    }
+    return _one_seed_table(plan, "Other settings", rows)
+
+
+def cheaper_training_table(plan: Plan) -> MeasuredTable:
+    """Training with fewer network evaluations in rollouts."""
+    first = plan.seeds[:1]
+    rows = {
+        f"`{' '.join(words)}`": plan.reasoning(name, *words, seeds=first)
+        for name, words in {
+            "solver": SOLVER_ARGUMENTS,
+            "branches": BRANCH_ARGUMENTS,
+            "solver_branches": (*SOLVER_ARGUMENTS, *BRANCH_ARGUMENTS),
+        }.items()
+    }
+    return _one_seed_table(plan, "Training with fewer network evaluations", rows)
+
+
+def _one_seed_table(plan: Plan, title: str, rows: dict[str, tuple[Run, ...]]) -> MeasuredTable:
+    default = plan.default_reasoning(plan.seeds[:1])
+    return MeasuredTable(
+        f"{title}, seed {plan.seeds[0]}",
+        ("setting", "strict pass", "reward"),
+        (
+            one_line("untrained", default, lambda folders: _moment(folders, "before")),
+            one_line("the recipe's default", default, lambda folders: _moment(folders, "after")),
+            *(one_line(label, runs, lambda folders: _moment(folders, "after")) for label, runs in rows.items()),
+        ),
+        "`+-` is the standard error over prompts. Seeds differ by more, so one run each is no ranking.",
+    )
+
+
+def _moment(folders: Sequence[Path], name: str) -> list[str]:
+    (part,) = (read_summary(folder)[name] for folder in folders)
+    return [
+        percent(part["strict_pass_rate"], part["strict_pass_error"]),
+        decimals(part["reward"], part["reward_error"]),
+    ]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""All tables by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from table_parts.evaluations import editing_table, guidance_table, rollouts_table, rounds_table, solvers_table
+from table_parts.learning import (
+    categories_table,
+    cheaper_training_table,
+    objectives_table,
+    settings_table,
+    training_table,
+)
+from table_parts.plan import Plan
+from table_parts.refinement import reflection_settings_table, reflection_table
+from table_parts.rewards import decomposed_or_holistic_table
+from table_parts.tables import MeasuredTable
+
+
+TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
+    "training": training_table,
+    "categories": categories_table,
+    "objectives": objectives_table,
+    "settings": settings_table,
+    "guidance": guidance_table,
+    "solvers": solvers_table,
+    "rollouts": rollouts_table,
+    "cheaper_training": cheaper_training_table,
+    "reflection": reflection_table,
+    "reflection_settings": reflection_settings_table,
+    "rounds": rounds_table,
+    "editing": editing_table,
+    "decomposed_or_holistic": decomposed_or_holistic_table,
+}
+"""What makes each table of `TABLE_NAMES`."""

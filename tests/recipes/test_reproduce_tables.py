@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The tables of the READMEs from files of runs, the queue that runs their commands, and the commands themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from trl import ModelConfig, TrlParser
+
+from alphagrpo_ext.models.loading import resolve_model_path
+from alphagrpo_ext.shapes.editing import EDITS
+from alphagrpo_ext.shapes.prompts import CATEGORIES
+from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from recipe_tools.evaluation.arguments import EvaluationArguments
+from recipes.reproduce_tables import check_made_with, main, save_pages, tables_overview
+from reward_models.decomposition.base import DecomposerArguments
+from support.recipe_modules import load_recipe
+from table_parts import execution
+from table_parts.arguments import TABLE_NAMES, TablesArguments
+from table_parts.execution import RunQueue
+from table_parts.fewer_evaluations import MeasurementArguments
+from table_parts.plan import Plan, Run, with_needs
+from table_parts.registry import TABLES
+from table_parts.tables import MeasuredTable
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan_in(folder: Path, **changes: Any) -> Plan:
+    return Plan(TablesArguments(**{"output_dir": str(folder), "seeds": [0, 2], "num_parallel": 2} | changes))
+
+
+def tables_of(plan: Plan) -> dict[str, MeasuredTable]:
+    return {name: make(plan) for name, make in TABLES.items()}
+
+
+def all_runs(plan: Plan) -> list[Run]:
+    return with_needs(run for table in tables_of(plan).values() for run in table.runs)
+
+
+def score(strict: float, reward: float) -> dict[str, Any]:
+    return {
+        "strict_pass_rate": strict,
+        "reward": reward,
+        "strict_pass_error": 0.016,
+        "reward_error": 0.007,
+        "categories": {name: {"strict_pass_rate": strict, "reward": reward} for name in CATEGORIES},
+    }
+
+
+def refinement(gain: float) -> dict[str, Any]:
+    shares = {"improved": 0.8, "worsened": 0.1, "unchanged": 0.1, "fixed": gain, "broken": 0.0}
+    return {"initial": score(0.1, 0.5), "refined": score(0.1 + gain, 0.8), **shares, "gain_error": 0.02}
+
+
+def sample(mode: str, index: int, seed: int, passes: bool, category: str) -> dict[str, Any]:
+    return {
+        **{"mode": mode, "prompt_index": index, "noise_seed": seed, "prompt": "a circle", "category": category},
+        **{
+            "image": "image.png",
+            "reward": 0.5 + 0.25 * passes,
+            "semantic": 0.9,
+            "quality": 0.8,
+            "strict_pass": passes,
+        },
+    }
+
+
+def write_results(run: Run) -> None:
+    """What a run leaves behind that tables read. Seeds differ by two points, and trained models pass more often."""
+    run.folder.mkdir(parents=True)
+    seed = int(run.name[-1]) if "-seed" in run.name else 0
+    script = run.command[0]
+    if script == "reasoning_t2i.py":
+        summary = {"before": score(0.5, 0.7), "after": score(0.6 + 0.01 * seed, 0.8), "gain_error": 0.015}
+        (run.folder / "summary.json").write_text(json.dumps(summary))
+        logs = [{"step": 5, "step_time": 2.0 + seed}, {"step": 10}]
+        (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(log)}\n" for log in logs))
+    elif script == "self_reflection.py":
+        summary = {"before": refinement(0.3), "after": refinement(0.4 + 0.01 * seed)}
+        (run.folder / "summary.json").write_text(json.dumps(summary))
+    elif script == "evaluate.py":
+        Image.new("RGB", (24, 24), "red").save(run.folder / "image.png")
+        modes = ["thought", "round 1", "round 2", "round 3"] if "--num_rounds" in run.command else ["thought"]
+        passes = [index < (2 if "untrained" in run.name else 3) for index in range(4)]
+        rows = [sample(m, i, s, passes[i], EDITS[i]) for m in modes for i in range(4) for s in range(2)]
+        (run.folder / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    elif script == "table_parts/fewer_evaluations.py":
+        row = {"name": "euler", "images": 10.0, "fewer": 1.0, "reward": 0.78, "difference": 0.0, "error": 0.0}
+        row |= {"strict_pass_rate": 0.5, "spread": None}
+        tables = {"evaluation": [row], "rollouts": [row | {"name": "ab2", "spread": 0.17}]}
+        (run.folder / "fewer_evaluations.json").write_text(json.dumps(tables))
+    run.mark_finished()
+
+
+def read_logs(file: Path) -> list[dict[str, Any]]:
+    return [log for line in file.read_text().splitlines() if "reward" in (log := json.loads(line))]
+
+
+def cells(page: Path, label: str) -> list[str]:
+    lines = [line for line in page.read_text().splitlines() if line.startswith(f"| {label} |")]
+    assert len(lines) == 1
+    return [cell.strip() for cell in lines[0].split("|")[2:-1]]
+
+
+def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    for run in all_runs(plan):
+        write_results(run)
+    save_pages(tmp_path, tables_of(plan))
+    pages = {name: tmp_path / f"{name}.md" for name in TABLE_NAMES}
+    assert all("not finished" not in page.read_text() for page in pages.values())
+    assert (tmp_path / "tables.md").read_text() == "\n".join(page.read_text() for page in pages.values())
+    gains = ["+10.0 +- 1.5", "+12.0 +- 1.5", "50.0% → **61.0%** (+11.0 (sd 1.4) points)", "0.700 → 0.800 (sd 0.000)"]
+    assert cells(pages["training"], "image only") == gains
+    assert cells(pages["categories"], "counting")[:2] == ["50.0% (sd 0.0)", "61.0% (sd 1.4)"]
+    # Steps of seeds 0 and 2 take 2 and 4 seconds.
+    expected = ["60.0% +- 1.6", "62.0% +- 1.6", "61.0% (sd 1.4)", "0.800 (sd 0.000)", "3.00", "80"]
+    assert cells(pages["objectives"], "`--sde_type flow_cps`") == expected
+    assert cells(pages["settings"], "untrained") == ["50.0% +- 1.6", "0.700 +- 0.007"]
+    # Two of four prompts pass, with both seeds.
+    assert cells(pages["guidance"], "not at all") == ["50.0% +- 28.9", "50.0% +- 28.9"]
+    assert cells(pages["solvers"], "euler")[-1] == "" and cells(pages["rollouts"], "ab2")[-1] == "0.170"
+    assert cells(pages["reflection"], "trained, seed 2")[1] == "10.0% → 52.0% (+42.0 +- 2.0)"
+    assert cells(pages["reflection"], "**trained, mean of the seeds**")[1] == "10.0% → 51.0% (+41.0 (sd 1.4))"
+    assert cells(pages["reflection_settings"], "text loss weight 0") == ["2", "+42.0 +- 2.0"]
+    assert cells(pages["rounds"], "untrained") == ["50.0% +- 28.9 (reward 0.625)"] * 4
+    assert cells(pages["editing"], "trained on self-reflection, 2 seeds")[:5] == ["100.0%"] * 3 + [
+        "0.0%",
+        "75.0% (sd 0.0)",
+    ]
+    assert cells(pages["decomposed_or_holistic"], "one question") == (
+        ["+25.0 +- 25.0"] * 2 + ["75.0% (sd 0.0)", "0.688 (sd 0.000)", "0.900", "0.800"]
+    )
+    with Image.open(tmp_path / "decomposed_or_holistic.png") as picture:
+        assert picture.width > 6 * 144
+
+
+def test_a_row_says_which_runs_are_missing_and_others_stay(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    for run in TABLES["training"](plan).runs:
+        if run.name != "image_only-seed2":
+            write_results(run)
+    save_pages(tmp_path, {"training": TABLES["training"](plan)})
+    assert cells(tmp_path / "training.md", "image only") == ["not finished: image_only-seed2", "", "", ""]
+    assert cells(tmp_path / "training.md", "text only")[0] == "+10.0 +- 1.5"
+
+
+def test_tables_share_runs_and_the_list_counts_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_in(tmp_path)
+    tables = tables_of(plan)
+    runs = {name: with_needs(table.runs) for name, table in tables.items()}
+    assert runs["categories"] == list(plan.default_reasoning()) and set(runs["categories"]) <= set(
+        runs["rounds"] + runs["editing"]
+    )
+    # A name stands for one command and one folder.
+    assert (
+        len({run.folder for run in all_runs(plan)}) == len(all_runs(plan)) == len({r.command for r in all_runs(plan)})
+    )
+    write_results(plan.default_reasoning()[0])
+    assert main(TablesArguments(output_dir=str(tmp_path), seeds=[0, 2], num_parallel=2, list_tables=True)) == 0
+    text = capsys.readouterr().out
+    assert text.strip() == tables_overview(plan, tables)
+    lines = {line.split()[0]: line.split() for line in text.splitlines()}
+    assert lines["categories"] == ["categories", "2", "1", "2"] and lines["training"][1:3] == ["6", "5"]
+    assert not (tmp_path / "tables.md").exists()
+
+
+def test_runs_of_other_settings_or_of_a_replaced_model_are_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(resolve_model_path("bagel-shapes"), model)
+    plan = plan_in(tmp_path / "tables", model_name_or_path=str(model))
+    check_made_with(plan)
+    check_made_with(plan)
+    with pytest.raises(ValueError, match="runs with max_steps=80, and this command has 2: name another output_dir"):
+        check_made_with(plan_in(tmp_path / "tables", model_name_or_path=str(model), max_steps=2))
+    os.utime(model / "config.json", (0, 0))
+    with pytest.raises(ValueError, match="holds runs with files of the model="):
+        check_made_with(plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"only": ["trainig"]}, "only: unknown trainig; available: training"),
+        ({"seeds": [1, 1]}, "seeds must be different numbers"),
+        ({"seeds": []}, "at least one"),
+        ({"num_parallel": 0}, "num_parallel must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TablesArguments(**changes)
+
+
+def test_recipes_accept_the_arguments_of_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = (AlphaGRPOConfig, ModelConfig)
+    parsers = {}
+    for name, own in (("reasoning_t2i", "PromptArguments"), ("self_reflection", "ReflectionArguments")):
+        config = ["--config", str(ROOT / "recipes" / "configs" / f"{name}_shapes.yaml")]
+        parsers[f"{name}.py"] = (TrlParser((getattr(load_recipe(name), own), *training), allow_abbrev=False), config)
+    others = {
+        "evaluate.py": EvaluationArguments,
+        "decompose_prompts.py": load_recipe("decompose_prompts").DecompositionArguments,
+        "table_parts/fewer_evaluations.py": MeasurementArguments,
+    }
+    assert issubclass(others["decompose_prompts.py"], DecomposerArguments)
+    parsers |= {name: (TrlParser((kind,), allow_abbrev=False), []) for name, kind in others.items()}
+    seen = set()
+    for run in all_runs(plan_in(tmp_path, seeds=[0])):
+        parser, config = parsers[run.command[0]]
+        (_, *values) = parser.parse_args_and_config([*config, *run.command[1:]]) if config else (None, None)
+        if not config:
+            parser.parse_args_and_config(list(run.command[1:]))
+        elif "awm" in run.name:
+            assert values[0].image_epsilon == 1
+        seen.add(run.command[0])
+    assert seen == parsers.keys()
+
+
+SCRIPT = """
+import os, sys, time
+folder = sys.argv[sys.argv.index("--output_dir") + 1]
+os.makedirs(folder, exist_ok=True)
+with open(os.path.join(folder, "tries"), "a") as file:
+    file.write(f"{os.environ['OMP_NUM_THREADS']} {os.getpid()}\\n")
+os.makedirs(os.path.join(folder, "checkpoint-20"), exist_ok=True)
+print("said by", sys.argv[1])
+time.sleep(float(sys.argv[2]))
+sys.exit(int(sys.argv[3]))
+"""
+
+
+def small_run(folder: Path, name: str, seconds: float = 0, status: int = 0, needs: tuple[Run, ...] = ()) -> Run:
+    words = (name, str(seconds), str(status), "--output_dir", str(folder / name))
+    return Run(name, folder / name, ("small.py", *words), 0.1, needs)
+
+
+@pytest.fixture
+def small_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for the runs of one small script."""
+    (tmp_path / "small.py").write_text(SCRIPT)
+    monkeypatch.setattr(execution, "RECIPES_FOLDER", tmp_path)
+    return tmp_path / "runs"
+
+
+def test_a_failed_run_is_named_and_others_go_on_and_are_not_repeated(small_recipes: Path, tmp_path: Path) -> None:
+    good, bad = small_run(small_recipes, "good"), small_run(small_recipes, "bad", status=3)
+    after_good = small_run(small_recipes, "after_good", needs=(good,))
+    after_bad = small_run(small_recipes, "after_bad", needs=(bad,))
+    last = small_run(small_recipes, "last", needs=(after_bad,))
+    runs = with_needs([last, after_good])
+    log = tmp_path / "logs" / "bad.log"
+    expected = {
+        "bad": f"failed with status 3: {log}",
+        "after_bad": "not started, because bad failed",
+        "last": "not started, because after_bad failed",
+    }
+    for attempt in (1, 2):
+        assert RunQueue(tmp_path / "logs", 2).run_all(runs) == expected
+        assert log.read_text() == "said by bad\n" * attempt
+    assert good.finished and after_good.finished and not bad.finished and not last.folder.exists()
+    assert (good.folder / "tries").read_text().startswith("1 ")
+    assert len((good.folder / "tries").read_text().splitlines()) == 1
+    # What only a run that goes on needs is kept where it may go on.
+    assert not (good.folder / "checkpoint-20").exists() and (bad.folder / "checkpoint-20").exists()
+    changed = small_run(small_recipes, "good", seconds=0.01)
+    assert not changed.finished
+    assert not small_run(small_recipes, "after_good", needs=(changed,)).finished
+
+
+def test_an_interrupted_queue_ends_its_processes(small_recipes: Path, tmp_path: Path) -> None:
+    run = small_run(small_recipes, "long", seconds=600)
+    tries = run.folder / "tries"
+
+    def interrupt() -> None:
+        while not (tries.is_file() and tries.read_text().endswith("\n")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt), execution.interrupted_by_termination():
+        RunQueue(tmp_path / "logs", 1).run_all([run])
+    process = int(tries.read_text().split()[1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    assert not run.finished
+
+
+@pytest.mark.slow
+@pytest.mark.low_priority
+def test_command_runs_trains_by_all_rewards_and_goes_on(tmp_path: Path) -> None:
+    words = [
+        "--only",
+        "categories",
+        "decomposed_or_holistic",
+        "--seeds",
+        "0",
+        "--max_steps",
+        "1",
+        "--num_eval_prompts",
+        "2",
+    ]
+    command = [sys.executable, str(ROOT / "recipes" / "reproduce_tables.py"), *words]
+    for _ in range(2):
+        result = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "all runs are finished" in result.stdout
+    folder = tmp_path / "runs" / "tables"
+    assert "not finished" not in (folder / "tables.md").read_text()
+    assert len(cells(folder / "decomposed_or_holistic.md", "both")) == 5
+    # The judge prefers yes or no for every image, whatever it was taught to be asked.
+    (log,) = read_logs(folder / "runs" / "by_one_question-seed0" / "metrics.jsonl")
+    assert log["judge/failed_frac"] == 0 and 0 < log["reward"] < 1
+    assert (folder / "decomposed_or_holistic.png").is_file()
+    # The second command repeated nothing.
+    assert (folder / "logs" / "reasoning-seed0.log").read_text().count("Before training") == 1
