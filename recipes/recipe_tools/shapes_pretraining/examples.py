@@ -88,7 +88,7 @@ PAINTING = PretrainingMixture()
 """Mostly painting."""
 
 GROUNDING = PretrainingMixture(
-    direct=4, thought=20, answer=28, described_answer=16, caption=12, edit=24, reflection=28, painted=0.5, kept=0.5
+    direct=4, thought=20, answer=28, described_answer=16, caption=24, edit=24, reflection=28, painted=0.5, kept=0.5
 )
 """Mostly questions, captions, edits and reflections, which tie words to given images after the model has learned to paint."""
 
