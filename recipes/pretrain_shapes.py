@@ -58,9 +58,11 @@ def main(args: PretrainingArguments) -> None:
         model = train_painter(family, processor, accelerator, args)
     else:
         model, _ = load_model(args.init_from, attn_implementation="eager")
-    paintings = own_paintings(model, processor, accelerator, args)
-    grounding = PretrainingStage("grounding", GROUNDING, args.grounding_steps, args.grounding_learning_rate, paintings)
-    model = train_stage(model, processor, grounding, accelerator, args)
+    for index in range(args.grounding_rounds):
+        name = f"grounding_{index}"
+        paintings = own_paintings(name, model, processor, accelerator, args)
+        stage = PretrainingStage(name, GROUNDING, args.grounding_steps, args.grounding_learning_rate, paintings)
+        model = train_stage(model, processor, stage, accelerator, args)
     if accelerator.is_main_process:
         export(Path(args.output_dir), model, processor, args)
     accelerator.wait_for_everyone()

@@ -53,12 +53,9 @@ _INSTRUCTIONS = {
         ),
     },
     "paraphrase": {
-        "color": ("look : in the image the {name} must be {value} .", "no {name} but a {value} {shape} ."),
-        "move": (
-            "look : in the image the {name} must be {value} .",
-            "first the {name} was wrong , then it must be {value} .",
-        ),
-        "add": ("look : in the image a {name} must be {value} .", "what is missing is a {name} {value} ."),
+        "color": ("repaint the {name} , it must be {value} .", "there must be a {value} {shape} and no {name} ."),
+        "move": ("repaint the {name} , it must be {value} .", "draw the {name} , it must be in the {value} ."),
+        "add": ("the image must be with a {name} {value} .", "what is missing is a {name} {value} ."),
         "remove": ("the image must be free of the {name} .", "what is extra is the {name} ."),
     },
     "reflection": {

@@ -312,6 +312,7 @@ def test_reasoning_t2i_reads_prompts_from_files_and_trains_an_adapter(tmp_path: 
 PRETRAINING = (
     *("--vae_steps", "3", "--decoder_steps", "2", "--steps", "4", "--save_steps", "2", "--warmup_steps", "2"),
     *("--vision_steps", "2", "--vision_answers", "4", "--grounding_steps", "3"),
+    *("--num_paintings", "4", "--grounding_rounds", "2"),
 )
 
 STOP_AFTER_FIRST_SAVE = """
@@ -346,7 +347,7 @@ def test_pretraining_resumes_bit_equal(family: str, tmp_path: Path) -> None:
     state = tmp_path / "resumed" / "painting.pt"
     assert torch.load(state, weights_only=True)["step"] == 2
     run(recipe, *settings, "--output_dir", tmp_path / "resumed")
-    for stage, steps in (("painting", 4), ("grounding", 3)):
+    for stage, steps in (("painting", 4), ("grounding_0", 3), ("grounding_1", 3)):
         resumed, whole = (
             torch.load(tmp_path / name / f"{stage}.pt", weights_only=True) for name in ("resumed", "whole")
         )

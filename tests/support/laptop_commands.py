@@ -65,6 +65,8 @@ SHORT = {
     "--steps": "2",
     "--vision_steps": "2",
     "--vision_answers": "4",
+    "--num_paintings": "4",
+    "--grounding_rounds": "1",
     "--grounding_steps": "2",
     # Of reproduce_tables.py
     "--only": "categories",

@@ -49,13 +49,17 @@ class PretrainingArguments:
     vision_learning_rate: NonNegativeFloat = field(
         default=2e-3, metadata={"help": "Peak learning rate of these steps."}
     )
+    grounding_rounds: PositiveInt = field(
+        default=2,
+        metadata={
+            "help": "Last stages, in which the model learns to answer, to edit and to repair. It paints anew for each of them."
+        },
+    )
     num_paintings: PositiveInt = field(
         default=1500,
-        metadata={"help": "Images per process that the model paints, for the last steps to judge and to repair."},
+        metadata={"help": "Images per process that it paints for each of these stages, to judge and to repair."},
     )
-    grounding_steps: PositiveInt = field(
-        default=600, metadata={"help": "Last steps, in which the model learns to answer, to edit and to repair."}
-    )
+    grounding_steps: PositiveInt = field(default=550, metadata={"help": "Optimizer steps of each of these stages."})
     grounding_learning_rate: NonNegativeFloat = field(
         default=7e-4, metadata={"help": "Peak learning rate of these steps."}
     )

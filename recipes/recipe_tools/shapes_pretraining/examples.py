@@ -88,7 +88,7 @@ PAINTING = PretrainingMixture()
 """Mostly painting."""
 
 GROUNDING = PretrainingMixture(
-    direct=4, thought=20, answer=28, described_answer=16, caption=12, edit=24, reflection=28, painted=0.5, kept=0.5
+    direct=4, thought=20, answer=28, described_answer=16, caption=24, edit=24, reflection=28, painted=0.5, kept=0.5
 )
 """Mostly questions, captions, edits and reflections, which tie words to given images after the model has learned to paint."""
 
@@ -171,10 +171,12 @@ def _answering(
 
 
 def _captioning(rng: random.Random, mixture: PretrainingMixture, paintings: Sequence[Painting]) -> Example:
-    """Draw an image and a prompt that it shows, read through the vision tower alone or with its latents."""
-    right = [painting for painting in paintings if painting.is_right]
-    if rng.random() < mixture.painted:
-        shown = rng.choice(right)
+    """
+    Draw an image, of which `paintings` are right ones, and a prompt that it shows. It is read through the vision tower alone or
+    with its latents.
+    """
+    if paintings and rng.random() < mixture.painted:
+        shown = rng.choice(paintings)
         spec = shown.spec
     else:
         spec = sample_pretraining_spec(rng)
@@ -230,10 +232,11 @@ def sample_examples(
         *(_painting(rng, mixture, think=False) for _ in range(mixture.direct)),
         *(_painting(rng, mixture, think=True) for _ in range(mixture.thought)),
     ]
+    right = [painting for painting in paintings if painting.is_right] if mixture.caption else []
     texts_about_images = [
         *(_answering(rng, mixture, False, paintings) for _ in range(mixture.answer)),
         *(_answering(rng, mixture, True, paintings) for _ in range(mixture.described_answer)),
-        *(_captioning(rng, mixture, paintings) for _ in range(mixture.caption)),
+        *(_captioning(rng, mixture, right) for _ in range(mixture.caption)),
     ]
     reflections = [
         *(_editing(rng, mixture) for _ in range(mixture.edit)),

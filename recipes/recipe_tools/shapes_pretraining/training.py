@@ -266,14 +266,14 @@ def train_stage(
 
 
 def own_paintings(
-    model: UnifiedModel, processor: UnifiedProcessor, accelerator: Accelerator, args: PretrainingArguments
+    stage: str, model: UnifiedModel, processor: UnifiedProcessor, accelerator: Accelerator, args: PretrainingArguments
 ) -> list[Painting]:
-    """Images that the model paints now, those of this process, or those that it painted when the stage began."""
-    index = accelerator.process_index
+    """Images of this process that the model paints now, or that it painted when the stage of this name began."""
+    name = f"{stage}_{accelerator.process_index}"
     return load_paintings(
-        Path(args.output_dir) / f"paintings_{index}.npy",
+        Path(args.output_dir) / f"{name}.npy",
         args.num_paintings,
-        f"{args.seed}-{index}",
+        f"{args.seed}-{name}",
         model.eval(),
         processor,
         TaskSettings(**{name: value for name, value in SAMPLING.items() if name != "task"}),
