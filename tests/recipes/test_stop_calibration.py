@@ -12,7 +12,7 @@ from alphagrpo_ext.rollout import RolloutConfig
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.stopping import saved_threshold
 from alphagrpo_ext.shapes.prompts import build_dataset
-from recipe_tools.stop_calibration import calibrate, save_threshold
+from recipe_tools.evaluation.calibration import calibrate, save_threshold
 from reward_models.dvreward import DVReward
 
 
