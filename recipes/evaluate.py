@@ -10,6 +10,12 @@ python recipes/evaluate.py --models bagel-shapes runs/reasoning_t2i_shapes --num
 python recipes/evaluate.py --models bagel-shapes runs/self_reflection_shapes --task image_editing
 ```
 
+Or how many questions about images are answered right, with a thought and without one; a file of questions has `image` and `solution`:
+
+```bash
+python recipes/evaluate.py --models bagel-shapes --task visual_question_answering --modes direct thought
+```
+
 With prompts and a judge of your own (`--help` lists all options):
 
 ```bash
@@ -31,12 +37,31 @@ from dataclasses import asdict
 from pathlib import Path
 
 from recipe_tools.evaluation.arguments import EvaluationArguments
-from recipe_tools.evaluation.stages import make_stages
+from recipe_tools.evaluation.stages import ANSWERING, make_stages
 from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 
 
+def evaluate_questions(args: EvaluationArguments) -> None:
+    """Evaluate the answers of all models, and print and save how many are right."""
+    from recipe_tools.evaluation.answers import evaluate_answers, load_questions, save_answers
+    from recipe_tools.processes import end_processes, print_skipped, start_processes
+
+    state = start_processes()
+    skipped: list[str] | None = [] if args.skip_broken_rows else None
+    with checking_input():
+        rows = load_questions(args.eval_file, args.num_eval_prompts, skipped)
+    answers = [answer for name in dict.fromkeys(args.models) for answer in evaluate_answers(name, rows, args)]
+    if state.is_main_process:
+        print(f"\n{save_answers(Path(args.output_dir), answers, asdict(args))}")
+        print_skipped(skipped)
+        print(f"\nevaluation.json and samples.jsonl: {args.output_dir}")
+    end_processes()
+
+
 def main(args: EvaluationArguments) -> None:
+    if args.task == ANSWERING:
+        return evaluate_questions(args)
     # Here, so that `--help` does not import models.
     from recipe_tools.evaluation.models import evaluate_model, load_rows, print_rounds
     from recipe_tools.processes import end_processes, print_skipped, start_processes

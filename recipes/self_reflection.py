@@ -33,7 +33,6 @@ accelerate launch recipes/self_reflection.py --allow_stop --stage1_think --stage
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +52,6 @@ with without_garbage_collection():
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from reward_models.evaluation.samples import Evaluation
 
 
@@ -69,33 +66,11 @@ class ReflectionArguments(PromptArguments):
     Args:
         formats (`list[str]`, *optional*):
             Names of registered rewards of the text's format.
-        train_tasks (`list[str]`, *optional*):
-            Tasks that the training prompts are assigned to in turn. A name that is given twice gets twice as many. By default all
-            prompts have the task of the configuration.
     """
 
     formats: list[str] = field(
         default_factory=list, metadata={"help": "Rewards of the text's format, e.g. 'think' or 'shapes_reflection'."}
     )
-    train_tasks: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Tasks that the training prompts are assigned to in turn, e.g. 'self_reflection reasoning_t2i'. Default: "
-            "--task for all prompts."
-        },
-    )
-
-
-def assign_tasks(dataset: Dataset, tasks: list[str]) -> Dataset:
-    """
-    Add the column `task`, in which the tasks follow each other in turn.
-
-    Raises:
-        `ValueError`: If the dataset has the column.
-    """
-    if "task" in dataset.column_names:
-        raise ValueError("train_tasks assigns tasks to prompts, but those of train_file have a column 'task' already")
-    return dataset.add_column("task", list(itertools.islice(itertools.cycle(tasks), len(dataset))))
 
 
 def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, Any]:
@@ -123,8 +98,6 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     with checking_input():
         formats = [FORMATS.get(name)() for name in script_args.formats]
         run = training.prepare_run(script_args, training_args, model_args)
-        if script_args.train_tasks:
-            run.train_dataset = assign_tasks(run.train_dataset, script_args.train_tasks)
         trainer = training.make_trainer(run, [*training.load_rewards(run), *formats])
 
     def evaluations(moment: str) -> list[Evaluation]:

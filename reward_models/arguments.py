@@ -17,7 +17,7 @@ from reward_models.likelihood.arguments import LikelihoodArguments
 from reward_models.prompts.tags import describe_tags
 
 
-BUILT_IN_REWARDS = ("dvreward", "likelihood")
+BUILT_IN_REWARDS = ("dvreward", "likelihood", "answer")
 """Rewards of recipes by name; others are imported."""
 
 _CANNOT_CHANGE_ANSWERS = (
@@ -120,6 +120,14 @@ class PromptArguments(HoldoutArguments, LikelihoodArguments, RewardArguments):
         default=None,
         metadata={"help": "Name of the column of prompts in train_file and eval_file. Default: prompt."},
     )
+    train_tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tasks that the training prompts are assigned to in turn, e.g. 'self_reflection reasoning_t2i'; a name that is "
+            "given twice gets twice as many. For 'visual_question_answering', questions about scenes of the shapes world take the "
+            "place of prompts. Default: --task for all prompts."
+        },
+    )
     num_train_prompts: PositiveInt = field(
         default=2048, metadata={"help": "Number of training prompts drawn from the shapes world."}
     )
@@ -133,12 +141,20 @@ class PromptArguments(HoldoutArguments, LikelihoodArguments, RewardArguments):
     eval_seeds: NonNegativeInt = field(
         default=2, metadata={"help": "Noise seeds per evaluation prompt. 0 skips the evaluations."}
     )
+    eval_questions: NonNegativeInt = field(
+        default=600,
+        metadata={
+            "help": "Yes/no questions about held-out scenes that the policy answers before and after a run on the shapes world, "
+            "to see whether its understanding suffers. 0 skips them, and eval_seeds=0 too."
+        },
+    )
     eval_batch_size: PositiveInt = field(default=128, metadata={"help": "Samples per batch of an evaluation."})
     reward: list[str] = field(
         default_factory=lambda: ["dvreward"],
         metadata={
             "help": "Rewards of training: 'dvreward'; 'likelihood', how likely a frozen model that looks at the image finds the "
-            "prompt, in nats per token, which needs no questions and compares images of one prompt only; or functions of your own "
+            "prompt, in nats per token, which needs no questions and compares images of one prompt only; 'answer', whether the text ends with the "
+            "answer in the row's column 'solution', of rows of the task visual_question_answering; or functions of your own "
             "as module:function, e.g. my_rewards:brightness for my_rewards.py in this folder. --reward_weights weighs them. "
             "Evaluations use DVReward where prompts have questions, and these functions elsewhere."
         },
@@ -161,6 +177,11 @@ class PromptArguments(HoldoutArguments, LikelihoodArguments, RewardArguments):
     def trains_on_dvreward(self) -> bool:
         """Whether training prompts need questions."""
         return "dvreward" in self.reward
+
+    @property
+    def guards_understanding(self) -> bool:
+        """Whether questions about scenes of the shapes world are answered before and after the run."""
+        return bool(self.eval_questions) and bool(self.eval_seeds) and self.train_file is None
 
     @property
     def evaluates(self) -> bool:

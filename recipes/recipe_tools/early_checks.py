@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from alphagrpo_ext.rollout.task import ANSWERING_TASK
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_for_last, asks_to_resume, complete_checkpoints
 from recipe_tools.own_rewards import import_reward
 from recipe_tools.run_folder import refuse_other_run, run_arguments
@@ -31,6 +32,12 @@ def check_arguments(script_args: PromptArguments, training_args: TrainingArgumen
     if training_args.max_steps == 0 or training_args.max_steps < -1:
         raise ValueError(
             f"max_steps={training_args.max_steps} trains nothing: give a number of steps, or -1 for num_train_epochs"
+        )
+    tasks = {*(script_args.train_tasks or [training_args.task])}
+    if tasks == {ANSWERING_TASK} and not set(script_args.reward) - {"dvreward", "likelihood"}:
+        raise ValueError(
+            f"the task {ANSWERING_TASK} paints no image for {' and '.join(script_args.reward)} to judge: give --reward answer, or a "
+            f"function of your own"
         )
     for name in script_args.reward:
         if name not in BUILT_IN_REWARDS:

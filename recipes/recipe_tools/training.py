@@ -15,7 +15,7 @@ import random
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.rollout.generator import RolloutGenerator
-from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
+from alphagrpo_ext.rollout.task import ANSWERING_TASK, PAINTING_TASK, TASKS
 from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
 from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback, LastLogCallback, banner
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
@@ -39,11 +39,14 @@ from alphagrpo_ext.trainer.reference import frozen_copy
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
 from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
+from recipe_tools.answering.guard import BEFORE_NAME, AnswerChange, answers_once, answers_right
+from recipe_tools.answering.rows import assign_tasks, shapes_questions
 from recipe_tools.contact_sheet import contact_sheet
 from recipe_tools.input_errors import checking_input
 from recipe_tools.own_rewards import evaluation_rewards, import_reward, rewards_table, set_evaluation
 from recipe_tools.processes import limit_threads, print_skipped
 from recipe_tools.run_folder import how_to_go_on, run_arguments, write_arguments
+from reward_models.answering.exact import ExactAnswer
 from reward_models.arguments import PromptArguments
 from reward_models.dvreward import DVReward, JudgeFailedError
 from reward_models.evaluation.evaluate import evaluate
@@ -83,6 +86,7 @@ class TrainingRun:
         model ([`UnifiedModel`]), processor ([`~transformers.ProcessorMixin`]): The policy.
         reward ([`DVReward`], *optional*): Reward of images whose prompts have questions, in training and in evaluations.
         skipped (`list[str]`, *optional*): Rows that were left out because their image is broken, with what is broken.
+        answers ([`AnswerChange`], *optional*): The guard of understanding, once the run is trained.
     """
 
     script_args: PromptArguments
@@ -97,6 +101,7 @@ class TrainingRun:
     processor: ProcessorMixin
     reward: DVReward | None
     skipped: list[str] | None = None
+    answers: AnswerChange | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -113,8 +118,8 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
     arguments = run_arguments(script_args, training_args, model_args)
     skipped: list[str] | None = [] if script_args.skip_broken_rows else None
-    train_dataset = _load_train_prompts(script_args, skipped)
-    eval_rows, eval_dataset = _load_eval_prompts(script_args, skipped)
+    train_dataset = _load_train_prompts(script_args, training_args.task, skipped)
+    eval_rows, eval_dataset = _load_eval_prompts(script_args, training_args.task, skipped)
     attention = model_args.attn_implementation
     load_policy = functools.cache(
         functools.partial(
@@ -138,16 +143,25 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     )
 
 
-def _load_train_prompts(args: PromptArguments, skipped: list[str] | None) -> Dataset:
-    if args.train_file is None or args.trains_on_dvreward:
-        return load_prompts(args.train_file, "train", args.num_train_prompts, skipped, args.prompt_column)
-    return load_unjudged_prompts(args.train_file, skipped, args.prompt_column)
+def _load_train_prompts(args: PromptArguments, task: str, skipped: list[str] | None) -> Dataset:
+    is_shapes = args.train_file is None
+    if is_shapes and {*(args.train_tasks or [task])} == {ANSWERING_TASK}:
+        return shapes_questions("train", args.num_train_prompts)
+    if is_shapes or args.trains_on_dvreward:
+        dataset = load_prompts(args.train_file, "train", args.num_train_prompts, skipped, args.prompt_column)
+    else:
+        dataset = load_unjudged_prompts(args.train_file, skipped, args.prompt_column)
+    return assign_tasks(dataset, args.train_tasks, is_shapes) if args.train_tasks else dataset
 
 
-def _load_eval_prompts(args: PromptArguments, skipped: list[str] | None) -> tuple[PromptRows | None, Dataset | None]:
+def _load_eval_prompts(
+    args: PromptArguments, task: str, skipped: list[str] | None
+) -> tuple[PromptRows | None, Dataset | None]:
     """Evaluation prompts with questions, or those without; none of both if there is no evaluation."""
     if not args.evaluates:
         return None, None
+    if args.eval_file is None and task == ANSWERING_TASK:
+        return None, shapes_questions("evaluation", args.num_eval_prompts)
     if args.eval_file is not None and not args.trains_on_dvreward:
         found: list[str] | None = None if skipped is None else []
         dataset = load_unjudged_prompts(args.eval_file, found, args.prompt_column)
@@ -194,7 +208,11 @@ def load_rewards(run: TrainingRun) -> list[Callable[..., Any]]:
         `ValueError`: If a name is neither that of a built-in reward nor a function that can be imported, or if an argument of a
             reward is wrong.
     """
-    built_in = {"dvreward": lambda: run.reward, "likelihood": lambda: _make_likelihood(run)}
+    built_in = {
+        "dvreward": lambda: run.reward,
+        "likelihood": lambda: _make_likelihood(run),
+        "answer": ExactAnswer,
+    }
     found = [built_in[name]() if name in built_in else import_reward(name) for name in run.script_args.reward]
     # A class is made without arguments, as for a reward that keeps something between its calls.
     return [value() if isinstance(value, type) else value for value in found]
@@ -321,6 +339,7 @@ def train_between_evaluations(
         print(banner("Training", run_facts(run, trainer)), flush=True)
         warn_of_unknown_words(run)
     before = None if run.eval_rows is None else _evaluate_before(run, evaluations)
+    answers_before = _answer_before(run, trainer) if run.script_args.guards_understanding else None
     if is_main:
         write_arguments(run.output_dir, run.arguments)
     _train(run, trainer)
@@ -328,6 +347,8 @@ def train_between_evaluations(
     after = None if before is None else evaluations("after training")
     if run.eval_dataset is not None:
         trainer.evaluate()
+    if answers_before is not None:
+        run.answers = AnswerChange(answers_before, _answer(run, trainer))
     if not is_main:
         return
     print_skipped(run.skipped)
@@ -336,9 +357,29 @@ def train_between_evaluations(
         table, picture = save(before, after)
     elif run.eval_dataset is not None:
         rewards = evaluation_rewards(trainer.state.log_history)
-        write_text(run.output_dir / SUMMARY_NAME, json.dumps(rewards, indent=2) + "\n")
+        _save_summary(run, rewards)
         table = rewards_table(rewards)
+    elif run.answers is not None:
+        _save_summary(run, {})
+    table = "\n\n".join(str(part) for part in (table, run.answers) if part) or None
     _finish(run, trainer, table, picture)
+
+
+def _answer(run: TrainingRun, trainer: AlphaGRPOTrainer) -> list[bool]:
+    with trainer.gathered_policy() as policy:
+        return answers_right(policy, run.processor, run.script_args.eval_questions)
+
+
+def _answer_before(run: TrainingRun, trainer: AlphaGRPOTrainer) -> list[bool]:
+    settings = settings_digest(run.model_args.model_name_or_path, run.model_args.dtype, run.script_args.eval_questions)
+    resuming = asks_to_resume(run.training_args.resume_from_checkpoint)
+    path = run.output_dir / "before_training" / BEFORE_NAME
+    return answers_once(path, settings, resuming, lambda: _answer(run, trainer))
+
+
+def _save_summary(run: TrainingRun, summary: Mapping[str, Any]) -> None:
+    answers = {} if run.answers is None else {"understanding": run.answers.summary()}
+    write_text(run.output_dir / SUMMARY_NAME, json.dumps({**summary, **answers}, indent=2) + "\n")
 
 
 def _evaluate_before(run: TrainingRun, evaluations: Callable[[str], list[Evaluation]]) -> list[Evaluation]:
@@ -382,9 +423,12 @@ def _finish(run: TrainingRun, trainer: AlphaGRPOTrainer, table: str | None, pict
 
 def save_scores(run: TrainingRun, summary: dict[str, Any], before: Evaluation, after: Evaluation) -> None:
     """Write `summary.json` and, if the run has a report, the images before and after training into it."""
-    write_text(run.output_dir / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+    _save_summary(run, summary)
     if run.training_args.report:
         comparison = make_report_comparison(before, after, max_image_size=run.training_args.report_image_size)
+        if run.answers is not None:
+            table = comparison.table
+            comparison = replace(comparison, table=replace(table, note=f"{table.note} Guard: {run.answers}."))
         ReportStore(run.output_dir).save_comparison(comparison)
         write_report(run.output_dir)
 

@@ -68,7 +68,7 @@ def test_help_of_training_has_purpose_examples_and_own_options(call, name: str) 
     assert declared <= set(shown)
     # Of the others, those of the configuration alone.
     others = set(section(text, "Of GRPOConfig and ModelConfig, what the configuration sets"))
-    assert others == set(shown) - declared - {"formats", "train_tasks"}
+    assert others == set(shown) - declared - {"formats"}
     assert {"model_name_or_path", "output_dir", "max_steps"} <= others
     assert "vllm_mode" not in shown and "lora_r" not in shown
 
@@ -79,7 +79,7 @@ def test_options_are_in_sections(call) -> None:
     assert titles[:6] == ["Reflection", "Prompts", "Reward", "Judge", "Likelihood reward", "Hold-out judge"]
     known = dict.fromkeys(recipe_arguments.SECTIONS.values())
     assert titles == ["Reflection", *known, "Of GRPOConfig and ModelConfig, what the configuration sets"]
-    assert section(text, "Reflection") == ["formats", "train_tasks"]
+    assert section(text, "Reflection") == ["formats"]
     assert section(text, "Prompts")[:3] == ["train_file", "eval_file", "prompt_column"]
     assert section(text, "Judge") == [f.name for f in fields(JudgeArguments)]
     assert section(text, "Likelihood reward") == [f.name for f in fields(LikelihoodArguments)]

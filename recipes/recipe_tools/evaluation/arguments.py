@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt
 from alphagrpo_ext.rollout.arguments import SamplingArguments, StoppingArguments
-from recipe_tools.evaluation.stages import DIRECT, EDITING, PAINTING, REFINE, THOUGHT
+from recipe_tools.evaluation.stages import ANSWERING, DIRECT, EDITING, PAINTING, REFINE, THOUGHT
 from reward_models.arguments import RewardArguments
 
 
@@ -23,7 +23,9 @@ class EvaluationArguments(RewardArguments, SamplingArguments, StoppingArguments)
         default_factory=lambda: ["bagel-shapes"],
         metadata={"help": "Checkpoints and adapters: names, folders, or ids on the Hub."},
     )
-    task: str = field(default=PAINTING, metadata={"help": "'reasoning_t2i' or 'image_editing'."})
+    task: str = field(
+        default=PAINTING, metadata={"help": "'reasoning_t2i', 'image_editing' or 'visual_question_answering'."}
+    )
     eval_file: str | None = field(
         default=None,
         metadata={
@@ -66,8 +68,10 @@ class EvaluationArguments(RewardArguments, SamplingArguments, StoppingArguments)
         RewardArguments.__post_init__(self)
         SamplingArguments.__post_init__(self)
         StoppingArguments.__post_init__(self)
-        if self.task not in (PAINTING, EDITING):
-            raise ValueError(f"task must be '{PAINTING}' or '{EDITING}', but is '{self.task}'")
+        if self.task not in (PAINTING, EDITING, ANSWERING):
+            raise ValueError(f"task must be '{PAINTING}', '{EDITING}' or '{ANSWERING}', but is '{self.task}'")
+        if self.task == ANSWERING and self.num_rounds:
+            raise ValueError(f"task '{ANSWERING}' has no image that num_rounds={self.num_rounds} could refine")
         if self.modes is None:
             self.modes = [THOUGHT, REFINE] if self.num_rounds else [THOUGHT]
         unknown = [mode for mode in self.modes if mode not in (DIRECT, THOUGHT, REFINE)]

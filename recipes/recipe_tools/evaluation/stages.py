@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 
-PAINTING, EDITING = "reasoning_t2i", "image_editing"
+PAINTING, EDITING, ANSWERING = "reasoning_t2i", "image_editing", "visual_question_answering"
 """Tasks that can be evaluated."""
 
 DIRECT, THOUGHT, REFINE = "direct", "thought", "refine"

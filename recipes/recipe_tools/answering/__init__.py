@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Questions about images in recipes: rows to train on, the guard of yes and no, and an evaluation of answers."""
