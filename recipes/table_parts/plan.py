@@ -51,6 +51,7 @@ class Run:
         return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == self.commands
 
     def mark_finished(self) -> None:
+        """Say in its folder that it was finished."""
         write_text(self.folder / FINISHED_NAME, json.dumps(self.commands) + "\n")
 
 
@@ -100,10 +101,11 @@ class Plan:
         return self._run(f"{name}-seed{seed}", f"{recipe}.py", words, minutes, needs)
 
     def reasoning(self, name: str, *arguments: str, seeds: Sequence[int] | None = None) -> tuple[Run, ...]:
-        """Runs of `reasoning_t2i.py`, by default with all seeds. Without arguments they are those of the default."""
+        """Runs of `reasoning_t2i.py`, by default with all seeds."""
         return tuple(self.training(name, seed, *arguments) for seed in (self.seeds if seeds is None else seeds))
 
     def default_reasoning(self, seeds: Sequence[int] | None = None) -> tuple[Run, ...]:
+        """Runs of `reasoning_t2i.py` without further arguments, which most tables share."""
         return self.reasoning("reasoning", seeds=seeds)
 
     def reflection(self, name: str, *arguments: str, seeds: Sequence[int] | None = None) -> tuple[Run, ...]:
@@ -112,6 +114,7 @@ class Plan:
         return tuple(self.training(name, seed, *arguments, recipe="self_reflection") for seed in chosen)
 
     def default_reflection(self) -> tuple[Run, ...]:
+        """Runs of `self_reflection.py` without further arguments."""
         return self.reflection("reflection")
 
     def evaluation(self, name: str, trained: Run | None, *arguments: str, num_stages: int = 1) -> Run:

@@ -20,14 +20,17 @@ ERRORS_NOTE = "`+-` is the standard error over prompts of one run; a second one,
 
 
 def percent(value: float, error: float | None = None) -> str:
+    """A share as `50.0%`, with its standard error if there is one: `50.0% +- 1.6`."""
     return f"{100 * value:.1f}%{_margin(error, 100, 1)}"
 
 
 def points(value: float, error: float | None = None) -> str:
+    """A difference of two shares in percentage points, as `+20.4`, with its standard error if there is one."""
     return f"{100 * value:+.1f}{_margin(error, 100, 1)}"
 
 
 def decimals(value: float, error: float | None = None) -> str:
+    """A reward as `0.781`, with its standard error if there is one."""
     return f"{value:.3f}{_margin(error, 1, 3)}"
 
 
@@ -36,12 +39,20 @@ def _margin(error: float | None, factor: float, digits: int) -> str:
 
 
 def over_seeds(values: Sequence[float], notation: Callable[[float], str], factor: float = 100, digits: int = 1) -> str:
-    """The mean of one value per seed, with their standard deviation where there are several."""
+    """
+    The mean of one value per seed, with their standard deviation where there are several.
+
+    Args:
+        values (`Sequence[float]`): The values.
+        notation (`Callable[[float], str]`): Notation of the mean.
+        factor (`float`, *optional*, defaults to `100`), digits (`int`, *optional*, defaults to `1`): Those of the deviation.
+    """
     spread = f" (sd {factor * stdev(values):.{digits}f})" if len(values) > 1 else ""
     return f"{notation(fmean(values))}{spread}"
 
 
 def rewards_over_seeds(values: Sequence[float]) -> str:
+    """[`over_seeds`] of rewards."""
     return over_seeds(values, decimals, 1, 3)
 
 
@@ -82,6 +93,7 @@ class ScoredSamples:
         return {(row["prompt_index"], row["noise_seed"]): row for row in self.rows}
 
     def category(self, name: str) -> ScoredSamples:
+        """The samples of one category of prompts, which may be none."""
         return ScoredSamples([row for row in self.rows if row["category"] == name])
 
     def mean(self, metric: str) -> float:

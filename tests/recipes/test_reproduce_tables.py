@@ -117,6 +117,7 @@ def cells(page: Path, label: str) -> list[str]:
 
 
 def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
+    assert tuple(TABLES) == TABLE_NAMES
     plan = plan_in(tmp_path)
     for run in all_runs(plan):
         write_results(run)
