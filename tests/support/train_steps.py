@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from alphagrpo_ext.rollout.tasks.self_reflection import SelfReflection
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.scoring import PackedScores
-from support.stopping import stops_by_chance
+from alphagrpo_ext.trajectory import Segment, TextSegment
 
 
 GATHERS = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::allgather_into_tensor_coalesced_")
@@ -125,6 +125,16 @@ class ObservedTrainer(AlphaGRPOTrainer):
         assert self.outcome.num_parameters == [sum(held_elements(parameter) for parameter in parameters)]
         self.outcome.gathers.append(sum(e.count for e in profiler.key_averages() if e.key in GATHERS))
         return output
+
+
+def stops_by_chance(
+    self: SelfReflection, contexts: Sequence[Sequence[Segment]], texts: Sequence[TextSegment], *models: Any
+) -> list[bool]:
+    """A method `which_paint`: all samples of every second request stop, and about half of the others, whatever the process."""
+    return [
+        sum(context[-1].token_ids) % 2 == 0 and sum(text.token_ids) % 2 == 0
+        for context, text in zip(contexts, texts, strict=True)
+    ]
 
 
 def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
