@@ -67,12 +67,13 @@ def strict_passes(columns: Mapping[str, Sequence[Any]], num_samples: int) -> lis
 
     Args:
         columns (`Mapping[str, Sequence[Any]]`): What reward functions gave to `log_extra`, of which answers are read.
-        num_samples (`int`): Number of samples. They are the last ones of every column.
+        num_samples (`int`): Number of samples. They are the last ones of every column; a shorter column is left out.
 
     Returns:
         `list[float]`: 0 or 1 for every sample; NaN for one without answers, or with one that is missing.
     """
-    own = [list(values)[-num_samples:] for name, values in columns.items() if name.endswith(COLUMN_SUFFIX)]
+    whole = [list(values) for name, values in columns.items() if name.endswith(COLUMN_SUFFIX)]
+    own = [values[-num_samples:] for values in whole if len(values) >= num_samples]
     passes = []
     for sample in range(num_samples):
         answers = [answer.p_yes for values in own for answer in parse_answers(values[sample])]

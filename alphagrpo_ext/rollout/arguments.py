@@ -161,7 +161,7 @@ class StoppingArguments:
         default=None,
         metadata={
             "help": "With allow_stop, probability of the verdict that the image is right from which it is kept. Default: the one "
-            "that the model's configuration has from calibrate_stop.py; without any, the words decide."
+            "that was calibrated for the model (evaluate.py --calibrate_stop); without any, the words decide."
         },
     )
 

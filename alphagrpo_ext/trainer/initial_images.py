@@ -4,8 +4,8 @@
 Stage 1 of self-reflection: the policy paints the images that its groups then refine.
 
 The policy paints without noise, with the guidance, schedule and size of text-to-image, and with a thought only if the run asks
-for it. Every process paints for the prompts that it holds, the reward functions score the images as they score everything, and the image to refine
-is chosen among those of all processes by a generator that all of them share.
+for it. Every process paints for the prompts that it holds, the reward functions score the images as they score everything, and
+the image to refine is chosen among those of all processes by a generator that all of them share.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from alphagrpo_ext.models.adapters import save_adapter
 from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model
+from alphagrpo_ext.models.saving import save_model
 from alphagrpo_ext.shapes.editing import editing_rows
 from support.recipe_modules import load_recipe, run_recipe
 
@@ -61,6 +62,44 @@ def make_adapter(folder: Path) -> Path:
     adapted.peft_config["default"].base_model_name_or_path = "bagel-shapes"
     save_adapter(adapted, folder)
     return folder
+
+
+def test_rounds_stop_by_a_threshold_that_is_calibrated_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = load_model("bagel-shapes")
+    save_model(model, processor, tmp_path / "model")
+    arguments = (
+        *("--models", tmp_path / "model", "--num_rounds", "2", "--num_eval_prompts", "7", "--eval_seeds", "1"),
+        *("--num_timesteps", "4", "--allow_stop"),
+    )
+    run(tmp_path / "out", *arguments, "--calibrate_stop", "7")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    threshold = config["sampling"]["stop_threshold"]
+    output = capsys.readouterr().out
+    assert f"stop_threshold {threshold:.4f} from 7 images" in output
+    # What is calibrated is found again, and another threshold is another evaluation.
+    run(tmp_path / "again", *arguments)
+    assert content(tmp_path / "again")["evaluations"] == content(tmp_path / "out")["evaluations"]
+    run(tmp_path / "again", *arguments, "--stop_threshold", "0.0")
+    assert "of right: kept" in capsys.readouterr().out
+    *_, last = content(tmp_path / "again")["evaluations"]
+    first = content(tmp_path / "again")["evaluations"][0]
+    assert (last["mode"], last["total"]) == ("round 2", first["total"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--calibrate_stop", "7"), "set allow_stop"),
+        (("--calibrate_stop", "7", "--allow_stop", "--stop_threshold", "0.5"), "and no stop_threshold"),
+        (("--stop_threshold", "0.5"), "needs allow_stop"),
+        (("--calibration_file", "a.jsonl"), "needs calibrate_stop"),
+    ],
+)
+def test_what_a_threshold_needs_is_said(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "--num_rounds", "1", *arguments)
 
 
 def test_checkpoint_and_adapter_are_compared_in_all_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

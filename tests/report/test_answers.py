@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from alphagrpo_ext.report import Answer
-from alphagrpo_ext.report.answers import format_answers, parse_answers
+from alphagrpo_ext.report.answers import format_answers, parse_answers, strict_passes
 
 
 words = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
@@ -35,3 +37,17 @@ def test_no_answers(text: str | None) -> None:
 def test_malformed_answers_are_named() -> None:
     with pytest.raises(ValueError, match="'0.5 Count'"):
         parse_answers("0.5 Count")
+
+
+def test_an_image_passes_strictly_if_every_answer_of_every_reward_is_yes() -> None:
+    def text(*p_yes: float | None) -> str:
+        return format_answers([Answer("?", "Color", "semantic", p) for p in p_yes])
+
+    columns = {
+        "first/answers": [text(0.0), text(0.5, 1.0), text(0.9), text(1.0, None), None],
+        "second/answers": [text(1.0), text(0.7), text(0.4), text(1.0), None],
+        "short/answers": [text(0.0)],
+        "first": [0.0] * 5,
+    }
+    *known, missing, unasked = strict_passes(columns, 4)
+    assert known == [1.0, 0.0] and math.isnan(missing) and math.isnan(unasked)

@@ -204,7 +204,7 @@ def test_cancellation_reaches_the_judge_and_the_caller():
     started, cancelled = [], []
 
     async def run():
-        task = asyncio.create_task(DVReward(judge).score([make_image(0)] * 2, [from_row(make_row())] * 2))
+        task = asyncio.create_task(DVReward(judge).score([make_image(0), make_image(0)], [from_row(make_row())] * 2))
         while judge.running < 2:
             await asyncio.sleep(0)
         started.append(judge.running)

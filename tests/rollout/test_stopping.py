@@ -12,7 +12,6 @@ from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator, refine
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
-from alphagrpo_ext.rollout.generator import sample_generator
 from alphagrpo_ext.rollout.pipeline import UnifiedPipeline
 from alphagrpo_ext.rollout.stopping import best_threshold, keep_probabilities, verdict_choice, with_threshold
 from alphagrpo_ext.shapes.scene import Scene, SceneObject

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.objectives.regularizers import score_transitions
+from alphagrpo_ext.rollout.tasks.self_reflection import SelfReflection
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.scoring import PackedScores
+from alphagrpo_ext.trajectory import Segment, TextSegment
 
 
 GATHERS = ("c10d::_allgather_base_", "c10d::allgather_", "c10d::allgather_into_tensor_coalesced_")
@@ -125,29 +127,42 @@ class ObservedTrainer(AlphaGRPOTrainer):
         return output
 
 
+def stops_by_chance(
+    self: SelfReflection, contexts: Sequence[Sequence[Segment]], texts: Sequence[TextSegment], *models: Any
+) -> list[bool]:
+    """A method `which_paint`: all samples of every second request stop, and about half of the others, whatever the process."""
+    return [
+        sum(context[-1].token_ids) % 2 == 0 and sum(text.token_ids) % 2 == 0
+        for context, text in zip(contexts, texts, strict=True)
+    ]
+
+
 def main(model_path: str, output_path: str, settings: dict[str, Any]) -> None:
     """
     Args:
         model_path (`str`): Checkpoint to start from.
         output_path (`str`): Folder for `model`, what was trained, and `outcome.json`.
         settings (`dict`): Of [`AlphaGRPOConfig`], beside those above; `lora` trains an adapter, `resume` names a checkpoint
-            to go on from, and `tasks` those that the prompts are dealt out to, in turn.
+            to go on from, `tasks` those that the prompts are dealt out to, in turn, and `stops` ends some reflections without
+            painting.
     """
     outcome = Outcome()
     lora, resume = settings.pop("lora", False), settings.pop("resume", None)
     tasks = settings.pop("tasks", None)
+    if settings.pop("stops", False):
+        SelfReflection.which_paint = stops_by_chance
 
     def brightness(images: list, trajectory: list, task: list[str], **kwargs: Any) -> list[float]:
         rewards = [float(np.asarray(image).mean()) / 255 for image in images]
         if trajectory[0] is None:
             # An image that is to be refined: no action.
             return rewards
-        starts = [t.sampled_images[0].window.start for t in trajectory]
+        starts = [t.sampled_images[0].window.start if t.sampled_images else None for t in trajectory]
         texts = [t.sampled_texts[0].token_ids for t in trajectory]
         local = list(zip(task, rewards, starts, texts, strict=True))
         outcome.rollouts.extend(gather_object(local))
         text = sum(sum(t.sampled_texts[0].log_probs) for t in trajectory)
-        image = np.mean([t.sampled_images[0].window.log_probs.mean().item() for t in trajectory])
+        image = np.mean([i.window.log_probs.mean().item() for t in trajectory for i in t.sampled_images[:1]] or [0.0])
         outcome.sampled_log_probs.append(np.mean(gather_object([[text, image]]), axis=0).tolist())
         return rewards
 

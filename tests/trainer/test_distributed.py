@@ -196,6 +196,33 @@ def test_split_steps_train_as_one_forward(train: Callable[..., Run], backend: st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend, settings",
+    [
+        ("ddp", {}),
+        pytest.param("ddp", {"lora": True, "image_beta": 0.1}, marks=pytest.mark.low_priority),
+        pytest.param("zero2", {"image_beta": 0.1}, marks=pytest.mark.low_priority),
+        pytest.param("fsdp2", {"image_beta": 0.1, "image_steps_per_forward": 1}, marks=pytest.mark.low_priority),
+    ],
+    ids=["ddp", "ddp lora", "zero2", "fsdp2"],
+)
+def test_processes_train_together_where_one_paints_nothing(
+    train: Callable[..., Run], backend: str, settings: dict[str, Any]
+) -> None:
+    settings = {"task": "self_reflection", "stops": True, "max_steps": 2} | settings
+    one, two = train(None, **settings), train(backend, **settings)
+    painted = [start is not None for _, _, start, _ in two.outcome["rollouts"]]
+    by_process = [sum(painted[i : i + 4]) for i in range(0, len(painted), 4)]
+    assert len(by_process) == 4 and 0 in by_process and max(by_process) > 0, by_process
+    assert [(start, text) for _, _, start, text in one.outcome["rollouts"]] == [
+        (start, text) for _, _, start, text in two.outcome["rollouts"]
+    ]
+    together = two.weights()
+    for name, weight in one.weights().items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.low_priority
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 def test_rollout_gathers_parameters_once(train: Callable[..., Run], backend: str) -> None:

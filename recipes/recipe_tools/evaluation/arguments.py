@@ -49,6 +49,17 @@ class EvaluationArguments(RewardArguments, SamplingArguments, StoppingArguments)
         },
     )
     num_rounds: NonNegativeInt = field(default=0, metadata={"help": "Number of rounds of reflection."})
+    calibrate_stop: NonNegativeInt = field(
+        default=0,
+        metadata={
+            "help": "With allow_stop, number of training prompts on which stop_threshold is calibrated first, for every model. A "
+            "folder with a whole model keeps its threshold in config.json. 0 calibrates nothing."
+        },
+    )
+    calibration_file: str | None = field(
+        default=None,
+        metadata={"help": "Training prompts with questions for calibrate_stop. Default: those of the shapes world."},
+    )
     image_size: PositiveInt = field(default=24, metadata={"help": "Height and width of images, in pixels."})
     batch_size: PositiveInt = field(default=128, metadata={"help": "Samples per batch."})
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder for scores and images."})
@@ -66,6 +77,15 @@ class EvaluationArguments(RewardArguments, SamplingArguments, StoppingArguments)
         unknown = [mode for mode in self.modes if mode not in (DIRECT, THOUGHT, REFINE)]
         if unknown or not self.modes:
             raise ValueError(f"modes must be among '{DIRECT}', '{THOUGHT}' and '{REFINE}', but are {self.modes}")
+        if self.calibrate_stop and (not self.allow_stop or self.stop_threshold is not None or self.task == EDITING):
+            raise ValueError(
+                f"calibrate_stop={self.calibrate_stop} chooses the stop_threshold of rounds of reflection after '{PAINTING}': set "
+                f"allow_stop, and no stop_threshold"
+            )
+        if self.calibration_file is not None and not self.calibrate_stop:
+            raise ValueError(
+                f"calibration_file={self.calibration_file!r} needs calibrate_stop, the number of its prompts"
+            )
         if (REFINE in self.modes) != (self.num_rounds > 0):
             raise ValueError(
                 f"mode '{REFINE}' and num_rounds go together, but modes are {self.modes} and num_rounds is {self.num_rounds}"

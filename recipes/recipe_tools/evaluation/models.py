@@ -10,15 +10,19 @@ a further model or round does not repeat the others.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
+from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
 from alphagrpo_ext.rollout.generator import RolloutGenerator
-from alphagrpo_ext.rollout.task import TASKS
+from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
 from alphagrpo_ext.shapes.editing import editing_rows
 from recipe_tools.evaluation.arguments import EvaluationArguments
+from recipe_tools.evaluation.calibration import calibrate, save_threshold
 from recipe_tools.evaluation.stages import EDITING, EvaluationStage
 from recipe_tools.input_errors import checking_input
 from recipe_tools.processes import load_policy
@@ -74,6 +78,7 @@ def evaluate_model(
     sizes = [config.size for config in configs.values()]
     named_rows = {f"eval_file {args.eval_file}": rows.undecoded if isinstance(rows, PromptRows) else rows}
     checked_reward = functools.cache(checking_input()(lambda: args.make_checked_reward(named_rows, sizes, policy)))
+    threshold = calibrated_threshold(name, policy, args) if args.calibrate_stop else args.stop_threshold
     settings = [
         *(checkpoint_fingerprint(name), args.dtype, rows_digest, args.answer_settings()),
         *(args.eval_seeds, args.batch_size),
@@ -83,15 +88,16 @@ def evaluate_model(
     for stage in stages:
         folder = Path(args.output_dir) / "images" / model_label(name) / stage.mode.replace(" ", "_")
         sampling = [configs[earlier.task] for earlier in stage.lineage]
-        # Whether images may be kept says nothing about first ones, and a threshold of the model's own is in its fingerprint.
-        stops = [args.allow_stop, args.stop_threshold] if args.allow_stop and stage.source else []
+        # Whether images may be kept says nothing about first ones, and a threshold that a model has is in its fingerprint.
+        stops = [args.allow_stop, threshold] if args.allow_stop and stage.source else []
         with EvaluationStore(folder, settings_digest(settings, stage.lineage, sampling, *stops)) as store:
             evaluation = store.evaluation(share_of_work(len(rows), seeds), len(stage.lineage) - 1)
             if evaluation is None:
                 # Before the model is loaded.
                 reward = checked_reward()
                 model, processor = policy()
-                stopping = {"allow_stop": args.allow_stop, "stop_threshold": args.threshold_of(model)}
+                own = args.threshold_of(model) if threshold is None else threshold
+                stopping = {"allow_stop": args.allow_stop, "stop_threshold": own}
                 task = TASKS.get(stage.task)(think=stage.think, **stopping)
                 evaluation = evaluate(
                     RolloutGenerator(model, processor, task),
@@ -114,6 +120,32 @@ def evaluate_model(
         )
         for stage in stages
     ]
+
+
+def calibrated_threshold(
+    name: str, policy: Callable[[], tuple[UnifiedModel, UnifiedProcessor]], args: EvaluationArguments
+) -> float:
+    """
+    Calibrate the threshold of a model on training prompts, print what it does to them, and keep it in a folder that holds the
+    whole model.
+    """
+    with checking_input():
+        rows = list(load_prompts(args.calibration_file, "train", args.calibrate_stop))
+    tasks = (PAINTING_TASK, REFLECTION_TASK)
+    configs = {task: args.rollout(args.image_size, args.image_size, task) for task in tasks}
+    sizes = [config.size for config in configs.values()]
+    reward = checking_input()(args.make_checked_reward)(
+        {f"calibration_file {args.calibration_file}": rows}, sizes, policy
+    )
+    model, processor = policy()
+    result = calibrate(model, processor, rows, configs, reward, range(args.eval_seeds), args.batch_size)
+    state = PartialState()
+    if state.is_main_process:
+        print(f"{name}: {result}")
+        if (Path(name) / "config.json").is_file():
+            save_threshold(Path(name), model, result.threshold)
+    state.wait_for_everyone()
+    return result.threshold
 
 
 def print_rounds(results: Sequence[NamedEvaluation]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from reward_models.dvreward import DVReward
 from reward_models.evaluation.evaluate import evaluate
 from reward_models.evaluation.samples import Evaluation
-from reward_models.evaluation.text_tables import comparison_table
+from reward_models.evaluation.scores import StopRates
+from reward_models.evaluation.store import EvaluationStore
+from reward_models.evaluation.text_tables import comparison_table, refinement_table
 from reward_models.judges import Judge
+from support.stopping import stop_after
 
 
 CONFIG = RolloutConfig(
@@ -130,3 +134,45 @@ def test_table_shows_the_difference(evaluation: Evaluation) -> None:
     assert {"one", "two", "three", "all"} <= lines.keys()
     assert "+0.250" in lines["one"] and "+100.0" in lines["one"]
     assert "+0.0" in lines["two"]
+
+
+def test_an_image_that_is_kept_stays_as_it_is(
+    run: Callable[..., Evaluation],
+    make_shapes_bagel: Callable[[], BagelModel],
+    shapes_processor: BagelProcessor,
+    evaluation: Evaluation,
+    tmp_path: Path,
+) -> None:
+    model, reward = make_shapes_bagel(), DVReward(TableJudge())
+
+    def refine(initial: Evaluation, *stops: str, store: EvaluationStore | None = None) -> Evaluation:
+        task = stop_after(TASKS.get("self_reflection")(think=True), *stops)
+        generate = RolloutGenerator(model, shapes_processor, task)
+        return evaluate(generate, ROWS, CONFIG, reward, (0, 1), 4, initial=initial, store=store)
+
+    free = refine(evaluation)
+    texts = [sample.text for sample in free.samples]
+    with EvaluationStore(tmp_path, "digest") as store:
+        first = refine(evaluation, texts[0], texts[7], store=store)
+    kept = [text in (texts[0], texts[7]) for text in texts]
+    assert 0 < sum(kept) < 10 and [sample.is_kept for sample in first.samples] == kept
+    second = refine(first)
+    for old, new, later, other in zip(evaluation.samples, first.samples, second.samples, free.samples, strict=True):
+        assert new.text == other.text
+        if not new.is_kept:
+            assert not later.is_kept
+            continue
+        assert (new.reward, new.strict_pass, new.semantic) == (old.reward, old.strict_pass, old.semantic)
+        assert (np.asarray(new.load_image()) == np.asarray(old.load_image())).all()
+        assert later.is_kept and later.text == new.text and later.reward == new.reward
+    rates = StopRates.from_evaluations(evaluation, first)
+    scored = [i for i, sample in enumerate(evaluation.samples) if sample.reward is not None]
+    right = [i for i in scored if evaluation.samples[i].strict_pass]
+    wrong = [i for i in scored if not evaluation.samples[i].strict_pass]
+    assert rates.right_kept == pytest.approx(np.mean([kept[i] for i in right]))
+    assert rates.wrong_kept == pytest.approx(np.mean([kept[i] for i in wrong]))
+    # The judge's answers are about the prompt alone.
+    assert (rates.broken, rates.fixed) == (0.0, 0.0)
+    table = refinement_table({"round 1": (evaluation, first)})
+    assert f"{rates.right_kept:.1%}" in table and "of right: kept" in table
+    assert "of right: kept" not in refinement_table({"round 1": (evaluation, free)})

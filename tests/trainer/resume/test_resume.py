@@ -319,16 +319,17 @@ def test_rollouts_are_read_as_they_were_written(tmp_path: Path) -> None:
         guidance_contexts={"text_dropped": [shared]},
     )
     batch = {
-        "trajectories": [Trajectory([shared, image]), Trajectory([shared])],
+        # The second one ended without painting.
+        "trajectories": [Trajectory([shared, image]), Trajectory([shared], num_trained_steps=2)],
         "mask": torch.tensor([[True, False]]),
-        "velocities": [latents[:2].bfloat16(), latents[:2]],
+        "velocities": [latents[:2].bfloat16(), latents[:0]],
         "count": torch.tensor(3),
         "nothing": None,
     }
     save_rollouts([batch], tmp_path / "rollouts.pt")
     (loaded,) = load_rollouts(tmp_path / "rollouts.pt", torch.device("cpu"))
     first, second = loaded["trajectories"]
-    assert first.segments[0] == shared
+    assert first.segments[0] == shared and second.num_trained_steps == 2
     assert first.segments[0] is second.segments[0] is first.segments[1].guidance_contexts["text_dropped"][0]
     assert torch.equal(first.segments[1].latents, latents[2:])
     assert first.segments[1].grid == (2, 2)

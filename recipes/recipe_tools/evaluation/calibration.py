@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Calibration of the threshold from which a policy keeps its image; see `calibrate_stop.py`."""
+"""
+Calibration of the threshold from which a policy keeps its image.
+
+The policy paints training prompts, reflects on every image, and repaints it. The threshold is the one with which most images pass
+strictly, if those at or above it are kept.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
@@ -19,7 +27,7 @@ from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
 from alphagrpo_ext.rollout.tasks.self_reflection import SelfReflection
 from alphagrpo_ext.trajectory import Segment, TextSegment
 from reward_models.dvreward import DVReward
-from reward_models.evaluation.evaluate import evaluate
+from reward_models.evaluation.evaluate import evaluate, share_of_work
 from reward_models.evaluation.scores import scored_pairs
 
 
@@ -98,8 +106,8 @@ def calibrate(
     task = _ObservedReflection()
     reflect = RolloutGenerator(model, processor, task)
     repainted = evaluate(reflect, rows, configs[REFLECTION_TASK], reward, seeds, batch_size, "repainting", first)
-    # One process paints the samples in the order in which an evaluation lists them.
-    by_place = {(s.seed, s.index): p for s, p in zip(repainted.samples, task.probabilities, strict=True)}
+    own = list(zip(share_of_work(len(rows), seeds), task.probabilities, strict=True))
+    by_place = dict(gather_object(own) if PartialState().num_processes > 1 else own)
     pairs = scored_pairs(first.samples, repainted.samples)
     sure = [by_place[old.seed, old.index] for old, _ in pairs]
     if all(p is None for p in sure):
@@ -127,8 +135,12 @@ def calibrate(
 
 
 def save_threshold(folder: Path, model: UnifiedModel, threshold: float) -> None:
-    """Write a threshold into the settings of sampling in a model folder's `config.json`. Everything else stays as it is."""
+    """
+    Write a threshold into the settings of sampling in a model folder's `config.json`. Everything else stays as it is, and so does
+    a file that has this threshold.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["sampling"] = with_threshold(config.get("sampling") or dict(model.family.sampling_settings), threshold)
-    write_text(path, json.dumps(config, indent=2) + "\n")
+    sampling = with_threshold(config.get("sampling") or dict(model.family.sampling_settings), threshold)
+    if sampling != config.get("sampling"):
+        write_text(path, json.dumps(config | {"sampling": sampling}, indent=2) + "\n")
