@@ -18,7 +18,7 @@ from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from recipe_tools.answering.guard import AnswerChange, answers_once, answers_right
 from recipe_tools.answering.rows import assign_tasks
 from reward_models.judges.policy import PolicyJudge
-from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.loading import load_prompts, painted_prompts
 from support.recipe_modules import ROOT, load_recipe, run_recipe
 
 
@@ -104,6 +104,9 @@ def test_a_file_may_mix_prompts_and_questions(folder: Path) -> None:
     assert dataset["solution"][:2] == [None, None] and set(dataset["solution"][2:]) == {"yes"}
     assert all(dataset["semantic_questions"][:2]) and not any(dataset["semantic_questions"][2:])
     assert dataset[2]["image"].size == (24, 24)
+    assert painted_prompts(dataset, "mixed.jsonl")["prompt"] == dataset["prompt"][:2]
+    with pytest.raises(ValueError, match="questions has no row whose task paints an image"):
+        painted_prompts(dataset.select(range(2, 6)), "questions")
     dataset.save_to_disk("saved")
     assert load_prompts("saved", "train", 0)["solution"] == dataset["solution"]
     Path("bad.jsonl").write_text(json.dumps({"prompt": "a circle", "task": "reasoning_t2i"}) + "\n")
