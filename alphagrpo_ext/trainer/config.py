@@ -677,7 +677,7 @@ class AlphaGRPOConfig(GRPOConfig):
         """Check that the loss is not 0 for every sample, which would train nothing without an error."""
         if not (self.text_loss_weight or self.image_loss_weight):
             raise ValueError("text_loss_weight and image_loss_weight are both 0, so nothing would be trained")
-        if not (self.image_loss_weight or self.think):
+        if not (self.image_loss_weight or self.make_task(self.task).writes):
             raise ValueError("image_loss_weight=0 and think=False leave neither images nor texts to train on")
         if self.allow_stop and not self.think:
             raise ValueError("allow_stop=True needs think=True: what ends a turn is the text that the policy writes")

@@ -60,7 +60,8 @@ def run_card(trainer: GRPOTrainer) -> CardContent:
     has_adapter = isinstance(model, PeftModel)
     policy = model.get_base_model() if has_adapter else model
     base_model, license = base_name(policy)
-    rounds = args.num_reflection_rounds if trainer.tasks[args.task].needs_image else 0
+    task = trainer.tasks[args.task]
+    rounds = args.num_reflection_rounds if task.needs_image and task.can_paint else 0
     own_prompt = _first_prompt(trainer.train_dataset)
     return CardContent(
         base_model=base_model,

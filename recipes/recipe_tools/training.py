@@ -56,7 +56,7 @@ from reward_models.evaluation.scores import first_failed_question
 from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import evaluate_once
 from reward_models.likelihood.reward import LikelihoodReward
-from reward_models.prompts.loading import has_questions, load_prompts, load_unjudged_prompts
+from reward_models.prompts.loading import has_questions, load_prompts, load_unjudged_prompts, painted_prompts
 from reward_models.prompts.questions import from_row
 from reward_models.prompts.rows import PromptRows
 
@@ -170,7 +170,7 @@ def _load_eval_prompts(
                 skipped += found
             return None, dataset
     rows = load_prompts(args.eval_file, "evaluation", args.num_eval_prompts, skipped, args.prompt_column)
-    return PromptRows(rows), None
+    return PromptRows(painted_prompts(rows, args.eval_name)), None
 
 
 def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -> AlphaGRPOTrainer:

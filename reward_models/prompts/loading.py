@@ -150,6 +150,25 @@ def load_unjudged_prompts(file: str, skipped: list[str] | None = None, prompt_co
     return _with_readable_images(dataset, file, [where for where, _ in rows], skipped)
 
 
+def painted_prompts(dataset: Dataset, source: str) -> Dataset:
+    """
+    The rows whose task paints an image, for an evaluation of images.
+
+    Args:
+        dataset (`datasets.Dataset`): From [`load_prompts`].
+        source (`str`): What the message calls it.
+
+    Raises:
+        `ValueError`: If there are none.
+    """
+    if "task" not in dataset.column_names:
+        return dataset
+    kept = [index for index, name in enumerate(dataset["task"]) if paints_image({"task": name})]
+    if not kept:
+        raise ValueError(f"{source} has no row whose task paints an image: all of them have answers")
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
 def has_questions(dataset: Dataset) -> bool:
     """Whether a row of [`load_unjudged_prompts`] has a question that a judge could be asked."""
     columns = [dataset[name] for name in TAGS if name in dataset.column_names]

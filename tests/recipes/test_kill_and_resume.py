@@ -25,7 +25,18 @@ SETTINGS = (
     # Rollouts serve two steps, and two steps make a log: most checkpoints are in the middle of one or the other.
     *("--num_iterations", "2", "--logging_steps", "3", "--gradient_accumulation_steps", "2"),
     *("--per_device_train_batch_size", "4", "--num_generations", "4", "--num_train_prompts", "12"),
-    *("--num_eval_prompts", "14", "--eval_seeds", "1", "--bf16", "false", "--resume_from_checkpoint", "last"),
+    *(
+        "--num_eval_prompts",
+        "14",
+        "--eval_seeds",
+        "1",
+        "--eval_questions",
+        "14",
+        "--bf16",
+        "false",
+        "--resume_from_checkpoint",
+        "last",
+    ),
 )
 NUM_KILLS = 5
 
@@ -101,6 +112,7 @@ class Whole:
         assert entries[1] == entries[0]
         summaries = [json.loads((path / "summary.json").read_text()) for path in (self.folder, folder)]
         assert summaries[1]["before"] == summaries[0]["before"]
+        assert summaries[1]["understanding"] == summaries[0]["understanding"]
         before, after = (flat(summary["after"]) for summary in summaries)
         assert after.keys() == before.keys()
         for name, value in before.items():

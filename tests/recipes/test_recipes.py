@@ -175,7 +175,8 @@ def test_reasoning_t2i_runs_from_prompts_to_report(tmp_path: Path) -> None:
     output = run(
         *("-m", "accelerate.commands.launch", ROOT / "recipes" / "reasoning_t2i.py"),
         *("--max_steps", "1", "--per_device_train_batch_size", "8", "--num_train_prompts", "16"),
-        *("--num_eval_prompts", "14", "--eval_seeds", "1", "--logging_steps", "1", "--output_dir", tmp_path),
+        *("--num_eval_prompts", "14", "--eval_seeds", "1", "--eval_questions", "14", "--logging_steps", "1"),
+        *("--output_dir", tmp_path),
     )
     assert "strict pass" in output
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -202,7 +203,8 @@ def test_self_reflection_runs_from_prompts_to_report(tmp_path: Path) -> None:
     output = run(
         *("-m", "accelerate.commands.launch", ROOT / "recipes" / "self_reflection.py"),
         *("--max_steps", "1", "--per_device_train_batch_size", "8", "--num_train_prompts", "16"),
-        *("--num_eval_prompts", "14", "--eval_seeds", "1", "--logging_steps", "1", "--output_dir", tmp_path),
+        *("--num_eval_prompts", "14", "--eval_seeds", "1", "--eval_questions", "14", "--logging_steps", "1"),
+        *("--output_dir", tmp_path),
         *("--formats", "shapes_reflection", "think", "--reward_weights", "1.0", "0.1", "0.1"),
     )
     assert "unchanged" in output

@@ -35,6 +35,7 @@ SHORT = {
     "--max_steps": "1",
     "--num_train_prompts": "8",
     "--num_eval_prompts": "7",
+    "--eval_questions": "8",
     "--per_device_train_batch_size": "4",
     "--num_generations": "4",
     "--gradient_accumulation_steps": "1",

@@ -272,7 +272,7 @@ def test_recipe_evaluates_a_sharded_policy_as_a_whole_one(tmp_path: Path) -> Non
         run(
             *(backend, ROOT / "recipes" / "reasoning_t2i.py", "--bf16", "false", "--learning_rate", "1e-3"),
             *("--max_steps", "1", "--warmup_steps", "0", "--per_device_train_batch_size", str(batch_size)),
-            *("--num_train_prompts", "16", "--num_eval_prompts", "14", "--eval_seeds", "1"),
+            *("--num_train_prompts", "16", "--num_eval_prompts", "14", "--eval_seeds", "1", "--eval_questions", "70"),
             *("--max_completion_length", "20", "--output_dir", output, *arguments),
         )
         return json.loads((output / "summary.json").read_text())

@@ -32,7 +32,7 @@ from reward_models.evaluation.scores import NamedEvaluation
 from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import EvaluationStore
 from reward_models.evaluation.text_tables import refinement_table
-from reward_models.prompts.loading import load_prompts
+from reward_models.prompts.loading import load_prompts, painted_prompts
 from reward_models.prompts.rows import PromptRows
 
 
@@ -47,7 +47,7 @@ def load_rows(
     """
     if eval_file is None and task == EDITING:
         return editing_rows(num_prompts, seed=0)
-    dataset = load_prompts(eval_file, "evaluation", num_prompts, skipped)
+    dataset = painted_prompts(load_prompts(eval_file, "evaluation", num_prompts, skipped), f"eval_file {eval_file}")
     if task == EDITING:
         if "image" not in dataset.column_names:
             raise ValueError(f"{eval_file} has no images, which task '{EDITING}' needs: give rows an 'image'")
