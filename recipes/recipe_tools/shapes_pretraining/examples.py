@@ -17,8 +17,8 @@ from typing import Literal
 
 import torch
 
+from alphagrpo_ext.shapes.answering import sample_question
 from alphagrpo_ext.shapes.editing import sample_taught_edit
-from alphagrpo_ext.shapes.judge import answer_questions
 from alphagrpo_ext.shapes.prompts import (
     PromptSpec,
     sample_prompt,
@@ -26,7 +26,6 @@ from alphagrpo_ext.shapes.prompts import (
     sample_spec,
     sample_violation,
     satisfies,
-    semantic_questions,
 )
 from alphagrpo_ext.shapes.scene import (
     BACKGROUNDS,
@@ -35,7 +34,6 @@ from alphagrpo_ext.shapes.scene import (
     Scene,
     corrupt_scene,
     random_object,
-    render,
     render_array,
 )
 from alphagrpo_ext.shapes.text import reflection, repair, thought
@@ -154,18 +152,13 @@ def _answering(
     """
     wanted = rng.random() < 0.5
     if rng.random() < mixture.painted:
-        painting = rng.choice(paintings)
-        shown, scene, answers = painting, painting.scene, dict(painting.answers)
+        shown = rng.choice(paintings)
+        fitting = [(question, yes) for question, yes in shown.answers if yes == wanted]
+        (question, is_yes), scene = rng.choice(fitting or shown.answers), shown.scene
     else:
-        spec = sample_pretraining_spec(rng)
-        shown = scene = sample_scene(spec, rng)
-        if not wanted:
-            shown = scene = sample_violation(scene, spec, rng)
-        questions = [row["question"] for row in semantic_questions(spec)]
-        values = answer_questions(render(scene), questions)
-        answers = {question: value >= 0.5 for question, value in zip(questions, values, strict=True)}
-    question = rng.choice([question for question, yes in answers.items() if yes == wanted] or list(answers))
-    answer = "yes" if answers[question] else "no"
+        scene, question, is_yes = sample_question(sample_pretraining_spec(rng), wanted, rng)
+        shown = scene
+    answer = "yes" if is_yes else "no"
     learned = f"{thought(scene)} {answer}" if describe else answer
     return Example("answer", describe, question, learned, shown=shown)
 
