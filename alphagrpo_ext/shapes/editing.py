@@ -89,8 +89,8 @@ class Edit:
     @property
     def combination(self) -> str:
         """What the edit sets, e.g. `"circle green"` of a circle that becomes green. Held-out edits are told by it."""
-        of_object = self.kind in ("add", "remove")
-        return f"{self.obj.color} {self.obj.shape}" if of_object else f"{self.obj.shape} {self.value}"
+        by_object = self.kind in ("add", "remove")
+        return f"{self.obj.color} {self.obj.shape}" if by_object else f"{self.obj.shape} {self.value}"
 
     @property
     def held_out(self) -> bool:

@@ -593,7 +593,7 @@ class AlphaGRPOConfig(GRPOConfig):
             value = values.get(name)
             setattr(config, name, list(value) if isinstance(value, tuple | list) else value)
         # Other tasks paint from noise, so their windows may lie anywhere.
-        config._starts_from_image = TASKS.get(task).needs_image
+        config.starts_from_image = TASKS.get(task).needs_image
 
     def _resolve_objective(self) -> None:
         """Set the arguments whose default the image objective declares, and which were not given."""
@@ -796,7 +796,7 @@ class AlphaGRPOConfig(GRPOConfig):
             noise_level=self.noise_level,
             ode_solver=self.ode_solver,
             ode_steps=self.ode_steps,
-            refine_strength=self.refine_strength if self._starts_from_image else 1.0,
+            refine_strength=self.refine_strength if self.starts_from_image else 1.0,
             **trained_steps,
         )
         return RolloutConfig(

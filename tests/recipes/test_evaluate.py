@@ -139,7 +139,7 @@ def test_images_of_a_file_are_edited(tmp_path: Path, capsys: pytest.CaptureFixtu
     run(tmp_path / "file", *arguments, "--eval_file", prompts)
     (entry,) = content(tmp_path / "file")["evaluations"]
     assert [category["name"] for category in entry["categories"]] == [row["category"] for row in rows]
-    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-20])
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-60])
     with pytest.raises(ValueError, match=r"line 2: .*1.png: .*--skip_broken_rows"):
         run(tmp_path / "broken", *arguments, "--eval_file", prompts)
     run(tmp_path / "skipped", *arguments, "--eval_file", prompts, "--skip_broken_rows")

@@ -72,7 +72,7 @@ def test_it_mixes_with_dvreward_by_weights(made: list[LikelihoodReward], capsys:
     for log in logs:
         parts = log["rewards/likelihood/mean"], log["rewards/dvreward/mean"]
         assert log["reward"] == pytest.approx(0.1 * parts[0] + parts[1], abs=1e-4)
-        assert parts[0] < -1 and log["likelihood/within_prompt_std"] > 0 and log["likelihood/failed_frac"] == 0
+        assert parts[0] < 0 and log["likelihood/within_prompt_std"] > 0 and log["likelihood/failed_frac"] == 0
         assert 0 < log["holdout/reward"] < 1
     # All weights are trained, so that the frozen policy is a copy.
     frozen, trained, packaged = made[0].scorer.model, load_model("run")[0], load_model("bagel-shapes")[0]

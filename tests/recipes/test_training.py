@@ -27,7 +27,7 @@ def test_rewards_are_imported_from_the_working_folder(tmp_path: Path, monkeypatc
     assert own(images=[1, 2]) == [0.5, 0.5]
     assert kept(images=[1]) == [1.0]
     for name, message in (
-        ("brightness", "give 'dvreward', 'likelihood', or a function as module:function"),
+        ("brightness", "give 'dvreward', 'likelihood', 'answer', or a function as module:function"),
         ("no_such_module_of_a_test:f", "No module named 'no_such_module_of_a_test'"),
         ("own_rewards_of_a_test:f", "has no attribute 'f'"),
         ("own_rewards_of_a_test:NUMBER", "NUMBER is int, not a function"),

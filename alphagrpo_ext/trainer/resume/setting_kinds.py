@@ -25,7 +25,8 @@ class SettingKind(Enum):
 _SAMPLING = """
     task task_settings think thought_context image_height image_width num_timesteps timestep_shift sde_type noise_level
     sde_window_size sde_window_range cfg_text_scale cfg_img_scale cfg_interval cfg_renorm_type cfg_renorm_min
-    ode_solver ode_steps refine_strength branches_per_thought num_reflection_rounds num_initial_images stage1_selection
+    ode_solver ode_steps refine_strength branches_per_thought num_reflection_rounds num_initial_images stage1_think
+    allow_stop stage1_selection
     rollout_policy max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs
     cache_implementation max_tool_calling_iterations use_transformers_continuous_batching
     transformers_continuous_batching_config use_transformers_paged use_vllm vllm_structured_outputs_regex

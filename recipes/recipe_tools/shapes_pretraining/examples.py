@@ -144,15 +144,19 @@ def _painting(rng: random.Random, mixture: PretrainingMixture, think: bool) -> E
 
 
 def _answering(
-    rng: random.Random, mixture: PretrainingMixture, describe: bool, paintings: Sequence[Painting]
+    rng: random.Random,
+    mixture: PretrainingMixture,
+    describe: bool,
+    paintings: Sequence[Painting],
+    wrong: Sequence[Painting],
 ) -> Example:
     """
     Draw a question about an image, with the answer `yes` or `no` equally often. With `describe`, the answer follows a thought that
-    describes the image.
+    describes the image. `wrong` are the paintings that answer a question with `no`.
     """
     wanted = rng.random() < 0.5
     if rng.random() < mixture.painted:
-        shown = rng.choice(paintings)
+        shown = rng.choice(paintings if wanted else wrong or paintings)
         fitting = [(question, yes) for question, yes in shown.answers if yes == wanted]
         (question, is_yes), scene = rng.choice(fitting or shown.answers), shown.scene
     else:
@@ -225,10 +229,13 @@ def sample_examples(
         *(_painting(rng, mixture, think=False) for _ in range(mixture.direct)),
         *(_painting(rng, mixture, think=True) for _ in range(mixture.thought)),
     ]
-    right = [painting for painting in paintings if painting.is_right] if mixture.caption else []
+    right: list[Painting] = []
+    wrong: list[Painting] = []
+    for painting in paintings:
+        (right if painting.is_right else wrong).append(painting)
     texts_about_images = [
-        *(_answering(rng, mixture, False, paintings) for _ in range(mixture.answer)),
-        *(_answering(rng, mixture, True, paintings) for _ in range(mixture.described_answer)),
+        *(_answering(rng, mixture, False, paintings, wrong) for _ in range(mixture.answer)),
+        *(_answering(rng, mixture, True, paintings, wrong) for _ in range(mixture.described_answer)),
         *(_captioning(rng, mixture, right) for _ in range(mixture.caption)),
     ]
     reflections = [

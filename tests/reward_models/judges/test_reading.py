@@ -214,7 +214,7 @@ def test_the_mass_is_logged_with_cached_answers() -> None:
             await scorer(
                 ["p"] * 3,
                 [""] * 3,
-                images=[IMAGE] * 3,
+                images=[IMAGE.copy() for _ in range(3)],
                 semantic_questions=questions,
                 quality_questions=[[]] * 3,
                 log_metric=metrics.__setitem__,
