@@ -13,11 +13,10 @@ first learns to paint. Then its vision tower alone learns from images, and at la
 questions, to write captions, to edit images, and to repair or keep them. The same command continues a run that was stopped. The finished model lies in the output folder
 itself, the newest averaged weights during the run in its folder `checkpoint`.
 
-Cosmos3 is trained by the same code. Its checkpoint is not packaged, because it would add 8 MB. The figures in the README are of this
-command, which takes half an hour on two cores:
+Cosmos3 is trained by the same code. Its checkpoint is not packaged, because it would add 8 MB. This makes it and trains it:
 
 ```bash
-accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --family cosmos3 --grounding_steps 400
+accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_shapes.py --family cosmos3
 accelerate launch recipes/reasoning_t2i.py --model_name_or_path runs/cosmos3-shapes
 ```
 """

@@ -51,7 +51,7 @@ def tables_overview(plan: Plan, tables: dict[str, MeasuredTable]) -> str:
     for name, runs in groups.items():
         left = [run for run in runs if not run.finished]
         lines.append(f"{name:<24}{len(runs):>6}{len(left):>6}{sum(run.minutes for run in left) / num_parallel:>14.0f}")
-    steps = "" if plan.args.max_steps == 80 else ", estimated for 80 steps"
+    steps = "" if plan.args.max_steps is None else ", estimated for the recipes' own steps"
     return "\n".join([*lines, f"{num_parallel} at a time{steps}"])
 
 

@@ -53,7 +53,9 @@ class TablesArguments:
     model_name_or_path: str = field(
         default="bagel-shapes", metadata={"help": "Model that every run starts from, of the shapes world."}
     )
-    max_steps: PositiveInt = field(default=80, metadata={"help": "Training steps of a run."})
+    max_steps: PositiveInt | None = field(
+        default=None, metadata={"help": "Training steps of a run; those of its recipe by default."}
+    )
     num_eval_prompts: AtLeastTwo = field(default=504, metadata={"help": "Held-out prompts of an evaluation."})
     output_dir: str = field(
         default="runs/tables",

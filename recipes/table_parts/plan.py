@@ -16,7 +16,7 @@ from table_parts.arguments import TablesArguments
 
 FINISHED_NAME = "finished.json"
 """File of a run's folder that says by which commands it was finished."""
-TRAINING_MINUTES, REFLECTION_MINUTES, EVALUATION_MINUTES = 4.5, 6.0, 1.2
+TRAINING_MINUTES, REFLECTION_MINUTES, EVALUATION_MINUTES = 5.0, 5.0, 0.7
 """Minutes on one core while the other core is busy: a run of each training recipe, and an evaluation of one model."""
 
 
@@ -94,7 +94,8 @@ class Plan:
     ) -> Run:
         """A run of a training recipe. One that was cut off continues from its last checkpoint."""
         minutes = REFLECTION_MINUTES if recipe == "self_reflection" else TRAINING_MINUTES
-        amounts = ("--max_steps", str(self.args.max_steps), "--num_eval_prompts", str(self.args.num_eval_prompts))
+        steps = () if self.args.max_steps is None else ("--max_steps", str(self.args.max_steps))
+        amounts = (*steps, "--num_eval_prompts", str(self.args.num_eval_prompts))
         resume = ("--save_strategy", "steps", "--save_steps", "20", "--save_total_limit", "1")
         given = ("--model_name_or_path", self.args.model_name_or_path, "--seed", str(seed), *arguments)
         words = (*given, *amounts, *resume, "--resume_from_checkpoint", "last")

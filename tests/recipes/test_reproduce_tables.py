@@ -188,7 +188,7 @@ def test_runs_of_other_settings_or_of_a_replaced_model_are_refused(tmp_path: Pat
     plan = plan_in(tmp_path / "tables", model_name_or_path=str(model))
     check_made_with(plan)
     check_made_with(plan)
-    with pytest.raises(ValueError, match="runs with max_steps=80, and this command has 2: name another output_dir"):
+    with pytest.raises(ValueError, match="runs with max_steps=None, and this command has 2: name another output_dir"):
         check_made_with(plan_in(tmp_path / "tables", model_name_or_path=str(model), max_steps=2))
     os.utime(model / "config.json", (0, 0))
     with pytest.raises(ValueError, match="holds runs with files of the model="):

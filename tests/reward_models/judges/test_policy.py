@@ -52,7 +52,7 @@ def test_agrees_with_the_pixel_judge_on_rendered_images(packaged: tuple[BagelMod
         scene = sample_scene(spec, rng)
         images.append(render(scene if index % 2 else sample_violation(scene, spec, rng)))
         questions.append([question["question"] for question in semantic_questions(spec)])
-    assert agreement(PolicyJudge(*packaged), images, questions) > 0.9
+    assert agreement(PolicyJudge(*packaged), images, questions) > 0.95
 
 
 def test_agrees_with_the_pixel_judge_on_its_own_images(packaged: tuple[BagelModel, BagelProcessor]) -> None:
@@ -63,7 +63,7 @@ def test_agrees_with_the_pixel_judge_on_its_own_images(packaged: tuple[BagelMode
     trajectories = paint(rows, [sample_generator(0, 0, i) for i in range(len(rows))], config)
     images = [trajectory.final_image for trajectory in trajectories]
     questions = [[question["question"] for question in row["semantic_questions"]] for row in rows]
-    assert agreement(PolicyJudge(*packaged), images, questions) > 0.85
+    assert agreement(PolicyJudge(*packaged), images, questions) > 0.9
 
 
 def test_equals_a_forward_without_cache(packaged: tuple[BagelModel, BagelProcessor]) -> None:
