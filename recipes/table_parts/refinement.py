@@ -15,6 +15,7 @@ from table_parts.tables import MeasuredTable, one_line
 
 
 UNWEIGHTED = ("--text_loss_weight", "1")
+FROM_THE_IMAGE = ("--refine_strength", "0.9", "--sde_window_range", "1", "6")
 
 
 def reflection_table(plan: Plan) -> MeasuredTable:
@@ -86,8 +87,9 @@ def reflection_settings_table(plan: Plan) -> MeasuredTable:
         "weight 1, every second prompt a reasoning text-to-image": plan.reflection(
             "reflection_mixed", *UNWEIGHTED, "--train_tasks", "self_reflection", "reasoning_t2i", seeds=ends
         ),
-        "text loss weight 0": plan.reflection("reflection_weight_0", "--text_loss_weight", "0", seeds=last),
-        "text loss weight 0.05 (the recipe's)": plan.default_reflection(),
+        "text loss weight 0.05": plan.reflection("reflection_weight_0.05", "--text_loss_weight", "0.05", seeds=last),
+        "`--refine_strength 0.9`": plan.reflection("reflection_strength", *FROM_THE_IMAGE, seeds=last),
+        "the recipe's, with text loss weight 0": plan.default_reflection(),
     }
     return MeasuredTable(
         "Self-reflection: settings",

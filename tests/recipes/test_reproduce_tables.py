@@ -129,7 +129,7 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     assert cells(pages["training"], "image only") == gains
     assert cells(pages["categories"], "counting")[:2] == ["50.0% (sd 0.0)", "61.0% (sd 1.4)"]
     # Steps of seeds 0 and 2 take 2 and 4 seconds.
-    expected = ["60.0% +- 1.6", "62.0% +- 1.6", "61.0% (sd 1.4)", "0.800 (sd 0.000)", "3.00", "80"]
+    expected = ["60.0% +- 1.6", "62.0% +- 1.6", "61.0% (sd 1.4)", "0.800 (sd 0.000)", "3.00", "100"]
     assert cells(pages["objectives"], "`--sde_type flow_cps`") == expected
     assert cells(pages["settings"], "untrained") == ["50.0% +- 1.6", "0.700 +- 0.007"]
     # Two of four prompts pass, with both seeds.
@@ -137,7 +137,7 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     assert cells(pages["solvers"], "euler")[-1] == "" and cells(pages["rollouts"], "ab2")[-1] == "0.170"
     assert cells(pages["reflection"], "trained, seed 2")[1] == "10.0% → 52.0% (+42.0 +- 2.0)"
     assert cells(pages["reflection"], "**trained, mean of the seeds**")[1] == "10.0% → 51.0% (+41.0 (sd 1.4))"
-    assert cells(pages["reflection_settings"], "text loss weight 0") == ["2", "+42.0 +- 2.0"]
+    assert cells(pages["reflection_settings"], "text loss weight 0.05") == ["2", "+42.0 +- 2.0"]
     assert cells(pages["rounds"], "untrained") == ["50.0% +- 28.9 (reward 0.625)"] * 4
     assert cells(pages["editing"], "trained on self-reflection, 2 seeds")[:5] == ["100.0%"] * 3 + [
         "0.0%",
