@@ -20,15 +20,11 @@ Every argument of `AlphaGRPOConfig` and `ModelConfig` can be given on the comman
 precedence. Rewards of the text's format train the text alone:
 
 ```bash
-accelerate launch recipes/self_reflection.py --formats shapes_reflection --reward_weights 1.0 0.2
+accelerate launch recipes/self_reflection.py --text_loss_weight 0.05 --formats shapes_reflection --reward_weights 1.0 0.2
 ```
 
-With `--allow_stop` the policy keeps an image that it finds right, and learns from the reward when to do so. First images then
-follow a thought, so that some of them are worth keeping:
-
-```bash
-accelerate launch recipes/self_reflection.py --allow_stop --stage1_think --stage1_selection sampled
-```
+With `allow_stop`, which the configuration for shapes sets, the policy keeps an image that it finds right. First images then follow
+a thought (`stage1_think`), so that some of them are worth keeping.
 """
 
 from __future__ import annotations
