@@ -517,6 +517,11 @@ class UnifiedProcessor(ABC):
     """What a reflection says where the image is right, so that nothing is painted."""
     repaint_verdict: str = "<edit/>"
     """What it says where the image is to be painted anew."""
+    verdict_request: str = (
+        "\nAfter the thought, write <done/> if nothing must be changed, so that the image is kept, or <edit/> if the corrected "
+        "image is to be painted."
+    )
+    """What the request adds where a reflection may end without painting, so that it has one of the two verdicts."""
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -169,8 +169,7 @@ class RolloutGenerator:
         for run in runs:
             task = self.task_of(rows[run.start])
             row_config = _row_config(rows[run.start], config).effective
-            starts_from_image = task.needs_image and task.can_paint
-            way = (row_config if starts_from_image else row_config.from_noise(), task.writes, task.can_paint)
+            way = (row_config if task.starts_from_image() else row_config.from_noise(), task.writes, task.can_paint)
             alike = next((batch for other, batch in batches if other == way), None)
             if alike is None:
                 batches.append((way, [run]))

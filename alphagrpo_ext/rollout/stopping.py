@@ -3,8 +3,8 @@
 """
 When a policy that looks at its image keeps it, at inference: by a threshold on the probability of its verdict.
 
-Greedy reflections rarely say that an image is right, because that is seldom the likeliest verdict. How likely it is tells right
-images from wrong ones all the same, so a threshold is calibrated on training prompts; no judge is asked at inference.
+The likeliest verdict may keep too few images or too many. How likely it is tells right images from wrong ones all the same, so a
+threshold is calibrated on training prompts; no judge is asked at inference.
 """
 
 from __future__ import annotations

@@ -86,6 +86,11 @@ class Task(ABC):
         """How often the policy acts at most, which is to write, if it does, and to paint."""
         return 1
 
+    @classmethod
+    def starts_from_image(cls) -> bool:
+        """Whether an image may be painted from a noised copy of the one that the policy looks at."""
+        return cls.needs_image and cls.can_paint
+
     @property
     def writes(self) -> bool:
         """Whether the policy writes a text in each turn."""

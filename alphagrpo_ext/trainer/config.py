@@ -593,7 +593,7 @@ class AlphaGRPOConfig(GRPOConfig):
             value = values.get(name)
             setattr(config, name, list(value) if isinstance(value, tuple | list) else value)
         # Other tasks paint from noise, so their windows may lie anywhere.
-        config.starts_from_image = TASKS.get(task).needs_image
+        config.starts_from_image = TASKS.get(task).starts_from_image()
 
     def _resolve_objective(self) -> None:
         """Set the arguments whose default the image objective declares, and which were not given."""
@@ -677,8 +677,11 @@ class AlphaGRPOConfig(GRPOConfig):
         """Check that the loss is not 0 for every sample, which would train nothing without an error."""
         if not (self.text_loss_weight or self.image_loss_weight):
             raise ValueError("text_loss_weight and image_loss_weight are both 0, so nothing would be trained")
-        if not (self.image_loss_weight or self.make_task(self.task).writes):
+        task = self.make_task(self.task)
+        if not (self.image_loss_weight or task.writes):
             raise ValueError("image_loss_weight=0 and think=False leave neither images nor texts to train on")
+        if not (self.text_loss_weight or task.can_paint):
+            raise ValueError(f"text_loss_weight=0 leaves nothing to train: the task {self.task} paints no images")
         if self.allow_stop and not self.think:
             raise ValueError("allow_stop=True needs think=True: what ends a turn is the text that the policy writes")
         if self.reward_weights is not None and not any(self.reward_weights):

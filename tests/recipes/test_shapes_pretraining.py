@@ -36,22 +36,23 @@ from reward_models.likelihood.policy import PolicyScorer
 
 FEW = PretrainingMixture(direct=1, thought=2, answer=1, described_answer=1, caption=1, edit=1, reflection=1)
 SAMPLING = TaskSettings(
-    image_height=24, image_width=24, num_timesteps=3, timestep_shift=1.0, cfg_text_scale=1.0, max_completion_length=48
+    image_height=24, image_width=24, num_timesteps=11, timestep_shift=1.0, cfg_text_scale=1.0, max_completion_length=48
 )
 
 
 @pytest.fixture(scope="module")
 def paintings(tmp_path_factory: pytest.TempPathFactory) -> list[Painting]:
-    """Images of the packaged model, half painted after three quarters of them have a thought."""
+    """Images of the packaged model, three quarters of them painted after a thought."""
     path = tmp_path_factory.mktemp("paintings") / "paintings.npy"
     model, processor = load_model("bagel-shapes", attn_implementation="eager")
-    sampling = replace(SAMPLING, num_timesteps=11)
-    painted = load_paintings(path, 64, "test", model.eval(), processor, sampling, show_progress=False)
+    painted = load_paintings(path, 64, "test", model.eval(), processor, SAMPLING, show_progress=False)
     # They are read from the file now, so this needs no model.
-    again = load_paintings(path, 64, "test", None, None, sampling, show_progress=False)
+    again = load_paintings(path, 64, "test", None, None, SAMPLING, show_progress=False)
     assert all(
         np.array_equal(a.array, b.array) and a.answers == b.answers for a, b in zip(painted, again, strict=True)
     )
+    with pytest.raises(ValueError, match=r"paintings.npy has 64 paintings, not num_paintings=65: remove it"):
+        load_paintings(path, 65, "test", None, None, SAMPLING, show_progress=False)
     return painted
 
 

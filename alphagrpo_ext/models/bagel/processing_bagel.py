@@ -35,10 +35,6 @@ BAGEL_REFLECTION_PROMPT = (
     "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
     "it, and say exactly what must be changed. Then paint the corrected image."
 )
-BAGEL_VERDICT_REQUEST = (
-    "\nAfter the thought, write <done/> if nothing must be changed, so that the image is kept, or <edit/> if the corrected image "
-    "is to be painted."
-)
 
 
 def resized_size(width: int, height: int, max_size: int, min_size: int, stride: int) -> tuple[int, int]:
@@ -89,7 +85,7 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
         generation_system_prompt: str = BAGEL_GENERATION_PROMPT,
         understanding_system_prompt: str = BAGEL_UNDERSTANDING_PROMPT,
         reflection_prompt: str = BAGEL_REFLECTION_PROMPT,
-        verdict_request: str = BAGEL_VERDICT_REQUEST,
+        verdict_request: str = UnifiedProcessor.verdict_request,
         keep_verdict: str = UnifiedProcessor.keep_verdict,
         repaint_verdict: str = UnifiedProcessor.repaint_verdict,
         vae_max_size: int = 1024,

@@ -37,10 +37,6 @@ COSMOS3_REFLECTION_PROMPT = (
     "Compare the image with the request. Say what the request asks for, name what is wrong in the image or missing from "
     "it, and say exactly what must be changed. Then paint the corrected image."
 )
-COSMOS3_VERDICT_REQUEST = (
-    "\nAfter the thought, write <done/> if nothing must be changed, so that the image is kept, or <edit/> if the corrected image "
-    "is to be painted."
-)
 RESOLUTION_SENTENCE = "This image is of {height}x{width} resolution."
 NEGATIVE_RESOLUTION_SENTENCE = "This image is not of {height}x{width} resolution."
 
@@ -90,7 +86,7 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         editing_system_prompt: str = COSMOS3_EDITING_PROMPT,
         thinking_prompt: str = COSMOS3_THINKING_PROMPT,
         reflection_prompt: str = COSMOS3_REFLECTION_PROMPT,
-        verdict_request: str = COSMOS3_VERDICT_REQUEST,
+        verdict_request: str = UnifiedProcessor.verdict_request,
         keep_verdict: str = UnifiedProcessor.keep_verdict,
         repaint_verdict: str = UnifiedProcessor.repaint_verdict,
         thought_context: str = "in_place",

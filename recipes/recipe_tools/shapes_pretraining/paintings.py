@@ -89,6 +89,9 @@ def load_paintings(
         model ([`UnifiedModel`]), processor ([`UnifiedProcessor`]): The painter.
         sampling ([`TaskSettings`]): Its schedule, guidance and sizes.
         show_progress (`bool`): Whether to show a progress bar.
+
+    Raises:
+        `ValueError`: If the file has another number of paintings.
     """
     rng = random.Random(f"paintings-{key}")
     specs = [sample_spec(rng, "train") for _ in range(num_paintings)]
@@ -98,6 +101,10 @@ def load_paintings(
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, pixels)
     pixels = np.load(path)
+    if len(pixels) != num_paintings:
+        raise ValueError(
+            f"{path} has {len(pixels)} paintings, not num_paintings={num_paintings}: remove it to paint anew"
+        )
     belief = analyze(pixels)
     return [_read(spec, pixels[index], belief, index) for index, spec in enumerate(specs)]
 
