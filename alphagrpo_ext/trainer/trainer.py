@@ -153,7 +153,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         self.resume = ExactResume(self)
         for callback in (self.resume, *own_callbacks(args, self.callback_handler.callbacks, self._logs)):
             self.add_callback(callback)
-        check_trains(self.model, args)
+        check_trains(self.model, args, self.reward_funcs, self.reward_weights)
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation, args.image_steps_per_forward)
         self.scorer = PackedScorer(args, self.accelerator, sharding.shards_parameters and len(self.tasks) > 1)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)

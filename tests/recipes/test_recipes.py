@@ -206,6 +206,7 @@ def test_self_reflection_runs_from_prompts_to_report(tmp_path: Path) -> None:
         *("--num_eval_prompts", "14", "--eval_seeds", "1", "--eval_questions", "14", "--logging_steps", "1"),
         *("--output_dir", tmp_path),
         *("--formats", "shapes_reflection", "think", "--reward_weights", "1.0", "0.1", "0.1"),
+        *("--text_loss_weight", "0.05"),
     )
     assert "unchanged" in output
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -28,7 +28,14 @@ from alphagrpo_ext.trainer.checks.rows import (
     task_names,
 )
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
-from alphagrpo_ext.trainer.reward_functions import check_parameters, listed, preflight_rewards, reward_hooks
+from alphagrpo_ext.trainer.reward_functions import (
+    check_parameters,
+    listed,
+    preflight_rewards,
+    reward_hooks,
+    reward_name,
+)
+from alphagrpo_ext.trainer.rewards import judges_images
 from alphagrpo_ext.trainer.step import rollout_configs
 
 
@@ -51,14 +58,49 @@ def freeze_for_training(
     return fit_adapter_config(peft_config, model, args.lora_targets, not args.freeze_vision_tower)
 
 
-def check_trains(model: torch.nn.Module, args: AlphaGRPOConfig) -> None:
-    """Freeze the parts of an adapted model that are not trained, and raise `ValueError` if all of its weights are frozen."""
+def check_trains(
+    model: torch.nn.Module, args: AlphaGRPOConfig, functions: Sequence[Callable], weights: torch.Tensor
+) -> None:
+    """
+    Freeze the parts of an adapted model that are not trained, and check that there is something to train.
+
+    Args:
+        model (`torch.nn.Module`): The policy.
+        args ([`AlphaGRPOConfig`]): Its training.
+        functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`): The reward functions.
+
+    Raises:
+        `ValueError`: If all weights of the model are frozen, or if a reward would train nothing.
+    """
+    _refuse_idle_rewards(functions, weights, args)
     if isinstance(model, PeftModel):
         freeze_parts(model, not args.freeze_vision_tower)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "all weights of the model are frozen, so nothing would be trained: unfreeze some, or give the adapter as trainable "
             "(is_trainable=True)"
+        )
+
+
+def _refuse_idle_rewards(functions: Sequence[Callable], weights: torch.Tensor, args: AlphaGRPOConfig) -> None:
+    """
+    Refuse rewards of text alone where texts are not trained, and images do not depend on them either.
+
+    Args:
+        functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`): The reward functions.
+        args ([`AlphaGRPOConfig`]): `text_loss_weight`, `separate_advantages` and `mask_broken_format`.
+
+    Raises:
+        `ValueError`: If there is such a reward with a weight other than 0; the message names it.
+    """
+    if args.text_loss_weight or args.mask_broken_format or not args.separate_advantages:
+        return
+    is_idle = ~judges_images(functions) & (weights.cpu() != 0)
+    names = [reward_name(function) for function, idle in zip(functions, is_idle.tolist(), strict=True) if idle]
+    if names:
+        raise ValueError(
+            f"{', '.join(names)} would train nothing: such rewards train texts alone, and text_loss_weight is 0. Set "
+            f"text_loss_weight, or leave them out"
         )
 
 

@@ -19,6 +19,8 @@ from peft import LoraConfig
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from alphagrpo_ext.trainer.checks.finite_steps import FiniteSteps
+from reward_models.format import FORMATS
+from support.trainers import brightness
 
 
 ROOT = Path(__file__).parents[2]
@@ -237,12 +239,33 @@ class TestNothingToTrain:
         [
             ({"text_loss_weight": 0.0, "image_loss_weight": 0.0}, "text_loss_weight and image_loss_weight are both 0"),
             ({"think": False, "image_loss_weight": 0.0}, "image_loss_weight=0 and think=False leave neither"),
+            (
+                {"task": "visual_question_answering", "text_loss_weight": 0.0},
+                "text_loss_weight=0 leaves nothing to train: the task visual_question_answering paints no images",
+            ),
             ({"reward_weights": [0.0]}, r"reward_weights=\[0.0\] are all 0, so nothing would be trained"),
         ],
     )
     def test_loss_without_weight(self, make_trainer: MakeTrainer, settings: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make_trainer(**settings)
+
+
+class TestRewardOfTextAlone:
+    """A reward of texts does nothing where texts are not trained."""
+
+    def test_is_refused(self, make_trainer: MakeTrainer) -> None:
+        with pytest.raises(ValueError, match="^think_format would train nothing: .* text_loss_weight is 0"):
+            make_trainer(reward_funcs=[brightness, FORMATS.get("think")()], text_loss_weight=0.0)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"separate_advantages": False}, {"mask_broken_format": True}, {"reward_weights": [1.0, 0.0]}],
+        ids=str,
+    )
+    def test_is_used(self, make_trainer: MakeTrainer, settings: dict[str, Any]) -> None:
+        trainer = make_trainer(reward_funcs=[brightness, FORMATS.get("think")()], text_loss_weight=0.0, **settings)
+        assert len(trainer.reward_funcs) == 2
 
 
 def test_number_that_is_written_after_the_configuration_was_made(make_trainer: MakeTrainer) -> None:
