@@ -21,6 +21,7 @@ TABLE_NAMES = (
     "cheaper_training",
     "reflection",
     "reflection_settings",
+    "refinement_after_painting",
     "rounds",
     "editing",
     "decomposed_or_holistic",

@@ -73,7 +73,8 @@ class RunQueue:
                     waiting = self._start_ready(waiting)
                     self._collect()
                     progress.update(before - len(waiting) - len(self._running))
-                    progress.set_postfix_str(", ".join(self._running))
+                    # Only now and then, because a log keeps every line of the bar.
+                    progress.set_postfix_str(", ".join(self._running), refresh=False)
                     time.sleep(_POLL_SECONDS)
             finally:
                 _stop([process for _, process in self._running.values()])

@@ -5,17 +5,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from reward_models.evaluation.statistics import standard_error
 from table_parts.plan import Plan, Run
-from table_parts.results import over_seeds, percent, points, read_summary
+from table_parts.results import ScoredSamples, over_seeds, percent, points, read_summary
 from table_parts.tables import MeasuredTable, one_line
 
 
 UNWEIGHTED = ("--text_loss_weight", "1")
-FROM_THE_IMAGE = ("--refine_strength", "0.9", "--sde_window_range", "1", "6")
+STRENGTH = ("--refine_strength", "0.9")
+FROM_THE_IMAGE = (*STRENGTH, "--sde_window_range", "1", "6")
+AFTER_PAINTING = (*FROM_THE_IMAGE, "--allow_stop", "false", "--num_initial_images", "3", "--learning_rate", "1e-4")
+AFTER_PAINTING += ("--text_loss_weight", "0.05")
+NUM_REFINING_ROUNDS = 2
 
 
 def reflection_table(plan: Plan) -> MeasuredTable:
@@ -100,6 +106,81 @@ def reflection_settings_table(plan: Plan) -> MeasuredTable:
         ),
         "Gain: strict pass of the refined minus that of the initial image, in points, with its standard error over prompts.",
     )
+
+
+def refinement_after_painting_table(plan: Plan) -> MeasuredTable:
+    """Refinement by a model that was trained on text-to-image before, against the better of two fresh images."""
+    painters = {seed: plan.training("painting", seed, "--max_steps", "80") for seed in plan.seeds}
+    trained = [
+        plan.training(
+            *("refinement", seed, "--model_name_or_path", str(painter.folder), *AFTER_PAINTING),
+            recipe="self_reflection",
+            needs=(painter,),
+        )
+        for seed, painter in painters.items()
+    ]
+    models: dict[str, Sequence[Run | None]] = {
+        "untrained": [None],
+        **{f"text-to-image, seed {seed}": [painter] for seed, painter in painters.items()},
+        **{f"then refinement, seed {seed}": [run] for seed, run in zip(plan.seeds, trained, strict=True)},
+        "**then refinement, mean of the seeds**": trained,
+    }
+    return MeasuredTable(
+        "Refinement after text-to-image",
+        ("trained on", "first image", *(f"after round {n + 1}" for n in range(NUM_REFINING_ROUNDS)), "better of two"),
+        tuple(
+            one_line(label, [run for model in group for run in _painted_and_judged(plan, model)], _rounds_and_choices)
+            for label, group in models.items()
+        ),
+        f"Strict pass; in brackets the gain over the first image in points, where `+-` is its standard error over prompts and `sd` the "
+        f"standard deviation between seeds. 80 steps of text-to-image, then `self_reflection.py {' '.join(AFTER_PAINTING)}`. No round "
+        f"may keep its image. *Better of two*: of two fresh images, the one to which the policy itself gives the higher reward.",
+    )
+
+
+def _painted_and_judged(plan: Plan, model: Run | None) -> list[Run]:
+    """Rounds of refinement as the pixels score them, and the first images once more as their own policy scores them."""
+    own = plan.args.model_name_or_path if model is None else str(model.folder)
+    judge = ("--judge", "policy", "--judge_model", own, "--judge_min_answer_mass", "0")
+    rounds = ("--num_rounds", str(NUM_REFINING_ROUNDS), *STRENGTH)
+    return [
+        plan.evaluation("refining", model, *rounds, num_stages=NUM_REFINING_ROUNDS + 1),
+        plan.evaluation("own_scores", model, *judge, num_stages=2),
+    ]
+
+
+def _rounds_and_choices(folders: Sequence[Path]) -> list[str]:
+    stages = [list(ScoredSamples.read(folder).values()) for folder in folders[::2]]
+    firsts = [first for first, *_ in stages]
+    chosen = [
+        _better_of_two(first, own)
+        for first, own in zip(firsts, (ScoredSamples.read(folder)["thought"] for folder in folders[1::2]), strict=True)
+    ]
+    rates = [first.mean("strict_pass") for first in firsts]
+    one = len(firsts) == 1
+    initial = percent(rates[0], firsts[0].error("strict_pass")) if one else percent(fmean(rates))
+    later = [[group[n].gain(group[0]) for group in stages] for n in range(1, NUM_REFINING_ROUNDS + 1)]
+    return [initial, *(_rate_and_gain(rates, gains) for gains in [*later, chosen])]
+
+
+def _better_of_two(samples: ScoredSamples, own: ScoredSamples) -> tuple[float, float | None]:
+    """
+    The gain of choosing, for every prompt, the image with the highest score of the policy over one of its images at random.
+
+    Returns:
+        `tuple[float, float | None]`: The gain in strict pass, and its standard error over prompts.
+    """
+    passes: dict[int, list[tuple[float, float]]] = {}
+    for key, row in samples.by_noise.items():
+        if key in own.by_noise:
+            passes.setdefault(key[0], []).append((own.by_noise[key]["reward"], float(row["strict_pass"])))
+    gains = [max(group, key=itemgetter(0))[1] - fmean(passed for _, passed in group) for group in passes.values()]
+    return fmean(gains), standard_error(list(passes), gains)
+
+
+def _rate_and_gain(rates: Sequence[float], gains: Sequence[tuple[float, float | None]]) -> str:
+    gain = points(*gains[0]) if len(gains) == 1 else over_seeds([gain for gain, _ in gains], points)
+    return f"{percent(fmean(rates) + fmean(gain for gain, _ in gains))} ({gain})"
 
 
 def _own_gain(folder: Path) -> str:

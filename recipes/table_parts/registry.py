@@ -15,7 +15,7 @@ from table_parts.learning import (
     training_table,
 )
 from table_parts.plan import Plan
-from table_parts.refinement import reflection_settings_table, reflection_table
+from table_parts.refinement import refinement_after_painting_table, reflection_settings_table, reflection_table
 from table_parts.rewards import decomposed_or_holistic_table
 from table_parts.tables import MeasuredTable
 
@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
     "cheaper_training": cheaper_training_table,
     "reflection": reflection_table,
     "reflection_settings": reflection_settings_table,
+    "refinement_after_painting": refinement_after_painting_table,
     "rounds": rounds_table,
     "editing": editing_table,
     "decomposed_or_holistic": decomposed_or_holistic_table,

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -32,7 +33,9 @@ from table_parts.arguments import TABLE_NAMES, TablesArguments
 from table_parts.execution import RunQueue
 from table_parts.fewer_evaluations import MeasurementArguments
 from table_parts.plan import Plan, Run, with_needs
+from table_parts.refinement import _better_of_two
 from table_parts.registry import TABLES
+from table_parts.results import ScoredSamples
 from table_parts.tables import MeasuredTable
 
 
@@ -138,6 +141,13 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     assert cells(pages["reflection"], "trained, seed 2")[1] == "10.0% → 52.0% (+42.0 +- 2.0)"
     assert cells(pages["reflection"], "**trained, mean of the seeds**")[1] == "10.0% → 51.0% (+41.0 (sd 1.4))"
     assert cells(pages["reflection_settings"], "text loss weight 0.05") == ["2", "+42.0 +- 2.0"]
+    after_painting = cells(pages["refinement_after_painting"], "then refinement, seed 2")
+    # The policy gives every image that passes the higher reward, but both images of a prompt pass alike.
+    assert after_painting == ["75.0% +- 25.0", *["75.0% (+0.0 +- 0.0)"] * 3]
+    assert (
+        cells(pages["refinement_after_painting"], "**then refinement, mean of the seeds**")[1]
+        == "75.0% (+0.0 (sd 0.0))"
+    )
     assert cells(pages["rounds"], "untrained") == ["50.0% +- 28.9 (reward 0.625)"] * 4
     assert cells(pages["editing"], "trained on self-reflection, 2 seeds")[:5] == ["100.0%"] * 3 + [
         "0.0%",
@@ -148,6 +158,20 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     )
     with Image.open(tmp_path / "decomposed_or_holistic.png") as picture:
         assert picture.width > 6 * 144
+
+
+def test_the_better_of_two_images_is_the_one_that_the_policy_prefers() -> None:
+    passes = {(0, 0): True, (0, 1): False, (1, 0): False, (1, 1): True, (2, 0): False, (2, 1): False}
+    pixels = ScoredSamples(
+        [sample("thought", index, seed, strict, "color") for (index, seed), strict in passes.items()]
+    )
+    # Right for the first prompt, wrong for the second.
+    own = ScoredSamples([row | {"reward": 1.0 - row["noise_seed"]} for row in pixels.rows])
+    gain, error = _better_of_two(pixels, own)
+    assert gain == pytest.approx(0)
+    assert error == pytest.approx(stdev([0.5, -0.5, 0.0]) / 3**0.5)
+    gain, _ = _better_of_two(pixels, pixels)
+    assert gain == pytest.approx(1 / 3)
 
 
 def test_a_row_says_which_runs_are_missing_and_others_stay(tmp_path: Path) -> None:
