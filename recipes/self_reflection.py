@@ -71,12 +71,13 @@ class ReflectionArguments(PromptArguments):
 
 def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, Any]:
     """Scores of images as they were first painted, and of the same images refined, for `summary.json`."""
-    from reward_models.evaluation.scores import RefinementScore
+    from reward_models.evaluation.scores import RefinementScore, StopRates
 
     return {
         "initial": initial.summary(),
         "refined": refined.summary(),
         **asdict(RefinementScore.from_evaluations(initial, refined)),
+        "stops": asdict(StopRates.from_evaluations(initial, refined)),
     }
 
 

@@ -22,6 +22,7 @@ TABLE_NAMES = (
     "reflection",
     "reflection_settings",
     "refinement_after_painting",
+    "refine_strength",
     "rounds",
     "editing",
     "decomposed_or_holistic",

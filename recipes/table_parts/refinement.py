@@ -16,11 +16,11 @@ from table_parts.results import ScoredSamples, over_seeds, percent, points, read
 from table_parts.tables import MeasuredTable, one_line
 
 
-UNWEIGHTED = ("--text_loss_weight", "1")
+LIGHT_TEXT = ("--text_loss_weight", "0.05")
 STRENGTH = ("--refine_strength", "0.9")
 FROM_THE_IMAGE = (*STRENGTH, "--sde_window_range", "1", "6")
 AFTER_PAINTING = (*FROM_THE_IMAGE, "--allow_stop", "false", "--num_initial_images", "3", "--learning_rate", "1e-4")
-AFTER_PAINTING += ("--text_loss_weight", "0.05")
+AFTER_PAINTING += LIGHT_TEXT
 NUM_REFINING_ROUNDS = 2
 
 
@@ -32,24 +32,18 @@ def reflection_table(plan: Plan) -> MeasuredTable:
         "Self-reflection",
         (
             "policy",
-            "reward of initial → refined image",
+            "reward of first image → after the round",
             "strict pass",
-            "improved / worsened / unchanged",
-            "fixed",
-            "broken",
+            "right kept / broken",
+            "wrong kept / fixed",
         ),
         (
             one_line("untrained", default[:1], lambda folders: _refinement([read_summary(folders[0])["before"]])),
             *seeds,
             one_line("**trained, mean of the seeds**", default, _after),
-            one_line(
-                "`--rectification off`, mean of the seeds",
-                plan.reflection("reflection_unrectified", "--rectification", "off"),
-                _after,
-            ),
         ),
-        "In brackets the gain in points: `+-` is its standard error over prompts where the row is of one run, `sd` the standard "
-        "deviation between seeds.",
+        "In brackets the gain of the round in points: `+-` is its standard error over prompts where the row is of one run, `sd` the "
+        "standard deviation between seeds. *Kept*, *broken* and *fixed* are shares of all right or of all wrong first images.",
     )
 
 
@@ -58,22 +52,25 @@ def _after(folders: Sequence[Path]) -> list[str]:
 
 
 def _refinement(parts: Sequence[dict[str, Any]]) -> list[str]:
-    def mean(*names: str) -> float:
-        values = []
-        for part in parts:
-            for name in names:
-                part = part[name]
-            values.append(part)
-        return fmean(values)
+    def mean(moment: str, name: str) -> float:
+        return fmean(part[moment][name] for part in parts)
 
-    changes = "/".join(f" {percent(mean(name))} " for name in ("improved", "worsened", "unchanged")).strip()
+    rates = [percent(mean(moment, "strict_pass_rate")) for moment in ("initial", "refined")]
     return [
         f"{mean('initial', 'reward'):.3f} → {mean('refined', 'reward'):.3f}",
-        f"{percent(mean('initial', 'strict_pass_rate'))} → {percent(mean('refined', 'strict_pass_rate'))} ({_gain_of(parts)})",
-        changes,
-        percent(mean("fixed")),
-        percent(mean("broken")),
+        f"{' → '.join(rates)} ({_gain_of(parts)})",
+        *stop_shares(parts),
     ]
+
+
+def stop_shares(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """Two cells with shares of right first images, kept and broken, and of wrong ones, kept and fixed: means over runs."""
+
+    def mean(name: str) -> str:
+        values = [part["stops"][name] for part in parts]
+        return "-" if None in values else percent(fmean(values))
+
+    return [f"{mean('right_kept')} / {mean('broken')}", f"{mean('wrong_kept')} / {mean('fixed')}"]
 
 
 def _gain_of(parts: Sequence[dict[str, Any]]) -> str:
@@ -81,47 +78,25 @@ def _gain_of(parts: Sequence[dict[str, Any]]) -> str:
     return points(gains[0], parts[0]["gain_error"]) if len(parts) == 1 else over_seeds(gains, points)
 
 
-def reflection_settings_table(plan: Plan) -> MeasuredTable:
-    """How the gain of refinement depends on settings."""
-    last, ends = plan.seeds[-1:], list(dict.fromkeys([plan.seeds[0], plan.seeds[-1]]))
-    settings: dict[str, tuple[Run, ...]] = {
-        "text loss weight 1, learning rate 5e-5": plan.reflection("reflection_weight_1", *UNWEIGHTED),
-        "the same at 2e-5": plan.reflection("reflection_rate_2", *UNWEIGHTED, "--learning_rate", "2e-5", seeds=last),
-        "the same at 3e-5, groups of 16": plan.reflection(
-            "reflection_groups_16", *UNWEIGHTED, "--learning_rate", "3e-5", "--num_generations", "16", seeds=last
-        ),
-        "weight 1, every second prompt a reasoning text-to-image": plan.reflection(
-            "reflection_mixed", *UNWEIGHTED, "--train_tasks", "self_reflection", "reasoning_t2i", seeds=ends
-        ),
-        "text loss weight 0.05": plan.reflection("reflection_weight_0.05", "--text_loss_weight", "0.05", seeds=last),
-        "`--refine_strength 0.9`": plan.reflection("reflection_strength", *FROM_THE_IMAGE, seeds=last),
-        "the recipe's, with text loss weight 0": plan.default_reflection(),
-    }
-    return MeasuredTable(
-        "Self-reflection: settings",
-        ("setting", "seeds", "gain"),
-        tuple(
-            one_line(label, runs, lambda folders: [", ".join(map(_seed, folders)), ", ".join(map(_own_gain, folders))])
-            for label, runs in settings.items()
-        ),
-        "Gain: strict pass of the refined minus that of the initial image, in points, with its standard error over prompts.",
-    )
+def painter(plan: Plan, seed: int) -> Run:
+    """A short run of text-to-image, whose model refinement may start from."""
+    return plan.training("painting", seed, "--max_steps", "80")
+
+
+def refiner(plan: Plan, seed: int) -> Run:
+    """A run of refinement that starts from the model of [`painter`]."""
+    base = painter(plan, seed)
+    words = ("--model_name_or_path", str(base.folder), *AFTER_PAINTING)
+    return plan.training("refinement", seed, *words, recipe="self_reflection", needs=(base,))
 
 
 def refinement_after_painting_table(plan: Plan) -> MeasuredTable:
     """Refinement by a model that was trained on text-to-image before, against the better of two fresh images."""
-    painters = {seed: plan.training("painting", seed, "--max_steps", "80") for seed in plan.seeds}
-    trained = [
-        plan.training(
-            *("refinement", seed, "--model_name_or_path", str(painter.folder), *AFTER_PAINTING),
-            recipe="self_reflection",
-            needs=(painter,),
-        )
-        for seed, painter in painters.items()
-    ]
+    painters = {seed: painter(plan, seed) for seed in plan.seeds}
+    trained = [refiner(plan, seed) for seed in plan.seeds]
     models: dict[str, Sequence[Run | None]] = {
         "untrained": [None],
-        **{f"text-to-image, seed {seed}": [painter] for seed, painter in painters.items()},
+        **{f"text-to-image, seed {seed}": [base] for seed, base in painters.items()},
         **{f"then refinement, seed {seed}": [run] for seed, run in zip(plan.seeds, trained, strict=True)},
         "**then refinement, mean of the seeds**": trained,
     }
@@ -181,11 +156,3 @@ def _better_of_two(samples: ScoredSamples, own: ScoredSamples) -> tuple[float, f
 def _rate_and_gain(rates: Sequence[float], gains: Sequence[tuple[float, float | None]]) -> str:
     gain = points(*gains[0]) if len(gains) == 1 else over_seeds([gain for gain, _ in gains], points)
     return f"{percent(fmean(rates) + fmean(gain for gain, _ in gains))} ({gain})"
-
-
-def _own_gain(folder: Path) -> str:
-    return _gain_of([read_summary(folder)["after"]])
-
-
-def _seed(folder: Path) -> str:
-    return folder.name.rpartition("-seed")[2]

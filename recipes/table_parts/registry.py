@@ -15,7 +15,8 @@ from table_parts.learning import (
     training_table,
 )
 from table_parts.plan import Plan
-from table_parts.refinement import refinement_after_painting_table, reflection_settings_table, reflection_table
+from table_parts.refinement import refinement_after_painting_table, reflection_table
+from table_parts.refinement_settings import refine_strength_table, reflection_settings_table
 from table_parts.rewards import decomposed_or_holistic_table
 from table_parts.tables import MeasuredTable
 
@@ -32,6 +33,7 @@ TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
     "reflection": reflection_table,
     "reflection_settings": reflection_settings_table,
     "refinement_after_painting": refinement_after_painting_table,
+    "refine_strength": refine_strength_table,
     "rounds": rounds_table,
     "editing": editing_table,
     "decomposed_or_holistic": decomposed_or_holistic_table,

@@ -65,8 +65,8 @@ def score(strict: float, reward: float) -> dict[str, Any]:
 
 
 def refinement(gain: float) -> dict[str, Any]:
-    shares = {"improved": 0.8, "worsened": 0.1, "unchanged": 0.1, "fixed": gain, "broken": 0.0}
-    return {"initial": score(0.1, 0.5), "refined": score(0.1 + gain, 0.8), **shares, "gain_error": 0.02}
+    stops = {"right_kept": 0.9, "broken": 0.0, "wrong_kept": 0.4, "fixed": gain}
+    return {"initial": score(0.1, 0.5), "refined": score(0.1 + gain, 0.8), "stops": stops, "gain_error": 0.02}
 
 
 def sample(mode: str, index: int, seed: int, passes: bool, category: str) -> dict[str, Any]:
@@ -97,7 +97,8 @@ def write_results(run: Run) -> None:
         (run.folder / "summary.json").write_text(json.dumps(summary))
     elif script == "evaluate.py":
         Image.new("RGB", (24, 24), "red").save(run.folder / "image.png")
-        modes = ["thought", "round 1", "round 2", "round 3"] if "--num_rounds" in run.command else ["thought"]
+        rounds = int(run.command[run.command.index("--num_rounds") + 1]) if "--num_rounds" in run.command else 0
+        modes = ["thought", *(f"round {turn + 1}" for turn in range(rounds))]
         passes = [index < (2 if "untrained" in run.name else 3) for index in range(4)]
         rows = [sample(m, i, s, passes[i], EDITS[i]) for m in modes for i in range(4) for s in range(2)]
         (run.folder / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -140,7 +141,10 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     assert cells(pages["solvers"], "euler")[-1] == "" and cells(pages["rollouts"], "ab2")[-1] == "0.170"
     assert cells(pages["reflection"], "trained, seed 2")[1] == "10.0% → 52.0% (+42.0 +- 2.0)"
     assert cells(pages["reflection"], "**trained, mean of the seeds**")[1] == "10.0% → 51.0% (+41.0 (sd 1.4))"
-    assert cells(pages["reflection_settings"], "text loss weight 0.05") == ["2", "+42.0 +- 2.0"]
+    assert cells(pages["reflection"], "untrained")[2:] == ["90.0% / 0.0%", "40.0% / 30.0%"]
+    tried = pages["reflection_settings"].read_text()
+    assert tried.count("| 10.0% → 50.0% (+40.0 +- 2.0) | 90.0% / 0.0% | 40.0% / 40.0% |") == 9
+    assert cells(pages["refine_strength"], "0.9") == ["50.0%", "50.0% (+0.0 +- 0.0)", "0.0%", "0.0%"]
     after_painting = cells(pages["refinement_after_painting"], "then refinement, seed 2")
     # The policy gives every image that passes the higher reward, but both images of a prompt pass alike.
     assert after_painting == ["75.0% +- 25.0", *["75.0% (+0.0 +- 0.0)"] * 3]
