@@ -24,8 +24,8 @@ def guidance_table(plan: Plan) -> MeasuredTable:
     seeds = plan.seeds[:2]
     trained: dict[str, Sequence[Run | None]] = {
         "not at all": [None],
-        "without guidance": plan.default_reasoning(seeds),
-        "with guidance": plan.reasoning("guided", *GUIDANCE_ARGUMENTS, seeds=seeds),
+        "without guidance": plan.short_reasoning(seeds=seeds),
+        "with guidance": plan.short_reasoning("guided", *GUIDANCE_ARGUMENTS, seeds=seeds),
     }
     rows = []
     for label, models in trained.items():
@@ -35,7 +35,7 @@ def guidance_table(plan: Plan) -> MeasuredTable:
         "Guidance",
         ("trained", "evaluated without guidance", "with guidance"),
         tuple(rows),
-        f"Strict pass, seeds {', '.join(map(str, seeds))}; `+-` is the standard error over prompts.",
+        f"Strict pass after 80 steps, seeds {', '.join(map(str, seeds))}; `+-` is the standard error over prompts.",
     )
 
 

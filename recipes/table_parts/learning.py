@@ -69,8 +69,9 @@ def training_table(plan: Plan) -> MeasuredTable:
     """What is trained: text and image, or one of them."""
     parts = {
         "text and image (the default)": plan.default_reasoning(),
-        "image only": plan.reasoning("image_only", "--text_loss_weight", "0"),
-        "text only": plan.reasoning("text_only", "--image_loss_weight", "0"),
+        "text and image, 80 steps": plan.short_reasoning(),
+        "image only, 80 steps": plan.short_reasoning("image_only", "--text_loss_weight", "0"),
+        "text only, 80 steps": plan.short_reasoning("text_only", "--image_loss_weight", "0"),
     }
     return MeasuredTable(
         "Training: text and image",
@@ -126,15 +127,15 @@ def _categories(folders: Sequence[Path]) -> list[list[str]]:
 
 def objectives_table(plan: Plan) -> MeasuredTable:
     """Objectives at an equal number of steps, and what their steps take."""
-    default = plan.default_reasoning()
+    default = plan.short_reasoning()
 
     def row(label: str, runs: tuple[Run, ...]) -> MeasuredRow:
         return one_line(label, (*runs, *default), lambda folders: _objective(folders, len(runs)))
 
     rows = [row("`flow_grpo`, Flow-SDE, without guidance (the recipe's default)", default)]
-    rows += [row(label, plan.reasoning(name, *words)) for name, (label, words) in OTHER_OBJECTIVES.items()]
+    rows += [row(label, plan.short_reasoning(name, *words)) for name, (label, words) in OTHER_OBJECTIVES.items()]
     return MeasuredTable(
-        "Objectives at an equal number of steps",
+        "Objectives at an equal number of steps, 80",
         (
             "objective",
             *(f"seed {seed}" for seed in plan.seeds),
@@ -162,7 +163,7 @@ def settings_table(plan: Plan) -> MeasuredTable:
     """Other settings, one run each."""
     first = plan.seeds[:1]
     rows = {
-        label or f"`{' '.join(words)}`": plan.reasoning(n, *words, seeds=first)
+        label or f"`{' '.join(words)}`": plan.short_reasoning(n, *words, seeds=first)
         for n, (label, words) in OTHER_SETTINGS.items()
     }
     return _one_seed_table(plan, "Other settings", rows)
@@ -172,7 +173,7 @@ def cheaper_training_table(plan: Plan) -> MeasuredTable:
     """Training with fewer network evaluations in rollouts."""
     first = plan.seeds[:1]
     rows = {
-        f"`{' '.join(words)}`": plan.reasoning(name, *words, seeds=first)
+        f"`{' '.join(words)}`": plan.short_reasoning(name, *words, seeds=first)
         for name, words in {
             "solver": SOLVER_ARGUMENTS,
             "branches": BRANCH_ARGUMENTS,
@@ -183,9 +184,9 @@ def cheaper_training_table(plan: Plan) -> MeasuredTable:
 
 
 def _one_seed_table(plan: Plan, title: str, rows: dict[str, tuple[Run, ...]]) -> MeasuredTable:
-    default = plan.default_reasoning(plan.seeds[:1])
+    default = plan.short_reasoning(seeds=plan.seeds[:1])
     return MeasuredTable(
-        f"{title}, seed {plan.seeds[0]}",
+        f"{title}, 80 steps, seed {plan.seeds[0]}",
         ("setting", "strict pass", "reward"),
         (
             one_line("untrained", default, lambda folders: _moment(folders, "before")),

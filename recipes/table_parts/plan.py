@@ -16,8 +16,13 @@ from table_parts.arguments import TablesArguments
 
 FINISHED_NAME = "finished.json"
 """File of a run's folder that says by which commands it was finished."""
-TRAINING_MINUTES, REFLECTION_MINUTES, EVALUATION_MINUTES = 5.0, 5.0, 0.7
-"""Minutes on one core while the other core is busy: a run of each training recipe, and an evaluation of one model."""
+TRAINING_MINUTES, SHORT_TRAINING_MINUTES, REFLECTION_MINUTES, EVALUATION_MINUTES = 5.0, 3.0, 5.0, 0.7
+"""
+Minutes on one core while the other core is busy: a run of text-to-image with the recipe's and with fewer steps, a run of
+self-reflection, and an evaluation of one model.
+"""
+SHORT_STEPS = ("--max_steps", "80")
+"""Steps of text-to-image where settings are compared, half of the recipe's, or where other training follows."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ class Plan:
         self, name: str, seed: int, *arguments: str, recipe: str = "reasoning_t2i", needs: tuple[Run, ...] = ()
     ) -> Run:
         """A run of a training recipe. One that was cut off continues from its last checkpoint."""
-        minutes = REFLECTION_MINUTES if recipe == "self_reflection" else TRAINING_MINUTES
+        painting_minutes = SHORT_TRAINING_MINUTES if SHORT_STEPS[0] in arguments else TRAINING_MINUTES
+        minutes = REFLECTION_MINUTES if recipe == "self_reflection" else painting_minutes
         steps = () if self.args.max_steps is None else ("--max_steps", str(self.args.max_steps))
         amounts = (*steps, "--num_eval_prompts", str(self.args.num_eval_prompts))
         resume = ("--save_strategy", "steps", "--save_steps", "20", "--save_total_limit", "1")
@@ -108,6 +114,12 @@ class Plan:
     def default_reasoning(self, seeds: Sequence[int] | None = None) -> tuple[Run, ...]:
         """Runs of `reasoning_t2i.py` without further arguments, which most tables share."""
         return self.reasoning("reasoning", seeds=seeds)
+
+    def short_reasoning(
+        self, name: str = "painting", *arguments: str, seeds: Sequence[int] | None = None
+    ) -> tuple[Run, ...]:
+        """Runs of `reasoning_t2i.py` with [`SHORT_STEPS`], whose settings are compared."""
+        return self.reasoning(name, *SHORT_STEPS, *arguments, seeds=seeds)
 
     def reflection(self, name: str, *arguments: str, seeds: Sequence[int] | None = None) -> tuple[Run, ...]:
         """Runs of `self_reflection.py`, by default with all seeds."""

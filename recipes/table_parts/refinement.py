@@ -78,21 +78,16 @@ def _gain_of(parts: Sequence[dict[str, Any]]) -> str:
     return points(gains[0], parts[0]["gain_error"]) if len(parts) == 1 else over_seeds(gains, points)
 
 
-def painter(plan: Plan, seed: int) -> Run:
-    """A short run of text-to-image, whose model refinement may start from."""
-    return plan.training("painting", seed, "--max_steps", "80")
-
-
 def refiner(plan: Plan, seed: int) -> Run:
-    """A run of refinement that starts from the model of [`painter`]."""
-    base = painter(plan, seed)
+    """A run of refinement that starts from the model of a short run of text-to-image."""
+    (base,) = plan.short_reasoning(seeds=[seed])
     words = ("--model_name_or_path", str(base.folder), *AFTER_PAINTING)
     return plan.training("refinement", seed, *words, recipe="self_reflection", needs=(base,))
 
 
 def refinement_after_painting_table(plan: Plan) -> MeasuredTable:
     """Refinement by a model that was trained on text-to-image before, against the better of two fresh images."""
-    painters = {seed: painter(plan, seed) for seed in plan.seeds}
+    painters = dict(zip(plan.seeds, plan.short_reasoning(), strict=True))
     trained = [refiner(plan, seed) for seed in plan.seeds]
     models: dict[str, Sequence[Run | None]] = {
         "untrained": [None],

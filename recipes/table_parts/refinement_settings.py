@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from table_parts.plan import Plan, Run
-from table_parts.refinement import AFTER_PAINTING, FROM_THE_IMAGE, LIGHT_TEXT, painter, refiner, stop_shares
+from table_parts.refinement import AFTER_PAINTING, FROM_THE_IMAGE, LIGHT_TEXT, refiner, stop_shares
 from table_parts.results import ScoredSamples, percent, points, read_summary
 from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
@@ -39,9 +39,9 @@ def reflection_settings_table(plan: Plan) -> MeasuredTable:
     """One round of refinement with several settings, before and after their training."""
     seed = plan.seeds[0]
     (default,) = plan.reflection("reflection", seeds=[seed])
-    (long,) = plan.default_reasoning([seed])
+    (short,), (long,) = plan.short_reasoning(seeds=[seed]), plan.default_reasoning([seed])
     runs = [("untrained", "the recipe", default), *_tried(plan, "untrained", None, FROM_THE_START)]
-    runs += _tried(plan, SHORT_PAINTING, painter(plan, seed), AFTER_SHORT_PAINTING)
+    runs += _tried(plan, SHORT_PAINTING, short, AFTER_SHORT_PAINTING)
     runs.append((SHORT_PAINTING, f"`{' '.join(AFTER_PAINTING)}`", refiner(plan, seed)))
     runs += _tried(plan, "text-to-image, 160 steps", long, AFTER_LONG_PAINTING)
     return MeasuredTable(

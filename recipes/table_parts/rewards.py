@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from alphagrpo_ext.files import atomic_path
-from table_parts.plan import Plan, Run
+from table_parts.plan import SHORT_STEPS, Plan, Run
 from table_parts.results import ScoredSamples, over_seeds, percent, points, rewards_over_seeds
 from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
@@ -65,7 +65,7 @@ def _evaluations(plan: Plan) -> dict[str, list[Run]]:
 
     def trained(name: str, source: Run, words: Sequence[str], seed: int) -> Run:
         file = ("--train_file", str(source.folder / "questions.jsonl"))
-        return plan.training(name, seed, *file, *COMMON_ARGUMENTS, *words, needs=(source,))
+        return plan.training(name, seed, *SHORT_STEPS, *file, *COMMON_ARGUMENTS, *words, needs=(source,))
 
     return {
         label: [plan.evaluation("rewards", trained(name, source, words, seed)) for seed in plan.seeds]

@@ -130,7 +130,7 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     assert all("not finished" not in page.read_text() for page in pages.values())
     assert (tmp_path / "tables.md").read_text() == "\n".join(page.read_text() for page in pages.values())
     gains = ["+10.0 +- 1.5", "+12.0 +- 1.5", "50.0% → **61.0%** (+11.0 (sd 1.4) points)", "0.700 → 0.800 (sd 0.000)"]
-    assert cells(pages["training"], "image only") == gains
+    assert cells(pages["training"], "image only, 80 steps") == gains
     assert cells(pages["categories"], "counting")[:2] == ["50.0% (sd 0.0)", "61.0% (sd 1.4)"]
     # Steps of seeds 0 and 2 take 2 and 4 seconds.
     expected = ["60.0% +- 1.6", "62.0% +- 1.6", "61.0% (sd 1.4)", "0.800 (sd 0.000)", "3.00", "100"]
@@ -184,8 +184,8 @@ def test_a_row_says_which_runs_are_missing_and_others_stay(tmp_path: Path) -> No
         if run.name != "image_only-seed2":
             write_results(run)
     save_pages(tmp_path, {"training": TABLES["training"](plan)})
-    assert cells(tmp_path / "training.md", "image only") == ["not finished: image_only-seed2", "", "", ""]
-    assert cells(tmp_path / "training.md", "text only")[0] == "+10.0 +- 1.5"
+    assert cells(tmp_path / "training.md", "image only, 80 steps") == ["not finished: image_only-seed2", "", "", ""]
+    assert cells(tmp_path / "training.md", "text only, 80 steps")[0] == "+10.0 +- 1.5"
 
 
 def test_tables_share_runs_and_the_list_counts_what_is_left(
@@ -206,7 +206,7 @@ def test_tables_share_runs_and_the_list_counts_what_is_left(
     text = capsys.readouterr().out
     assert text.strip() == tables_overview(plan, tables)
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
-    assert lines["categories"] == ["categories", "2", "1", "2"] and lines["training"][1:3] == ["6", "5"]
+    assert lines["categories"] == ["categories", "2", "1", "2"] and lines["training"][1:3] == ["8", "7"]
     assert not (tmp_path / "tables.md").exists()
 
 
