@@ -25,6 +25,7 @@ TABLE_NAMES = (
     "refine_strength",
     "rounds",
     "editing",
+    "frozen_rewards",
     "decomposed_or_holistic",
 )
 """Names of the tables, in the order of recipes/README.md."""

@@ -157,3 +157,10 @@ class Plan:
         amounts = ("--num_prompts", str(self.args.num_eval_prompts), "--num_groups", str(num_groups))
         words = ("--model_name_or_path", self.args.model_name_or_path, *amounts)
         return self._run("fewer_evaluations", "table_parts/fewer_evaluations.py", words, 12.0)
+
+    def frozen_rewards(self) -> Run:
+        """The measurement of `frozen_rewards.py`, on several images of every prompt by the model that runs start from."""
+        num_prompts = max(2, self.args.num_eval_prompts // 4)
+        images = self.evaluation("several_seeds", None, "--num_eval_prompts", str(num_prompts), "--eval_seeds", "6")
+        words = ("--model_name_or_path", self.args.model_name_or_path, "--evaluation", str(images.folder))
+        return self._run("frozen_rewards", "table_parts/frozen_rewards.py", words, 3.0, needs=(images,))

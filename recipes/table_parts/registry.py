@@ -17,7 +17,7 @@ from table_parts.learning import (
 from table_parts.plan import Plan
 from table_parts.refinement import refinement_after_painting_table, reflection_table
 from table_parts.refinement_settings import refine_strength_table, reflection_settings_table
-from table_parts.rewards import decomposed_or_holistic_table
+from table_parts.rewards import decomposed_or_holistic_table, frozen_rewards_table
 from table_parts.tables import MeasuredTable
 
 
@@ -36,6 +36,7 @@ TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
     "refine_strength": refine_strength_table,
     "rounds": rounds_table,
     "editing": editing_table,
+    "frozen_rewards": frozen_rewards_table,
     "decomposed_or_holistic": decomposed_or_holistic_table,
 }
 """What makes each table of `TABLE_NAMES`."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from statistics import fmean
 
 from alphagrpo_ext.files import atomic_path
 from table_parts.plan import SHORT_STEPS, Plan, Run
-from table_parts.results import ScoredSamples, over_seeds, percent, points, rewards_over_seeds
+from table_parts.results import ScoredSamples, decimals, over_seeds, percent, points, rewards_over_seeds
 from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
 
@@ -22,6 +23,22 @@ BOTH_ARGUMENTS = ("--reward", "dvreward", "likelihood", "--reward_weights", "1",
 BOTH_ARGUMENTS += ("--multi_objective_aggregation", "normalize_then_sum")
 NUM_PICTURED_PROMPTS = 14
 """Prompts in the picture, the same for all policies."""
+
+
+def frozen_rewards_table(plan: Plan) -> MeasuredTable:
+    """How well rewards of a frozen model tell right images of a prompt from wrong ones."""
+    return MeasuredTable(
+        "Rewards of a frozen model",
+        ("reward", "area under the ROC curve, within a prompt"),
+        (MeasuredRow("rewards", (plan.frozen_rewards(),), _agreements),),
+        "Of pairs of a right and a wrong image of the same prompt, the share in which the right one has the higher reward. The judge of "
+        "the pixels says what is right. `+-` is the standard error over prompts.",
+    )
+
+
+def _agreements(folders: Sequence[Path]) -> list[list[str]]:
+    found = json.loads((folders[0] / "frozen_rewards.json").read_text(encoding="utf-8"))
+    return [[label, decimals(row["auc"], row["error"])] for label, row in found.items()]
 
 
 def decomposed_or_holistic_table(plan: Plan) -> MeasuredTable:

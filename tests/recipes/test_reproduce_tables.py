@@ -27,11 +27,13 @@ from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from recipe_tools.evaluation.arguments import EvaluationArguments
 from recipes.reproduce_tables import check_made_with, main, save_pages, tables_overview
 from reward_models.decomposition.base import DecomposerArguments
+from reward_models.evaluation.statistics import standard_error
 from support.recipe_modules import load_recipe
 from table_parts import execution
 from table_parts.arguments import TABLE_NAMES, TablesArguments
 from table_parts.execution import RunQueue
 from table_parts.fewer_evaluations import MeasurementArguments
+from table_parts.frozen_rewards import AgreementArguments, within_prompt_auc
 from table_parts.plan import Plan, Run, with_needs
 from table_parts.refinement import _better_of_two
 from table_parts.registry import TABLES
@@ -107,6 +109,9 @@ def write_results(run: Run) -> None:
         row |= {"strict_pass_rate": 0.5, "spread": None}
         tables = {"evaluation": [row], "rollouts": [row | {"name": "ab2", "spread": 0.17}]}
         (run.folder / "fewer_evaluations.json").write_text(json.dumps(tables))
+    elif script == "table_parts/frozen_rewards.py":
+        found = {"DVReward": {"auc": 0.9, "error": 0.01}, "one question": {"auc": 0.8, "error": None}}
+        (run.folder / "frozen_rewards.json").write_text(json.dumps(found))
     run.mark_finished()
 
 
@@ -157,6 +162,7 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
         "0.0%",
         "75.0% (sd 0.0)",
     ]
+    assert cells(pages["frozen_rewards"], "DVReward") == ["0.900 +- 0.010"]
     assert cells(pages["decomposed_or_holistic"], "one question") == (
         ["+25.0 +- 25.0"] * 2 + ["75.0% (sd 0.0)", "0.688 (sd 0.000)", "0.900", "0.800"]
     )
@@ -176,6 +182,21 @@ def test_the_better_of_two_images_is_the_one_that_the_policy_prefers() -> None:
     assert error == pytest.approx(stdev([0.5, -0.5, 0.0]) / 3**0.5)
     gain, _ = _better_of_two(pixels, pixels)
     assert gain == pytest.approx(1 / 3)
+
+
+def test_right_and_wrong_images_are_compared_within_a_prompt() -> None:
+    prompts, is_right = [0, 0, 0, 1, 1, 2], [True, False, False, True, False, True]
+    # Two of prompt 0's pairs, the right one higher in one and equal in the other; prompt 2 has no pair, a missing value none either.
+    values = [-1.0, -2.0, -1.0, -9.0, -8.0, -0.1]
+    assert within_prompt_auc(prompts, is_right, values) == {
+        "auc": pytest.approx(0.5),
+        "error": pytest.approx(standard_error([0, 0, 1], [1.0, 0.5, 0.0])),
+        "prompts": 2,
+        "pairs": 3,
+    }
+    assert within_prompt_auc(prompts, is_right, [*values[:4], None, -0.1])["auc"] == 0.75
+    with pytest.raises(ValueError, match="no prompt has a right and a wrong image"):
+        within_prompt_auc([0, 1], [True, False], [0.0, 1.0])
 
 
 def test_a_row_says_which_runs_are_missing_and_others_stay(tmp_path: Path) -> None:
@@ -248,6 +269,7 @@ def test_recipes_accept_the_arguments_of_every_command(tmp_path: Path, monkeypat
         "evaluate.py": EvaluationArguments,
         "decompose_prompts.py": load_recipe("decompose_prompts").DecompositionArguments,
         "table_parts/fewer_evaluations.py": MeasurementArguments,
+        "table_parts/frozen_rewards.py": AgreementArguments,
     }
     assert issubclass(others["decompose_prompts.py"], DecomposerArguments)
     parsers |= {name: (TrlParser((kind,), allow_abbrev=False), []) for name, kind in others.items()}
