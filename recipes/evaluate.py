@@ -46,12 +46,15 @@ def evaluate_questions(args: EvaluationArguments) -> None:
     """Evaluate the answers of all models, and print and save how many are right."""
     from recipe_tools.evaluation.answers import evaluate_answers, load_questions, save_answers
     from recipe_tools.processes import end_processes, print_skipped, start_processes
+    from reward_models.evaluation.settings_digest import settings_digest
 
     state = start_processes()
     skipped: list[str] | None = [] if args.skip_broken_rows else None
     with checking_input():
         rows = load_questions(args.eval_file, args.num_eval_prompts, skipped)
-    answers = [answer for name in dict.fromkeys(args.models) for answer in evaluate_answers(name, rows, args)]
+    digest = settings_digest(rows)
+    models = dict.fromkeys(args.models)
+    answers = [answer for name in models for answer in evaluate_answers(name, rows, digest, args)]
     if state.is_main_process:
         print(f"\n{save_answers(Path(args.output_dir), answers, asdict(args))}")
         print_skipped(skipped)

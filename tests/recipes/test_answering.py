@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from trl import ModelConfig, TrlParser
 
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.shapes.answering import question_rows
 from alphagrpo_ext.shapes.prompts import build_dataset, prompt_rows
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trajectory import Trajectory
 from recipe_tools.answering.guard import AnswerChange, answers_once, answers_right
 from recipe_tools.answering.rows import assign_tasks
 from reward_models.judges.policy import PolicyJudge
@@ -152,3 +155,30 @@ def test_answers_are_evaluated(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "bagel-shapes, thought" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no image that num_rounds=1 could refine"):
         run_recipe(recipe, recipe.EvaluationArguments, *options, "--num_rounds", "1")
+
+
+def test_answers_that_are_kept_are_not_given_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("evaluate")
+    options = ("--task", ANSWERING, "--eval_seeds", "1", "--output_dir", "out", "--eval_file", "questions.jsonl")
+    batches = (*options, "--batch_size", "2", "--modes", "direct")
+    run_recipe(recipe, recipe.EvaluationArguments, *batches)
+    expected = Path("out/samples.jsonl").read_text()
+    (kept,) = Path("out/answers").rglob("*.jsonl")
+    first, second = kept.read_text().splitlines()
+    # As a process that was killed while it wrote the second batch leaves it.
+    kept.write_text(f"{first}\n{second[:40]}")
+    answered = []
+    generate = RolloutGenerator.__call__
+
+    def counting(self: RolloutGenerator, rows: Sequence[Any], *args: Any) -> list[Trajectory]:
+        answered.extend(row["prompt"] for row in rows)
+        return generate(self, rows, *args)
+
+    monkeypatch.setattr(RolloutGenerator, "__call__", counting)
+    run_recipe(recipe, recipe.EvaluationArguments, *batches)
+    assert len(answered) == 2 and Path("out/samples.jsonl").read_text() == expected
+    monkeypatch.setattr("recipe_tools.evaluation.answers.load_policy", lambda *args: pytest.fail("nothing is left"))
+    run_recipe(recipe, recipe.EvaluationArguments, *batches)
+    # Other settings have other answers.
+    with pytest.raises(pytest.fail.Exception, match="nothing is left"):
+        run_recipe(recipe, recipe.EvaluationArguments, *batches, "--temperature", "0.5")
