@@ -153,7 +153,7 @@ class PromptArguments(HoldoutArguments, LikelihoodArguments, RewardArguments):
         default_factory=lambda: ["dvreward"],
         metadata={
             "help": "Rewards of training: 'dvreward'; 'likelihood', how likely a frozen model that looks at the image finds the "
-            "prompt, in nats per token, which needs no questions and compares images of one prompt only; 'answer', whether the text ends with the "
+            "prompt, in nats per token, which needs no questions and compares images of one prompt only; 'answer', whether what follows the thought equals the "
             "answer in the row's column 'solution', of rows of the task visual_question_answering; or functions of your own "
             "as module:function, e.g. my_rewards:brightness for my_rewards.py in this folder. --reward_weights weighs them. "
             "Evaluations use DVReward where prompts have questions, and these functions elsewhere."

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The reward of answers: whether a text ends with the answer that its row has."""
+"""The reward of answers: whether what a text says after its thought is the answer of its row."""
 
 from __future__ import annotations
 
