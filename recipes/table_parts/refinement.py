@@ -16,11 +16,7 @@ from table_parts.results import ScoredSamples, over_seeds, percent, points, read
 from table_parts.tables import MeasuredTable, one_line
 
 
-LIGHT_TEXT = ("--text_loss_weight", "0.05")
-STRENGTH = ("--refine_strength", "0.9")
-FROM_THE_IMAGE = (*STRENGTH, "--sde_window_range", "1", "6")
-AFTER_PAINTING = (*FROM_THE_IMAGE, "--allow_stop", "false", "--num_initial_images", "3", "--learning_rate", "1e-4")
-AFTER_PAINTING += LIGHT_TEXT
+FROM_THE_IMAGE = ("--refine_strength", "0.9", "--sde_window_range", "1", "6")
 NUM_REFINING_ROUNDS = 2
 
 
@@ -79,10 +75,10 @@ def _gain_of(parts: Sequence[dict[str, Any]]) -> str:
 
 
 def refiner(plan: Plan, seed: int) -> Run:
-    """A run of refinement that starts from the model of a short run of text-to-image."""
+    """A run of `self_reflection.py` that starts from the model of a short run of text-to-image."""
     (base,) = plan.short_reasoning(seeds=[seed])
-    words = ("--model_name_or_path", str(base.folder), *AFTER_PAINTING)
-    return plan.training("refinement", seed, *words, recipe="self_reflection", needs=(base,))
+    words = ("--model_name_or_path", str(base.folder))
+    return plan.training("refinement_after_painting", seed, *words, recipe="self_reflection", needs=(base,))
 
 
 def refinement_after_painting_table(plan: Plan) -> MeasuredTable:
@@ -102,9 +98,10 @@ def refinement_after_painting_table(plan: Plan) -> MeasuredTable:
             one_line(label, [run for model in group for run in _painted_and_judged(plan, model)], _rounds_and_choices)
             for label, group in models.items()
         ),
-        f"Strict pass; in brackets the gain over the first image in points, where `+-` is its standard error over prompts and `sd` the "
-        f"standard deviation between seeds. 80 steps of text-to-image, then `self_reflection.py {' '.join(AFTER_PAINTING)}`. No round "
-        f"may keep its image. *Better of two*: of two fresh images, the one to which the policy itself gives the higher reward.",
+        "Strict pass; in brackets the gain over the first image in points, where `+-` is its standard error over prompts and `sd` the "
+        "standard deviation between seeds. 80 steps of text-to-image, then the recipe's 80 steps of refinement. The "
+        "words of the policy decide which images a round keeps. *Better of two*: of two fresh images, the one to which the policy itself "
+        "gives the higher reward.",
     )
 
 
@@ -112,7 +109,7 @@ def _painted_and_judged(plan: Plan, model: Run | None) -> list[Run]:
     """Rounds of refinement as the pixels score them, and the first images once more as their own policy scores them."""
     own = plan.args.model_name_or_path if model is None else str(model.folder)
     judge = ("--judge", "policy", "--judge_model", own, "--judge_min_answer_mass", "0")
-    rounds = ("--num_rounds", str(NUM_REFINING_ROUNDS), *STRENGTH)
+    rounds = ("--num_rounds", str(NUM_REFINING_ROUNDS), "--allow_stop")
     return [
         plan.evaluation("refining", model, *rounds, num_stages=NUM_REFINING_ROUNDS + 1),
         plan.evaluation("own_scores", model, *judge, num_stages=2),

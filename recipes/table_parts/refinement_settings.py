@@ -10,13 +10,14 @@ from statistics import fmean
 from typing import Any
 
 from table_parts.plan import Plan, Run
-from table_parts.refinement import AFTER_PAINTING, FROM_THE_IMAGE, LIGHT_TEXT, refiner, stop_shares
+from table_parts.refinement import FROM_THE_IMAGE, refiner, stop_shares
 from table_parts.results import ScoredSamples, percent, points, read_summary
 from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
 
 SHORT_PAINTING = "text-to-image, 80 steps"
 WITHOUT_STOPS = ("--allow_stop", "false")
+LIGHT_TEXT = ("--text_loss_weight", "0.05")
 WEAKER = ("--refine_strength", "0.7", "--sde_window_range", "3", "7")
 ONE_FIRST_IMAGE = ("--num_initial_images", "1")
 WORST_OF_THREE = ("--num_initial_images", "3", "--learning_rate", "1e-4")
@@ -29,7 +30,8 @@ FROM_THE_START = {
 }
 AFTER_SHORT_PAINTING = {
     "short_0.7_one": (*LIGHT_TEXT, *WEAKER, *ONE_FIRST_IMAGE),
-    "short_0.7_three": (*LIGHT_TEXT, *WEAKER, *WORST_OF_THREE, *WITHOUT_STOPS),
+    "short_0.7_three": (*WEAKER, *WITHOUT_STOPS, *WORST_OF_THREE, *LIGHT_TEXT),
+    "refinement": (*FROM_THE_IMAGE, *WITHOUT_STOPS, *WORST_OF_THREE, *LIGHT_TEXT),
 }
 AFTER_LONG_PAINTING = {"long_0.9_three": (*FROM_THE_IMAGE, *WORST_OF_THREE)}
 STRENGTHS = ("1", "0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2")
@@ -40,14 +42,14 @@ def reflection_settings_table(plan: Plan) -> MeasuredTable:
     seed = plan.seeds[0]
     (default,) = plan.reflection("reflection", seeds=[seed])
     (short,), (long,) = plan.short_reasoning(seeds=[seed]), plan.default_reasoning([seed])
-    runs = [("untrained", "the recipe", default), *_tried(plan, "untrained", None, FROM_THE_START)]
+    runs = [("untrained", "none", default), *_tried(plan, "untrained", None, FROM_THE_START)]
     runs += _tried(plan, SHORT_PAINTING, short, AFTER_SHORT_PAINTING)
-    runs.append((SHORT_PAINTING, f"`{' '.join(AFTER_PAINTING)}`", refiner(plan, seed)))
+    runs.append((SHORT_PAINTING, "none", refiner(plan, seed)))
     runs += _tried(plan, "text-to-image, 160 steps", long, AFTER_LONG_PAINTING)
     return MeasuredTable(
         f"Self-reflection: what was tried, seed {seed}",
         (
-            *("started from", "the recipe with", "first image → after the round, not trained", "right kept / broken"),
+            *("started from", "arguments", "first image → after the round, not trained", "right kept / broken"),
             *(
                 "wrong kept / fixed",
                 "first image → after the round, trained",

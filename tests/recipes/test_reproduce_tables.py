@@ -148,7 +148,7 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     assert cells(pages["reflection"], "**trained, mean of the seeds**")[1] == "10.0% → 51.0% (+41.0 (sd 1.4))"
     assert cells(pages["reflection"], "untrained")[2:] == ["90.0% / 0.0%", "40.0% / 30.0%"]
     tried = pages["reflection_settings"].read_text()
-    assert tried.count("| 10.0% → 50.0% (+40.0 +- 2.0) | 90.0% / 0.0% | 40.0% / 40.0% |") == 9
+    assert tried.count("| 10.0% → 50.0% (+40.0 +- 2.0) | 90.0% / 0.0% | 40.0% / 40.0% |") == 10
     assert cells(pages["refine_strength"], "0.9") == ["50.0%", "50.0% (+0.0 +- 0.0)", "0.0%", "0.0%"]
     after_painting = cells(pages["refinement_after_painting"], "then refinement, seed 2")
     # The policy gives every image that passes the higher reward, but both images of a prompt pass alike.
