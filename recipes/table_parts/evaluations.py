@@ -57,16 +57,22 @@ def _thoughts(folder: Path) -> ScoredSamples:
 
 
 def rounds_table(plan: Plan) -> MeasuredTable:
-    """Rounds of refinement after an image that was painted with a thought."""
+    """Rounds of refinement after an image that was painted with a thought, which may end by the policy's words or not."""
     (trained,) = plan.default_reasoning(plan.seeds[:1])
     models = {"untrained": None, f"trained on reasoning text-to-image, seed {plan.seeds[0]}": trained}
+    ways = {"": ("rounds", ()), ", may stop": ("stopping_rounds", ("--allow_stop",))}
     words = ("--num_rounds", str(NUM_MEASURED_ROUNDS))
     return MeasuredTable(
         "Rounds of refinement after a first image with a thought",
         ("strict pass after round", "0 (with thought)", *(str(turn) for turn in range(1, NUM_MEASURED_ROUNDS + 1))),
         tuple(
-            one_line(label, [plan.evaluation("rounds", model, *words, num_stages=NUM_MEASURED_ROUNDS + 1)], _rounds)
+            one_line(
+                f"{label}{way}",
+                [plan.evaluation(name, model, *words, *stops, num_stages=NUM_MEASURED_ROUNDS + 1)],
+                _rounds,
+            )
             for label, model in models.items()
+            for way, (name, stops) in ways.items()
         ),
         "`+-` is the standard error over prompts.",
     )
