@@ -17,8 +17,6 @@ from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
 
 HOLISTIC_TEMPLATE = "is there {prompt} ?"
-# Prompts without a category, and rewards on different scales: advantages are divided by the deviation of their own group.
-COMMON_ARGUMENTS = ("--eval_seeds", "0", "--scale_rewards", "group")
 BOTH_ARGUMENTS = ("--reward", "dvreward", "likelihood", "--reward_weights", "1", "1")
 BOTH_ARGUMENTS += ("--multi_objective_aggregation", "normalize_then_sum")
 NUM_PICTURED_PROMPTS = 14
@@ -56,8 +54,8 @@ def decomposed_or_holistic_table(plan: Plan) -> MeasuredTable:
             one_line("untrained", [untrained], lambda folders: _levels(folders, len(plan.seeds))),
             *(_arm_row(label, untrained, evaluations) for label, evaluations in arms.items()),
         ),
-        "The judge of all rewards is a frozen copy of the policy, except in the first trained row. All have the same prompts, number of "
-        "steps and images per step. All are evaluated by the pixels on held-out prompts; seeds: points of strict pass gained over the "
+        "The judge of all rewards is a frozen copy of the policy, except in the first trained row. All have as many steps and as many images "
+        "per step. All are evaluated by the pixels on held-out prompts; seeds: points of strict pass gained over the "
         "untrained policy on the same noise, `+-` the standard error over prompts, `sd` the standard deviation between "
         f"seeds. The holistic question is `{HOLISTIC_TEMPLATE}`. *Semantic* and *quality* are means of the two kinds of questions, so a reward "
         "that is raised without the one or the other shows there. `decomposed_or_holistic.png` has images of all policies on the same "
@@ -73,18 +71,18 @@ def _evaluations(plan: Plan) -> dict[str, list[Run]]:
     # To some questions the policy says neither yes nor no; which of the two it prefers is its answer all the same.
     frozen = ("--judge", "policy", "--judge_model", plan.args.model_name_or_path, "--judge_min_answer_mass", "0")
     arms = {
-        "DVReward, pixels": ("by_pixels", questions, ()),
         "DVReward": ("by_questions", questions, frozen),
         "one question": ("by_one_question", holistic, frozen),
         "likelihood": ("by_likelihood", questions, ("--reward", "likelihood")),
         "both": ("by_both", questions, (*BOTH_ARGUMENTS, *frozen)),
     }
+    by_pixels = {"DVReward, pixels": [plan.evaluation("rewards", run) for run in plan.short_reasoning()]}
 
     def trained(name: str, source: Run, words: Sequence[str], seed: int) -> Run:
         file = ("--train_file", str(source.folder / "questions.jsonl"))
-        return plan.training(name, seed, *SHORT_STEPS, *file, *COMMON_ARGUMENTS, *words, needs=(source,))
+        return plan.training(name, seed, *SHORT_STEPS, *file, "--eval_seeds", "0", *words, needs=(source,))
 
-    return {
+    return by_pixels | {
         label: [plan.evaluation("rewards", trained(name, source, words, seed)) for seed in plan.seeds]
         for label, (name, source, words) in arms.items()
     }
