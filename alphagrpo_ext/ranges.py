@@ -51,6 +51,31 @@ def check_ranges(settings: Any, ranges: Mapping[str, str] | None = None) -> None
             raise ValueError(f"{name} must be a whole number, but is {value!r}")
 
 
+def number_or_word(name: str, value: Any, words: Sequence[str]) -> int | str:
+    """
+    Read a setting that is a whole number of at least 1 or one of a few words; a command line gives both as texts.
+
+    Args:
+        name (`str`): What the message calls it.
+        value: The number, also as a text, or the word.
+        words (`Sequence[str]`): The words.
+
+    Raises:
+        `ValueError`: If it is neither.
+    """
+    if value in words:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if isinstance(value, bool) or not number >= 1 or number % 1:
+        raise ValueError(
+            f"{name} must be {', '.join(map(repr, words))} or a whole number of at least 1, but is {value!r}"
+        )
+    return int(number)
+
+
 def check_number(name: str, value: float, interval: str | None = None) -> None:
     """
     Check one number.

@@ -112,7 +112,7 @@ def overview(settings: MemorySettings) -> list[tuple[str, MemorySettings]]:
     """Settings with labels: LoRA on one device and all weights on eight, for 10, 5 and 1 trained steps per forward."""
     rows = []
     for rank, shards in ((settings.lora_rank or 32, 1), (0, 8)):
-        for window, part in ((10, None), (5, None), (10, 1)):
+        for window, part in ((10, "all"), (5, "all"), (10, 1)):
             changed = replace(
                 settings,
                 lora_rank=rank,
@@ -122,7 +122,7 @@ def overview(settings: MemorySettings) -> list[tuple[str, MemorySettings]]:
                 image_steps_per_forward=part,
             )
             name = f"LoRA r = {rank}" if rank else "all weights"
-            split = f", {part} per forward" if part else ""
+            split = "" if part == "all" else f", {part} per forward"
             rows.append((f"{name}, {shards} {'shards' if shards > 1 else 'device'}, K = {window}{split}", changed))
     return rows
 

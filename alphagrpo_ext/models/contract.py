@@ -272,6 +272,12 @@ class UnifiedModel(ABC):
     def device(self) -> torch.device:
         """Device of the weights."""
 
+    @property
+    def num_generation_weights(self) -> int:
+        """Number of the weights that only the generation of images uses. Each is multiplied with every noised token."""
+        family = self.family
+        return sum(p.numel() for name, p in self.named_parameters() if family.is_generation_parameter(name))
+
     @abstractmethod
     def guidance(self, settings: GuidanceConfig) -> Guidance:
         """

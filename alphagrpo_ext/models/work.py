@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Counts of the work of a policy: tokens that its network is run on, by kind. The model counts them where it calls the
-network.
+Work of a policy: counts of the tokens that its network is run on, by kind, and how much of it one forward of an update has.
+The model counts tokens where it calls the network.
 """
 
 from __future__ import annotations
@@ -19,6 +19,31 @@ KINDS = ("prefill", "decode", "denoise", "scoring", "training")
 Purposes of calls of the network: reading contexts, writing text, predicting velocities, scoring trajectories without
 gradient (for old and reference policies), and scoring them with gradient.
 """
+MIN_FORWARD_TOKENS = 2048
+"""
+Noised tokens that a forward of trained steps has at least, unless there are fewer. Each backward adds to the gradient of all
+weights, however few its tokens are. From this number on, that takes a few percent of its time.
+"""
+MIN_FORWARD_WORK = 10**10
+"""
+Products of a token with a weight that such a forward has at least, unless there are fewer. Below it, calling the operations takes a
+noticeable share of the time, and the activations of all steps are small.
+"""
+
+
+def balanced_steps(num_steps: int, tokens_per_step: int, num_weights: int) -> int:
+    """
+    How many trained steps of a window to put into one forward, so that its activations are small and its work is large
+    enough to be computed fast. Forwards of a window have nearly as many steps each.
+
+    Args:
+        num_steps (`int`): Trained steps K of the window, at least 1.
+        tokens_per_step (`int`): Noised tokens per step, of all images of the micro-batch in all guidance branches.
+        num_weights (`int`): Weights that every noised token is multiplied with.
+    """
+    least = max(MIN_FORWARD_TOKENS, MIN_FORWARD_WORK / max(num_weights, 1))
+    num_forwards = min(num_steps, max(1, int(num_steps * tokens_per_step / least)))
+    return -(-num_steps // num_forwards)
 
 
 class Counted(Protocol):

@@ -29,6 +29,7 @@ from alphagrpo_ext.ranges import (
     PositiveUnitFloat,
     UnitFloat,
     check_ranges,
+    number_or_word,
 )
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import RolloutConfig
@@ -57,6 +58,8 @@ RECTIFICATIONS = ("minimum", "initial", "off")
 """Rules that lower the reward of a refinement which improved nothing."""
 SELECTIONS = ("lowest", "sampled")
 """Ways to choose which of several initial images is refined."""
+STEPS_PER_FORWARD = ("auto", "all")
+"""What `image_steps_per_forward` can be, beside a number."""
 ROLLOUT_POLICIES = ("policy", "reference")
 """The models that can sample the rollouts."""
 TASK_DEFAULTS: dict[str, Any] = {
@@ -471,12 +474,13 @@ class AlphaGRPOConfig(GRPOConfig):
             "The scheduler scales both."
         },
     )
-    image_steps_per_forward: PositiveInt | None = field(
-        default=None,
+    image_steps_per_forward: str = field(
+        default="auto",
         metadata={
-            "help": "Most trained steps of an image in one packed forward; all by default. A smaller number needs less "
-            "memory. Contexts are run once for all of these forwards, unless the model family cannot, or parameters are sharded "
-            "and there are several tasks. The gradient is the same. ZeRO 3 cannot do it."
+            "help": "Most trained steps of an image in one packed forward: a number, 'all', or 'auto', which takes the least that "
+            "keep forwards large enough to be fast. Fewer need less memory; the gradient is the same. Contexts are run once "
+            "for all of these forwards, unless the model family cannot, or parameters are sharded and there are several "
+            "tasks: there, and under ZeRO 3, which cannot split them, 'auto' takes all."
         },
     )
     context_gradient: str = field(
@@ -525,6 +529,8 @@ class AlphaGRPOConfig(GRPOConfig):
         refuse_options(self, given & self._differing_arguments())
         self.make_task(self.task)
         self._check_choices()
+        steps = number_or_word("image_steps_per_forward", self.image_steps_per_forward, STEPS_PER_FORWARD)
+        self.image_steps_per_forward = steps
         self._resolve_objective()
         self._check_bounds()
         self._check_trains()

@@ -48,14 +48,14 @@ class Sharding:
         return f"ZeRO {self.zero_stage}" if self.zero_stage else "none"
 
 
-def check_sharding(sharding: Sharding, gather_for_generation: bool, steps_per_forward: int | None = None) -> None:
+def check_sharding(sharding: Sharding, gather_for_generation: bool, steps_per_forward: int | str = "auto") -> None:
     """
     Check that a rollout can end under a sharding, and that an update has the right gradient.
 
     Args:
         sharding ([`Sharding`]): Sharding of the policy.
         gather_for_generation (`bool`): TRL's `ds3_gather_for_generation`.
-        steps_per_forward (`int`, *optional*): `image_steps_per_forward`.
+        steps_per_forward (`int` or `str`, *optional*, defaults to `"auto"`): `image_steps_per_forward`.
 
     Raises:
         `ValueError`: If one of them could not. The message says what to set instead.
@@ -70,18 +70,18 @@ def check_sharding(sharding: Sharding, gather_for_generation: bool, steps_per_fo
             "ds3_gather_for_generation=False would gather parameters once a token, and processes whose texts differ in "
             "length would wait for each other forever: leave it at True, or use recipes/accelerate_configs/zero2.yaml"
         )
-    if sharding.zero_stage == 3 and steps_per_forward is not None:
+    if sharding.zero_stage == 3 and isinstance(steps_per_forward, int):
         # DeepSpeed's buffers keep the last step's gradient until the first backward of the next one overwrites it, and that
         # of a part does not reach all parameters.
         raise ValueError(
             f"image_steps_per_forward={steps_per_forward} has a wrong gradient under ZeRO 3, where parameters that only a later "
             "backward of a step reaches keep the gradient of the step before: use recipes/accelerate_configs/fsdp2.yaml or "
-            "zero2.yaml, or leave image_steps_per_forward out"
+            "zero2.yaml, or leave image_steps_per_forward at 'auto'"
         )
 
 
 def prepare_sharding(
-    accelerator: Accelerator, gather_for_generation: bool, steps_per_forward: int | None = None
+    accelerator: Accelerator, gather_for_generation: bool, steps_per_forward: int | str = "auto"
 ) -> Sharding:
     """
     How the policy is sharded, after [`check_sharding`] and [`use_uniform_precision`]. Called before the model is prepared.

@@ -32,8 +32,10 @@ from accelerate import Accelerator
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, ReadContexts, UnifiedModel
+from alphagrpo_ext.models.work import balanced_steps
 from alphagrpo_ext.objectives.base import ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.objectives.regularizers import penalized
+from alphagrpo_ext.rollout.task import Task
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, Segment, TextSegment, Trajectory
 
@@ -144,11 +146,18 @@ class PackedScorer:
         runs_all_parts (`bool`):
             Whether every forward must run every part of the model. With sharded parameters all processes gather the same
             weights, and one of them may have an image to look at where another has none.
+        steps_per_forward (`int`, *optional*): Most trained steps in one forward; `None` does not split them.
     """
 
-    def __init__(self, args: AlphaGRPOConfig, accelerator: Accelerator, runs_all_parts: bool) -> None:
+    def __init__(
+        self,
+        args: AlphaGRPOConfig,
+        accelerator: Accelerator,
+        runs_all_parts: bool,
+        steps_per_forward: int | None = None,
+    ) -> None:
         self.args = args
-        self.steps_per_forward = args.image_steps_per_forward
+        self.steps_per_forward = steps_per_forward
         self.context_gradient = args.context_gradient
         self.accelerator = accelerator
         self.runs_all_parts = runs_all_parts
@@ -272,6 +281,39 @@ class PackedScorer:
     def split(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
         """The same trajectories with a part of their trained steps each; see [`split_window_steps`]."""
         return split_window_steps(trajectories, self.steps_per_forward)
+
+
+def resolve_steps_per_forward(
+    args: AlphaGRPOConfig, model: UnifiedModel, tasks: Mapping[str, Task], can_split: bool
+) -> int | None:
+    """
+    The number of trained steps per forward that `image_steps_per_forward` stands for. `"auto"` goes by [`balanced_steps`] for the
+    task that paints the most tokens. It depends on the configuration alone, so that all processes run as many forwards.
+
+    Args:
+        args ([`AlphaGRPOConfig`]): Settings of every task, and the trajectories of a micro-batch.
+        model ([`UnifiedModel`]): The policy, unwrapped, with whole parameters.
+        tasks (`Mapping[str, Task]`): The tasks that are trained, by name.
+        can_split (`bool`): Whether several forwards have the right gradient and share contexts. If not, `"auto"` takes all steps.
+
+    Returns:
+        `int` or `None`: `None` does not split.
+    """
+    given = args.image_steps_per_forward
+    if isinstance(given, int):
+        return given
+    # A family without parts of its own runs contexts with every forward.
+    if given == "all" or not can_split or type(model).pack_parts is UnifiedModel.pack_parts:
+        return None
+    tokens_per_step = 0
+    for name, task in tasks.items():
+        settings = args.for_task(name)
+        rows, columns = model.latent_grid(settings.image_height, settings.image_width)
+        num_branches = len(model.guidance(settings.objective_guidance.effective).branches)
+        num_images = args.per_device_train_batch_size * task.num_turns * task.can_paint
+        tokens_per_step = max(tokens_per_step, num_images * num_branches * rows * columns)
+    steps = balanced_steps(args.sde_window_size, tokens_per_step, model.num_generation_weights)
+    return steps if steps < args.sde_window_size else None
 
 
 class ImageLoss:

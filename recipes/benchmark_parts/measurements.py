@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +21,7 @@ from benchmark_parts.arguments import BenchmarkArguments
 from benchmark_parts.breakdown import PHASES, phase_seconds
 from benchmark_parts.flops import counted_flops, denoising_flops, training_flops
 from benchmark_parts.sizes import Size
+from benchmark_parts.split_update import SplitUpdate, peak_memory
 from benchmark_parts.structures import (
     CONTRACT_STRUCTURES,
     EXACT,
@@ -260,11 +264,50 @@ def measure_breakdown(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     return [ResultTable(title, ["phase", share], rows, note, bars_of(share))]
 
 
+def measure_memory(name: str, args: BenchmarkArguments) -> list[ResultTable]:
+    """Measure time and peak memory of an update whose trained steps are split over several forwards."""
+    size = args.size(name)
+    update = SplitUpdate.of(size, args.precision)
+    fixed = [steps for steps in (1, 2, 5) if steps < size.num_steps]
+    choices = sorted({*fixed, size.num_steps, update.automatic}, reverse=True)
+    calls = {str(steps): functools.partial(update.run, steps) for steps in choices}
+    seconds = time_interleaved(calls, args.repetitions, clock=time.process_time)
+    best, automatic = min(seconds.values(), key=statistics.median), update.automatic
+    del update, calls
+    peaks = [peak_memory(name, size.num_trajectories, args.precision, steps) for steps in choices]
+    rows = [
+        [
+            f"{steps}{' (auto)' if steps == automatic else ''}",
+            -(-size.num_steps // steps),
+            Spread.of(seconds[str(steps)]),
+            ratio(seconds[str(steps)], best),
+            peak / 2**20,
+            peak / peaks[0],
+        ]
+        for steps, peak in zip(choices, peaks, strict=True)
+    ]
+    columns = [
+        "steps per forward",
+        "forwards",
+        "CPU seconds",
+        "time to the fastest",
+        "peak MiB above imports",
+        "to all steps",
+    ]
+    note = (
+        f"Text-to-image, {size.num_trajectories} trajectories, K = {size.num_steps}, guidance in all steps, all weights trained, "
+        f"{torch.get_num_threads()} thread(s). The first row has all steps in one forward. The peak is that of one update in a "
+        "process of its own: weights, gradients and activations."
+    )
+    return [ResultTable(f"Memory: {name}, {args.precision}", columns, rows, note, bars_of("peak MiB above imports"))]
+
+
 MEASUREMENTS: dict[str, Callable[[str, BenchmarkArguments], list[ResultTable]]] = {
     "structures": measure_structures,
     "utilization": measure_utilization,
     "scaling": measure_scaling,
     "text_overhead": measure_text_overhead,
     "breakdown": measure_breakdown,
+    "memory": measure_memory,
 }
 """Measurements by the name of the part."""

@@ -41,6 +41,11 @@ class Size:
 SIZES = {
     "bagel-shapes": Size("bagel", 128, 256, 6, 4, 24, 16, 32, 32, 8, 5, "eager", released=True),
     "100m": Size("bagel", 512, 2048, 12, 8, 56, 32, 64, 64, 1, 5, "sdpa"),
+    "66m": Size("bagel", 512, 2048, 8, 8, 32, 32, 32, 32, 8, 10, "sdpa"),
+    "66m-256": Size("bagel", 512, 2048, 8, 8, 64, 32, 32, 32, 2, 10, "sdpa"),
     "cosmos3-shapes": Size("cosmos3", 128, 256, 6, 4, 24, 16, 32, 32, 8, 5, "eager"),
 }
-"""About 2 million parameters and 36 image tokens, about 100 million and 196, and about 3 million and 36."""
+"""
+About 2 million parameters and 36 image tokens, about 100 million and 196, about 66 million and 64 or 256, and about 3 million and
+36.
+"""

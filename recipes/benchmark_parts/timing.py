@@ -63,7 +63,10 @@ class Spread:
 
 
 def time_interleaved(
-    functions: Mapping[str, Callable[[], object]], repetitions: int, warmup: int = 1
+    functions: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """
     Call all functions in turn in every repetition, so that a machine that slows down slows all of them down.
@@ -72,6 +75,7 @@ def time_interleaved(
         functions (`Mapping[str, Callable]`): Functions to time, by name.
         repetitions (`int`): Number of timed calls of each function.
         warmup (`int`, *optional*, defaults to `1`): Number of calls before these.
+        clock (`Callable`, *optional*, defaults to `time.perf_counter`): Returns the seconds to compare.
 
     Returns:
         `dict[str, list[float]]`: Seconds of each function, one value per repetition.
@@ -79,9 +83,9 @@ def time_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(-warmup, repetitions):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if repetition >= 0:
                 seconds[name].append(elapsed)
     return seconds

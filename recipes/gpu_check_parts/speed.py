@@ -78,6 +78,7 @@ def update_settings(name: str, num_steps: int, attention: str, args: GPUCheckArg
         height=side,
         width=side,
         sde_window_size=num_steps,
+        image_steps_per_forward="all",
         attn_implementation=attention,
     )
 

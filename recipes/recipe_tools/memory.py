@@ -97,7 +97,8 @@ def example_trajectories(model: UnifiedModel, settings: MemorySettings) -> list[
     """Build trajectories of the size that `settings` describes, with the trained steps of the largest forward."""
     grid = model.latent_grid(settings.height, settings.width)
     vision_size = model.vision_size(settings.height, settings.width)
-    tokens, num_steps = grid[0] * grid[1], settings.steps_per_forward
+    tokens = grid[0] * grid[1]
+    num_steps = settings.steps_per_forward(tokens, model.num_generation_weights)
     window = DenoisingWindow(
         latents=torch.zeros(num_steps + 1, tokens, model.latent_channels),
         timesteps=flow_timesteps(settings.sde_window_size + 2, 1.0)[: num_steps + 1],

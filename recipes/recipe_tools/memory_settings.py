@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt, check_ranges
+from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt, check_ranges, number_or_word
 
 
 if TYPE_CHECKING:
@@ -40,8 +40,11 @@ class MemorySettings:
     height: PositiveInt = field(default=512, metadata={"help": "Height of images, in pixels."})
     width: PositiveInt = field(default=512, metadata={"help": "Width of images, in pixels."})
     sde_window_size: PositiveInt = field(default=10, metadata={"help": "Number K of trained steps per image."})
-    image_steps_per_forward: PositiveInt | None = field(
-        default=None, metadata={"help": "Largest number of trained steps in one forward. Default: all of them."}
+    image_steps_per_forward: str = field(
+        default="auto",
+        metadata={
+            "help": "Largest number of trained steps in one forward: a number, 'all', or 'auto', as in training."
+        },
     )
     num_branches: Annotated[int, "[1, 3]"] = field(
         default=2, metadata={"help": "Number of guidance branches, 1 to 3 for BAGEL and 1 to 2 for Cosmos3."}
@@ -74,6 +77,8 @@ class MemorySettings:
         from alphagrpo_ext.models.contract import LORA_TARGETS
 
         check_ranges(self)
+        steps = number_or_word("image_steps_per_forward", self.image_steps_per_forward, ("auto", "all"))
+        object.__setattr__(self, "image_steps_per_forward", steps)
         for name, choices in (
             ("attn_implementation", ATTENTION_IMPLEMENTATIONS),
             ("lora_targets", LORA_TARGETS),
@@ -83,10 +88,20 @@ class MemorySettings:
             if value is not None and value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
 
-    @property
-    def steps_per_forward(self) -> int:
-        """Number of trained steps in the largest forward."""
-        return min(self.image_steps_per_forward or self.sde_window_size, self.sde_window_size)
+    def steps_per_forward(self, tokens_per_image: int, num_weights: int) -> int:
+        """
+        Number of trained steps in the largest forward.
+
+        Args:
+            tokens_per_image (`int`): Latent tokens of an image.
+            num_weights (`int`): Weights that noised tokens are multiplied with.
+        """
+        from alphagrpo_ext.models.work import balanced_steps
+
+        given, num_steps = self.image_steps_per_forward, self.sde_window_size
+        if given == "auto":
+            return balanced_steps(num_steps, self.batch_size * self.num_branches * tokens_per_image, num_weights)
+        return num_steps if given == "all" else min(given, num_steps)
 
     @property
     def guidance(self) -> GuidanceConfig:

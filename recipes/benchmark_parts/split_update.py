@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The update of the trainer on a micro-batch of text-to-image, with the trained steps of its window split over several forwards:
+its time, and its peak memory in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from alphagrpo_ext.models.contract import UnifiedModel
+from alphagrpo_ext.objectives.base import OBJECTIVES
+from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
+from alphagrpo_ext.trainer import AlphaGRPOConfig
+from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, resolve_steps_per_forward
+from benchmark_parts.sizes import SIZES, Size
+from benchmark_parts.workload import build_model
+from recipe_tools.memory import example_trajectories
+from recipe_tools.memory_settings import MemorySettings
+
+
+_PEAK_IN_A_PROCESS = "import sys; from benchmark_parts.split_update import print_peak; print_peak(*sys.argv[1:])"
+
+
+@dataclass(frozen=True)
+class SplitUpdate:
+    """
+    A micro-batch of text-to-image with guidance in all trained steps, and what computes its loss.
+
+    Args:
+        model ([`UnifiedModel`]): The policy; all weights are trained but those of the vision tower.
+        inputs (`dict[str, Any]`): The micro-batch as the trainer buffers it.
+        scorer ([`PackedScorer`]): Runs the forwards.
+        loss ([`ImageLoss`]): Loss of the images, and backward of all forwards but the last.
+        automatic (`int`): Steps per forward that `image_steps_per_forward="auto"` chooses.
+    """
+
+    model: UnifiedModel
+    inputs: dict[str, Any]
+    scorer: PackedScorer
+    loss: ImageLoss
+    automatic: int
+
+    @classmethod
+    def of(cls, size: Size, precision: str) -> SplitUpdate:
+        """Build the model of a size and a micro-batch for it, in `"float32"` or under autocast in `"bfloat16"`."""
+        model, is_bf16 = build_model(size), precision == "bfloat16"
+        settings = MemorySettings(
+            batch_size=size.num_trajectories,
+            prompt_tokens=size.request_tokens,
+            thought_tokens=size.thought_tokens,
+            height=size.image_size,
+            width=size.image_size,
+            sde_window_size=size.num_steps,
+            image_steps_per_forward="all",
+        )
+        args = AlphaGRPOConfig(
+            output_dir=os.devnull,
+            bf16=is_bf16,
+            use_cpu=True,
+            image_height=size.image_size,
+            image_width=size.image_size,
+            num_timesteps=size.num_steps + 1,
+            sde_window_size=size.num_steps,
+            sde_window_range=[0, size.num_steps],
+            cfg_interval=[0.0, 1.0],
+            per_device_train_batch_size=size.num_trajectories,
+            num_generations=max(2, size.num_trajectories),
+            generation_batch_size=max(2, size.num_trajectories),
+        )
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16" if is_bf16 else "no")
+        tasks = {PAINTING_TASK: TASKS.get(PAINTING_TASK)(think=True)}
+        return cls(
+            model=model,
+            inputs={
+                "trajectories": example_trajectories(model, settings),
+                "image_advantages": torch.linspace(-1, 2, size.num_trajectories),
+                "is_scored": torch.ones(size.num_trajectories, dtype=torch.bool),
+            },
+            scorer=PackedScorer(args, accelerator, runs_all_parts=False),
+            loss=ImageLoss(OBJECTIVES.get("flow_grpo")(args.objective), 1.0, accelerator),
+            automatic=resolve_steps_per_forward(args, model, tasks, can_split=True) or size.num_steps,
+        )
+
+    def run(self, steps_per_forward: int) -> None:
+        """All forwards and backwards, from no gradients on, with at most so many trained steps in one forward."""
+        self.model.zero_grad()
+        self.scorer.steps_per_forward = steps_per_forward
+        scores, _ = self.loss.backward_parts(self.model, self.inputs, self.scorer, 1)
+        (self.loss(scores.images, self.inputs).loss - scores.log_probs.mean()).backward()
+
+
+def peak_memory(name: str, num_trajectories: int, precision: str, steps_per_forward: int) -> int:
+    """
+    Peak of an update in a process of its own, in bytes above what it takes after its imports: weights, gradients and activations.
+    It is read from `/proc`, so it needs Linux.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        # What is freed goes back to the system, so that the peak is that of what is alive.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    arguments = [name, str(num_trajectories), precision, str(steps_per_forward)]
+    result = subprocess.run(
+        [sys.executable, "-c", _PEAK_IN_A_PROCESS, *arguments], env=environment, capture_output=True, text=True
+    )
+    if result.returncode:
+        raise RuntimeError(f"the process that measures the peak of {name} failed:\n{result.stderr[-4000:]}")
+    return int(result.stdout.split()[-1])
+
+
+def print_peak(name: str, num_trajectories: str, precision: str, steps_per_forward: str) -> None:
+    """The work of such a process: one update, and its peak on the last line."""
+    # Libraries allocate buffers of their own at first use.
+    layer = torch.nn.Linear(64, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer.to(dtype)(torch.ones(64, 64, dtype=dtype)).sum().backward()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    update = SplitUpdate.of(replace(SIZES[name], num_trajectories=int(num_trajectories)), precision)
+    update.run(int(steps_per_forward))
+    print(_status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    """A size of this process in bytes: `VmRSS` now, or `VmHWM`, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
