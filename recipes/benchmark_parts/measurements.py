@@ -274,7 +274,7 @@ def measure_memory(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     seconds = time_interleaved(calls, args.repetitions, clock=time.process_time)
     best, automatic = min(seconds.values(), key=statistics.median), update.automatic
     del update, calls
-    peaks = [peak_memory(name, size.num_trajectories, args.precision, steps) for steps in choices]
+    peaks = [peak_memory(size, args.precision, steps) for steps in choices]
     rows = [
         [
             f"{steps}{' (auto)' if steps == automatic else ''}",

@@ -7,10 +7,11 @@ its time, and its peak memory in a process of its own.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from alphagrpo_ext.objectives.base import OBJECTIVES
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
 from alphagrpo_ext.trainer import AlphaGRPOConfig
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, resolve_steps_per_forward
-from benchmark_parts.sizes import SIZES, Size
+from benchmark_parts.sizes import Size
 from benchmark_parts.workload import build_model
 from recipe_tools.memory import example_trajectories
 from recipe_tools.memory_settings import MemorySettings
@@ -99,7 +100,7 @@ class SplitUpdate:
         (self.loss(scores.images, self.inputs).loss - scores.log_probs.mean()).backward()
 
 
-def peak_memory(name: str, num_trajectories: int, precision: str, steps_per_forward: int) -> int:
+def peak_memory(size: Size, precision: str, steps_per_forward: int) -> int:
     """
     Peak of an update in a process of its own, in bytes above what it takes after its imports: weights, gradients and activations.
     It is read from `/proc`, so it needs Linux.
@@ -111,24 +112,24 @@ def peak_memory(name: str, num_trajectories: int, precision: str, steps_per_forw
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_ARENA_MAX": "1",
     }
-    arguments = [name, str(num_trajectories), precision, str(steps_per_forward)]
+    arguments = [json.dumps(asdict(size)), precision, str(steps_per_forward)]
     result = subprocess.run(
         [sys.executable, "-c", _PEAK_IN_A_PROCESS, *arguments], env=environment, capture_output=True, text=True
     )
     if result.returncode:
-        raise RuntimeError(f"the process that measures the peak of {name} failed:\n{result.stderr[-4000:]}")
+        raise RuntimeError(f"the process that measures the peak of {size} failed:\n{result.stderr[-4000:]}")
     return int(result.stdout.split()[-1])
 
 
-def print_peak(name: str, num_trajectories: str, precision: str, steps_per_forward: str) -> None:
-    """The work of such a process: one update, and its peak on the last line."""
+def print_peak(size: str, precision: str, steps_per_forward: str) -> None:
+    """The work of such a process: one update of a size in JSON, and its peak on the last line."""
     # Libraries allocate buffers of their own at first use.
     layer = torch.nn.Linear(64, 64)
     for dtype in (torch.float32, torch.bfloat16):
         layer.to(dtype)(torch.ones(64, 64, dtype=dtype)).sum().backward()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    update = SplitUpdate.of(replace(SIZES[name], num_trajectories=int(num_trajectories)), precision)
+    update = SplitUpdate.of(Size(**json.loads(size)), precision)
     update.run(int(steps_per_forward))
     print(_status("VmHWM") - before)
 

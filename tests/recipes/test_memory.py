@@ -29,6 +29,7 @@ TINY = MemorySettings(
     height=24,
     width=24,
     sde_window_size=3,
+    image_steps_per_forward="all",
     attn_implementation="sdpa",
     dtype="float32",
     autocast=False,
@@ -189,6 +190,11 @@ def test_what_saves_memory_and_what_takes_it() -> None:
     assert activations(gradient_checkpointing=False) > 2 * base
     assert activations(image_steps_per_forward=1) < 0.8 * base
     assert activations(image_steps_per_forward=3) == base
+    # 32 images of 36 tokens in two branches.
+    assert activations(image_steps_per_forward="auto") == base
+    assert activations(image_steps_per_forward="auto", batch_size=512) == activations(
+        image_steps_per_forward=1, batch_size=512
+    )
     assert activations(attn_implementation="flex_attention") < base < activations(attn_implementation="eager")
     assert activations(sde_window_size=6) > 1.3 * base
     assert activations(batch_size=64) == pytest.approx(2 * base, rel=0.1)
@@ -281,6 +287,7 @@ def test_only_what_is_alive_counts() -> None:
         ({"num_branches": 4}, r"num_branches must be in \[1, 3\], but is 4"),
         ({"attn_implementation": "flash"}, "attn_implementation must be one of flex_attention"),
         ({"lora_targets": "all"}, "lora_targets must be one of both"),
+        ({"image_steps_per_forward": 0}, "image_steps_per_forward must be 'auto', 'all' or a whole number"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, but is 'int8'"),
     ],
 )

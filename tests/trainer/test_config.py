@@ -101,6 +101,19 @@ def test_parser_reads_lists(tmp_path: Path) -> None:
     assert config.guidance.interval == (0.1, 0.9)
 
 
+@pytest.mark.parametrize("source", ["command line", "file"])
+@pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), ("all", "all"), ("2", 2)])
+def test_parser_reads_a_number_or_a_word(tmp_path: Path, source: str, given: str, expected: int | str) -> None:
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    if source == "file":
+        (tmp_path / "config.yaml").write_text(f"image_steps_per_forward: {given}\n")
+        arguments += ["--config", str(tmp_path / "config.yaml")]
+    else:
+        arguments += ["--image_steps_per_forward", given]
+    (config,) = TrlParser((AlphaGRPOConfig,)).parse_args_and_config(arguments)
+    assert config.image_steps_per_forward == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -148,6 +161,13 @@ def test_parser_reads_lists(tmp_path: Path) -> None:
             r"low < high <= 1, .*forward_time_interval=\[0.5, 0.1\]",
         ),
         ({"eval_num_timesteps": 1}, "num_timesteps must be at least 2, but is 1"),
+        (
+            {"image_steps_per_forward": 0},
+            "image_steps_per_forward must be 'auto', 'all' or a whole .* at least 1, but is 0",
+        ),
+        ({"image_steps_per_forward": 1.5}, "image_steps_per_forward must be .*, but is 1.5"),
+        ({"image_steps_per_forward": "some"}, "image_steps_per_forward must be .*, but is 'some'"),
+        ({"image_steps_per_forward": float("nan")}, "image_steps_per_forward must be .*, but is nan"),
         ({"max_completion_length": 0}, "max_completion_length, the longest thought, must be positive, but is 0"),
     ],
 )

@@ -185,7 +185,7 @@ def test_two_processes_train_as_one(
     ids=["ddp", "ddp lora", "zero2", "fsdp2"],
 )
 def test_split_steps_train_as_one_forward(train: Callable[..., Run], backend: str, settings: dict[str, Any]) -> None:
-    whole, parts = (train(backend, max_steps=2, image_steps_per_forward=steps, **settings) for steps in (None, 1))
+    whole, parts = (train(backend, max_steps=2, image_steps_per_forward=steps, **settings) for steps in ("all", 1))
     if backend == "ddp":
         assert whole.outcome["exchanges"] == [True, True]
         # Two trained steps in two forwards. The first backward of an optimizer step keeps its gradients.

@@ -3,6 +3,7 @@
 """Trained steps split over several packed forwards: the same scores, the same gradient."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,19 @@ import torch
 from transformers import TrainerCallback
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
+from alphagrpo_ext.models import work
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.objectives import ImageScores
+from alphagrpo_ext.rollout import TASKS
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.scoring import PackedScores, join_window_steps, split_window_steps
-from alphagrpo_ext.trajectory import Trajectory
+from alphagrpo_ext.trainer.scoring import (
+    PackedScores,
+    join_window_steps,
+    resolve_steps_per_forward,
+    split_window_steps,
+)
+from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
@@ -175,6 +183,45 @@ def test_context_of_a_later_part_is_that_of_the_first(make_trainer: MakeTrainer)
         assert (old.num_steps, new.num_steps, new.start) == (2, 1, old.start + 2)
 
 
-def test_impossible_number_is_refused(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(ValueError, match="image_steps_per_forward must be at least 1, but is 0"):
-        make_trainer(image_steps_per_forward=0)
+def test_default_splits_by_the_size_of_a_forward(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four trajectories of 36 tokens in two branches are 288 tokens per step, of which there are three.
+    assert make_trainer().scorer.steps_per_forward is None
+    monkeypatch.setattr(work, "MIN_FORWARD_WORK", 0)
+    monkeypatch.setattr(work, "MIN_FORWARD_TOKENS", 432)
+    automatic, explicit = make_trainer(**PLAIN, beta=0.1), make_trainer(**PLAIN, beta=0.1, image_steps_per_forward=2)
+    counts = [count_parts(trainer) for trainer in (automatic, explicit)]
+    actual = gradients(automatic)
+    for name, gradient in gradients(explicit).items():
+        assert torch.equal(actual[name], gradient), name
+    assert counts[0] == counts[1]
+    # The policy before training is scored in as large forwards as the update.
+    assert [steps for _, steps in counts[0]] == [2, 1, 1, 2]
+
+
+def test_automatic_number_is_that_of_the_configuration(
+    make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the task with the most tokens, whatever a batch holds: processes with sharded weights run as many forwards."""
+    monkeypatch.setattr(work, "MIN_FORWARD_WORK", 0)
+    monkeypatch.setattr(work, "MIN_FORWARD_TOKENS", 432)
+    trainer, model = make_trainer(), make_shapes_bagel()
+
+    def steps(names: str, can_split: bool = True, **changes: Any) -> int | None:
+        tasks = {name: TASKS.get(name)(think=True, num_reflection_rounds=2) for name in names.split()}
+        return resolve_steps_per_forward(replace(trainer.args, **changes), model, tasks, can_split)
+
+    assert steps("reasoning_t2i") == 2
+    assert steps("reasoning_t2i", cfg_text_scale=1.0) is None
+    assert steps("reasoning_t2i", cfg_text_scale=1.0, per_device_train_batch_size=8) == 2
+    # Two images of a trajectory, in three branches.
+    assert steps("self_reflection") == steps("self_reflection reasoning_t2i") == 1
+    assert steps("visual_question_answering") is None
+    assert steps("reasoning_t2i", can_split=False) is steps("reasoning_t2i", image_steps_per_forward="all") is None
+    assert steps("reasoning_t2i", can_split=False, image_steps_per_forward=2) == 2
+    trainer.train()
+    (update,) = trainer.recorder.updates
+    segments = [[s for s in t.segments if isinstance(s, TextSegment)] for t in update.trajectories]
+    without = [replace(t, segments=own) for t, own in zip(update.trajectories, segments, strict=True)]
+    assert len(trainer.scorer.split(trainer.scorer.complete(model, without))) == 2
+    monkeypatch.setattr(BagelModel, "pack_parts", UnifiedModel.pack_parts)
+    assert steps("reasoning_t2i") is None

@@ -85,13 +85,13 @@ def test_gathered_policy_is_sharded_again_after_an_error(sharded_bagel: BagelMod
 @pytest.mark.parametrize(
     "sharding, gather, steps_per_forward, message",
     [
-        (Sharding(zero_stage=0, fsdp_version=1), True, None, "fsdp_version: 2"),
-        (Sharding(zero_stage=3, fsdp_version=None), False, None, "ds3_gather_for_generation"),
+        (Sharding(zero_stage=0, fsdp_version=1), True, "auto", "fsdp_version: 2"),
+        (Sharding(zero_stage=3, fsdp_version=None), False, "auto", "ds3_gather_for_generation"),
         (Sharding(zero_stage=3, fsdp_version=None), True, 2, "image_steps_per_forward=2"),
     ],
 )
 def test_sharding_that_cannot_train_is_refused(
-    sharding: Sharding, gather: bool, steps_per_forward: int | None, message: str
+    sharding: Sharding, gather: bool, steps_per_forward: int | str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_sharding(sharding, gather, steps_per_forward)
@@ -108,7 +108,8 @@ def test_sharding_that_cannot_train_is_refused(
 )
 def test_sharding_that_works_is_not_refused(sharding: Sharding, shards: bool, gather: bool) -> None:
     assert sharding.shards_parameters == shards
-    check_sharding(sharding, gather, None if sharding.zero_stage == 3 else 1)
+    for steps_per_forward in ("auto", "all", *([] if sharding.zero_stage == 3 else [1])):
+        check_sharding(sharding, gather, steps_per_forward)
 
 
 def test_fsdp_leaves_inputs_in_fp32_and_sums_gradients_in_fp32() -> None:
