@@ -37,6 +37,7 @@ from alphagrpo_ext.objectives.base import ImageObjective, ImageScores, Objective
 from alphagrpo_ext.objectives.regularizers import penalized
 from alphagrpo_ext.rollout.task import Task
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer.distributed import Sharding
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, Segment, TextSegment, Trajectory
 
 
@@ -281,6 +282,28 @@ class PackedScorer:
     def split(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
         """The same trajectories with a part of their trained steps each; see [`split_window_steps`]."""
         return split_window_steps(trajectories, self.steps_per_forward)
+
+
+def make_scorer(
+    args: AlphaGRPOConfig,
+    accelerator: Accelerator,
+    sharding: Sharding,
+    model: UnifiedModel,
+    tasks: Mapping[str, Task],
+) -> PackedScorer:
+    """
+    The scorer of a run.
+
+    Args:
+        args ([`AlphaGRPOConfig`]): Settings of the run.
+        accelerator ([`~accelerate.Accelerator`]): Device and autocast of forwards.
+        sharding ([`Sharding`]): Sharding of the policy.
+        model ([`UnifiedModel`]): The policy, unwrapped.
+        tasks (`Mapping[str, Task]`): The tasks that are trained, by name.
+    """
+    runs_all_parts = sharding.shards_parameters and len(tasks) > 1
+    can_split = sharding.zero_stage < 3 and not runs_all_parts
+    return PackedScorer(args, accelerator, runs_all_parts, resolve_steps_per_forward(args, model, tasks, can_split))
 
 
 def resolve_steps_per_forward(

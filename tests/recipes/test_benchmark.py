@@ -114,6 +114,19 @@ def test_baselines_share_no_context(update: Update) -> None:
     assert num_tokens(update.model.pack(update.trajectories, GUIDANCE))[0] < expected
 
 
+def test_order_of_a_micro_batch_is_of_no_account(any_update: Update) -> None:
+    """Equal contexts are shared wherever they stand, so trajectories of a rollout need no sorting."""
+    model = any_update.model
+    others = self_reflection_trajectories(model, SIZES["bagel-shapes"], seed=1)[:2]
+    first, second = any_update.trajectories
+    sorted_batch, mixed = (
+        model.pack(batch, GUIDANCE).inputs
+        for batch in ([first, second, *others], [first, others[0], second, others[1]])
+    )
+    shapes = [{name: tensor.shape for name, tensor in inputs.items()} for inputs in (sorted_batch, mixed)]
+    assert shapes[0] == shapes[1]
+
+
 def test_flops_are_those_of_the_layers(update: Update) -> None:
     model, text = update.model, update.model.config.text_config
     width, inner = text.hidden_size, text.intermediate_size

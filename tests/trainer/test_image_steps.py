@@ -208,7 +208,10 @@ def test_automatic_number_is_that_of_the_configuration(
 
     def steps(names: str, can_split: bool = True, **changes: Any) -> int | None:
         tasks = {name: TASKS.get(name)(think=True, num_reflection_rounds=2) for name in names.split()}
-        return resolve_steps_per_forward(replace(trainer.args, **changes), model, tasks, can_split)
+        args = trainer.args.copy()
+        for name, value in changes.items():
+            setattr(args, name, value)
+        return resolve_steps_per_forward(args, model, tasks, can_split)
 
     assert steps("reasoning_t2i") == 2
     assert steps("reasoning_t2i", cfg_text_scale=1.0) is None
