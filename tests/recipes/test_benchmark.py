@@ -117,7 +117,8 @@ def test_baselines_share_no_context(update: Update) -> None:
 def test_order_of_a_micro_batch_is_of_no_account(any_update: Update) -> None:
     """Equal contexts are shared wherever they stand, so trajectories of a rollout need no sorting."""
     model = any_update.model
-    others = self_reflection_trajectories(model, SIZES["bagel-shapes"], seed=1)[:2]
+    size = SMALLEST["bagel-shapes" if isinstance(model, BagelModel) else "cosmos3-shapes"]
+    others = self_reflection_trajectories(model, size, seed=1)
     first, second = any_update.trajectories
     sorted_batch, mixed = (
         model.pack(batch, GUIDANCE).inputs
