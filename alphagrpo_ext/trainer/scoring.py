@@ -284,7 +284,7 @@ class PackedScorer:
         return split_window_steps(trajectories, self.steps_per_forward)
 
 
-def make_scorer(
+def make_packed_scorer(
     args: AlphaGRPOConfig,
     accelerator: Accelerator,
     sharding: Sharding,

@@ -44,7 +44,7 @@ from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, s
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
 from alphagrpo_ext.trainer.reward_functions import trl_reward_functions
 from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step, strict_pass_metrics
-from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScores, make_scorer, pad_columns
+from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScores, make_packed_scorer, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 
 
@@ -155,7 +155,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
             self.add_callback(callback)
         check_trains(self.model, args, self.reward_funcs, self.reward_weights)
         sharding = prepare_sharding(self.accelerator, args.ds3_gather_for_generation, args.image_steps_per_forward)
-        self.scorer = make_scorer(args, self.accelerator, sharding, policy, self.tasks)
+        self.scorer = make_packed_scorer(args, self.accelerator, sharding, policy, self.tasks)
         objective = OBJECTIVES.get(args.image_objective)(args.objective)
         self.image_loss = ImageLoss(objective, args.image_loss_weight, self.accelerator)
         self._finite_steps = FiniteSteps(self.accelerator, processing_class)
