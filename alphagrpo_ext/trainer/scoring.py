@@ -328,13 +328,15 @@ def resolve_steps_per_forward(
     # A family without parts of its own runs contexts with every forward.
     if given == "all" or not can_split or type(model).pack_parts is UnifiedModel.pack_parts:
         return None
-    tokens_per_step = 0
+    tokens_per_trajectory = [0]
     for name, task in tasks.items():
-        settings = args.for_task(name)
-        rows, columns = model.latent_grid(settings.image_height, settings.image_width)
-        num_branches = len(model.guidance(settings.objective_guidance.effective).branches)
-        num_images = args.per_device_train_batch_size * task.num_turns * task.can_paint
-        tokens_per_step = max(tokens_per_step, num_images * num_branches * rows * columns)
+        # The size of images that are never painted need not be one that the model can paint.
+        if task.can_paint:
+            settings = args.for_task(name)
+            rows, columns = model.latent_grid(settings.image_height, settings.image_width)
+            num_branches = len(model.guidance(settings.objective_guidance.effective).branches)
+            tokens_per_trajectory.append(task.num_turns * num_branches * rows * columns)
+    tokens_per_step = args.per_device_train_batch_size * max(tokens_per_trajectory)
     steps = balanced_steps(args.sde_window_size, tokens_per_step, model.num_generation_weights)
     return steps if steps < args.sde_window_size else None
 

@@ -114,7 +114,7 @@ def test_baselines_share_no_context(update: Update) -> None:
     assert num_tokens(update.model.pack(update.trajectories, GUIDANCE))[0] < expected
 
 
-def test_order_of_a_micro_batch_is_of_no_account(any_update: Update) -> None:
+def test_order_of_a_micro_batch_does_not_matter(any_update: Update) -> None:
     """Equal contexts are shared wherever they stand, so trajectories of a rollout need no sorting."""
     model = any_update.model
     size = SMALLEST["bagel-shapes" if isinstance(model, BagelModel) else "cosmos3-shapes"]

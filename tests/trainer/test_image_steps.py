@@ -218,7 +218,7 @@ def test_automatic_number_is_that_of_the_configuration(
     assert steps("reasoning_t2i", cfg_text_scale=1.0, per_device_train_batch_size=8) == 2
     # Two images of a trajectory, in three branches.
     assert steps("self_reflection") == steps("self_reflection reasoning_t2i") == 1
-    assert steps("visual_question_answering") is None
+    assert steps("visual_question_answering", image_height=1000) is None
     assert steps("reasoning_t2i", can_split=False) is steps("reasoning_t2i", image_steps_per_forward="all") is None
     assert steps("reasoning_t2i", can_split=False, image_steps_per_forward=2) == 2
     trainer.train()
