@@ -16,8 +16,8 @@ OMP_NUM_THREADS=1 python recipes/benchmark.py --sizes bagel-shapes 100m --precis
 `--sizes cosmos3-shapes` measures the tiny Cosmos3 with random weights. Of the other ways to compute a step, those that are written for
 BAGEL's parts measure its sizes alone.
 
-All parts run in one process. Functions that are compared run in turn, and ratios are taken within a repetition, so that they also
-hold on a machine that is busy with other work. Tables are printed. `benchmark.json` and, with
+All parts run in one process, except that `memory` starts one for every peak. Functions that are compared run in turn, and ratios are
+taken within a repetition, so that they also hold on a machine that is busy with other work. Tables are printed. `benchmark.json` and, with
 `pip install "alphagrpo-ext[report]"`, plots are written to `--output_dir`.
 """
 
