@@ -32,6 +32,7 @@ from alphagrpo_ext.models.finite import is_finite, names_not_finite
 from alphagrpo_ext.models.pixels import image_to_tensor, tensor_to_image
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.denoising import denoise
+from alphagrpo_ext.rollout.merged_adapters import merged_adapters
 from alphagrpo_ext.rollout.task import Task, prompt_text
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 
@@ -176,8 +177,9 @@ class RolloutGenerator:
             else:
                 alike.append(run)
         sampled: dict[int, Trajectory] = {}
-        for (row_config, *_), alike in batches:
-            sampled |= self._generate_alike(rows, generators, alike, row_config)
+        with merged_adapters(self.model):
+            for (row_config, *_), alike in batches:
+                sampled |= self._generate_alike(rows, generators, alike, row_config)
         return [sampled[i] for run in runs for i in run]
 
     def _generate_alike(
