@@ -3,15 +3,16 @@
 """
 Adapters while a policy samples: added to its weights once, where what was sampled is still on-policy for the packed forward of training.
 
-PEFT computes an adapted layer as three matrix multiplications. A rollout evaluates the network hundreds of times with the same weights,
-so the sum of weight and adapter is computed once.
+PEFT computes an adapted layer as three matrix multiplications, with conversions between them. A rollout evaluates the network hundreds
+of times with the same weights, so what depends on the weights alone is computed once.
 
-- **Weights in fp32.** The sum differs from PEFT's output by the rounding of fp32, which the tolerance of on-policy ratios covers. Under
-  autocast the sum is rounded once to autocast's type, as autocast rounds the weight alone. It also saves autocast's conversion of
-  the frozen weight, which it repeats in every call.
-- **Weights in bf16 or fp16.** They lie on the grid of their type. Wherever the adapter is less than half a unit in the last place,
-  the sum would round to the weight itself, and the rollout would be that of another policy. Nothing is merged. Under autocast
-  PEFT's conversion of inputs to fp32 is left out, which autocast would undo.
+- **Weights in fp32.** The sum of weight and adapter replaces the weight. It differs from PEFT's output by the rounding of fp32, which
+  the tolerance of on-policy ratios covers. Under autocast the sum is rounded once to autocast's type, as autocast rounds the weight
+  alone. This also saves autocast's conversion of a frozen weight, which it repeats in every call.
+- **Weights in bf16 or fp16, under autocast.** Such weights lie on the grid of their type. Wherever the adapter is less than half a
+  unit in the last place, the sum would round to the weight itself, and the rollout would be that of another policy. So nothing is
+  merged. The adapter is converted once, and the outputs are PEFT's, bit by bit.
+- **Otherwise** PEFT computes the layer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -30,8 +32,8 @@ from alphagrpo_ext.models.finite import is_finite
 @contextmanager
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """
-    While the block runs, a model samples with its adapters merged where [`mergeable_layers`] says so. Afterwards its weights are
-    the same tensors as before.
+    While the block runs, a model samples with its adapters merged where [`mergeable_layers`] says so, and else converted once.
+    Afterwards its weights are the same tensors as before.
 
     Enter it under the autocast that the model is called under, and leave it before anything switches adapters. Meanwhile merged
     weights are in memory beside the original ones, in the type that the model computes in. A model without adapters stays as it is.
@@ -41,8 +43,12 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     """
     merged = set(mergeable_layers(model))
     with ExitStack() as stack:
-        for layer in _plain_layers(model):
-            stack.enter_context(_merged(layer) if layer in merged else _without_input_casts(layer))
+        with torch.no_grad():
+            for layer in _plain_layers(model):
+                if layer in merged:
+                    stack.enter_context(_merged(layer))
+                elif _computing_dtype(layer) != torch.float32:
+                    stack.enter_context(_converted(layer))
         yield
 
 
@@ -54,69 +60,94 @@ def mergeable_layers(model: nn.Module) -> list[LoraLinear]:
     weight is quantized or sharded does not belong to them, nor does one with DoRA or another variant of LoRA, nor one whose
     adapters are switched off, merged already or not finite.
     """
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        return []
     return [layer for layer in _plain_layers(model) if _can_merge(layer)]
 
 
 def _plain_layers(model: nn.Module) -> list[LoraLinear]:
-    """Linear layers with active adapters that are LoRA as its authors describe it."""
-    return [m for m in model.modules() if type(m) is LoraLinear and not m.disable_adapters and _is_plain(m)]
+    """Adapted linear layers that compute the base layer's output and low-rank products, and nothing else."""
+    modules = list(model.modules())
+    if any(isinstance(module, FSDPModule) for module in modules):
+        return []
+    return [m for m in modules if type(m) is LoraLinear and not (m.disable_adapters or m.merged) and _is_plain(m)]
 
 
 def _is_plain(layer: LoraLinear) -> bool:
     names = _active_adapters(layer)
-    return bool(names) and not layer.merged and not any(n in layer.lora_variant or layer.lora_bias[n] for n in names)
+    is_variant = any(name in layer.lora_variant or layer.lora_bias[name] for name in names)
+    drops = layer.training and any(getattr(layer.lora_dropout[name], "p", 0.0) for name in names)
+    is_fp32 = all(weight.dtype == torch.float32 and _is_whole(weight) for weight in _factors(layer))
+    # Another library may have replaced the forward of the module.
+    return bool(names) and not is_variant and not drops and is_fp32 and "forward" not in vars(layer)
 
 
 def _active_adapters(layer: LoraLinear) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
+def _factors(layer: LoraLinear) -> list[torch.Tensor]:
+    names = _active_adapters(layer)
+    return [factor[name].weight for name in names for factor in (layer.lora_A, layer.lora_B)]
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    # DeepSpeed marks parameters that it partitions.
+    return type(weight.data) is torch.Tensor and not hasattr(weight, "ds_id")
+
+
 def _can_merge(layer: LoraLinear) -> bool:
-    base, names = layer.get_base_layer(), _active_adapters(layer)
+    base = layer.get_base_layer()
     if type(base) is not nn.Linear or base.weight.requires_grad:
         return False
-    # DeepSpeed marks parameters that it partitions.
-    is_whole = type(base.weight.data) is torch.Tensor and not hasattr(base.weight, "ds_id")
-    drops = layer.training and any(getattr(layer.lora_dropout[name], "p", 0.0) for name in names)
-    factors = [factor[name].weight for name in names for factor in (layer.lora_A, layer.lora_B)]
-    is_fp32 = all(weight.dtype == torch.float32 for weight in (base.weight, *factors))
     # An error about an adapter that is not finite names it, and not the weight that it was merged into.
-    return is_whole and is_fp32 and not drops and all(map(is_finite, factors))
+    return base.weight.dtype == torch.float32 and _is_whole(base.weight) and all(map(is_finite, _factors(layer)))
+
+
+def _computing_dtype(layer: LoraLinear) -> torch.dtype:
+    """The type of an adapter's outputs."""
+    kind = layer.get_base_layer().weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 @contextmanager
 def _merged(layer: LoraLinear) -> Iterator[None]:
-    weight = layer.get_base_layer().weight
-    original, weight.data = weight.data, _merged_weight(layer)
+    base = layer.get_base_layer()
+    original, base.weight.data = base.weight.data, _merged_weight(layer)
     layer.merged_adapters.extend(_active_adapters(layer))
+    layer.forward = base.forward
     try:
         yield
     finally:
-        weight.data = original
+        del layer.forward
         layer.merged_adapters.clear()
+        base.weight.data = original
 
 
-@torch.no_grad()
 def _merged_weight(layer: LoraLinear) -> torch.Tensor:
     """The sum of a layer's weight and its active adapters, in the type that the layer computes in."""
     total = layer.get_base_layer().weight.data
-    kind = total.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else total.dtype
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(total.device.type, enabled=False):
         for name in _active_adapters(layer):
             total = total + layer.get_delta_weight(name)
-    return total.to(dtype)
+    return total.to(_computing_dtype(layer))
 
 
 @contextmanager
-def _without_input_casts(layer: LoraLinear) -> Iterator[None]:
-    if not torch.is_autocast_enabled(layer.get_base_layer().weight.device.type):
-        yield
-        return
-    before, layer.cast_input_dtype_enabled = layer.cast_input_dtype_enabled, False
+def _converted(layer: LoraLinear) -> Iterator[None]:
+    base, dtype = layer.get_base_layer(), _computing_dtype(layer)
+    adapters = [
+        (layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype), layer.scaling[name])
+        for name in _active_adapters(layer)
+    ]
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        outputs = base(inputs)
+        for down, up, scaling in adapters:
+            # The order of operations, and so the rounding, is PEFT's.
+            outputs = outputs + F.linear(F.linear(inputs, down), up) * scaling
+        return outputs
+
+    layer.forward = forward
     try:
         yield
     finally:
-        layer.cast_input_dtype_enabled = before
+        del layer.forward

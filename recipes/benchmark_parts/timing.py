@@ -75,7 +75,7 @@ def time_interleaved(
         functions (`Mapping[str, Callable]`): Functions to time, by name.
         repetitions (`int`): Number of timed calls of each function.
         warmup (`int`, *optional*, defaults to `1`): Number of calls before these.
-        clock (`Callable`, *optional*, defaults to `time.perf_counter`): Returns the seconds to compare.
+        clock (`Callable[[], float]`, *optional*): Seconds now. `time.process_time` leaves out what other processes take.
 
     Returns:
         `dict[str, list[float]]`: Seconds of each function, one value per repetition.

@@ -135,11 +135,14 @@ def test_merged_rollout_under_autocast_deviates_as_bf16_does(
         for _ in range(2):
             sampled = sample(policy, shapes_processor)
             found = score(policy, sampled)
-            deviations.append([norm(found[place] - values) for place, values in zip((0, 2), recorded(sampled), strict=True)])
+            deviations.append(
+                [norm(found[place] - values) for place, values in zip((0, 2), recorded(sampled), strict=True)]
+            )
             policy = without_merging(policy)
     assert not torch.equal(merged[1], usual[1])
     assert norm(merged[1] - exact[1]) < 1.1 * norm(usual[1] - exact[1])
-    print(deviations, norm(merged[1] - exact[1]), norm(usual[1] - exact[1]))
+    for merged_deviation, usual_deviation in zip(*deviations, strict=True):
+        assert merged_deviation < 2 * usual_deviation
 
 
 @pytest.mark.invariant
@@ -147,12 +150,10 @@ def test_merged_rollout_under_autocast_deviates_as_bf16_does(
 def test_rollout_with_weights_in_bf16_is_that_of_peft(
     make_shapes_bagel: MakeModel, shapes_processor: BagelProcessor, under_autocast: bool
 ) -> None:
-    """Bit by bit, although PEFT's conversions of inputs are left out under autocast."""
+    """Bit by bit, although the adapter is converted once under autocast."""
     policy = adapted(in_bf16(make_shapes_bagel()))
-    calls = count_calls(policy)
     with autocast(under_autocast):
         sampled = recorded(sample(policy, shapes_processor))
-        assert calls
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(generator, "merged_adapters", lambda model: nullcontext())
             expected = recorded(sample(policy, shapes_processor))
@@ -171,6 +172,7 @@ def test_weights_come_back_bit_by_bit(policy: PeftModel) -> None:
         pointer, values = before[name]
         assert parameter.data_ptr() == pointer and torch.equal(parameter, values), name
     assert len(mergeable_layers(policy)) == len(changed)
+    assert not any("forward" in vars(module) for module in policy.modules())
 
 
 @torch.no_grad()
@@ -211,3 +213,4 @@ def test_what_is_not_safe_is_not_merged(
     before = {name: parameter.data_ptr() for name, parameter in policy.named_parameters()}
     with merged_adapters(policy):
         assert {name: parameter.data_ptr() for name, parameter in policy.named_parameters()} == before
+        assert not any("forward" in vars(module) for module in policy.modules())
