@@ -17,16 +17,22 @@ of times with the same weights, so what depends on the weights alone is computed
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from alphagrpo_ext.models.finite import is_finite
+
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -36,20 +42,34 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     Afterwards its weights are the same tensors as before.
 
     Enter it under the autocast that the model is called under, and leave it before anything switches adapters. Meanwhile merged
-    weights are in memory beside the original ones, in the type that the model computes in. A model without adapters stays as it is.
+    weights are in memory beside the original ones, in the type that the model computes in. A model without adapters stays as it
+    is. What was chosen is logged once.
 
     Args:
         model (`torch.nn.Module`): A policy: a [`~peft.PeftModel`] or what it wraps.
     """
-    merged = set(mergeable_layers(model))
+    merged = mergeable_layers(model)
+    others = set(_plain_layers(model)) - set(merged)
+    converted = [layer for layer in others if _computing_dtype(layer) != torch.float32]
+    _log_choice(sum(isinstance(m, BaseTunerLayer) for m in model.modules()), len(merged), len(converted))
     with ExitStack() as stack:
         with torch.no_grad():
-            for layer in _plain_layers(model):
-                if layer in merged:
-                    stack.enter_context(_merged(layer))
-                elif _computing_dtype(layer) != torch.float32:
-                    stack.enter_context(_converted(layer))
+            for layer in merged:
+                stack.enter_context(_merged(layer))
+            for layer in converted:
+                stack.enter_context(_converted(layer))
         yield
+
+
+@functools.cache
+def _log_choice(num_layers: int, num_merged: int, num_converted: int) -> None:
+    """Say once how a policy with so many adapted layers samples."""
+    if num_layers:
+        logger.info(
+            "Of %d adapted layers, %d sample with their adapter merged, %d with their adapter converted once, and %d as PEFT "
+            "computes them.",
+            *(num_layers, num_merged, num_converted, num_layers - num_merged - num_converted),
+        )
 
 
 def mergeable_layers(model: nn.Module) -> list[LoraLinear]:

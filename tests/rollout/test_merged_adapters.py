@@ -214,3 +214,17 @@ def test_what_is_not_safe_is_not_merged(
     with merged_adapters(policy):
         assert {name: parameter.data_ptr() for name, parameter in policy.named_parameters()} == before
         assert not any("forward" in vars(module) for module in policy.modules())
+
+
+def test_choice_is_logged_once(make_shapes_bagel: MakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    policy = adapted(make_shapes_bagel(), target_modules=["model.layers.1.self_attn.k_proj", "layers.1.mlp.up_proj"])
+    policy.get_submodule("base_model.model.language_model.model.layers.1.mlp.up_proj.base_layer").bfloat16()
+    with autocast():
+        for _ in range(2):
+            with merged_adapters(policy):
+                pass
+    (message,) = caplog.messages
+    assert message == (
+        "Of 2 adapted layers, 1 sample with their adapter merged, 1 with their adapter converted once, and 0 as PEFT computes them."
+    )
