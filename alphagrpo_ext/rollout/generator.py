@@ -103,7 +103,8 @@ class RolloutGenerator:
     Samples trajectories.
 
     A context is prefilled once per group and shared by it, and guidance branches run as one batch. A sampled thought
-    stays in the cache: neither the images that follow it nor a later round read it a second time.
+    stays in the cache: neither the images that follow it nor a later round read it a second time. While the policy samples, its
+    adapters are merged or converted once where that is safe; see [`merged_adapters`].
 
     Args:
         model ([`UnifiedModel`]): The policy, unwrapped.

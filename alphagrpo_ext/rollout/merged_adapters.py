@@ -92,12 +92,12 @@ def _plain_layers(model: nn.Module) -> list[LoraLinear]:
 
 
 def _is_plain(layer: LoraLinear) -> bool:
-    names = _active_adapters(layer)
+    names, is_linear = _active_adapters(layer), type(layer.get_base_layer()) is nn.Linear
     is_variant = any(name in layer.lora_variant or layer.lora_bias[name] for name in names)
     drops = layer.training and any(getattr(layer.lora_dropout[name], "p", 0.0) for name in names)
     is_fp32 = all(weight.dtype == torch.float32 and _is_whole(weight) for weight in _factors(layer))
     # Another library may have replaced the forward of the module.
-    return bool(names) and not is_variant and not drops and is_fp32 and "forward" not in vars(layer)
+    return bool(names) and is_linear and is_fp32 and not (is_variant or drops or "forward" in vars(layer))
 
 
 def _active_adapters(layer: LoraLinear) -> list[str]:
@@ -115,11 +115,11 @@ def _is_whole(weight: torch.Tensor) -> bool:
 
 
 def _can_merge(layer: LoraLinear) -> bool:
-    base = layer.get_base_layer()
-    if type(base) is not nn.Linear or base.weight.requires_grad:
+    weight = layer.get_base_layer().weight
+    if weight.dtype != torch.float32 or weight.requires_grad or not _is_whole(weight):
         return False
     # An error about an adapter that is not finite names it, and not the weight that it was merged into.
-    return base.weight.dtype == torch.float32 and _is_whole(base.weight) and all(map(is_finite, _factors(layer)))
+    return all(map(is_finite, _factors(layer)))
 
 
 def _computing_dtype(layer: LoraLinear) -> torch.dtype:
