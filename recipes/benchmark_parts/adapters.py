@@ -21,10 +21,10 @@ from benchmark_parts.workload import build_image_processor, build_model
 
 
 WITHOUT_ADAPTER = "without an adapter"
-NUM_TIMESTEPS = 16
+NUM_POINTS = 16
 
 
-def build_policy(size: Size, weights: torch.dtype, lora_rank: int = 0) -> torch.nn.Module:
+def build_sampled_policy(size: Size, weights: torch.dtype, lora_rank: int = 0) -> torch.nn.Module:
     """The model of a size as it is trained: all of it, or a new adapter in fp32 on both experts."""
     model = build_model(size)
     for name, parameter in model.named_parameters():
@@ -47,10 +47,10 @@ def rollout_calls(size: Size, weights: torch.dtype, autocast: bool) -> dict[str,
         weights (`torch.dtype`): Type of the model's weights.
         autocast (`bool`): Whether to sample under autocast to bf16.
     """
-    plain, adapted = build_policy(size, weights), build_policy(size, weights, lora_rank=32)
+    plain, adapted = build_sampled_policy(size, weights), build_sampled_policy(size, weights, lora_rank=32)
     processor, task = build_image_processor(size), TASKS.get("reasoning_t2i")(think=True)
     guidance = GuidanceConfig(text_scale=4.0, interval=(0.0, 1.0))
-    denoising = DenoisingConfig(NUM_TIMESTEPS, guidance=guidance, window_start=0, window_size=size.num_steps)
+    denoising = DenoisingConfig(NUM_POINTS, guidance=guidance, window_start=0, window_size=size.num_steps)
     config = RolloutConfig(size.image_size, size.image_size, max_new_tokens=size.thought_tokens, denoising=denoising)
     rows = [{"prompt": "a red circle"}] * size.num_trajectories
 

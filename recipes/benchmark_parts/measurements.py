@@ -310,13 +310,15 @@ def measure_adapter(name: str, args: BenchmarkArguments) -> list[ResultTable]:
         calls = rollout_calls(args.size(name), getattr(torch, weights), args.precision == "bfloat16")
         seconds = time_interleaved(calls, args.repetitions, clock=time.process_time)
         base = seconds[WITHOUT_ADAPTER]
-        rows += [[what, weights, Spread.of(values), ratio(values, base)] for what, values in seconds.items()]
+        rows += [
+            [f"{what}, {weights} weights", Spread.of(values), ratio(values, base)] for what, values in seconds.items()
+        ]
     note = (
         "Text-to-image with 16 points, thoughts and text guidance; LoRA of rank 32 in fp32 on both experts. Seconds of the CPU. "
         "The policy without an adapter trains its weights, of which autocast keeps copies in its type."
     )
-    columns = ["rollout", "weights", "seconds", "to none"]
-    return [ResultTable(f"Adapter: {name}, {args.precision}", columns, rows, note)]
+    columns = ["rollout", "seconds", "to none"]
+    return [ResultTable(f"Adapter: {name}, {args.precision}", columns, rows, note, bars_of("to none"))]
 
 
 MEASUREMENTS: dict[str, Callable[[str, BenchmarkArguments], list[ResultTable]]] = {
