@@ -80,13 +80,24 @@ class BagelCache:
         """Slots in use that can be seen, `(samples, length)`."""
         return self.blocks[:, : self.length] != PADDING_BLOCK
 
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """
         Keep the prefix's keys and values `(prefixes, kv_heads, prefix_slots, head_dim)` of a layer. Layers come in
         order.
         """
         self.prefix_keys.append(keys)
         self.prefix_values.append(values)
+
+    def layer(self, index: int) -> BagelCache:
+        """The keys and values of one layer, as views. [`attend`] needs a cache of one layer."""
+        return BagelCache(
+            self.prefix_blocks,
+            self.blocks,
+            self.positions,
+            self.num_blocks,
+            self.length,
+            *([states[index]] for states in (self.prefix_keys, self.prefix_values, self.keys, self.values)),
+        )
 
     def head(self, num_rows: int) -> BagelCache:
         """The first `num_rows` samples as views. They must be whole groups."""
@@ -210,7 +221,6 @@ class BagelCache:
 
     def attend(
         self,
-        layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -222,7 +232,6 @@ class BagelCache:
         slots behind those in use, where they stay only if [`commit`] follows.
 
         Args:
-            layer (`int`): Decoder layer.
             query (`torch.Tensor` of shape `(samples, heads, n, head_dim)`): Rotated queries.
             key, value (`torch.Tensor` of shape `(samples, kv_heads, n, head_dim)`): Rotated keys, and values.
             bias (`torch.Tensor` of shape `(samples, 1, n, prefix_slots + length + n)`):
@@ -233,13 +242,13 @@ class BagelCache:
             `torch.Tensor` of shape `(samples, heads, n, head_dim)`.
         """
         end = self.length + key.shape[2]
-        own_keys, own_values = self.keys[layer], self.values[layer]
+        (own_keys,), (own_values,) = self.keys, self.values
         own_keys[:, :, self.length : end] = key
         own_values[:, :, self.length : end] = value
         return attend_in_parts(
             query * scaling,
             [
-                (self.prefix_keys[layer], self.prefix_values[layer]),
+                (*self.prefix_keys, *self.prefix_values),
                 (own_keys[:, :, :end], own_values[:, :, :end]),
             ],
             bias,
@@ -275,6 +284,10 @@ class ForkedCache:
     cache: BagelCache
     forks: int
 
+    def layer(self, index: int) -> ForkedCache:
+        """As [`BagelCache.layer`], for every image."""
+        return ForkedCache(self.cache.layer(index), self.forks)
+
     @property
     def positions(self) -> torch.Tensor:
         """Rotary position of the next token, `(images,)`."""
@@ -286,7 +299,6 @@ class ForkedCache:
 
     def attend(
         self,
-        layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -298,8 +310,8 @@ class ForkedCache:
         return attend_in_parts(
             query * scaling,
             [
-                (cache.prefix_keys[layer], cache.prefix_values[layer]),
-                (cache.keys[layer][:, :, : cache.length], cache.values[layer][:, :, : cache.length]),
+                (*cache.prefix_keys, *cache.prefix_values),
+                tuple(states[0][:, :, : cache.length] for states in (cache.keys, cache.values)),
                 (key, value),
             ],
             bias,

@@ -261,9 +261,11 @@ def predict_velocity(
         raise ValueError(f"{num_images} images cannot share {cache.num_rows} rows of a cache evenly")
     cache = cache if forks == 1 else ForkedCache(cache, forks)
     device = latents.device
-    ids = torch.tensor([model.config.image_start_token_id, model.config.image_end_token_id], device=device)
+    # Made on the device: a copy from the host would wait for it in every step, and a CUDA graph cannot hold such a copy.
+    delimiters = (model.config.image_start_token_id, model.config.image_end_token_id)
+    ids = torch.cat([torch.full((1,), token_id, device=device) for token_id in delimiters])
     und = model.language_model.model.embed_tokens(ids).expand(num_images, 2, -1)
-    position_ids = grid_position_ids(*grid, model.config.max_latent_size).to(device)
+    position_ids = grid_position_ids(*grid, model.config.max_latent_size, device)
     gen = model.embed_latents(latents, position_ids, model.time_embedder(timestep.reshape(1, 1)))
     positions = cache.positions[:, None].expand(num_images, num_tokens + 2)
     mask = cache.visibility(torch.ones(1, num_tokens + 2, num_tokens + 2, dtype=torch.bool, device=device))

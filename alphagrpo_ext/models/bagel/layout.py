@@ -39,7 +39,9 @@ PADDING = {"positions": 0, "blocks": PADDING_BLOCK, "horizons": 0}
 """Attributes of padding."""
 
 
-def grid_position_ids(rows: int, columns: int, max_side: int) -> torch.Tensor:
+def grid_position_ids(
+    rows: int, columns: int, max_side: int, device: torch.device | str | None = None
+) -> torch.Tensor:
     """
     Places of an image's tokens in a position table of `max_side` rows and columns.
 
@@ -51,7 +53,8 @@ def grid_position_ids(rows: int, columns: int, max_side: int) -> torch.Tensor:
     """
     if rows > max_side or columns > max_side:
         raise ValueError(f"an image of {rows} x {columns} tokens does not fit the position table of side {max_side}")
-    return (torch.arange(rows)[:, None] * max_side + torch.arange(columns)).flatten()
+    row, column = (torch.arange(side, device=device) for side in (rows, columns))
+    return (row[:, None] * max_side + column).flatten()
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -66,11 +66,10 @@ def sincos_position_table(side: int, hidden_size: int) -> torch.Tensor:
 class BagelAttention(nn.Module):
     """Joint attention of both experts. Each expert projects its own tokens, and all tokens attend to each other."""
 
-    def __init__(self, config: BagelConfig, layer_idx: int) -> None:
+    def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         text_config = config.text_config
         self.config = text_config
-        self.layer_idx = layer_idx
         self.num_heads = text_config.num_attention_heads
         self.num_kv_heads = text_config.num_key_value_heads
         self.head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // self.num_heads
@@ -111,18 +110,16 @@ class BagelAttention(nn.Module):
             states = tuple(torch.cat(pair, dim=1) for pair in zip(states, self._project(gen, "_moe_gen"), strict=True))
         query, key, value = (state.transpose(1, 2) for state in states)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if prefill:
-            context.store(self.layer_idx, key, value)
-        if context is None or prefill:
+        if context is None:
             attention = self._attention_function(mask)
             output, _ = attention(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
         else:
-            output = context.attend(self.layer_idx, query, key, value, mask, self.scaling).transpose(1, 2)
-        output = output.flatten(2)
+            output = context.attend(query, key, value, mask, self.scaling).transpose(1, 2)
+        output, kept = output.flatten(2), (key, value) if prefill else ()
         num_und = und.shape[1]
         if gen is None:
-            return self.o_proj(output), None
-        return self.o_proj(output[:, :num_und]), self.o_proj_moe_gen(output[:, num_und:])
+            return self.o_proj(output), None, *kept
+        return self.o_proj(output[:, :num_und]), self.o_proj_moe_gen(output[:, num_und:]), *kept
 
     def _attend_packed(
         self,
@@ -185,11 +182,11 @@ class BagelAttention(nn.Module):
 class BagelDecoderLayer(GradientCheckpointingLayer):
     """A Qwen2 layer in which every weight exists twice, for understanding and for generation tokens."""
 
-    def __init__(self, config: BagelConfig, layer_idx: int) -> None:
+    def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         text_config = config.text_config
         hidden, eps = text_config.hidden_size, text_config.rms_norm_eps
-        self.self_attn = BagelAttention(config, layer_idx)
+        self.self_attn = BagelAttention(config)
         self.mlp = Qwen2MLP(text_config)
         self.mlp_moe_gen = Qwen2MLP(text_config)
         self.input_layernorm = Qwen2RMSNorm(hidden, eps=eps)
@@ -202,7 +199,10 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, und: torch.Tensor, gen: torch.Tensor | None, *context_states: torch.Tensor, **attention: Any
     ) -> tuple[torch.Tensor | None, ...]:
-        """States of both experts' tokens after the layer, and what [`PackedLayout`] says that layers return."""
+        """
+        States of both experts' tokens after the layer, and what [`PackedLayout`] says that layers return; in a prefill,
+        all keys and values.
+        """
         normed = (self.input_layernorm(und), None if gen is None else self.input_layernorm_moe_gen(gen))
         und_output, gen_output, *kept = self.self_attn(*normed, *context_states, **attention)
         und = und + und_output
@@ -221,7 +221,7 @@ class BagelDecoder(nn.Module):
         text_config = config.text_config
         self.config = text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size)
-        self.layers = nn.ModuleList(BagelDecoderLayer(config, i) for i in range(text_config.num_hidden_layers))
+        self.layers = nn.ModuleList(BagelDecoderLayer(config) for _ in range(text_config.num_hidden_layers))
         self.norm = Qwen2RMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.norm_moe_gen = Qwen2RMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(text_config)
@@ -272,11 +272,16 @@ class BagelDecoder(nn.Module):
         num_states, kept = len(context_states) // len(self.layers), []
         for i, layer in enumerate(self.layers):
             seen = context_states[i * num_states : (i + 1) * num_states]
+            # A layer gets what is its own and changes no list, so that compilation takes all layers for the same.
+            context = None if cache is None or prefill else cache.layer(i)
             # Under gradient checkpointing, Transformers removes arguments whose name says cache.
             und, gen, *states = layer(
-                und, gen, *seen, position_embeddings=position_embeddings, mask=mask, context=cache, prefill=prefill
+                und, gen, *seen, position_embeddings=position_embeddings, mask=mask, context=context, prefill=prefill
             )
-            kept += states
+            if prefill:
+                cache.store(*states)
+            else:
+                kept += states
         return self.norm(und), None if gen is None else self.norm_moe_gen(gen), kept
 
 

@@ -342,7 +342,7 @@ def denoise_images(
         raise ValueError(f"{num_images} images cannot share {cache.num_rows} rows of a cache evenly")
     device = latents.device
     rows = torch.arange(cache.num_rows, device=device).repeat_interleave(forks)
-    positions = latent_positions([grid], 0).to(device).expand(num_images, -1, -1).clone()
+    positions = latent_positions([grid], 0, device).expand(num_images, -1, -1).clone()
     positions[:, 0] += cache.start_times[rows, None]
     clean = {name: tensor[rows] for name, tensor in cache.clean.items()}
     noised = torch.ones(num_images, num_tokens, dtype=torch.bool, device=device)

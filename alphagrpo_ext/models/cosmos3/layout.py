@@ -318,7 +318,9 @@ def stream_mask(horizons: torch.Tensor, forks: torch.Tensor) -> torch.Tensor:
     return (index < horizons[..., None]) | same_tail
 
 
-def latent_positions(grids: Sequence[tuple[int, int]], start: int) -> torch.Tensor:
+def latent_positions(
+    grids: Sequence[tuple[int, int]], start: int, device: torch.device | str | None = None
+) -> torch.Tensor:
     """
     Positions of the latents of images that are painted together: clean images, and then the noised one. Each has a time
     of its own; rows and columns begin anew.
@@ -326,13 +328,15 @@ def latent_positions(grids: Sequence[tuple[int, int]], start: int) -> torch.Tens
     Args:
         grids (`Sequence[tuple[int, int]]`): Rows and columns of every image.
         start (`int`): Time of the first image.
+        device (`torch.device`, *optional*): Where they are made.
 
     Returns:
         `torch.Tensor` of shape `(3, tokens)`, fp32: Time, row and column.
     """
-    blocks = [torch.empty(3, 0)]
+    blocks = [torch.empty(3, 0, device=device)]
     for i, (rows, columns) in enumerate(grids):
-        axes = torch.meshgrid(torch.tensor([start + i]), torch.arange(rows), torch.arange(columns), indexing="ij")
+        ranges = ((start + i, start + i + 1), (0, rows), (0, columns))
+        axes = torch.meshgrid(*(torch.arange(*ends, device=device) for ends in ranges), indexing="ij")
         blocks.append(torch.stack(axes).flatten(1))
     return torch.cat(blocks, dim=1).float()
 

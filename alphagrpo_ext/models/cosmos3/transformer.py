@@ -22,7 +22,6 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_cosmos3 import (
     Cosmos3NemotronRMSNorm,
     Cosmos3VLTextMLP,
-    Cosmos3VLTextRotaryEmbedding,
     DomainAwareLinear,
 )
 from torch import nn
@@ -291,12 +290,15 @@ class Cosmos3Transformer(nn.Module):
             `tuple` of two tensors of shape `(batch, tokens, head_dim)`.
         """
         sizes = self.config.transformer_config
-        # No part of the model, so that no cast reaches the frequencies, and no checkpoint lacks them.
-        with torch.device("cpu"):
-            embedding = Cosmos3VLTextRotaryEmbedding(
-                sizes["head_dim"], sizes["rope_theta"], tuple(sizes["rope_axes_dim"])
-            )
-        return embedding(positions.float(), positions.device, dtype)
+        frequencies = rotary_frequencies(sizes["head_dim"], sizes["rope_theta"]).to(positions.device)
+        angles = positions.float()[..., None] * frequencies
+        # Each third frequency turns by the row or the column, as far as there are enough of them.
+        mixed = angles[0]
+        for axis in (1, 2):
+            places = slice(axis, 3 * sizes["rope_axes_dim"][axis], 3)
+            mixed[..., places] = angles[axis, ..., places]
+        mixed = torch.cat([mixed, mixed], dim=-1)
+        return mixed.cos().to(dtype), mixed.sin().to(dtype)
 
     def understand(
         self,
@@ -414,6 +416,17 @@ def visibility_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # Lines that begin at multiples of 16 numbers. Kernels of a GPU would copy others, once per layer.
     lines = torch.zeros(*mask.shape[:-1], math.ceil(keys / 16) * 16, dtype=dtype, device=mask.device)
     return lines[..., :keys].masked_fill_(~visible, -torch.inf)
+
+
+# Compilation takes the result for a constant, so that no code is compiled for the CPU.
+@torch.compiler.assume_constant_result
+def rotary_frequencies(head_dim: int, theta: float) -> torch.Tensor:
+    """
+    Frequencies `(head_dim // 2,)` of rotary positions, fp32, computed on the CPU for all devices. They are no part of a
+    model, so that no cast reaches them, and no checkpoint lacks them.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    return 1.0 / theta**exponents
 
 
 def is_unused_head(name: str) -> bool:

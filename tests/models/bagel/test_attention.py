@@ -260,13 +260,15 @@ class CachedContext:
     def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.layers = layers
 
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        assert layer == len(self.layers)
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.layers.append((keys, values))
 
-    def attend(self, layer, query, key, value, bias, scaling) -> torch.Tensor:
+    def layer(self, index: int) -> CachedContext:
+        return CachedContext(self.layers[index : index + 1])
+
+    def attend(self, query, key, value, bias, scaling) -> torch.Tensor:
         if self.layers:
-            keys, values = self.layers[layer]
+            ((keys, values),) = self.layers
             key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
 
