@@ -7,14 +7,15 @@ Check on one GPU with 80 GB that the package computes there what it computes on 
 python recipes/gpu_check.py
 ```
 
-It takes at most 9 minutes. What is finished is kept in `gpu_check.json` in `--output_dir`, and the same command goes on from there.
-The table is printed and saved as `gpu_check.md`. The exit status is 0 if everything passed, 1 if a bound is exceeded, a part failed or
-the time is over, and 2 if there is no such device or an argument is wrong.
+It takes at most 9 minutes, of which every part has a share. What is finished is kept in `gpu_check.json` in `--output_dir`, and the
+same command goes on from there. The tables are printed and saved as `gpu_check.md`. The exit status is 0 if everything passed, 1 if a
+bound is exceeded, a part failed or its time was over, and 2 if there is no such device or an argument is wrong.
 
-Only the parity of tiny models (`--parts parity`), or the speed of one model:
+The parts are `parity` of tiny models with the CPU, `speed` of rollouts and updates, and which ways to compute are the fastest: of a
+`denoising` step (eager mode, compiled layers, CUDA graphs) and of an `update` (attentions, compiled layers). One of them for one model:
 
 ```bash
-python recipes/gpu_check.py --parts speed --sizes BAGEL-7B-MoT
+python recipes/gpu_check.py --parts denoising --sizes BAGEL-7B-MoT
 ```
 
 No weights are downloaded: `bagel-shapes` is packaged, and other models get random weights, which are drawn on the device. Beside a
@@ -25,15 +26,19 @@ safetensors, scipy, transformers, trl and xxhash, which are those of this packag
 from __future__ import annotations
 
 import sys
+import time
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gpu_check_parts.arguments import TINY_SIZES, GPUCheckArguments
+from gpu_check_parts.arguments import CHECK_PARTS, TINY_SIZES, GPUCheckArguments
 from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from gpu_check_parts.results import PartResult, ResultFile
@@ -68,55 +73,67 @@ def environment(device: torch.device) -> dict[str, str]:
     return {"name": name, "torch": torch.__version__}
 
 
-def run_part(part: str, size: str, device: torch.device, args: GPUCheckArguments) -> PartResult:
-    """Run a part for one model. Its error is its result, so that the other parts run."""
+def part_results(part: str, size: str, device: torch.device, args: GPUCheckArguments) -> Iterator[PartResult]:
+    """Run a part for one model. Every result has what is known by then."""
+    from gpu_check_parts.compilation import check_denoising, check_update
     from gpu_check_parts.parity import check_parity
-    from gpu_check_parts.results import PartResult, error_table
     from gpu_check_parts.speed import check_speed
 
+    if part == "parity":
+        return check_parity(size, device)
+    checks = {"speed": check_speed, "denoising": check_denoising, "update": check_update}
+    return checks[part](size, device, args)
+
+
+def run_part(
+    file: ResultFile, part: str, size: str, device: torch.device, args: GPUCheckArguments, seconds: float
+) -> None:
+    """Run a part for one model, and keep its results. An error or the end of its time is its result, so that other parts run."""
+    from gpu_check_parts.results import OutOfTimeError, short_message, stop_after, unfinished
+
+    name, last = f"{part} {size}", None
+    print(f"{name}: {seconds:.0f} s at most ...", file=sys.stderr, flush=True)
     try:
-        return check_parity(size, device) if part == "parity" else check_speed(size, device, args)
+        with stop_after(seconds):
+            for last in part_results(part, size, device, args):
+                # Nothing has passed that may have more rows.
+                file.add(name, replace(last, passed=False))
+    except OutOfTimeError:
+        reason = f"its {seconds:.0f} s were over"
     except Exception as error:
         traceback.print_exc()
-        return PartResult(error_table(f"{part.capitalize()}: {size}", error), passed=False)
+        reason = short_message(error)
+    else:
+        file.add(name, last)
+        return
+    file.add(name, unfinished(f"{part.capitalize()}: {size}", last, reason))
 
 
-def run_parts(file: ResultFile, device: torch.device, args: GPUCheckArguments) -> list[PartResult]:
-    """Run what has not passed yet, and return the results of all parts that are asked for."""
-    import gc
+def run_parts(file: ResultFile, device: torch.device, args: GPUCheckArguments) -> bool:
+    """Run what has not passed yet, each part in its share of the time that is left. Returns whether all has passed by now."""
+    from gpu_check_parts.candidates import release_memory
 
-    import torch
-
-    results = []
-    for part in args.parts:
-        for size in TINY_SIZES if part == "parity" else args.sizes:
-            name = f"{part} {size}"
-            known = file.parts.get(name)
-            if known is None or not known.passed:
-                print(f"{name} ...", file=sys.stderr, flush=True)
-                file.add(name, run_part(part, size, device, args))
-                # The next model needs the memory of this one.
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-            results.append(file.parts[name])
-    return results
+    parts = [(part, size) for part in args.parts for size in (TINY_SIZES if part == "parity" else args.sizes)]
+    waiting = [(part, size) for part, size in parts if not file.has_passed(f"{part} {size}")]
+    end = time.monotonic() + args.time_limit
+    for i, (part, size) in enumerate(waiting):
+        shares = [CHECK_PARTS[name] for name, _ in waiting[i:]]
+        run_part(file, part, size, device, args, (end - time.monotonic()) * shares[0] / sum(shares))
+        # The next model needs the memory of this one.
+        release_memory(device)
+    return all(file.has_passed(f"{part} {size}") for part, size in parts)
 
 
 def main(args: GPUCheckArguments) -> int:
     # Here, so that `--help` does not import models.
     with checking_input():
         device = find_device(args.device)
-    from gpu_check_parts.results import OutOfTimeError, ResultFile, stop_after
+    from gpu_check_parts.results import ResultFile
 
     with checking_input():
         file = ResultFile(args, environment(device))
-    try:
-        with stop_after(args.time_limit):
-            passed = all(result.passed for result in run_parts(file, device, args))
-        verdict = "everything passed" if passed else "not everything passed"
-    except OutOfTimeError:
-        passed, verdict = False, "the time is over; the same command goes on from here"
+    passed = run_parts(file, device, args)
+    verdict = "everything passed" if passed else "not everything passed; the same command repeats what has not"
     file.save_markdown()
     print(f"{file.to_markdown()}\n\n{verdict}: {file.path}")
     return 0 if passed else 1

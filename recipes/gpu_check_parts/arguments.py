@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from alphagrpo_ext.ranges import AtLeastTwo, PositiveInt, check_ranges
 
 
-CHECK_PARTS = ("parity", "speed")
+CHECK_PARTS = {"parity": 60, "speed": 90, "denoising": 60, "update": 60}
+"""Shares of the time that the parts of one model get, in seconds if all of them run for two models in 9 minutes."""
 TINY_SIZES = ("bagel-shapes", "cosmos3-shapes")
 IMAGE_SIZES = {"BAGEL-7B-MoT": 512, "Cosmos3-Edge": 640, **dict.fromkeys(TINY_SIZES, 24)}
 """Height and width of images, in pixels, by the name of a model."""
@@ -39,10 +40,20 @@ class GPUCheckArguments:
     prompt_tokens: PositiveInt = field(default=128, metadata={"help": "Length of the prompt of an update, in tokens."})
     thought_tokens: PositiveInt = field(default=128, metadata={"help": "Length of thoughts, in tokens."})
     lora_rank: PositiveInt = field(default=32, metadata={"help": "Rank of the adapter."})
-    repetitions: PositiveInt = field(default=2, metadata={"help": "Timed calls, after one that is not timed."})
+    repetitions: PositiveInt = field(default=3, metadata={"help": "Timed calls, after one that is not timed."})
+    amortised_calls: PositiveInt = field(
+        default=5000,
+        metadata={"help": "Calls among which the seconds of a compilation are divided before a way to compute wins."},
+    )
+    compile_backend: str = field(
+        default="inductor", metadata={"help": "Backend of torch.compile. 'eager' makes no code, and is for tests."}
+    )
     time_limit: PositiveInt = field(
         default=540,
-        metadata={"help": "Seconds after which the check stops. The same command goes on where it stopped."},
+        metadata={
+            "help": "Seconds after which the check stops. Each part has a share of what is left, and leaves what it does not use to "
+            "those after it. The same command goes on where it stopped."
+        },
     )
     output_dir: str = field(default="runs/gpu_check", metadata={"help": "Folder for gpu_check.json and gpu_check.md."})
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -18,23 +18,30 @@ from benchmark_parts.tables import ResultTable
 from gpu_check_parts.arguments import GPUCheckArguments
 
 
+REMINDER = 10.0
+"""Seconds after which what did not stop is stopped once more."""
+
+
 class OutOfTimeError(BaseException):
     """Raised when the time is over. It is no `Exception`, so that a part that reports its own failure does not catch it."""
 
 
 @contextmanager
-def stop_after(seconds: int) -> Iterator[None]:
-    """Raise [`OutOfTimeError`] in the block after so many seconds. Only the main thread can use it."""
+def stop_after(seconds: float) -> Iterator[None]:
+    """
+    Raise [`OutOfTimeError`] in the block after so many seconds, and again where something has swallowed it. Only the main thread
+    can use it.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise OutOfTimeError
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1), REMINDER)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
 
@@ -86,6 +93,10 @@ class ResultFile:
         for name, part in saved["parts"].items():
             self.parts[name] = PartResult(ResultTable(**part["table"]), part["passed"])
 
+    def has_passed(self, name: str) -> bool:
+        """Whether a part ran to its end, and everything was within its bounds."""
+        return name in self.parts and self.parts[name].passed
+
     def add(self, name: str, result: PartResult) -> None:
         """Keep the result of a part."""
         self.parts[name] = result
@@ -102,8 +113,21 @@ class ResultFile:
         write_text(self.folder / "gpu_check.md", self.to_markdown() + "\n")
 
 
-def error_table(title: str, error: Exception) -> ResultTable:
-    """The table of a part that did not run to its end; the error goes to the standard error output."""
-    message = " ".join(str(error).split())[:300]
-    print(f"{title} failed: {type(error).__name__}: {message}", file=sys.stderr, flush=True)
-    return ResultTable(title, ["error", "message"], [[type(error).__name__, message.replace("|", "/")]])
+def short_message(error: Exception) -> str:
+    """The type of an error and the beginning of its message, for a cell of a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".replace("|", "/")
+
+
+def unfinished(title: str, last: PartResult | None, reason: str) -> PartResult:
+    """
+    Result of a part that did not run to its end.
+
+    Args:
+        title (`str`): Title of the table if there is none yet.
+        last ([`PartResult`], *optional*): What was known when it stopped.
+        reason (`str`): Why it stopped.
+    """
+    print(f"{title} did not finish: {reason}", file=sys.stderr, flush=True)
+    if last is None:
+        return PartResult(ResultTable(title, ["not finished"], [[reason]]), passed=False)
+    return PartResult(replace(last.table, note=f"Not finished: {reason}. {last.table.note}"), passed=False)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ from benchmark_parts.flops import counted_flops
 from benchmark_parts.tables import ResultTable
 from benchmark_parts.timing import matmul_functions, time_interleaved
 from gpu_check_parts.arguments import IMAGE_SIZES, GPUCheckArguments
+from gpu_check_parts.candidates import waiting
 from gpu_check_parts.parity import build_tiny, policy_loss
 from gpu_check_parts.results import PartResult
 from recipe_tools.memory import (
@@ -129,17 +130,6 @@ def rollout(
         return generate([{"prompt": "draw a red circle"}] * num_samples, generators, config)
 
 
-def waiting(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A call that returns when the device has done its work."""
-
-    def run() -> None:
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    return run
-
-
 def matmul_peak(device: torch.device, repetitions: int) -> float:
     """Operations per second of the fastest bf16 multiplication of square matrices."""
     sizes = PEAK_SIZES.get(device.type, LARGE_PEAK_SIZES)
@@ -190,7 +180,7 @@ def measure_steps(
     ]
 
 
-def check_speed(name: str, device: torch.device, args: GPUCheckArguments) -> PartResult:
+def check_speed(name: str, device: torch.device, args: GPUCheckArguments) -> Iterator[PartResult]:
     """
     Measure rollouts and updates of a model with an adapter.
 
@@ -198,6 +188,9 @@ def check_speed(name: str, device: torch.device, args: GPUCheckArguments) -> Par
         name (`str`): Name of a size.
         device (`torch.device`): The device to check.
         args ([`GPUCheckArguments`]): Numbers and lengths.
+
+    Returns:
+        `Iterator[PartResult]`: What is known after each number of trained steps.
     """
     config = size_config(name)
     family = FAMILIES.get(config.model_type)()
@@ -208,7 +201,6 @@ def check_speed(name: str, device: torch.device, args: GPUCheckArguments) -> Par
     model = build_on_device(config, attention, device)
     with torch.device(device):
         policy = prepare_policy(model, settings[0])
-    rows = [measure_steps(model, policy, row, peak, args) for row in settings]
     columns = [
         "K",
         "rollout, s",
@@ -226,4 +218,7 @@ def check_speed(name: str, device: torch.device, args: GPUCheckArguments) -> Par
         f"one of them, so that samples/s counts an update for each. Operations that the backward repeats count, and so does masked "
         f"attention that a kernel may skip. Peak: {peak / 1e12:.3g} TFLOP/s, of bf16 square matrices."
     )
-    return PartResult(ResultTable(f"Speed: {name}", columns, rows, note), passed=True)
+    rows = []
+    for own_settings in settings:
+        rows.append(measure_steps(model, policy, own_settings, peak, args))
+        yield PartResult(ResultTable(f"Speed: {name}", columns, list(rows), note), passed=True)

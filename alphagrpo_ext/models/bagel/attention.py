@@ -386,15 +386,8 @@ def visibility_block_mask(
         return is_seen & (sequence_ids[entry, query] == sequence_ids[entry, key])
 
     # Without compilation, this computes the mask of all pairs first.
-    return create_block_mask(
-        mask_mod,
-        B=batch,
-        H=None,
-        Q_LEN=length,
-        KV_LEN=length,
-        device=positions.device,
-        _compile=positions.device.type != "cpu",
-    )
+    make = create_block_mask if positions.device.type == "cpu" else torch.compile(create_block_mask)
+    return make(mask_mod, B=batch, H=None, Q_LEN=length, KV_LEN=length, device=positions.device)
 
 
 def block_mask_attention(

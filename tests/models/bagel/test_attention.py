@@ -263,7 +263,7 @@ class CachedContext:
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.layers.append((keys, values))
 
-    def layer(self, index: int) -> CachedContext:
+    def layer(self, index: int) -> "CachedContext":
         return CachedContext(self.layers[index : index + 1])
 
     def attend(self, query, key, value, bias, scaling) -> torch.Tensor:
