@@ -62,6 +62,8 @@ def find_device(name: str) -> torch.device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is None or found.type != device.type or (device.index or 0) >= torch.accelerator.device_count():
         raise ValueError(f"device: PyTorch {torch.__version__} finds no {name}, so there is nothing to check")
+    # Streams, graphs and generated kernels are those of the current device.
+    torch.accelerator.set_device_index(device.index or 0)
     return device
 
 
