@@ -230,6 +230,7 @@ def test_a_device_that_is_missing_is_one_line(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", TINY_SIZES)
 def test_parity_on_a_gpu(name: str) -> None:
     *_, result = check_parity(name, torch.device("cuda"))
@@ -238,6 +239,7 @@ def test_parity_on_a_gpu(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("check", [check_denoising, check_update])
 @pytest.mark.parametrize("name", TINY_SIZES)
 def test_ways_to_compute_agree_on_a_gpu(tmp_path: Path, name: str, check: Any) -> None:
