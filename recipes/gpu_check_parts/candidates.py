@@ -30,11 +30,11 @@ from gpu_check_parts.results import PartResult, short_message
 
 SMALLEST_GAIN = 0.05
 """Share of the time of eager mode that a candidate has to save."""
-COLUMNS = ["way", "first call, s", "call, s", "eager in turn, s", "gain", "difference", "peak, GiB", "verdict"]
+TIMING_COLUMNS = ["way", "first call, s", "call, s", "eager in turn, s", "gain", "difference", "peak, GiB", "verdict"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Way:
     """
     A way to compute something.
 
@@ -157,7 +157,7 @@ class Timing:
 
 
 def measure(
-    candidate: Candidate,
+    candidate: Way,
     eager: Callable[[], torch.Tensor],
     expected: torch.Tensor,
     device: torch.device,
@@ -182,8 +182,8 @@ def measure(
 def compare(
     title: str,
     note: str,
-    eager: Candidate,
-    candidates: Sequence[Candidate],
+    eager: Way,
+    candidates: Sequence[Way],
     bound: float,
     device: torch.device,
     repetitions: int,
@@ -194,8 +194,8 @@ def compare(
 
     Args:
         title, note (`str`): Of the table.
-        eager ([`Candidate`]): What is compared with. Its error is raised.
-        candidates (`Sequence[Candidate]`): The more important ones first.
+        eager ([`Way`]): What is compared with. Its error is raised.
+        candidates (`Sequence[Way]`): The more important ones first.
         bound (`float`): Largest relative distance of results that agree.
         device (`torch.device`): The device.
         repetitions (`int`): Timed calls of each.
@@ -221,7 +221,7 @@ def compare(
                 gains[candidate.name] = gain
         release_memory(device)
         best = max(gains, key=gains.__getitem__, default=eager.name)
-        yield PartResult(ResultTable(title, COLUMNS, list(rows), f"Best: {best}. {note}"), passed=True)
+        yield PartResult(ResultTable(title, TIMING_COLUMNS, list(rows), f"Best: {best}. {note}"), passed=True)
 
 
 def _row(name: str, timing: Timing, gain: float, verdict: str) -> list[Any]:

@@ -15,7 +15,7 @@ import torch
 
 from alphagrpo_ext.models.contract import FAMILIES, Cache, UnifiedModel
 from gpu_check_parts.arguments import IMAGE_SIZES, GPUCheckArguments
-from gpu_check_parts.candidates import Candidate, compare, compiled_forwards, cuda_graph, forwards
+from gpu_check_parts.candidates import Way, compare, compiled_forwards, cuda_graph, forwards
 from gpu_check_parts.results import PartResult
 from gpu_check_parts.speed import build_on_device, size_config, update, update_settings
 from recipe_tools.memory import attention_implementations, example_trajectories, prepare_policy
@@ -60,7 +60,7 @@ def denoising_candidates(
     inputs: Sequence[torch.Tensor],
     layers: Sequence[torch.nn.Module],
     backend: str,
-) -> list[Candidate]:
+) -> list[Way]:
     """
     Ways to compute a denoising step, eager mode first.
 
@@ -82,11 +82,11 @@ def denoising_candidates(
         return lambda: function(*inputs)
 
     return [
-        Candidate("eager", lambda: call(step)),
-        Candidate("compiled layers", lambda: call(with_compiled_layers)),
-        Candidate("CUDA graph", lambda: call(cuda_graph(step, *inputs))),
-        Candidate("compiled layers in a CUDA graph", lambda: call(cuda_graph(with_compiled_layers, *inputs))),
-        Candidate("compiled step", lambda: call(torch.compile(step, backend=backend, fullgraph=True))),
+        Way("eager", lambda: call(step)),
+        Way("compiled layers", lambda: call(with_compiled_layers)),
+        Way("CUDA graph", lambda: call(cuda_graph(step, *inputs))),
+        Way("compiled layers in a CUDA graph", lambda: call(cuda_graph(with_compiled_layers, *inputs))),
+        Way("compiled step", lambda: call(torch.compile(step, backend=backend, fullgraph=True))),
     ]
 
 
@@ -156,8 +156,8 @@ def check_update(name: str, device: torch.device, args: GPUCheckArguments) -> It
             update(model, policy, settings)
         return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
-    def way(attention: str, functions: Sequence[Callable[..., Any]], suffix: str) -> Candidate:
-        return Candidate(attention + suffix, lambda: lambda: gradient(attention, functions))
+    def way(attention: str, functions: Sequence[Callable[..., Any]], suffix: str) -> Way:
+        return Way(attention + suffix, lambda: lambda: gradient(attention, functions))
 
     eager, *others = (way(attention, own, "") for attention in attentions)
     candidates = [*others, *(way(attention, compiled, ", compiled layers") for attention in attentions)]

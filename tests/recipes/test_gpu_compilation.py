@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from alphagrpo_ext.models.contract import UnifiedModel
 from gpu_check_parts import candidates, compilation
 from gpu_check_parts.arguments import TINY_SIZES, GPUCheckArguments
-from gpu_check_parts.candidates import Candidate, Timing, compare, compiled_forwards, forwards
+from gpu_check_parts.candidates import Way, Timing, compare, compiled_forwards, forwards
 from gpu_check_parts.compilation import check_denoising, check_update, filled_cache
 from gpu_check_parts.speed import build_on_device, size_config, update_settings
 from recipe_tools.memory import example_trajectories, prepare_policy
@@ -219,8 +219,8 @@ def test_the_best_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(candidates, "time_interleaved", timed)
 
-    def way(name: str, value: float) -> Candidate:
-        return Candidate(name, lambda: lambda: torch.full((2,), value))
+    def way(name: str, value: float) -> Way:
+        return Way(name, lambda: lambda: torch.full((2,), value))
 
     ways = [way("fast", 1.0), way("wrong", 2.0), way("fastest", 1.01)]
     *_, last = compare("Ways", "A note.", way("eager", 1.0), ways, 0.05, CPU, 3, 1000)
