@@ -44,6 +44,8 @@ def cpu_arguments(folder: Path, **changes: Any) -> GPUCheckArguments:
         "thought_tokens": 4,
         "lora_rank": 2,
         "repetitions": 1,
+        # A busy machine takes longer than a GPU.
+        "time_limit": 3600,
         "output_dir": str(folder),
     }
     return GPUCheckArguments(**settings | changes)
@@ -166,7 +168,18 @@ def test_the_listed_wheels_are_enough(tmp_path: Path) -> None:
                 (site / top).symlink_to(wheel.locate_file(top))
     script = Path(gpu_check.__file__)
     flags = "--device cpu --sizes cosmos3-shapes --trained_steps 2 --num_samples 2 --prompt_tokens 4 --thought_tokens 4 --lora_rank 2"
-    command = [sys.executable, "-S", str(script), *flags.split(), "--repetitions", "1", "--compile_backend", "eager"]
+    command = [
+        sys.executable,
+        "-S",
+        str(script),
+        *flags.split(),
+        "--repetitions",
+        "1",
+        "--compile_backend",
+        "eager",
+        "--time_limit",
+        "3600",
+    ]
     run = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "out")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(site)])},

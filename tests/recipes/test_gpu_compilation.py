@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from alphagrpo_ext.models.contract import UnifiedModel
 from gpu_check_parts import candidates, compilation
 from gpu_check_parts.arguments import TINY_SIZES, GPUCheckArguments
-from gpu_check_parts.candidates import Way, Timing, compare, compiled_forwards, forwards
+from gpu_check_parts.candidates import Timing, Way, compare, compiled_forwards, forwards
 from gpu_check_parts.compilation import check_denoising, check_update, filled_cache
 from gpu_check_parts.speed import build_on_device, size_config, update_settings
 from recipe_tools.memory import example_trajectories, prepare_policy
