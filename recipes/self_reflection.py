@@ -29,7 +29,7 @@ a thought (`stage1_think`), so that some of them are worth keeping.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,21 +54,6 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "self_reflection_shapes.yaml"
 
 
-@dataclass
-class ReflectionArguments(PromptArguments):
-    """
-    Arguments of the recipe itself; for the rest see [`~reward_models.arguments.PromptArguments`].
-
-    Args:
-        formats (`list[str]`, *optional*):
-            Names of registered rewards of the text's format.
-    """
-
-    formats: list[str] = field(
-        default_factory=list, metadata={"help": "Rewards of the text's format, e.g. 'think' or 'shapes_reflection'."}
-    )
-
-
 def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, Any]:
     """Scores of images as they were first painted, and of the same images refined, for `summary.json`."""
     from reward_models.evaluation.scores import RefinementScore, StopRates
@@ -82,7 +67,7 @@ def summarize_refinement(initial: Evaluation, refined: Evaluation) -> dict[str, 
 
 
 @writes_alone
-def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
+def main(script_args: PromptArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> None:
     with checking_input():
         check_arguments(script_args, training_args, model_args)
     # Here, so that `--help` does not import models and trainers.
@@ -90,12 +75,10 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
     from recipe_tools import training
     from reward_models.evaluation.scores import scored_pairs
     from reward_models.evaluation.text_tables import refinement_table
-    from reward_models.format import FORMATS
 
     with checking_input():
-        formats = [FORMATS.get(name)() for name in script_args.formats]
         run = training.prepare_run(script_args, training_args, model_args)
-        trainer = training.make_trainer(run, [*training.load_rewards(run), *formats])
+        trainer = training.make_trainer(run, training.load_rewards(run))
 
     def evaluations(moment: str) -> list[Evaluation]:
         with trainer.gathered_policy() as policy:
@@ -129,7 +112,7 @@ def main(script_args: ReflectionArguments, training_args: AlphaGRPOConfig, model
 
 if __name__ == "__main__":
     with input_errors_in_a_line():
-        parser = RecipeParser([ReflectionArguments, AlphaGRPOConfig, ModelConfig], __doc__, DEFAULT_CONFIG)
+        parser = RecipeParser([PromptArguments, AlphaGRPOConfig, ModelConfig], __doc__, DEFAULT_CONFIG)
         with checking_input():
             arguments = parser.parse_args_and_config()
         main(*arguments)

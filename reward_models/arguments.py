@@ -159,6 +159,13 @@ class PromptArguments(HoldoutArguments, LikelihoodArguments, RewardArguments):
             "Evaluations use DVReward where prompts have questions, and these functions elsewhere."
         },
     )
+    formats: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Rewards of the text's form beside these, e.g. 'think' or 'shapes_reflection'. They train texts alone, unless "
+            "--separate_advantages false."
+        },
+    )
     verbose_logs: bool = field(
         default=False,
         metadata={"help": "Print all metrics of a log, and not one line; metrics.jsonl has them in any case."},

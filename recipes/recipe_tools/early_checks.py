@@ -14,13 +14,14 @@ from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_for_last, asks_t
 from recipe_tools.own_rewards import import_reward
 from recipe_tools.run_folder import refuse_other_run, run_arguments
 from reward_models.arguments import BUILT_IN_REWARDS, PromptArguments
+from reward_models.format import FORMATS
 from reward_models.prompts.files import is_dataset_name
 
 
 def check_arguments(script_args: PromptArguments, training_args: TrainingArguments, model_args: Any) -> None:
     """
-    Check that files of prompts are there, that reward functions can be imported, that there are steps to train, and that no
-    other run is overwritten.
+    Check that files of prompts are there, that reward functions can be imported and formats are known, that there are steps to
+    train, and that no other run is overwritten.
 
     Raises:
         `FileNotFoundError`: If there is no such file of prompts.
@@ -42,6 +43,8 @@ def check_arguments(script_args: PromptArguments, training_args: TrainingArgumen
     for name in script_args.reward:
         if name not in BUILT_IN_REWARDS:
             import_reward(name)
+    for name in script_args.formats:
+        FORMATS.get(name)
     output_dir, resume_from = Path(training_args.output_dir), training_args.resume_from_checkpoint
     has_last = asks_for_last(resume_from) and next(complete_checkpoints(output_dir), None) is not None
     if not (has_last or asks_to_resume(resume_from) and not asks_for_last(resume_from)):

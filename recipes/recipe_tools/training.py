@@ -55,6 +55,7 @@ from reward_models.evaluation.samples import EvaluatedSample, Evaluation
 from reward_models.evaluation.scores import first_failed_question
 from reward_models.evaluation.settings_digest import settings_digest
 from reward_models.evaluation.store import evaluate_once
+from reward_models.format import FORMATS
 from reward_models.likelihood.reward import LikelihoodReward
 from reward_models.prompts.loading import has_questions, load_prompts, load_unjudged_prompts, painted_prompts
 from reward_models.prompts.questions import from_row
@@ -202,11 +203,11 @@ def make_trainer(run: TrainingRun, reward_funcs: Sequence[Callable[..., Any]]) -
 
 def load_rewards(run: TrainingRun) -> list[Callable[..., Any]]:
     """
-    The reward functions that `--reward` names, in its order.
+    The reward functions that `--reward` names, in its order, and then those of `--formats`.
 
     Raises:
-        `ValueError`: If a name is neither that of a built-in reward nor a function that can be imported, or if an argument of a
-            reward is wrong.
+        `ValueError`: If a name is neither that of a built-in reward nor a function that can be imported, if there is no such
+            format, or if an argument of a reward is wrong.
     """
     built_in = {
         "dvreward": lambda: run.reward,
@@ -215,7 +216,8 @@ def load_rewards(run: TrainingRun) -> list[Callable[..., Any]]:
     }
     found = [built_in[name]() if name in built_in else import_reward(name) for name in run.script_args.reward]
     # A class is made without arguments, as for a reward that keeps something between its calls.
-    return [value() if isinstance(value, type) else value for value in found]
+    rewards = [value() if isinstance(value, type) else value for value in found]
+    return [*rewards, *(FORMATS.get(name)() for name in run.script_args.formats)]
 
 
 def _make_likelihood(run: TrainingRun) -> LikelihoodReward:
@@ -244,6 +246,7 @@ def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
         "model": run.model_args.model_name_or_path,
         "trained": f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
         "task": args.task,
+        "preset": _describe_preset(args),
         "rewards": ", ".join(rewards),
         "length": f"{length} of {samples} samples each"
         if args.max_steps > 0
@@ -252,6 +255,12 @@ def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
         "output": run.output_dir,
         **({"report": run.output_dir / "report.html"} if args.report else {}),
     }
+
+
+def _describe_preset(args: AlphaGRPOConfig) -> str:
+    """The preset of sampling, and the settings that it made."""
+    values = [f"{name} {'of the schedule' if v is None else v}" for name, v in args.preset_values.items()]
+    return f"{args.preset} ({', '.join(values) or 'all that it sets was given'})"
 
 
 def warn_of_unknown_words(run: TrainingRun) -> None:

@@ -50,7 +50,7 @@ def foreign_prompts(tmp_path: Path) -> Path:
 
 def train(name: str, *options: str | Path) -> None:
     recipe = load_recipe(name)
-    arguments = getattr(recipe, "ReflectionArguments", recipe.PromptArguments)
+    arguments = recipe.PromptArguments
     config = ROOT / "recipes" / "configs" / f"{name}_shapes.yaml"
     parser = TrlParser((arguments, AlphaGRPOConfig, ModelConfig))
     settings = ("--config", config, "--use_cpu", "--model_name_or_path", NO_MODEL, *SOME, *options)

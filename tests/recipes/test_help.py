@@ -68,7 +68,7 @@ def test_help_of_training_has_purpose_examples_and_own_options(call, name: str) 
     assert declared <= set(shown)
     # Of the others, those of the configuration alone.
     others = set(section(text, "Of GRPOConfig and ModelConfig, what the configuration sets"))
-    assert others == set(shown) - declared - {"formats"}
+    assert others == set(shown) - declared
     assert {"model_name_or_path", "output_dir", "max_steps"} <= others
     assert "vllm_mode" not in shown and "lora_r" not in shown
 
@@ -76,10 +76,10 @@ def test_help_of_training_has_purpose_examples_and_own_options(call, name: str) 
 def test_options_are_in_sections(call) -> None:
     _, text = call("self_reflection", "--help")
     titles = re.findall(r"^(\S.*):\n  --", text, flags=re.MULTILINE)
-    assert titles[:6] == ["Reflection", "Prompts", "Reward", "Judge", "Likelihood reward", "Hold-out judge"]
+    assert titles[:5] == ["Prompts", "Reward", "Judge", "Likelihood reward", "Hold-out judge"]
     known = dict.fromkeys(recipe_arguments.SECTIONS.values())
-    assert titles == ["Reflection", *known, "Of GRPOConfig and ModelConfig, what the configuration sets"]
-    assert section(text, "Reflection") == ["formats"]
+    assert titles == [*known, "Of GRPOConfig and ModelConfig, what the configuration sets"]
+    assert {"reward", "formats"} <= set(section(text, "Reward"))
     assert section(text, "Prompts")[:3] == ["train_file", "eval_file", "prompt_column"]
     assert section(text, "Judge") == [f.name for f in fields(JudgeArguments)]
     assert section(text, "Likelihood reward") == [f.name for f in fields(LikelihoodArguments)]
@@ -112,9 +112,9 @@ def test_defaults_are_those_of_the_configuration(call) -> None:
     assert entry(text, "noise_level").startswith("FLOAT ") and entry(text, "think").startswith("[BOOL] ")
     assert entry(text, "temperature").startswith("FLOAT ") and "(default: None)" not in text
     _, text = call("reasoning_t2i", "--config", "recipes/configs/reasoning_t2i_bagel.yaml", "--help")
-    assert entry(text, "eval_num_timesteps").endswith("(here: 50)")
+    assert entry(text, "eval_num_timesteps").endswith("(here: 40)")
     assert entry(text, "lora_r").endswith("(here: 32)")
-    assert entry(text, "noise_level").endswith("(default: 0.7)")
+    assert entry(text, "image_beta").endswith("(default: 0.0)")
 
 
 def test_help_all_shows_every_argument(call) -> None:

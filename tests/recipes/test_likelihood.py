@@ -54,7 +54,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LikelihoodRewa
 def train(*options: str, name: str = "reasoning_t2i") -> list[dict[str, Any]]:
     """The logs of a run."""
     recipe = load_recipe(name)
-    parser = TrlParser((getattr(recipe, "ReflectionArguments", recipe.PromptArguments), AlphaGRPOConfig, ModelConfig))
+    parser = TrlParser((recipe.PromptArguments, AlphaGRPOConfig, ModelConfig))
     config = ("--config", str(ROOT / "recipes" / "configs" / f"{name}_shapes.yaml"))
     recipe.main(*parser.parse_args_and_config([*config, *QUICK, *options]))
     lines = Path("run/metrics.jsonl").read_text().splitlines()

@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def train(*options: str, name: str = "reasoning_t2i") -> None:
     recipe = load_recipe(name)
-    parser = TrlParser((getattr(recipe, "ReflectionArguments", recipe.PromptArguments), AlphaGRPOConfig, ModelConfig))
+    parser = TrlParser((recipe.PromptArguments, AlphaGRPOConfig, ModelConfig))
     config = ("--config", str(ROOT / "recipes" / "configs" / f"{name}_shapes.yaml"))
     recipe.main(*parser.parse_args_and_config([*config, *QUICK, "--output_dir", "run", *options]))
 

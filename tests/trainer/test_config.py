@@ -235,7 +235,7 @@ def test_evaluation_has_the_schedule_of_training_unless_it_is_given(
     assert (steps(config), steps(config.for_task("reasoning_t2i"))) == (16, 30)
 
 
-@pytest.mark.parametrize(("world", "expected"), [("bagel", 50), ("shapes", 11)])
+@pytest.mark.parametrize(("world", "expected"), [("bagel", 40), ("shapes", 11)])
 @pytest.mark.parametrize("name", ["reasoning_t2i", "self_reflection"])
 def test_configurations_of_recipes_name_the_steps_of_evaluations(
     make_config: Callable[..., AlphaGRPOConfig], name: str, world: str, expected: int

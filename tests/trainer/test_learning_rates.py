@@ -132,3 +132,20 @@ def test_rate_for_an_optimizer_of_deepspeed_is_refused(tmp_path: Path, monkeypat
     check_optimizer_is_made_here(AlphaGRPOConfig(**settings, deepspeed=zero2), None)
     with pytest.raises(ValueError, match="on an optimizer that DeepSpeed makes: remove 'optimizer' from its config"):
         check_optimizer_is_made_here(AlphaGRPOConfig(**settings, deepspeed=zero2 | {"optimizer": optimizer}), None)
+
+
+def test_adapters_start_gaussian_if_asked(make_trainer: MakeTrainer) -> None:
+    """Of standard deviation 1 / r; PEFT's default depends on the width of the layer."""
+    spreads = {}
+    for init in ("kaiming", "gaussian"):
+        parameters = dict(make_trainer(lora=True, lora_init=init).model.named_parameters())
+        first = torch.cat([p.detach().flatten() for name, p in parameters.items() if "lora_A" in name])
+        spreads[init] = first.std().item()
+        assert not any(p.any() for name, p in parameters.items() if "lora_B" in name)
+    assert spreads["gaussian"] == pytest.approx(1 / 4, rel=0.02)
+    assert spreads["kaiming"] < 0.1
+    own = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal")
+    trainer = make_trainer(arguments={"peft_config": own}, lora_init="gaussian")
+    assert trainer.model.peft_config["default"].init_lora_weights == "orthogonal"
+    with pytest.raises(ValueError, match="lora_init must be one of kaiming, gaussian, but is 'normal'"):
+        make_trainer(lora_init="normal")

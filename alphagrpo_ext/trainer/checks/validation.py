@@ -55,7 +55,11 @@ def freeze_for_training(
     if peft_config is None:
         return None
     check_ranges(peft_config, ADAPTER_RANGES)
-    return fit_adapter_config(peft_config, model, args.lora_targets, not args.freeze_vision_tower)
+    fitted = fit_adapter_config(peft_config, model, args.lora_targets, not args.freeze_vision_tower)
+    # True is PEFT's default; any other value was chosen.
+    if args.lora_init == "gaussian" and getattr(fitted, "init_lora_weights", None) is True:
+        fitted.init_lora_weights = "gaussian"
+    return fitted
 
 
 def check_trains(

@@ -50,8 +50,8 @@ _BATCHES = """
     length_column_name label_names remove_unused_columns ignore_data_skip pad_to_multiple_of
 """
 _WEIGHTS = """
-    freeze_vision_tower lora_targets bf16 fp16 optim optim_args optim_target_modules weight_decay adam_beta1
-    adam_beta2 adam_epsilon
+    freeze_vision_tower lora_targets lora_init bf16 fp16 optim optim_args optim_target_modules weight_decay
+    adam_beta1 adam_beta2 adam_epsilon
 """
 _RATES = "learning_rate generation_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm"
 _LENGTH = "max_steps num_train_epochs"
@@ -80,7 +80,7 @@ _COMPUTING = """
     dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
 """
 _LOCAL = """
-    output_dir resume_from_checkpoint run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+    output_dir preset resume_from_checkpoint run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     hub_token local_rank use_cpu ddp_timeout disable_tqdm log_level log_level_replica log_on_each_node debug
     skip_memory_metrics do_train do_eval do_predict trust_remote_code model_init_kwargs vllm_enable_sleep_mode
     vllm_gpu_memory_utilization vllm_group_port vllm_max_model_length vllm_mode vllm_model_impl vllm_server_base_url
