@@ -27,6 +27,7 @@ TABLE_NAMES = (
     "editing",
     "frozen_rewards",
     "decomposed_or_holistic",
+    "time_to_quality",
 )
 """Names of the tables, in the order of recipes/README.md."""
 

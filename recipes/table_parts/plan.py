@@ -16,13 +16,15 @@ from table_parts.arguments import TablesArguments
 
 FINISHED_NAME = "finished.json"
 """File of a run's folder that says by which commands it was finished."""
-TRAINING_MINUTES, SHORT_TRAINING_MINUTES, REFLECTION_MINUTES, EVALUATION_MINUTES = 5.0, 3.0, 5.0, 0.7
+TRAINING_MINUTES, SHORT_TRAINING_MINUTES, REFLECTION_MINUTES = 5.0, 3.0, 5.0
+EVALUATION_MINUTES, CURVE_MINUTES = 0.7, 12.0
 """
 Minutes on one core while the other core is busy: a run of text-to-image with the recipe's and with fewer steps, a run of
-self-reflection, and an evaluation of one model.
+self-reflection, an evaluation of one model, and a learning curve.
 """
 SHORT_STEPS = ("--max_steps", "80")
 """Steps of text-to-image where settings are compared, half of the recipe's, or where other training follows."""
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,22 @@ class Plan:
         """Training prompts of the shapes world with a decomposer's questions, in `questions.jsonl`."""
         words = ("--decomposer", decomposer, "--limit", "2048", *arguments)
         return self._run(f"questions-{decomposer}", "decompose_prompts.py", words, 0.3, output="questions.jsonl")
+
+    def learning_curves(self, recipe: str, name: str, *arguments: str) -> tuple[Run, ...]:
+        """Runs of `learning_curve.py` with the configuration of a recipe, one per seed. They begin anew after they were cut off."""
+        config = ("--config", str(CONFIGS / f"{recipe}_shapes.yaml"))
+        steps = () if self.args.max_steps is None else ("--max_steps", str(self.args.max_steps))
+        amounts = (*steps, "--num_eval_prompts", str(self.args.num_eval_prompts), "--report", "false")
+        model = ("--model_name_or_path", self.args.model_name_or_path)
+        return tuple(
+            self._run(
+                f"curve_{recipe}_{name}-seed{seed}",
+                "table_parts/time_to_quality/learning_curve.py",
+                (*config, *model, "--seed", str(seed), *arguments, *amounts),
+                CURVE_MINUTES,
+            )
+            for seed in self.seeds
+        )
 
     def costs(self) -> Run:
         """The measurement of `fewer_evaluations.py`, which begins anew after it was cut off."""

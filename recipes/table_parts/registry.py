@@ -19,6 +19,7 @@ from table_parts.refinement import refinement_after_painting_table, reflection_t
 from table_parts.refinement_settings import refine_strength_table, reflection_settings_table
 from table_parts.rewards import decomposed_or_holistic_table, frozen_rewards_table
 from table_parts.tables import MeasuredTable
+from table_parts.time_to_quality.table import time_to_quality_table
 
 
 TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
@@ -38,5 +39,6 @@ TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
     "editing": editing_table,
     "frozen_rewards": frozen_rewards_table,
     "decomposed_or_holistic": decomposed_or_holistic_table,
+    "time_to_quality": time_to_quality_table,
 }
 """What makes each table of `TABLE_NAMES`."""

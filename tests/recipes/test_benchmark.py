@@ -14,6 +14,8 @@ from alphagrpo_ext.models.bagel.layout import BagelSequence
 from alphagrpo_ext.trajectory import ImageSegment
 from benchmark_parts.arguments import PARTS
 from benchmark_parts.flops import counted_flops, denoising_flops, token_flops, training_flops
+from benchmark_parts.measurements import brightness
+from benchmark_parts.presets import evaluations_per_image, reflection_trainers
 from benchmark_parts.sizes import SIZES
 from benchmark_parts.structures import (
     EXACT,
@@ -146,6 +148,18 @@ def test_counted_flops_are_those_that_ran(update: Update) -> None:
     assert counted_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
     expected = training_flops(update.model, update.model.pack(update.trajectories, GUIDANCE).inputs)
     assert expected < counted_flops(lambda: gradient_of(update, "packed, exact")) < 1.15 * expected
+
+
+def test_presets_are_compared_with_the_points_of_the_paper(tmp_path: Path) -> None:
+    """A step on one group, in which every second image is a first image, and thoughts can be shared."""
+    trainers = reflection_trainers(SMALLEST["bagel-shapes"], brightness, str(tmp_path), bf16=False)
+    assert {name: evaluations_per_image(trainer) for name, trainer in trainers.items()} == {"paper": 39, "fast": 17}
+    assert {trainer.args.branches_per_thought for trainer in trainers.values()} == {1, 2}
+    for trainer in trainers.values():
+        assert (
+            trainer.args.num_generations == trainer.args.generation_batch_size == 2 * trainer.args.num_initial_images
+        )
+        assert trainer.args.for_task("reasoning_t2i").guidance.interval == (0.4, 1.0)
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -40,6 +41,9 @@ from table_parts.refinement import _better_of_two
 from table_parts.registry import TABLES
 from table_parts.results import ScoredSamples
 from table_parts.tables import MeasuredTable
+from table_parts.time_to_quality import learning_curve
+from table_parts.time_to_quality.curve import CurvePoint, read_curve, seconds_until
+from table_parts.time_to_quality.learning_curve import CurveArguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +117,12 @@ def write_results(run: Run) -> None:
     elif script == "table_parts/frozen_rewards.py":
         found = {"DVReward": {"auc": 0.9, "error": 0.01}, "one question": {"auc": 0.8, "error": None}}
         (run.folder / "frozen_rewards.json").write_text(json.dumps(found))
+    elif script == "table_parts/time_to_quality/learning_curve.py":
+        # A fast step takes half of the time and learns as much; a step on small batches learns less.
+        step_seconds, gain = (1.0 if "fast" in run.name else 2.0), (0.1 if "released" in run.name else 0.2)
+        rates = [0.5, 0.5 + gain / 2 + 0.01 * seed, 0.5 + gain + 0.01 * seed]
+        points = [CurvePoint(step, step_seconds * step, r, r) for step, r in zip((0, 10, 20), rates, strict=True)]
+        (run.folder / "curve.json").write_text(json.dumps([asdict(point) for point in points]))
     run.mark_finished()
 
 
@@ -167,6 +177,17 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     assert cells(pages["decomposed_or_holistic"], "one question") == (
         ["+25.0 +- 25.0"] * 2 + ["75.0% (sd 0.0)", "0.688 (sd 0.000)", "0.900", "0.800"]
     )
+    # The way of seeds 0 and 2 of the default is from 50% to 71%: half of it is 60.5%.
+    expected = ["1.00 (1.00 to 1.00)", "10 (9 to 10)", "18 (17 to 19)", "71.0% (70.0% to 72.0%)"]
+    assert cells(pages["time_to_quality"], "text-to-image: `--preset fast`") == expected
+    slower = cells(pages["time_to_quality"], "self-reflection: released code's, micro-batches of 2")
+    assert slower == [
+        "2.00 (2.00 to 2.00)",
+        "not reached (37 to not reached)",
+        "not reached (not reached to not reached)",
+        "61.0% (60.0% to 62.0%)",
+    ]
+    assert (tmp_path / "time_to_quality.png").is_file()
     with Image.open(tmp_path / "decomposed_or_holistic.png") as picture:
         assert picture.width > 6 * 144
 
@@ -272,8 +293,11 @@ def test_recipes_accept_the_arguments_of_every_command(tmp_path: Path, monkeypat
         "table_parts/fewer_evaluations.py": MeasurementArguments,
         "table_parts/frozen_rewards.py": AgreementArguments,
     }
+    curve = TrlParser((CurveArguments, *training), allow_abbrev=False)
     assert issubclass(others["decompose_prompts.py"], DecomposerArguments)
     parsers |= {name: (TrlParser((kind,), allow_abbrev=False), []) for name, kind in others.items()}
+    # Its commands name their configuration.
+    parsers["table_parts/time_to_quality/learning_curve.py"] = (curve, [])
     seen = set()
     for run in all_runs(plan_in(tmp_path, seeds=[0])):
         parser, config = parsers[run.command[0]]
@@ -284,6 +308,62 @@ def test_recipes_accept_the_arguments_of_every_command(tmp_path: Path, monkeypat
             assert values[0].image_epsilon == 1
         seen.add(run.command[0])
     assert seen == parsers.keys()
+
+
+def test_seconds_until_a_rate_are_those_of_the_first_crossing() -> None:
+    rates = [0.5, 0.6, 0.55, 0.7]
+    curve = [CurvePoint(10 * i, 3.0 * i, rate, 0.0) for i, rate in enumerate(rates)]
+    assert seconds_until(curve, 0.4) == seconds_until(curve, 0.5) == 0.0
+    assert seconds_until(curve, 0.55) == pytest.approx(1.5)
+    assert seconds_until(curve, 0.65) == pytest.approx(6 + 3 * 2 / 3)
+    assert seconds_until(curve, 0.71) == float("inf")
+
+
+def test_released_algorithm_has_the_batch_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = TrlParser((CurveArguments, AlphaGRPOConfig, ModelConfig))
+    found = {}
+    for run in TABLES["time_to_quality"](plan_in(tmp_path, seeds=[0])).runs:
+        _, args, _ = parser.parse_args_and_config(list(run.command[1:]))
+        assert args.generation_batch_size == 64
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+        split = (args.per_device_train_batch_size, args.image_steps_per_forward, args.context_gradient)
+        found[run.name.removeprefix(f"curve_{args.task}_")] = (*split, args.ode_steps, args.branches_per_thought)
+    assert found == {
+        "released_2-seed0": (2, 1, "detached", None, 1),
+        "released_8-seed0": (8, 1, "detached", None, 1),
+        "paper-seed0": (64, None, "exact", None, 1),
+        "fast-seed0": (64, None, "exact", 3, 2),
+    }
+
+
+def test_curve_of_a_training_run(tmp_path: Path) -> None:
+    """The policy is evaluated before, on the way and after, and seconds are those of steps alone."""
+    config = [
+        "--config",
+        str(ROOT / "recipes" / "configs" / "self_reflection_shapes.yaml"),
+        "--use_cpu",
+        "--report",
+        "false",
+    ]
+    amounts = [
+        "--num_eval_prompts",
+        "2",
+        "--eval_seeds",
+        "1",
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "4",
+    ]
+    sizes = ["--num_generations", "4", "--num_points", "2", "--preset", "fast", "--output_dir", str(tmp_path)]
+    parser = TrlParser((CurveArguments, AlphaGRPOConfig, ModelConfig))
+    start = time.process_time()
+    learning_curve.main(*parser.parse_args_and_config([*config, *amounts, *sizes]))
+    points = read_curve(tmp_path)
+    assert [point.step for point in points] == [0, 1, 2]
+    assert 0 == points[0].seconds < points[1].seconds < points[2].seconds < time.process_time() - start
+    assert all(0 <= point.strict_pass_rate <= 1 and 0 <= point.reward <= 1 for point in points)
 
 
 SCRIPT = """

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Table of the seconds of one core until a model of the shapes world is good: what a faster step is worth in the end.
+
+The algorithm of the paper's released code runs here in this library, so that nothing but the algorithm differs: one forward per
+trained step on contexts that are cached without gradient, Euler steps, and micro-batches of a few trajectories. Where its own code
+would be slower, it has the benefit: its rollouts sample eight trajectories at once also where it trains two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from alphagrpo_ext.files import atomic_path
+from table_parts.plan import Plan, Run
+from table_parts.results import percent
+from table_parts.tables import MeasuredRow, MeasuredTable
+from table_parts.time_to_quality.curve import CurvePoint, read_curve, seconds_until
+
+
+TASKS = {"reasoning_t2i": "text-to-image", "self_reflection": "self-reflection"}
+"""Titles of the recipes that are measured."""
+BATCH_SIZE = 64
+"""Trajectories per step, as in the configurations of both recipes."""
+DEFAULT = "paper"
+ALGORITHMS = {
+    "released_2": "released code's, micro-batches of 2",
+    "released_8": "released code's, micro-batches of 8",
+    DEFAULT: "`--preset paper`",
+    "fast": "`--preset fast`",
+}
+"""Labels of the algorithms."""
+SHARES = {"half of the way": 0.5, "90% of the way": 0.9}
+"""Parts of the default's gain that are to be reached."""
+NEVER = "not reached"
+
+
+def algorithm_arguments(name: str) -> tuple[str, ...]:
+    """The arguments of one of [`ALGORITHMS`]. All have the same trajectories per step."""
+    if not name.startswith("released_"):
+        return ("--preset", name)
+    size = int(name.removeprefix("released_"))
+    batches = ("--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(BATCH_SIZE // size))
+    one_step = ("--image_steps_per_forward", "1", "--context_gradient", "detached")
+    return ("--preset", "paper", *batches, *one_step, "--rollout_batch_size", "8")
+
+
+def time_to_quality_table(plan: Plan) -> MeasuredTable:
+    """Seconds of training until the strict pass rate reaches a part of what the default reaches."""
+    curves = {
+        recipe: {name: plan.learning_curves(recipe, name, *algorithm_arguments(name)) for name in ALGORITHMS}
+        for recipe in TASKS
+    }
+    rows = [
+        _row(f"{title}: {label}", curves[recipe][name], curves[recipe][DEFAULT])
+        for recipe, title in TASKS.items()
+        for name, label in ALGORITHMS.items()
+    ]
+    return MeasuredTable(
+        "Time to quality",
+        ("training", "seconds per step", *SHARES, "strict pass at the end"),
+        tuple(rows),
+        f"CPU seconds of one core in training steps, without evaluations; seeds {', '.join(map(str, plan.seeds))}: median (least to "
+        "greatest). The way leads from the strict pass rate before training to the mean of `--preset paper` after it, on held-out prompts; between "
+        "two evaluations the rate is taken to be linear. `time_to_quality.png` shows the mean over seeds, and the range between them.",
+        draw=lambda path: _draw(path, curves),
+    )
+
+
+def _row(label: str, own: Sequence[Run], default: Sequence[Run]) -> MeasuredRow:
+    def read(folders: Sequence[Path]) -> list[list[str]]:
+        curves = [read_curve(folder) for folder in folders]
+        return [[label, *_cells(curves[: len(own)], curves[len(own) :])]]
+
+    return MeasuredRow(label, (*own, *default), read)
+
+
+def _cells(own: Sequence[Sequence[CurvePoint]], default: Sequence[Sequence[CurvePoint]]) -> list[str]:
+    start, end = (sum(curve[place].strict_pass_rate for curve in default) / len(default) for place in (0, -1))
+    seconds = [[seconds_until(curve, start + share * (end - start)) for curve in own] for share in SHARES.values()]
+    return [
+        _spread([curve[-1].seconds / curve[-1].step for curve in own], digits=2),
+        *(_spread(times, digits=0) for times in seconds),
+        _range([curve[-1].strict_pass_rate for curve in own]),
+    ]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    middle, *ends = (
+        NEVER if value == float("inf") else f"{value:.{digits}f}"
+        for value in (median(values), min(values), max(values))
+    )
+    return middle if len(values) == 1 else f"{middle} ({' to '.join(ends)})"
+
+
+def _range(rates: Sequence[float]) -> str:
+    middle, *ends = (percent(value) for value in (median(rates), min(rates), max(rates)))
+    return middle if len(rates) == 1 else f"{middle} ({' to '.join(ends)})"
+
+
+def _draw(path: Path, curves: dict[str, dict[str, tuple[Run, ...]]]) -> None:
+    """Draw the curves of all finished algorithms, one panel per task, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (recipe, algorithms) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+        for name, runs in algorithms.items():
+            if not all(run.finished for run in runs):
+                continue
+            # Evaluations of all seeds follow the same steps.
+            points = list(zip(*(read_curve(run.folder) for run in runs), strict=True))
+            seconds = [sum(p.seconds for p in group) / len(group) for group in points]
+            rates = [[100 * p.strict_pass_rate for p in group] for group in points]
+            (line,) = axes.plot(
+                seconds, [sum(group) / len(group) for group in rates], label=ALGORITHMS[name].replace("`", "")
+            )
+            axes.fill_between(
+                seconds,
+                [min(group) for group in rates],
+                [max(group) for group in rates],
+                color=line.get_color(),
+                alpha=0.2,
+            )
+        axes.set(title=TASKS[recipe], xlabel="CPU seconds of training", ylabel="strict pass, %")
+        if axes.lines:
+            axes.legend(frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
