@@ -17,7 +17,7 @@ from table_parts.arguments import TablesArguments
 FINISHED_NAME = "finished.json"
 """File of a run's folder that says by which commands it was finished."""
 TRAINING_MINUTES, SHORT_TRAINING_MINUTES, REFLECTION_MINUTES = 5.0, 3.0, 5.0
-EVALUATION_MINUTES, CURVE_MINUTES = 0.7, 12.0
+EVALUATION_MINUTES, CURVE_MINUTES = 0.7, 14.0
 """
 Minutes on one core while the other core is busy: a run of text-to-image with the recipe's and with fewer steps, a run of
 self-reflection, an evaluation of one model, and a learning curve.
