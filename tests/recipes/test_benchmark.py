@@ -15,7 +15,6 @@ from alphagrpo_ext.trajectory import ImageSegment
 from benchmark_parts.arguments import PARTS
 from benchmark_parts.flops import counted_flops, denoising_flops, token_flops, training_flops
 from benchmark_parts.measurements import brightness
-from benchmark_parts.presets import evaluations_per_image, reflection_trainers
 from benchmark_parts.sizes import SIZES
 from benchmark_parts.structures import (
     EXACT,
@@ -29,6 +28,7 @@ from benchmark_parts.structures import (
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.timing import Spread, ratio, time_interleaved
 from benchmark_parts.update import Update
+from benchmark_parts.whole_step.presets import evaluations_per_image, reflection_trainers
 from benchmark_parts.workload import GUIDANCE, build_model, self_reflection_trajectories
 from recipe_tools.shapes_pretraining.families.cosmos3 import Cosmos3Shapes
 
