@@ -99,8 +99,9 @@ class AlphaGRPOConfig(GRPOConfig):
     """
     Configuration class for the [`AlphaGRPOTrainer`].
 
-    Every argument of [`~trl.GRPOConfig`] keeps its meaning for text, or is refused; `trl_options.py` says which. The defaults are those of the paper's released
-    configuration for reasoning text-to-image. Where the paper leaves a choice to TRL, TRL's default holds, except for
+    Every argument of [`~trl.GRPOConfig`] keeps its meaning for text, or is refused; `trl_options.py` says which. The defaults of
+    sampling and of the objective are those of the paper's released configuration for reasoning text-to-image;
+    `recipes/configs/*_bagel.yaml` have all of it. Where the paper leaves a choice to TRL, TRL's default holds, except for
     `loss_type`. It is `"grpo"`, the loss that sequence-level ratios, the paper's setting for text, were published with; TRL
     warns about other combinations.
 

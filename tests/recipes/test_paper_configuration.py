@@ -2,15 +2,19 @@
 
 """The configurations for BAGEL have the values of the paper's released configuration, which are written down here."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from transformers import SchedulerType
 from trl import ModelConfig, TrlParser
 
-from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from reward_models.arguments import PromptArguments
+from reward_models.format import FORMATS
 
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -49,6 +53,11 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+def darkness(images: list[Image.Image], **kwargs: Any) -> list[float]:
+    """A reward of large spread, so that what is added to a deviation does not count."""
+    return [100 * (1 - sum(image.convert("L").histogram()[:128]) / (image.width * image.height)) for image in images]
+
+
 def parse(task: str, folder: Path) -> tuple[PromptArguments, AlphaGRPOConfig, ModelConfig]:
     parser = TrlParser((PromptArguments, AlphaGRPOConfig, ModelConfig))
     config = CONFIGS / f"{task}_bagel.yaml"
@@ -75,3 +84,27 @@ def test_initial_images_are_painted_with_the_guidance_of_text_to_image(tmp_path:
     painting = args.for_task("reasoning_t2i")
     found = (painting.cfg_img_scale, painting.cfg_interval, painting.cfg_renorm_type, painting.num_timesteps)
     assert found == (1.0, [0.4, 1.0], "global", 40)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_draws_several_rollouts_each_with_its_own_deviation(
+    make_trainer: Callable[..., AlphaGRPOTrainer], tmp_path: Path, task: str
+) -> None:
+    """The settings that concern credit, at a size that takes seconds: the form counts for images as it does for texts."""
+    prompts, args, _ = parse(task, tmp_path)
+    names = ("separate_advantages", "rectification", "context_gradient", "scale_rewards", "steps_per_generation")
+    trainer = make_trainer(
+        **{name: getattr(args, name) for name in names},
+        **{"task": task, "num_initial_images": 2, "gradient_accumulation_steps": 2},
+        reward_funcs=[darkness, *(FORMATS.get(name)() for name in prompts.formats)],
+    )
+    trainer.train()
+    (log,) = [entry for entry in trainer.state.log_history if "image/ratio_mean" in entry]
+    assert log["image/ratio_mean"] == 1.0 and log["grad_norm"] > 0
+    first, second = trainer.recorder.updates
+    assert {id(t) for t in first.trajectories}.isdisjoint(id(t) for t in second.trajectories)
+    for update in (first, second):
+        advantages = update.inputs["image_advantages"]
+        torch.testing.assert_close(advantages, update.inputs["advantages"])
+        if task == "reasoning_t2i":
+            assert advantages.std().item() == pytest.approx(1, abs=0.02)
