@@ -16,9 +16,9 @@ from typing import Any
 
 PRESETS = ("paper", "fast")
 """Names of the presets."""
-STRIDE = 3
+FAST_STRIDE = 3
 """Steps of the schedule that `fast` replaces by one step of second order."""
-BRANCHES = 2
+FAST_BRANCHES = 2
 """Images that `fast` paints after each thought."""
 
 
@@ -40,8 +40,8 @@ def preset_settings(name: str, count_free_steps: Callable[[], int], group_size: 
     """
     if name == "paper":
         return {"ode_solver": "euler", "ode_steps": None, "branches_per_thought": 1}
-    has_room = group_size % BRANCHES == samples % BRANCHES == 0 and group_size >= 2 * BRANCHES
+    has_room = group_size % FAST_BRANCHES == samples % FAST_BRANCHES == 0 and group_size >= 2 * FAST_BRANCHES
     num_free_steps = count_free_steps()
     # A window in the middle of the path leaves two stretches, each of which takes a step.
-    steps = min(max(math.ceil(num_free_steps / STRIDE), 2), num_free_steps)
-    return {"ode_solver": "ab2", "ode_steps": steps or None, "branches_per_thought": BRANCHES if has_room else 1}
+    steps = min(max(math.ceil(num_free_steps / FAST_STRIDE), 2), num_free_steps)
+    return {"ode_solver": "ab2", "ode_steps": steps or None, "branches_per_thought": FAST_BRANCHES if has_room else 1}

@@ -90,7 +90,7 @@ class LearningCurve(TrainerCallback):
         write_text(self.path, json.dumps([asdict(point) for point in self.points], indent=2) + "\n")
 
 
-def evaluate_policy(run: TrainingRun, policy: UnifiedModel) -> Evaluation:
+def evaluate_final_images(run: TrainingRun, policy: UnifiedModel) -> Evaluation:
     """Score what a policy paints; in a task that refines its own images, what it paints in the end."""
     from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
     from recipe_tools import training
@@ -110,7 +110,7 @@ def main(script_args: CurveArguments, training_args: AlphaGRPOConfig, model_args
 
     def evaluate() -> tuple[float, float]:
         with trainer.gathered_policy() as policy:
-            summary = evaluate_policy(run, policy).summary()
+            summary = evaluate_final_images(run, policy).summary()
         return summary["strict_pass_rate"], summary["reward"]
 
     interval = max(1, training_args.max_steps // script_args.num_points)

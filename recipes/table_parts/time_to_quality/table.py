@@ -22,7 +22,7 @@ from table_parts.tables import MeasuredRow, MeasuredTable
 from table_parts.time_to_quality.curve import CurvePoint, read_curve, seconds_until
 
 
-TASKS = {"reasoning_t2i": "text-to-image", "self_reflection": "self-reflection"}
+MEASURED_RECIPES = {"reasoning_t2i": "text-to-image", "self_reflection": "self-reflection"}
 """Titles of the recipes that are measured."""
 BATCH_SIZE = 64
 """Trajectories per step, as in the configurations of both recipes."""
@@ -53,11 +53,11 @@ def time_to_quality_table(plan: Plan) -> MeasuredTable:
     """Seconds of training until the strict pass rate reaches a part of what the default reaches."""
     curves = {
         recipe: {name: plan.learning_curves(recipe, name, *algorithm_arguments(name)) for name in ALGORITHMS}
-        for recipe in TASKS
+        for recipe in MEASURED_RECIPES
     }
     rows = [
         _row(f"{title}: {label}", curves[recipe][name], curves[recipe][DEFAULT])
-        for recipe, title in TASKS.items()
+        for recipe, title in MEASURED_RECIPES.items()
         for name, label in ALGORITHMS.items()
     ]
     return MeasuredTable(
@@ -124,7 +124,7 @@ def _draw(path: Path, curves: dict[str, dict[str, tuple[Run, ...]]]) -> None:
                 color=line.get_color(),
                 alpha=0.2,
             )
-        axes.set(title=TASKS[recipe], xlabel="CPU seconds of training", ylabel="strict pass, %")
+        axes.set(title=MEASURED_RECIPES[recipe], xlabel="CPU seconds of training", ylabel="strict pass, %")
         if axes.lines:
             axes.legend(frameon=False)
     with atomic_path(path) as temporary:
