@@ -24,7 +24,7 @@ from table_parts.time_to_quality.curve import CurvePoint, read_curve, seconds_un
 
 MEASURED_RECIPES = {"reasoning_t2i": "text-to-image", "self_reflection": "self-reflection"}
 """Titles of the recipes that are measured."""
-BATCH_SIZE = 64
+TRAJECTORIES_PER_STEP = 64
 """Trajectories per step, as in the configurations of both recipes."""
 DEFAULT = "paper"
 ALGORITHMS = {
@@ -44,7 +44,12 @@ def algorithm_arguments(name: str) -> tuple[str, ...]:
     if not name.startswith("released_"):
         return ("--preset", name)
     size = int(name.removeprefix("released_"))
-    batches = ("--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(BATCH_SIZE // size))
+    batches = (
+        "--per_device_train_batch_size",
+        str(size),
+        "--gradient_accumulation_steps",
+        str(TRAJECTORIES_PER_STEP // size),
+    )
     one_step = ("--image_steps_per_forward", "1", "--context_gradient", "detached")
     return ("--preset", "paper", *batches, *one_step, "--rollout_batch_size", str(max(size, 8)))
 
