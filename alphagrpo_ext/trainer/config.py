@@ -617,6 +617,9 @@ class AlphaGRPOConfig(GRPOConfig):
         samples = self.per_device_train_batch_size * self.steps_per_generation
         values = preset_settings(self.preset, self._num_free_steps, self.num_generations, samples)
         branches = values.pop("branches_per_thought")
+        if not self.make_task(self.task).can_paint:
+            # Samples that share their thought would be the same.
+            branches = 1
         self._defaults = {**TASK_DEFAULTS, **values}
         self._set_task_settings(self, self.task)
         self.preset_values = {n: v for n, v in values.items() if n not in self._given and getattr(self, n) == v}

@@ -14,7 +14,6 @@ from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_for_last, asks_t
 from recipe_tools.own_rewards import import_reward
 from recipe_tools.run_folder import refuse_other_run, run_arguments
 from reward_models.arguments import BUILT_IN_REWARDS, PromptArguments
-from reward_models.format import FORMATS
 from reward_models.prompts.files import is_dataset_name
 
 
@@ -43,8 +42,12 @@ def check_arguments(script_args: PromptArguments, training_args: TrainingArgumen
     for name in script_args.reward:
         if name not in BUILT_IN_REWARDS:
             import_reward(name)
-    for name in script_args.formats:
-        FORMATS.get(name)
+    if script_args.formats:
+        # Here, so that `--help` does not import clients of language models.
+        from reward_models.format import FORMATS
+
+        for name in script_args.formats:
+            FORMATS.get(name)
     output_dir, resume_from = Path(training_args.output_dir), training_args.resume_from_checkpoint
     has_last = asks_for_last(resume_from) and next(complete_checkpoints(output_dir), None) is not None
     if not (has_last or asks_to_resume(resume_from) and not asks_for_last(resume_from)):

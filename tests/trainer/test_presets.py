@@ -48,6 +48,7 @@ def test_paper_is_the_default_and_changes_nothing(tmp_path: Path) -> None:
             *(8, 2),
             id="from the image",
         ),
+        pytest.param({"task": "visual_question_answering"}, 2, 1, id="nothing is painted"),
         pytest.param({"num_generations": 7, "per_device_train_batch_size": 7}, 2, 1, id="an odd group"),
         pytest.param({"num_generations": 2, "per_device_train_batch_size": 2}, 2, 1, id="one thought would be left"),
         pytest.param(
