@@ -22,7 +22,6 @@ from benchmark_parts.arguments import BenchmarkArguments
 from benchmark_parts.breakdown import PHASES, phase_seconds
 from benchmark_parts.flops import counted_flops, denoising_flops, training_flops
 from benchmark_parts.sizes import Size
-from benchmark_parts.split_update import SplitUpdate, peak_memory
 from benchmark_parts.structures import (
     CONTRACT_STRUCTURES,
     EXACT,
@@ -36,7 +35,8 @@ from benchmark_parts.structures import (
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.text_overhead import build_trainers, step_seconds
 from benchmark_parts.timing import Spread, matmul_functions, peak_bytes, ratio, time_interleaved
-from benchmark_parts.update import Update
+from benchmark_parts.updates.split_update import SplitUpdate, peak_memory
+from benchmark_parts.updates.update import Update
 from benchmark_parts.whole_step.presets import evaluations_per_image, interleaved_step_seconds, reflection_trainers
 from benchmark_parts.workload import GUIDANCE, build_image_processor, build_model, self_reflection_trajectories
 from reward_models.dvreward import DVReward

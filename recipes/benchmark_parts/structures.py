@@ -25,7 +25,7 @@ from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedMode
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.trainer.scoring import split_window_steps
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
-from benchmark_parts.update import Update, packed
+from benchmark_parts.updates.update import Update, packed
 from benchmark_parts.workload import GUIDANCE, without_windows
 
 

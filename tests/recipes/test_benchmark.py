@@ -27,7 +27,7 @@ from benchmark_parts.structures import (
 )
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.timing import Spread, ratio, time_interleaved
-from benchmark_parts.update import Update
+from benchmark_parts.updates.update import Update
 from benchmark_parts.whole_step.presets import evaluations_per_image, reflection_trainers
 from benchmark_parts.workload import GUIDANCE, build_model, self_reflection_trajectories
 from recipe_tools.shapes_pretraining.families.cosmos3 import Cosmos3Shapes

@@ -333,8 +333,8 @@ def test_released_algorithm_has_the_batch_of_the_others(tmp_path: Path, monkeypa
         "released_2-seed0": (2, 1, "detached", None, 1),
         "released_8-seed0": (8, 1, "detached", None, 1),
         "released_64-seed0": (64, 1, "detached", None, 1),
-        "paper-seed0": (64, None, "exact", None, 1),
-        "fast-seed0": (64, None, "exact", 3, 2),
+        "paper-seed0": (64, "auto", "exact", None, 1),
+        "fast-seed0": (64, "auto", "exact", 3, 2),
     }
 
 

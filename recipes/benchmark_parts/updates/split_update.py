@@ -29,7 +29,9 @@ from recipe_tools.memory import example_trajectories
 from recipe_tools.memory_settings import MemorySettings
 
 
-_PEAK_IN_A_PROCESS = "import sys; from benchmark_parts.split_update import print_peak; print_peak(*sys.argv[1:])"
+_PEAK_IN_A_PROCESS = (
+    "import sys; from benchmark_parts.updates.split_update import print_peak; print_peak(*sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True)
