@@ -38,6 +38,8 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
             "2",
             "--formats",
             "shapes_reflection",
+            "--text_loss_weight",
+            "1",
             "--cfg_renorm_type",
             "text_channel",
             *GUIDED,
