@@ -99,7 +99,7 @@ def test_all_classes_of_arguments_are_found() -> None:
             "HoldoutArguments",
         ),
         *("ServerArguments", "PainterArguments", "DecomposerArguments", "EvaluationArguments", "ExportArguments"),
-        *("GenerationArguments", "ReflectionArguments", "PretrainingArguments", "MemorySettings", "RayArguments"),
+        *("GenerationArguments", "PretrainingArguments", "MemorySettings", "RayArguments"),
         *("RolloutConfig", "DenoisingConfig", "GuidanceConfig", "ObjectiveConfig", "OpenAIEndpoint", "StructuredChat"),
     }
 

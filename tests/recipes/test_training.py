@@ -20,7 +20,9 @@ def test_rewards_are_imported_from_the_working_folder(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
 
     def load(*names: str) -> list:
-        return load_rewards(SimpleNamespace(reward="DVReward", script_args=SimpleNamespace(reward=list(names))))
+        return load_rewards(
+            SimpleNamespace(reward="DVReward", script_args=SimpleNamespace(reward=list(names), formats=[]))
+        )
 
     judged, own, kept = load("dvreward", "own_rewards_of_a_test:brightness", "own_rewards_of_a_test.Kept")
     assert judged == "DVReward"
