@@ -6,7 +6,7 @@ Adapters while a policy samples: added to its weights once, where what was sampl
 PEFT computes an adapted layer as three matrix multiplications, with conversions between them. A rollout evaluates the network hundreds
 of times with the same weights, so what depends on the weights alone is computed once.
 
-- **Weights in fp32.** The sum of weight and adapter replaces the weight. It differs from PEFT's output by the rounding of fp32, which
+- **Weights in fp32.** The layer computes with the sum of weight and adapter. It differs from PEFT's output by the rounding of fp32, which
   the tolerance of on-policy ratios covers. Under autocast the sum is rounded once to autocast's type, as autocast rounds the weight
   alone. This also saves autocast's conversion of a frozen weight, which it repeats in every call.
 - **Weights in bf16 or fp16, under autocast.** Such weights lie on the grid of their type. Wherever the adapter is less than half a
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """
     While the block runs, a model samples with its adapters merged where [`mergeable_layers`] says so, and else converted once.
-    Afterwards its weights are the same tensors as before.
+    Only the forwards of adapted layers are replaced meanwhile; parameters stay as they are.
 
-    Enter it under the autocast that the model is called under, and leave it before anything switches adapters. Meanwhile merged
-    weights are in memory beside the original ones, in the type that the model computes in. A model without adapters stays as it
-    is. What was chosen is logged once.
+    Enter it under the autocast that the model is called under, and leave it before anything switches adapters. Merged weights are in
+    memory beside the original ones, in the type that the model computes in. A model without adapters stays as it is. What was chosen
+    is logged once.
 
     Args:
         model (`torch.nn.Module`): A policy: a [`~peft.PeftModel`] or what it wraps.
@@ -130,16 +130,12 @@ def _computing_dtype(layer: LoraLinear) -> torch.dtype:
 
 @contextmanager
 def _merged(layer: LoraLinear) -> Iterator[None]:
-    base = layer.get_base_layer()
-    original, base.weight.data = base.weight.data, _merged_weight(layer)
-    layer.merged_adapters.extend(_active_adapters(layer))
-    layer.forward = base.forward
+    # Nothing but the layer's forward changes, so a judge that asks the policy in another thread sees either form of the layer whole.
+    layer.forward = functools.partial(F.linear, weight=_merged_weight(layer), bias=layer.get_base_layer().bias)
     try:
         yield
     finally:
         del layer.forward
-        layer.merged_adapters.clear()
-        base.weight.data = original
 
 
 def _merged_weight(layer: LoraLinear) -> torch.Tensor:
