@@ -70,7 +70,6 @@ def gradients(trainer: AlphaGRPOTrainer) -> dict[str, torch.Tensor]:
     return callback.kept
 
 
-@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -92,30 +91,30 @@ def gradients(trainer: AlphaGRPOTrainer) -> dict[str, torch.Tensor]:
         pytest.param({"task": "self_reflection", "cfg_img_scale": 2.0, "num_reflection_rounds": 2}, id="two rounds"),
     ],
 )
-def test_gradient_is_that_of_one_forward(make_trainer: MakeTrainer, settings: dict[str, Any], steps: int) -> None:
+def test_gradient_is_that_of_one_forward(make_trainer: MakeTrainer, settings: dict[str, Any]) -> None:
     whole = make_trainer(**PLAIN, **settings)
     expected = gradients(whole)
-    parts = make_trainer(**PLAIN, **settings, image_steps_per_forward=steps)
-    counts = count_parts(parts)
-    actual = gradients(parts)
-    assert actual.keys() == expected.keys()
-    assert {count for _, count in counts} == ({1} if steps == 1 else {1, 2})
-    num_forwards = 3 if steps == 1 else 2
-    assert len(counts) % num_forwards == 0
-    if parts.args.think:
-        # Text is scored in one forward of each batch.
-        assert sum(texts > 0 for texts, _ in counts) == len(counts) // num_forwards
     largest = max(gradient.norm().item() for gradient in expected.values())
     assert largest > 0
-    for name, gradient in expected.items():
-        # One that is nothing but rounding, as that of the keys' biases, is measured by the largest.
-        scale = max(gradient.norm().item(), 1e-3 * largest)
-        assert (actual[name] - gradient).norm().item() <= 1e-5 * scale, name
-    for metric in ("loss", "image/loss", "image/ratio_mean", "image/log_prob", "image/kl", "kl", "grad_norm"):
-        assert history(parts, metric) == pytest.approx(history(whole, metric), rel=1e-4, abs=1e-6), metric
-    # Contexts are run once.
-    for metric in ("work/training_tokens", "work/scoring_tokens"):
-        assert history(parts, metric) == history(whole, metric), metric
+    for steps, num_forwards in ((1, 3), (2, 2)):
+        parts = make_trainer(**PLAIN, **settings, image_steps_per_forward=steps)
+        counts = count_parts(parts)
+        actual = gradients(parts)
+        assert actual.keys() == expected.keys()
+        assert {count for _, count in counts} == ({1} if steps == 1 else {1, 2})
+        assert len(counts) % num_forwards == 0
+        if parts.args.think:
+            # Text is scored in one forward of each batch.
+            assert sum(texts > 0 for texts, _ in counts) == len(counts) // num_forwards
+        for name, gradient in expected.items():
+            # One that is nothing but rounding, as that of the keys' biases, is measured by the largest.
+            scale = max(gradient.norm().item(), 1e-3 * largest)
+            assert (actual[name] - gradient).norm().item() <= 1e-5 * scale, name
+        for metric in ("loss", "image/loss", "image/ratio_mean", "image/log_prob", "image/kl", "kl", "grad_norm"):
+            assert history(parts, metric) == pytest.approx(history(whole, metric), rel=1e-4, abs=1e-6), metric
+        # Contexts are run once.
+        for metric in ("work/training_tokens", "work/scoring_tokens"):
+            assert history(parts, metric) == history(whole, metric), metric
 
 
 @pytest.mark.parametrize("reason", ["family", "sharding"])
