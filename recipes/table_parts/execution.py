@@ -66,15 +66,19 @@ class RunQueue:
             `dict[str, str]`: What happened to runs that failed, by their names.
         """
         waiting = [run for run in runs if not run.finished]
+        shown = None
         with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="runs", unit="run") as progress:
             try:
                 while waiting or self._running:
-                    before = len(waiting) + len(self._running)
                     waiting = self._start_ready(waiting)
                     self._collect()
-                    progress.update(before - len(waiting) - len(self._running))
-                    # Only now and then, because a log keeps every line of the bar.
-                    progress.set_postfix_str(", ".join(self._running), refresh=False)
+                    # Only where something has changed, because a log keeps every line of the bar.
+                    state = (", ".join(self._running), len(runs) - len(waiting) - len(self._running))
+                    if state != shown:
+                        shown = state
+                        progress.set_postfix_str(state[0], refresh=False)
+                        progress.update(state[1] - progress.n)
+                        progress.refresh()
                     time.sleep(_POLL_SECONDS)
             finally:
                 _stop([process for _, process in self._running.values()])
