@@ -154,16 +154,17 @@ class Plan:
         return self._run(f"questions-{decomposer}", "decompose_prompts.py", words, 0.3, output="questions.jsonl")
 
     def learning_curves(self, recipe: str, name: str, *arguments: str) -> tuple[Run, ...]:
-        """Runs of `learning_curve.py` with the configuration of a recipe, one per seed. They begin anew after they were cut off."""
+        """Runs of `learning_curve.py` with the configuration of a recipe, one per seed. One that was cut off goes on from its last point."""
         config = ("--config", str(CONFIGS / f"{recipe}_shapes.yaml"))
         steps = () if self.args.max_steps is None else ("--max_steps", str(self.args.max_steps))
         amounts = (*steps, "--num_eval_prompts", str(self.args.num_eval_prompts), "--report", "false")
+        resume = ("--resume_from_checkpoint", "last")
         model = ("--model_name_or_path", self.args.model_name_or_path)
         return tuple(
             self._run(
                 f"curve_{recipe}_{name}-seed{seed}",
                 "table_parts/time_to_quality/learning_curve.py",
-                (*config, *model, "--seed", str(seed), *arguments, *amounts),
+                (*config, *model, "--seed", str(seed), *arguments, *amounts, *resume),
                 CURVE_MINUTES,
             )
             for seed in self.seeds

@@ -43,7 +43,7 @@ from table_parts.results import ScoredSamples
 from table_parts.tables import MeasuredTable
 from table_parts.time_to_quality import learning_curve
 from table_parts.time_to_quality.curve import CurvePoint, read_curve, seconds_until
-from table_parts.time_to_quality.learning_curve import CurveArguments
+from table_parts.time_to_quality.learning_curve import CurveArguments, LearningCurve
 
 
 ROOT = Path(__file__).parents[2]
@@ -338,8 +338,11 @@ def test_released_algorithm_has_the_batch_of_the_others(tmp_path: Path, monkeypa
     }
 
 
-def test_curve_of_a_training_run(tmp_path: Path) -> None:
-    """The policy is evaluated before, on the way and after, and seconds are those of steps alone."""
+def test_curve_of_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The policy is evaluated before, on the way and after, and seconds are those of steps alone. A run that is stopped goes on from its
+    last point.
+    """
     config = [
         "--config",
         str(ROOT / "recipes" / "configs" / "self_reflection_shapes.yaml"),
@@ -358,10 +361,24 @@ def test_curve_of_a_training_run(tmp_path: Path) -> None:
         "4",
     ]
     sizes = ["--num_generations", "4", "--num_points", "2", "--preset", "fast", "--output_dir", str(tmp_path)]
+    words = [*config, *amounts, *sizes, "--resume_from_checkpoint", "last"]
     parser = TrlParser((CurveArguments, AlphaGRPOConfig, ModelConfig))
     start = time.process_time()
-    learning_curve.main(*parser.parse_args_and_config([*config, *amounts, *sizes]))
+
+    begin = LearningCurve.on_step_begin
+
+    def interrupt(self: LearningCurve, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LearningCurve, "on_step_begin", interrupt)
+        learning_curve.main(*parser.parse_args_and_config(words))
+    stopped = read_curve(tmp_path)
+    learning_curve.main(*parser.parse_args_and_config(words))
     points = read_curve(tmp_path)
+    assert points[:2] == stopped
     assert [point.step for point in points] == [0, 1, 2]
     assert 0 == points[0].seconds < points[1].seconds < points[2].seconds < time.process_time() - start
     assert all(0 <= point.strict_pass_rate <= 1 and 0 <= point.reward <= 1 for point in points)

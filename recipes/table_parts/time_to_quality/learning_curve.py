@@ -9,8 +9,8 @@ It is a script that `reproduce_tables.py` runs, with the arguments of a training
 python recipes/reproduce_tables.py --only time_to_quality
 ```
 
-Seconds are those of the CPU that this process spends in training steps: rollouts, rewards and updates, without evaluations. A run
-that was cut off begins anew.
+Seconds are those of the CPU that this process spends in training steps: rollouts, rewards and updates, without evaluations. After every
+evaluation there is a checkpoint, from which a run that was cut off goes on with `--resume_from_checkpoint last`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
 
 from alphagrpo_ext.files import write_text
@@ -30,7 +31,7 @@ from alphagrpo_ext.ranges import PositiveInt, check_ranges
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.arguments import PromptArguments
-from table_parts.time_to_quality.curve import CURVE_NAME, CurvePoint
+from table_parts.time_to_quality.curve import CURVE_NAME, CurvePoint, read_curve
 
 
 if TYPE_CHECKING:
@@ -75,7 +76,12 @@ class LearningCurve(TrainerCallback):
         self.points: list[CurvePoint] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._add_point(0)
+        if state.global_step == 0:
+            self._add_point(0)
+            return
+        # A step after the checkpoint is done again, so it does not count twice.
+        self.points = [point for point in read_curve(self.path.parent) if point.step <= state.global_step]
+        self.seconds = self.points[-1].seconds
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.process_time()
@@ -105,6 +111,12 @@ def main(script_args: CurveArguments, training_args: AlphaGRPOConfig, model_args
     # Here, so that `--help` does not import models and trainers.
     from recipe_tools import training
 
+    interval = max(1, training_args.max_steps // script_args.num_points)
+    training_args.save_strategy, training_args.save_steps, training_args.save_total_limit = (
+        SaveStrategy.STEPS,
+        interval,
+        1,
+    )
     run = training.prepare_run(script_args, training_args, model_args)
     trainer = training.make_trainer(run, training.load_rewards(run))
 
@@ -113,9 +125,8 @@ def main(script_args: CurveArguments, training_args: AlphaGRPOConfig, model_args
             summary = evaluate_final_images(run, policy).summary()
         return summary["strict_pass_rate"], summary["reward"]
 
-    interval = max(1, training_args.max_steps // script_args.num_points)
     trainer.add_callback(LearningCurve(run.output_dir / CURVE_NAME, interval, evaluate))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
 
 
 if __name__ == "__main__":
