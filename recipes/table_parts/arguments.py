@@ -14,6 +14,7 @@ TABLE_NAMES = (
     "training",
     "categories",
     "objectives",
+    "objectives_in_equal_time",
     "settings",
     "guidance",
     "solvers",

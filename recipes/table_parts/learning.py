@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tables of `reasoning_t2i.py`: what is trained, by which objective, and with which other settings."""
+"""Tables of `reasoning_t2i.py`: what is trained, and with which other settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from alphagrpo_ext.shapes.prompts import CATEGORIES
+from table_parts.objectives.table import REFERENCE_ARGUMENTS
 from table_parts.plan import Plan, Run
 from table_parts.results import (
     ERRORS_NOTE,
@@ -19,38 +20,10 @@ from table_parts.results import (
     points,
     read_summary,
     rewards_over_seeds,
-    seconds_per_step,
 )
 from table_parts.tables import MeasuredRow, MeasuredTable, one_line
 
 
-REFERENCE_ARGUMENTS = ("--sync_ref_model", "--ref_model_sync_steps", "1", "--ref_model_mixup_alpha")
-NFT_ARGUMENTS = ("--image_objective", "diffusion_nft")
-# The configuration's clip range is that of Flow-GRPO.
-AWM_ARGUMENTS = ("--image_objective", "awm", "--image_epsilon", "1")
-AWM_AUTHORS_ARGUMENTS = (
-    "--sde_window_size",
-    "6",
-    "--image_beta",
-    "1",
-    "--image_kl_type",
-    "velocity",
-    *REFERENCE_ARGUMENTS,
-    "0.7",
-)
-AWM_AUTHORS_ARGUMENTS += ("--ref_model_decay_ramp", "0.001", "--image_base_beta", "0.003")
-OTHER_OBJECTIVES = {
-    "flow_cps": ("`--sde_type flow_cps`", ("--sde_type", "flow_cps")),
-    "grpo_guard": ("`--image_objective grpo_guard`", ("--image_objective", "grpo_guard")),
-    "diffusion_nft": ("`--image_objective diffusion_nft`", NFT_ARGUMENTS),
-    "diffusion_nft_reference": (
-        f"the same, `--rollout_policy reference {' '.join(REFERENCE_ARGUMENTS)} 0.5`",
-        (*NFT_ARGUMENTS, "--rollout_policy", "reference", *REFERENCE_ARGUMENTS, "0.5"),
-    ),
-    "awm": (f"`{' '.join(AWM_ARGUMENTS)}`", AWM_ARGUMENTS),
-    "awm_authors": (f"the same, `{' '.join(AWM_AUTHORS_ARGUMENTS)}`", (*AWM_ARGUMENTS, *AWM_AUTHORS_ARGUMENTS)),
-}
-"""Other objectives than the default: label and arguments by name."""
 LORA_ARGUMENTS = ("--use_peft", "--lora_r", "32", "--lora_alpha", "64", "--learning_rate", "5e-4")
 LORA_AVERAGE_ARGUMENTS = ("--image_beta", "0.01", "--image_kl_type", "velocity", *REFERENCE_ARGUMENTS, "0.1")
 OTHER_SETTINGS = {
@@ -123,40 +96,6 @@ def _categories(folders: Sequence[Path]) -> list[list[str]]:
             rewards = [[part["reward"] for part in parts] for parts in (before, after)]
             lines.append([name, *(over_seeds(r, percent) for r in rates), *map(rewards_over_seeds, rewards)])
     return lines
-
-
-def objectives_table(plan: Plan) -> MeasuredTable:
-    """Objectives at an equal number of steps, and what their steps take."""
-    default = plan.short_reasoning()
-
-    def row(label: str, runs: tuple[Run, ...]) -> MeasuredRow:
-        return one_line(label, (*runs, *default), lambda folders: _objective(folders, len(runs)))
-
-    rows = [row("`flow_grpo`, Flow-SDE, without guidance (the recipe's default)", default)]
-    rows += [row(label, plan.short_reasoning(name, *words)) for name, (label, words) in OTHER_OBJECTIVES.items()]
-    return MeasuredTable(
-        "Objectives at an equal number of steps, 80",
-        (
-            "objective",
-            *(f"seed {seed}" for seed in plan.seeds),
-            *("mean strict pass", "mean reward", "seconds per step", "steps in the time of 100 of the default"),
-        ),
-        tuple(rows),
-        f"{ERRORS_NOTE} Seconds are medians while {plan.args.num_parallel} runs share the machine.",
-    )
-
-
-def _objective(folders: Sequence[Path], num_own: int) -> list[str]:
-    own, default = folders[:num_own], folders[num_own:]
-    after = [read_summary(folder)["after"] for folder in own]
-    seconds, base = (fmean(map(seconds_per_step, group)) for group in (own, default))
-    return [
-        *(percent(part["strict_pass_rate"], part["strict_pass_error"]) for part in after),
-        over_seeds([part["strict_pass_rate"] for part in after], percent),
-        rewards_over_seeds([part["reward"] for part in after]),
-        f"{seconds:.2f}",
-        f"{100 * base / seconds:.0f}",
-    ]
 
 
 def settings_table(plan: Plan) -> MeasuredTable:

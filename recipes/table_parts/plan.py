@@ -170,6 +170,12 @@ class Plan:
             for seed in self.seeds
         )
 
+    def objective_costs(self) -> Run:
+        """The measurement of `step_costs.py`, which begins anew after it was cut off."""
+        amounts = ("--max_steps", "4", "--num_eval_prompts", "2", "--eval_questions", "0", "--report", "false")
+        words = ("--model_name_or_path", self.args.model_name_or_path, *amounts)
+        return self._run("objective_costs", "table_parts/objectives/step_costs.py", words, 4.0)
+
     def costs(self) -> Run:
         """The measurement of `fewer_evaluations.py`, which begins anew after it was cut off."""
         num_groups = max(2, round(120 * self.args.num_eval_prompts / 504))

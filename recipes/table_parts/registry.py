@@ -10,10 +10,10 @@ from table_parts.evaluations import editing_table, guidance_table, rollouts_tabl
 from table_parts.learning import (
     categories_table,
     cheaper_training_table,
-    objectives_table,
     settings_table,
     training_table,
 )
+from table_parts.objectives.table import objectives_in_equal_time_table, objectives_table
 from table_parts.plan import Plan
 from table_parts.refinement import refinement_after_painting_table, reflection_table
 from table_parts.refinement_settings import refine_strength_table, reflection_settings_table
@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
     "training": training_table,
     "categories": categories_table,
     "objectives": objectives_table,
+    "objectives_in_equal_time": objectives_in_equal_time_table,
     "settings": settings_table,
     "guidance": guidance_table,
     "solvers": solvers_table,

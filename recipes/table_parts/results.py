@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from alphagrpo_ext.files import read_json_lines
@@ -59,12 +59,6 @@ def rewards_over_seeds(values: Sequence[float]) -> str:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The scores before and after training."""
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-
-
-def seconds_per_step(folder: Path) -> float:
-    """The median over the logs of a training run, without evaluations."""
-    times = [row["step_time"] for _, row in read_json_lines(folder / "metrics.jsonl") if "step_time" in row]
-    return median(times)
 
 
 @dataclass(frozen=True)

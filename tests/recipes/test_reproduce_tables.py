@@ -36,7 +36,9 @@ from table_parts.arguments import TABLE_NAMES, TablesArguments
 from table_parts.execution import RunQueue
 from table_parts.fewer_evaluations import MeasurementArguments
 from table_parts.frozen_rewards import AgreementArguments, within_prompt_auc
-from table_parts.plan import Plan, Run, with_needs
+from table_parts.objectives.step_costs import CostArguments
+from table_parts.objectives.table import OTHER_OBJECTIVES
+from table_parts.plan import CONFIGS, Plan, Run, with_needs
 from table_parts.refinement import _better_of_two
 from table_parts.registry import TABLES
 from table_parts.results import ScoredSamples
@@ -97,8 +99,6 @@ def write_results(run: Run) -> None:
     if script == "reasoning_t2i.py":
         summary = {"before": score(0.5, 0.7), "after": score(0.6 + 0.01 * seed, 0.8), "gain_error": 0.015}
         (run.folder / "summary.json").write_text(json.dumps(summary))
-        logs = [{"step": 5, "step_time": 2.0 + seed}, {"step": 10}]
-        (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(log)}\n" for log in logs))
     elif script == "self_reflection.py":
         summary = {"before": refinement(0.3), "after": refinement(0.4 + 0.01 * seed)}
         (run.folder / "summary.json").write_text(json.dumps(summary))
@@ -117,6 +117,9 @@ def write_results(run: Run) -> None:
     elif script == "table_parts/frozen_rewards.py":
         found = {"DVReward": {"auc": 0.9, "error": 0.01}, "one question": {"auc": 0.8, "error": None}}
         (run.folder / "frozen_rewards.json").write_text(json.dumps(found))
+    elif script == "table_parts/objectives/step_costs.py":
+        seconds = {name: [2.0, 1.0] if "awm" in name else [1.0, 0.5] for name in ("default", *OTHER_OBJECTIVES)}
+        (run.folder / "step_costs.json").write_text(json.dumps(seconds))
     elif script == "table_parts/time_to_quality/learning_curve.py":
         # A fast step takes half of the time and learns as much; a step on small batches learns less.
         step_seconds, gain = (1.0 if "fast" in run.name else 2.0), (0.1 if "released" in run.name else 0.2)
@@ -148,9 +151,12 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     gains = ["+10.0 +- 1.5", "+12.0 +- 1.5", "50.0% → **61.0%** (+11.0 (sd 1.4) points)", "0.700 → 0.800 (sd 0.000)"]
     assert cells(pages["training"], "image only, 80 steps") == gains
     assert cells(pages["categories"], "counting")[:2] == ["50.0% (sd 0.0)", "61.0% (sd 1.4)"]
-    # Steps of seeds 0 and 2 take 2 and 4 seconds.
-    expected = ["60.0% +- 1.6", "62.0% +- 1.6", "61.0% (sd 1.4)", "0.800 (sd 0.000)", "3.00", "100"]
-    assert cells(pages["objectives"], "`--sde_type flow_cps`") == expected
+    rates = ["60.0% +- 1.6", "62.0% +- 1.6", "61.0% (sd 1.4)", "0.800 (sd 0.000)"]
+    assert cells(pages["objectives"], "`--sde_type flow_cps`") == [*rates, "0.75", "1.00"]
+    # Ratios are those of runs beside each other.
+    assert cells(pages["objectives"], f"`{' '.join(OTHER_OBJECTIVES['awm'][1])}`") == [*rates, "1.50", "2.00"]
+    words = " ".join(OTHER_OBJECTIVES["awm_authors"][1])
+    assert cells(pages["objectives_in_equal_time"], f"42 steps: `{words}`") == rates
     assert cells(pages["settings"], "untrained") == ["50.0% +- 1.6", "0.700 +- 0.007"]
     # Two of four prompts pass, with both seeds.
     assert cells(pages["guidance"], "not at all") == ["50.0% +- 28.9", "50.0% +- 28.9"]
@@ -293,6 +299,11 @@ def test_recipes_accept_the_arguments_of_every_command(tmp_path: Path, monkeypat
         "table_parts/fewer_evaluations.py": MeasurementArguments,
         "table_parts/frozen_rewards.py": AgreementArguments,
     }
+    config = ["--config", str(CONFIGS / "reasoning_t2i_shapes.yaml")]
+    parsers["table_parts/objectives/step_costs.py"] = (
+        TrlParser((CostArguments, *training), allow_abbrev=False),
+        config,
+    )
     curve = TrlParser((CurveArguments, *training), allow_abbrev=False)
     assert issubclass(others["decompose_prompts.py"], DecomposerArguments)
     parsers |= {name: (TrlParser((kind,), allow_abbrev=False), []) for name, kind in others.items()}

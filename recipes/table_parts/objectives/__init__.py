@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Objectives compared: what they learn, and what a step of each costs."""
