@@ -291,7 +291,8 @@ class AlphaGRPOConfig(GRPOConfig):
         metadata={
             "help": "Defaults of ode_solver, ode_steps and branches_per_thought: 'paper' evaluates the network at every step of the "
             "schedule by Euler, for one image per thought; 'fast' takes a third of the steps outside the window, by 'ab2', and "
-            "two images per thought where a group has at least four. These arguments win over it."
+            "two images per thought where a group has at least four. With an objective that trains no window, 'fast' takes half of "
+            "all steps. These arguments win over it."
         },
     )
     rollout_batch_size: PositiveInt | None = field(
@@ -615,7 +616,8 @@ class AlphaGRPOConfig(GRPOConfig):
     def _apply_preset(self) -> None:
         """Set the arguments that were left to the preset, and keep their values by name as `preset_values`."""
         samples = self.per_device_train_batch_size * self.steps_per_generation
-        values = preset_settings(self.preset, self._num_free_steps, self.num_generations, samples)
+        has_window = not self.trains_forward_process
+        values = preset_settings(self.preset, self._num_free_steps, has_window, self.num_generations, samples)
         branches = values.pop("branches_per_thought")
         if not self.make_task(self.task).can_paint:
             # Samples that share their thought would be the same.
@@ -628,17 +630,13 @@ class AlphaGRPOConfig(GRPOConfig):
             self.preset_values["branches_per_thought"] = branches
 
     def _num_free_steps(self) -> int:
-        """Steps of the schedule outside the window."""
-        if self.trains_forward_process:
-            raise ValueError(
-                f"preset={self.preset!r} is for objectives that train the steps of a window, which image_objective="
-                f"{self.image_objective!r} does not: set ode_solver and ode_steps instead"
-            )
+        """Steps of the schedule outside the window, which is empty for objectives that train on noise of their own."""
         strength = self.refine_strength if self.starts_from_image else 1.0
         path = DenoisingConfig(
             num_timesteps=self.num_timesteps, timestep_shift=self.timestep_shift, refine_strength=strength
         ).path()
-        return max(len(path.timesteps) - 1 - self.sde_window_size, 0)
+        window_size = 0 if self.trains_forward_process else self.sde_window_size
+        return max(len(path.timesteps) - 1 - window_size, 0)
 
     def _set_task_settings(self, config: AlphaGRPOConfig, task: str) -> None:
         """Write the settings of a task into this configuration or a copy of it."""

@@ -346,6 +346,7 @@ def test_released_algorithm_has_the_batch_of_the_others(tmp_path: Path, monkeypa
         "released_64-seed0": (64, 1, "detached", None, 1),
         "paper-seed0": (64, "auto", "exact", None, 1),
         "fast-seed0": (64, "auto", "exact", 3, 2),
+        "fast_awm-seed0": (64, "auto", "exact", 5, 1),
     }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from alphagrpo_ext.files import atomic_path
+from table_parts.objectives.table import AWM_ARGUMENTS
 from table_parts.plan import Plan, Run
 from table_parts.results import percent
 from table_parts.tables import MeasuredRow, MeasuredTable
@@ -33,6 +34,7 @@ ALGORITHMS = {
     "released_64": "released code's, all 64 at once",
     DEFAULT: "`--preset paper`",
     "fast": "`--preset fast`",
+    "fast_awm": f"`--preset fast {' '.join(AWM_ARGUMENTS)}`",
 }
 """Labels of the algorithms."""
 SHARES = {"half of the way": 0.5, "90% of the way": 0.9}
@@ -42,7 +44,8 @@ SHARES = {"half of the way": 0.5, "90% of the way": 0.9}
 def algorithm_arguments(name: str) -> tuple[str, ...]:
     """The arguments of one of [`ALGORITHMS`]. All have the same trajectories per step."""
     if not name.startswith("released_"):
-        return ("--preset", name)
+        preset, _, objective = name.partition("_")
+        return ("--preset", preset, *(AWM_ARGUMENTS if objective else ()))
     size = int(name.removeprefix("released_"))
     batches = (
         "--per_device_train_batch_size",
