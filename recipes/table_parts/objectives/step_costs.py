@@ -70,7 +70,7 @@ def main(words: Sequence[str]) -> None:
     parser = RecipeParser(
         [CostArguments, AlphaGRPOConfig, ModelConfig], __doc__, CONFIGS / "reasoning_t2i_shapes.yaml"
     )
-    arms = {"default": (), **{name: added for name, (_, added) in OTHER_OBJECTIVES.items()}}
+    arms = {"default": (), **OTHER_OBJECTIVES}
     script_args, training_args, _ = parser.parse_args_and_config([*words])
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repetition in range(script_args.repetitions):

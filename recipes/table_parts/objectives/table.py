@@ -18,29 +18,18 @@ REFERENCE_ARGUMENTS = ("--sync_ref_model", "--ref_model_sync_steps", "1", "--ref
 NFT_ARGUMENTS = ("--image_objective", "diffusion_nft")
 # The configuration's clip range is that of Flow-GRPO.
 AWM_ARGUMENTS = ("--image_objective", "awm", "--image_epsilon", "1")
-AWM_AUTHORS_ARGUMENTS = (
-    "--sde_window_size",
-    "6",
-    "--image_beta",
-    "1",
-    "--image_kl_type",
-    "velocity",
-    *REFERENCE_ARGUMENTS,
-    "0.7",
-)
-AWM_AUTHORS_ARGUMENTS += ("--ref_model_decay_ramp", "0.001", "--image_base_beta", "0.003")
+AUTHORS_PENALTY = ("--image_beta", "1", "--image_kl_type", "velocity")
+AUTHORS_REFERENCES = (*REFERENCE_ARGUMENTS, "0.7", "--ref_model_decay_ramp", "0.001", "--image_base_beta", "0.003")
 OTHER_OBJECTIVES = {
-    "flow_cps": ("`--sde_type flow_cps`", ("--sde_type", "flow_cps")),
-    "grpo_guard": ("`--image_objective grpo_guard`", ("--image_objective", "grpo_guard")),
-    "diffusion_nft": ("`--image_objective diffusion_nft`", NFT_ARGUMENTS),
-    "diffusion_nft_reference": (
-        f"the same, `--rollout_policy reference {' '.join(REFERENCE_ARGUMENTS)} 0.5`",
-        (*NFT_ARGUMENTS, "--rollout_policy", "reference", *REFERENCE_ARGUMENTS, "0.5"),
-    ),
-    "awm": (f"`{' '.join(AWM_ARGUMENTS)}`", AWM_ARGUMENTS),
-    "awm_authors": (f"the same, `{' '.join(AWM_AUTHORS_ARGUMENTS)}`", (*AWM_ARGUMENTS, *AWM_AUTHORS_ARGUMENTS)),
+    "flow_cps": ("--sde_type", "flow_cps"),
+    "grpo_guard": ("--image_objective", "grpo_guard"),
+    "diffusion_nft": NFT_ARGUMENTS,
+    "diffusion_nft_reference": (*NFT_ARGUMENTS, "--rollout_policy", "reference", *REFERENCE_ARGUMENTS, "0.5"),
+    "awm": AWM_ARGUMENTS,
+    "awm_fast": (*AWM_ARGUMENTS, "--preset", "fast"),
+    "awm_authors": (*AWM_ARGUMENTS, "--sde_window_size", "6", *AUTHORS_PENALTY, *AUTHORS_REFERENCES),
 }
-"""Other objectives than the default: label and arguments by name."""
+"""Arguments of other objectives than the default, by name."""
 EQUAL_TIME_STEPS = {"diffusion_nft_reference": 70, "awm_authors": 42}
 """
 Steps of the objectives that are slower than the default, in the time that it takes for [`SHORT_STEPS`]. Steps of the others take as
@@ -57,7 +46,7 @@ def objectives_table(plan: Plan) -> MeasuredTable:
         return one_line(label, (*runs, costs), lambda folders: [*_after(folders[:-1]), *_cost(folders[-1], name)])
 
     rows = [row("default", DEFAULT_LABEL, plan.short_reasoning())]
-    rows += [row(name, label, plan.short_reasoning(name, *words)) for name, (label, words) in OTHER_OBJECTIVES.items()]
+    rows += [row(name, _label(words), plan.short_reasoning(name, *words)) for name, words in OTHER_OBJECTIVES.items()]
     return MeasuredTable(
         f"Objectives at an equal number of steps, {SHORT_STEPS[1]}",
         (*_columns(plan), "CPU seconds per step", "over the default's"),
@@ -70,10 +59,14 @@ def objectives_in_equal_time_table(plan: Plan) -> MeasuredTable:
     """Objectives whose steps take longer than the default's, in the time of its steps."""
     rows = [one_line(f"{SHORT_STEPS[1]} steps: {DEFAULT_LABEL}", plan.short_reasoning(), _after)]
     for name, steps in EQUAL_TIME_STEPS.items():
-        _, words = OTHER_OBJECTIVES[name]
+        words = OTHER_OBJECTIVES[name]
         runs = plan.reasoning(f"{name}_in_equal_time", "--max_steps", str(steps), *words)
-        rows.append(one_line(f"{steps} steps: `{' '.join(words)}`", runs, _after))
+        rows.append(one_line(f"{steps} steps: {_label(words)}", runs, _after))
     return MeasuredTable("Objectives in equal time", _columns(plan), tuple(rows), ERRORS_NOTE)
+
+
+def _label(words: Sequence[str]) -> str:
+    return f"`{' '.join(words)}`"
 
 
 def _columns(plan: Plan) -> tuple[str, ...]:
