@@ -103,9 +103,12 @@ def run_tables(plan: Plan, runs: list[Run], tables: dict[str, MeasuredTable]) ->
     try:
         with checking_input():
             check_made_with(plan)
-        with interrupted_by_termination():
-            failures = RunQueue(plan.folder / "logs", plan.args.num_parallel).run_all(runs)
-        save_pages(plan.folder, tables)
+        try:
+            with interrupted_by_termination():
+                failures = RunQueue(plan.folder / "logs", plan.args.num_parallel).run_all(runs)
+        finally:
+            # What is finished is on the pages of a command that was stopped, too.
+            save_pages(plan.folder, tables)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.")
         return INTERRUPTED_STATUS

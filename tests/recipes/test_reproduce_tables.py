@@ -237,6 +237,22 @@ def test_a_row_says_which_runs_are_missing_and_others_stay(tmp_path: Path) -> No
     assert cells(tmp_path / "training.md", "text only, 80 steps")[0] == "+10.0 +- 1.5"
 
 
+def test_a_command_that_is_stopped_leaves_the_pages_of_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: RunQueue, runs: list[Run]) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    plan = plan_in(tmp_path)
+    for run in TABLES["training"](plan).runs[:2]:
+        write_results(run)
+    monkeypatch.setattr(RunQueue, "run_all", stopped)
+    arguments = TablesArguments(output_dir=str(tmp_path), seeds=[0, 2], num_parallel=2, only=["training"])
+    assert main(arguments) == 130
+    assert cells(tmp_path / "training.md", r"text and image (the default)")[0] == "+10.0 +- 1.5"
+    assert "not finished" in (tmp_path / "tables.md").read_text()
+
+
 def test_tables_share_runs_and_the_list_counts_what_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
