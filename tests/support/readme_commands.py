@@ -28,7 +28,6 @@ PROGRAMS = ("accelerate", "bash", "curl", "jupyter", "pip", "pre-commit", "pytes
 PLACEHOLDERS = {
     "--config ...": "--config recipes/configs/reasoning_t2i_bagel.yaml",
     "--models ...": "--models bagel-shapes",
-    "--seed 0 ...": "--seed 0",
     "recipes/NAME.py": "recipes/generate.py",
     "--branches_per_thought B": "--branches_per_thought 2",
 }
