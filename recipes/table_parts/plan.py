@@ -157,7 +157,16 @@ class Plan:
         """Runs of `learning_curve.py` with the configuration of a recipe, one per seed. One that was cut off goes on from its last point."""
         config = ("--config", str(CONFIGS / f"{recipe}_shapes.yaml"))
         steps = () if self.args.max_steps is None else ("--max_steps", str(self.args.max_steps))
-        amounts = (*steps, "--num_eval_prompts", str(self.args.num_eval_prompts), "--report", "false")
+        # There are nine evaluations, so each has one noise seed alone.
+        evaluation = (
+            "--num_eval_prompts",
+            str(self.args.num_eval_prompts),
+            "--eval_seeds",
+            "1",
+            "--eval_questions",
+            "0",
+        )
+        amounts = (*steps, *evaluation, "--report", "false")
         resume = ("--resume_from_checkpoint", "last")
         model = ("--model_name_or_path", self.args.model_name_or_path)
         return tuple(
