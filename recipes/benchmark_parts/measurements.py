@@ -19,6 +19,7 @@ from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from benchmark_parts.adapters import WITHOUT_ADAPTER, rollout_calls
 from benchmark_parts.arguments import BenchmarkArguments
+from benchmark_parts.attention import attention_calls
 from benchmark_parts.breakdown import PHASES, phase_seconds
 from benchmark_parts.flops import counted_flops, denoising_flops, training_flops
 from benchmark_parts.sizes import Size
@@ -322,6 +323,23 @@ def measure_adapter(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     return [ResultTable(f"Adapter: {name}, {args.precision}", columns, rows, note, bars_of("to none"))]
 
 
+def measure_attention(name: str, args: BenchmarkArguments) -> list[ResultTable]:
+    """Compare rollouts and updates with each implementation of attention that a CPU runs uncompiled."""
+    size, rows = args.size(name), []
+    for what, calls in attention_calls(size, args.precision).items():
+        seconds = time_interleaved(calls, args.repetitions, clock=time.process_time)
+        best = min(seconds.values(), key=statistics.median)
+        rows += [
+            [f"{what}, {attention}", Spread.of(values), ratio(values, best)] for attention, values in seconds.items()
+        ]
+    note = (
+        f"Text-to-image, {size.num_trajectories} samples, a thought of {size.thought_tokens} tokens, guidance in all steps: a rollout with "
+        f"16 points, and an update with K = {size.num_steps} of all weights. Seconds of the CPU, {torch.get_num_threads()} thread(s)."
+    )
+    columns = ["what", "seconds", "to the fastest"]
+    return [ResultTable(f"Attention: {name}, {args.precision}", columns, rows, note, bars_of("to the fastest"))]
+
+
 def measure_presets(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     """Compare whole steps of self-reflection under the presets of sampling."""
     size = args.size(name)
@@ -355,5 +373,6 @@ MEASUREMENTS: dict[str, Callable[[str, BenchmarkArguments], list[ResultTable]]] 
     "memory": measure_memory,
     "adapter": measure_adapter,
     "presets": measure_presets,
+    "attention": measure_attention,
 }
 """Measurements by the name of the part."""

@@ -40,6 +40,7 @@ class Size:
 
 SIZES = {
     "bagel-shapes": Size("bagel", 128, 256, 6, 4, 24, 16, 32, 32, 8, 5, "eager", released=True),
+    "shapes-256": Size("bagel", 128, 256, 6, 4, 64, 16, 32, 32, 2, 5, "eager"),
     "100m": Size("bagel", 512, 2048, 12, 8, 56, 32, 64, 64, 1, 5, "sdpa"),
     "66m": Size("bagel", 512, 2048, 8, 8, 32, 32, 32, 32, 8, 10, "sdpa"),
     "66m-256": Size("bagel", 512, 2048, 8, 8, 64, 32, 32, 32, 2, 10, "sdpa"),
