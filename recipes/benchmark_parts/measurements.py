@@ -19,7 +19,6 @@ from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from benchmark_parts.adapters import WITHOUT_ADAPTER, rollout_calls
 from benchmark_parts.arguments import BenchmarkArguments
-from benchmark_parts.attention import attention_calls
 from benchmark_parts.breakdown import PHASES, phase_seconds
 from benchmark_parts.flops import counted_flops, denoising_flops, training_flops
 from benchmark_parts.sizes import Size
@@ -36,6 +35,7 @@ from benchmark_parts.structures import (
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.text_overhead import build_trainers, step_seconds
 from benchmark_parts.timing import Spread, matmul_functions, peak_bytes, ratio, time_interleaved
+from benchmark_parts.updates.attention import attention_calls
 from benchmark_parts.updates.split_update import SplitUpdate, peak_memory
 from benchmark_parts.updates.update import Update
 from benchmark_parts.whole_step.presets import evaluations_per_image, interleaved_step_seconds, reflection_trainers

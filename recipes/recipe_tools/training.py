@@ -26,6 +26,7 @@ from transformers.processing_utils import ProcessorMixin
 from trl import ModelConfig, get_peft_config
 
 from alphagrpo_ext.files import atomic_path, write_text
+from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
@@ -121,15 +122,15 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     skipped: list[str] | None = [] if script_args.skip_broken_rows else None
     train_dataset = _load_train_prompts(script_args, training_args.task, skipped)
     eval_rows, eval_dataset = _load_eval_prompts(script_args, training_args.task, skipped)
-    attention = model_args.attn_implementation
-    load_policy = functools.cache(
-        functools.partial(
-            load_model,
-            model_args.model_name_or_path,
-            dtype=model_args.dtype,
-            **({"attn_implementation": attention} if attention else {}),
-        )
-    )
+    given = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+
+    @functools.cache
+    def load_policy() -> tuple[UnifiedModel, ProcessorMixin]:
+        model, processor = load_model(model_args.model_name_or_path, dtype=model_args.dtype, **given)
+        if not given:
+            set_attention(model, training_args.device.type)
+        return model, processor
+
     judged = {
         **({script_args.train_name: train_dataset} if script_args.trains_on_dvreward else {}),
         **({script_args.eval_name: eval_rows} if eval_rows is not None else {}),
@@ -245,6 +246,7 @@ def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
     return {
         "model": run.model_args.model_name_or_path,
         "trained": f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
+        "attention": choose_attention(run.model.family, args.device.type, run.model_args.attn_implementation or None),
         "task": args.task,
         "preset": _describe_preset(args),
         "rewards": ", ".join(rewards),
