@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.attention.choice import set_attention
+from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 
@@ -39,7 +39,8 @@ def load_policy(name: str, dtype: str) -> tuple[UnifiedModel, ProcessorMixin]:
     """Load a model that is not trained onto the device of this process, and say which attention it uses."""
     state = PartialState()
     model, processor = load_model(name, dtype=dtype)
-    choice = set_attention(model, state.device.type)
+    choice = choose_attention(model.family, state.device.type)
+    set_attention(model, choice)
     if state.is_main_process:
         print(f"attention of {name}: {choice}", flush=True)
     return model.to(state.device).eval(), processor

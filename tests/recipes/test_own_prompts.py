@@ -73,9 +73,18 @@ def test_prompts_without_questions_train_and_evaluate_by_own_rewards(capsys: pyt
     assert "brightness" in card and 'pipe("a red circle on a white background")' in card
 
 
-@pytest.mark.parametrize(("options", "name"), [((), "eager"), (("--attn_implementation", "sdpa"), "sdpa")])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ((), "eager"),
+        (("--attn_implementation", "sdpa"), "sdpa"),
+        (("--image_width", "128", "--image_height", "128"), "sdpa"),
+        (("--image_width", "128", "--image_height", "128", "--dtype", "bfloat16"), "eager"),
+    ],
+)
 def test_attention_is_chosen_unless_it_is_given(options: tuple[str, ...], name: str) -> None:
-    arguments = parse(load_recipe("reasoning_t2i"), "reasoning_t2i", "--eval_seeds", "0", *options)
+    own = (*OWN_REWARD, "--train_file", "prompts.csv", "--eval_seeds", "0")
+    arguments = parse(load_recipe("reasoning_t2i"), "reasoning_t2i", *own, *options)
     assert prepare_run(*arguments).model.config.text_config._attn_implementation == name
 
 

@@ -21,6 +21,8 @@ ATTENTION_IMPLEMENTATIONS = ("flex_attention", "sdpa", "eager")
 """Transformers' names, the one that keeps the least for the backward first."""
 MEASURED_FAMILIES = ("bagel", "cosmos3")
 """Families, by the `model_type` of their configurations, whose implementations were compared on a CPU."""
+LONG_IMAGE = 256
+"""Latent tokens of an image from which updates on a CPU in fp32 use `sdpa`."""
 
 
 @dataclass(frozen=True)
@@ -46,33 +48,36 @@ def attention_implementations(family: Family) -> list[str]:
     return [name for name in ATTENTION_IMPLEMENTATIONS if has.get(name, True)]
 
 
-def choose_attention(family: Family, device_type: str, given: str | None = None) -> AttentionChoice:
+def choose_attention(
+    family: Family, device_type: str, given: str | None = None, is_fp32: bool = True, trained_image_tokens: int = 0
+) -> AttentionChoice:
     """
     Choose the implementation of attention of a model.
+
+    On a CPU, rollouts take as long with `eager` as with `sdpa` or longer with `sdpa`, and so do updates in bf16. In fp32, updates with
+    long images are faster with `sdpa`; flex attention is not compiled there and was not compared. On CUDA nothing was measured, so that
+    the choice is the implementation that keeps the least; `recipes/gpu_check.py` measures them. On other devices, and for families
+    that were not measured, it is Transformers' default.
 
     Args:
         family ([`Family`]): The model's family.
         device_type (`str`): Where the model computes, e.g. `"cpu"` or `"cuda"`.
         given (`str`, *optional*): The user's choice, which always wins.
+        is_fp32 (`bool`, *optional*, defaults to `True`): Whether it computes in fp32: weights in fp32, and no autocast.
+        trained_image_tokens (`int`, *optional*, defaults to `0`): Latent tokens per image of updates; 0 for a model that only samples.
     """
     if given is not None:
         return AttentionChoice(given, "given")
     if device_type == "cuda":
         return AttentionChoice(attention_implementations(family)[0], "keeps the least of those that the model has")
-    if device_type == "cpu" and family.model_class.config_class.model_type in MEASURED_FAMILIES:
-        return AttentionChoice("eager", "measured as the fastest on a CPU")
-    return AttentionChoice(None, f"nothing was measured for this model on {device_type}")
+    if device_type != "cpu" or family.model_class.config_class.model_type not in MEASURED_FAMILIES:
+        return AttentionChoice(None, f"nothing was measured for this model on {device_type}")
+    if is_fp32 and trained_image_tokens >= LONG_IMAGE:
+        return AttentionChoice("sdpa", f"faster on a CPU in fp32 with images of {LONG_IMAGE} tokens or more")
+    return AttentionChoice("eager", "measured as the fastest on a CPU")
 
 
-def set_attention(model: UnifiedModel, device_type: str) -> AttentionChoice:
-    """
-    Let a model use the implementation that [`choose_attention`] names.
-
-    Args:
-        model ([`UnifiedModel`]): The model, which may have an adapter.
-        device_type (`str`): Where it computes.
-    """
-    choice = choose_attention(model.family, device_type)
+def set_attention(model: UnifiedModel, choice: AttentionChoice) -> None:
+    """Let a model, which may have an adapter, use an implementation."""
     if choice.name is not None:
         model.set_attn_implementation(choice.name)
-    return choice
