@@ -22,7 +22,10 @@ ATTENTION_IMPLEMENTATIONS = ("flex_attention", "sdpa", "eager")
 MEASURED_FAMILIES = ("bagel", "cosmos3")
 """Families, by the `model_type` of their configurations, whose implementations were compared on a CPU."""
 LONG_IMAGE = 256
-"""Latent tokens of an image from which updates on a CPU in fp32 use `sdpa`."""
+"""
+Latent tokens of an image from which updates on a CPU in fp32 use `sdpa`: the length at which it was measured to be faster. Nothing was measured
+between this length and those at which `eager` was not slower.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,12 @@ def choose_attention(
     """
     Choose the implementation of attention of a model.
 
-    On a CPU, rollouts take as long with `eager` as with `sdpa` or longer with `sdpa`, and so do updates in bf16. In fp32, updates with
-    long images are faster with `sdpa`; flex attention is not compiled there and was not compared. On CUDA nothing was measured, so that
-    the choice is the implementation that keeps the least; `recipes/gpu_check.py` measures them. On other devices, and for families
-    that were not measured, it is Transformers' default.
+    On a CPU, `eager` was as fast as `sdpa` or faster in rollouts, in updates in bf16, and in updates in fp32 with short images. With
+    long images, updates in fp32 were faster with `sdpa`. Flex attention was not compared, because the package does not compile it there.
+    `eager` also keeps the scores of all pairs of tokens for the backward; where memory is short, give `sdpa`.
+
+    No GPU was measured. On CUDA the choice is the implementation that keeps the least; `recipes/gpu_check.py` measures them. On other
+    devices, and for families that were not measured, it is Transformers' default.
 
     Args:
         family ([`Family`]): The model's family.
