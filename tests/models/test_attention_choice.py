@@ -11,7 +11,7 @@ from alphagrpo_ext.models.attention.choice import (
 )
 from alphagrpo_ext.models.contract import FAMILIES
 from alphagrpo_ext.models.loading import load_model
-from support.toy_family import ToyFamily
+from support.toy_family import ToyConfig, ToyFamily, ToyModel
 
 
 @pytest.mark.parametrize(
@@ -27,21 +27,26 @@ from support.toy_family import ToyFamily
         ("bagel", "cuda", {}, "flex_attention"),
         ("bagel", "cuda", {"trained_image_tokens": LONG_IMAGE}, "flex_attention"),
         ("cosmos3", "cuda", {"is_fp32": False}, "sdpa"),
-        ("bagel", "mps", {}, None),
-        ("cosmos3", "xpu", {}, None),
+        ("bagel", "mps", {}, "sdpa"),
+        ("cosmos3", "xpu", {}, "sdpa"),
     ],
 )
-def test_choice_of_a_workload(family: str, device_type: str, workload: dict, name: str | None) -> None:
+def test_choice_of_a_workload(family: str, device_type: str, workload: dict, name: str) -> None:
     family = FAMILIES.get(family)()
     choice = choose_attention(family, device_type, **workload)
     assert choice.name == name
-    assert choice.name is None or choice.name in attention_implementations(family)
+    assert choice.name in attention_implementations(family)
     for given in attention_implementations(family):
         assert str(choose_attention(family, device_type, given, **workload)) == f"{given} (given)"
 
 
 def test_a_family_that_was_not_measured_keeps_its_attention() -> None:
-    assert str(choose_attention(ToyFamily(), "cpu")) == "as loaded (nothing was measured for this model on cpu)"
+    model = ToyModel(ToyConfig())
+    choice = choose_attention(ToyFamily(), "cpu")
+    assert str(choice) == "eager (Transformers' default; nothing was measured for this model on cpu)"
+    before = model.config._attn_implementation
+    set_attention(model, choice)
+    assert model.config._attn_implementation == before == choice.name
 
 
 @pytest.mark.parametrize("has_adapter", [False, True])
