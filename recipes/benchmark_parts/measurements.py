@@ -334,7 +334,8 @@ def measure_attention(name: str, args: BenchmarkArguments) -> list[ResultTable]:
         ]
     note = (
         f"Text-to-image, {size.num_trajectories} samples, a thought of {size.thought_tokens} tokens, guidance in all steps: a rollout with "
-        f"16 points, and an update with K = {size.num_steps} of all weights. Seconds of the CPU, {torch.get_num_threads()} thread(s)."
+        f"16 points, and an update with K = {size.num_steps} of all weights. Seconds of the CPU, {torch.get_num_threads()} thread(s). Thoughts "
+        "are sampled: where rounding lets one end sooner, the times of rollouts say nothing about attention."
     )
     columns = ["what", "seconds", "to the fastest"]
     return [ResultTable(f"Attention: {name}, {args.precision}", columns, rows, note, bars_of("to the fastest"))]
