@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.models.adapters import save_adapter
+from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.saving import save_model
@@ -89,6 +90,7 @@ class UnifiedPipeline:
         self.saved = _checked(saved)
         self.settings = _checked(settings or {})
         self._words_warned_of: set[str] = set()
+        self._chosen_attention: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -109,7 +111,9 @@ class UnifiedPipeline:
             model_name_or_path (`str` or `Path`): As in [`~alphagrpo_ext.models.loading.load_model`].
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): Data type of the weights, e.g. `"bfloat16"`.
             revision (`str`, *optional*): Branch, tag or commit of a repository on the Hub.
-            attn_implementation (`str`, *optional*): Implementation of attention, as in Transformers.
+            attn_implementation (`str`, *optional*):
+                Implementation of attention, as in Transformers. Without one the pipeline chooses it for its device, and again in
+                [`~UnifiedPipeline.to`]; see [`~alphagrpo_ext.models.attention.choice.choose_attention`].
             settings (`Mapping[str, Any]`, *optional*): As in the class.
             unknown: Refused, with the name that was probably meant.
 
@@ -125,7 +129,10 @@ class UnifiedPipeline:
         refuse_unknown_names(unknown, ("dtype", "revision", "attn_implementation", "settings"))
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         model, processor = load_model(model_name_or_path, dtype, revision, **options)
-        return cls(model.eval(), processor, settings)
+        pipe = cls(model.eval(), processor, settings)
+        if attn_implementation is None:
+            pipe._choose_attention()
+        return pipe
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +147,14 @@ class UnifiedPipeline:
     def to(self, *args: Any, **kwargs: Any) -> UnifiedPipeline:
         """Move the model, as `torch.nn.Module.to` does. Returns the pipeline."""
         self.model.to(*args, **kwargs)
+        # Unless the user has chosen one, or set another one since.
+        if self._chosen_attention is not None and self._chosen_attention == self.model.config._attn_implementation:
+            self._choose_attention()
         return self
+
+    def _choose_attention(self) -> None:
+        set_attention(self.model, choose_attention(self.model.family, self.device.type))
+        self._chosen_attention = self.model.config._attn_implementation
 
     def save_pretrained(self, folder: str | Path) -> None:
         """

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
@@ -38,6 +38,28 @@ def build_sampled_policy(size: Size, weights: torch.dtype, lora_rank: int = 0) -
     return policy
 
 
+def make_rollout(size: Size, autocast: bool) -> Callable[[torch.nn.Module], None]:
+    """
+    Make a function that rolls a policy out for one prompt, with a thought and text guidance in all steps.
+
+    Args:
+        size ([`Size`]): Lengths, and the number of samples.
+        autocast (`bool`): Whether to sample under autocast to bf16.
+    """
+    processor, task = build_image_processor(size), TASKS.get("reasoning_t2i")(think=True)
+    guidance = GuidanceConfig(text_scale=4.0, interval=(0.0, 1.0))
+    denoising = DenoisingConfig(NUM_POINTS, guidance=guidance, window_start=0, window_size=size.num_steps)
+    config = RolloutConfig(size.image_size, size.image_size, max_new_tokens=size.thought_tokens, denoising=denoising)
+    rows = [{"prompt": "a red circle"}] * size.num_trajectories
+
+    def rollout(policy: torch.nn.Module) -> None:
+        generators = [sample_generator(0, 0, index) for index in range(size.num_trajectories)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            RolloutGenerator(policy, processor, task)(rows, generators, config)
+
+    return rollout
+
+
 def rollout_calls(size: Size, weights: torch.dtype, autocast: bool) -> dict[str, Callable[[], object]]:
     """
     Rollouts of one prompt: without an adapter, with one as PEFT computes it, and with one as rollouts compute it.
@@ -48,22 +70,14 @@ def rollout_calls(size: Size, weights: torch.dtype, autocast: bool) -> dict[str,
         autocast (`bool`): Whether to sample under autocast to bf16.
     """
     plain, adapted = build_sampled_policy(size, weights), build_sampled_policy(size, weights, lora_rank=32)
-    processor, task = build_image_processor(size), TASKS.get("reasoning_t2i")(think=True)
-    guidance = GuidanceConfig(text_scale=4.0, interval=(0.0, 1.0))
-    denoising = DenoisingConfig(NUM_POINTS, guidance=guidance, window_start=0, window_size=size.num_steps)
-    config = RolloutConfig(size.image_size, size.image_size, max_new_tokens=size.thought_tokens, denoising=denoising)
-    rows = [{"prompt": "a red circle"}] * size.num_trajectories
+    rollout = make_rollout(size, autocast)
 
-    def run(policy: torch.nn.Module, context: Callable[[], AbstractContextManager] = nullcontext) -> None:
-        generators = [sample_generator(0, 0, index) for index in range(size.num_trajectories)]
-        with context(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            RolloutGenerator(policy, processor, task)(rows, generators, config)
-
-    def nothing_merged() -> AbstractContextManager:
-        return patch.object(generator, "merged_adapters", lambda model: nullcontext())
+    def as_peft_computes_it() -> None:
+        with patch.object(generator, "merged_adapters", lambda model: nullcontext()):
+            rollout(adapted)
 
     return {
-        WITHOUT_ADAPTER: lambda: run(plain),
-        "adapter, as PEFT computes it": lambda: run(adapted, nothing_merged),
-        "adapter": lambda: run(adapted),
+        WITHOUT_ADAPTER: lambda: rollout(plain),
+        "adapter, as PEFT computes it": as_peft_computes_it,
+        "adapter": lambda: rollout(adapted),
     }

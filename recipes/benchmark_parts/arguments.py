@@ -11,7 +11,17 @@ from benchmark_parts.sizes import SIZES, Size
 
 
 PRECISIONS = ("float32", "bfloat16")
-PARTS = ("structures", "utilization", "scaling", "text_overhead", "breakdown", "memory", "adapter", "presets")
+PARTS = (
+    "structures",
+    "utilization",
+    "scaling",
+    "text_overhead",
+    "breakdown",
+    "memory",
+    "adapter",
+    "presets",
+    "attention",
+)
 
 
 @dataclass

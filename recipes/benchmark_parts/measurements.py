@@ -35,6 +35,7 @@ from benchmark_parts.structures import (
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.text_overhead import build_trainers, step_seconds
 from benchmark_parts.timing import Spread, matmul_functions, peak_bytes, ratio, time_interleaved
+from benchmark_parts.updates.attention import attention_calls
 from benchmark_parts.updates.split_update import SplitUpdate, peak_memory
 from benchmark_parts.updates.update import Update
 from benchmark_parts.whole_step.presets import evaluations_per_image, interleaved_step_seconds, reflection_trainers
@@ -322,6 +323,24 @@ def measure_adapter(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     return [ResultTable(f"Adapter: {name}, {args.precision}", columns, rows, note, bars_of("to none"))]
 
 
+def measure_attention(name: str, args: BenchmarkArguments) -> list[ResultTable]:
+    """Compare rollouts and updates with each implementation of attention that a CPU runs uncompiled."""
+    size, rows = args.size(name), []
+    for what, calls in attention_calls(size, args.precision).items():
+        seconds = time_interleaved(calls, args.repetitions, clock=time.process_time)
+        best = min(seconds.values(), key=statistics.median)
+        rows += [
+            [f"{what}, {attention}", Spread.of(values), ratio(values, best)] for attention, values in seconds.items()
+        ]
+    note = (
+        f"Text-to-image, {size.num_trajectories} samples, a thought of {size.thought_tokens} tokens, guidance in all steps: a rollout with "
+        f"16 points, and an update with K = {size.num_steps} of all weights. Seconds of the CPU, {torch.get_num_threads()} thread(s). Thoughts "
+        "are sampled: where rounding lets one end sooner, the times of rollouts say nothing about attention."
+    )
+    columns = ["what", "seconds", "to the fastest"]
+    return [ResultTable(f"Attention: {name}, {args.precision}", columns, rows, note, bars_of("to the fastest"))]
+
+
 def measure_presets(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     """Compare whole steps of self-reflection under the presets of sampling."""
     size = args.size(name)
@@ -355,5 +374,6 @@ MEASUREMENTS: dict[str, Callable[[str, BenchmarkArguments], list[ResultTable]]] 
     "memory": measure_memory,
     "adapter": measure_adapter,
     "presets": measure_presets,
+    "attention": measure_attention,
 }
 """Measurements by the name of the part."""

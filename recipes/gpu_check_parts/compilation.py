@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from alphagrpo_ext.models.attention.choice import attention_implementations
 from alphagrpo_ext.models.contract import FAMILIES, Cache, UnifiedModel
 from gpu_check_parts.arguments import IMAGE_SIZES, GPUCheckArguments
 from gpu_check_parts.candidates import Way, compare, compiled_forwards, cuda_graph, forwards
 from gpu_check_parts.results import PartResult
 from gpu_check_parts.speed import build_on_device, size_config, update, update_settings
-from recipe_tools.memory import attention_implementations, example_trajectories, prepare_policy
+from recipe_tools.memory import example_trajectories, prepare_policy
 from recipe_tools.memory_settings import MemorySettings
 
 

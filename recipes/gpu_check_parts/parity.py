@@ -11,6 +11,7 @@ import torch
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.flow.transitions import transition
+from alphagrpo_ext.models.attention.choice import attention_implementations
 from alphagrpo_ext.models.contract import PackedOutput, UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.objectives import OBJECTIVES, ImageScores, ObjectiveConfig
@@ -21,7 +22,6 @@ from alphagrpo_ext.trajectory import Trajectory
 from benchmark_parts.tables import ResultTable
 from gpu_check_parts.arguments import IMAGE_SIZES
 from gpu_check_parts.results import PartResult
-from recipe_tools.memory import attention_implementations
 from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES
 
 

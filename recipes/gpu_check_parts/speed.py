@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from alphagrpo_ext.models.attention.choice import attention_implementations
 from alphagrpo_ext.models.contract import FAMILIES, UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
@@ -27,7 +28,6 @@ from gpu_check_parts.candidates import waiting
 from gpu_check_parts.parity import build_tiny, policy_loss
 from gpu_check_parts.results import PartResult
 from recipe_tools.memory import (
-    attention_implementations,
     build_policy,
     estimate_memory,
     example_trajectories,

@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from alphagrpo_ext.flow.timesteps import flow_timesteps
+from alphagrpo_ext.models.attention.choice import attention_implementations
 from alphagrpo_ext.models.contract import FAMILIES, Family, UnifiedModel
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, TextSegment, Trajectory
-from recipe_tools.memory_settings import ATTENTION_IMPLEMENTATIONS, MemorySettings
+from recipe_tools.memory_settings import MemorySettings
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,6 @@ def released_config(model_name: str) -> PreTrainedConfig | None:
         if sizes is not None:
             return family.model_class.config_class(**sizes)
     return None
-
-
-def attention_implementations(family: Family) -> list[str]:
-    """Names of the implementations of attention that a family's model has, the one that keeps the least first."""
-    has = {"flex_attention": family.model_class._supports_flex_attn, "sdpa": family.model_class._supports_sdpa}
-    return [name for name in ATTENTION_IMPLEMENTATIONS if has.get(name, True)]
 
 
 def _check_supported(family: Family, settings: MemorySettings) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
+from alphagrpo_ext.models.attention.choice import ATTENTION_IMPLEMENTATIONS
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveInt, check_ranges, number_or_word
 
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION_IMPLEMENTATIONS = ("flex_attention", "sdpa", "eager")
 
 
 @dataclass(frozen=True)

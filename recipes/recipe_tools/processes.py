@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 
@@ -35,9 +36,14 @@ def start_processes() -> PartialState:
 
 
 def load_policy(name: str, dtype: str) -> tuple[UnifiedModel, ProcessorMixin]:
-    """Load a model that is not trained onto the device of this process."""
+    """Load a model that is not trained onto the device of this process, and say which attention it uses."""
+    state = PartialState()
     model, processor = load_model(name, dtype=dtype)
-    return model.to(PartialState().device).eval(), processor
+    choice = choose_attention(model.family, state.device.type)
+    set_attention(model, choice)
+    if state.is_main_process:
+        print(f"attention of {name}: {choice}", flush=True)
+    return model.to(state.device).eval(), processor
 
 
 def end_processes() -> None:

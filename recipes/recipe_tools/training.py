@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
@@ -26,6 +27,7 @@ from transformers.processing_utils import ProcessorMixin
 from trl import ModelConfig, get_peft_config
 
 from alphagrpo_ext.files import atomic_path, write_text
+from alphagrpo_ext.models.attention.choice import AttentionChoice, choose_attention, set_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
@@ -121,15 +123,15 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     skipped: list[str] | None = [] if script_args.skip_broken_rows else None
     train_dataset = _load_train_prompts(script_args, training_args.task, skipped)
     eval_rows, eval_dataset = _load_eval_prompts(script_args, training_args.task, skipped)
-    attention = model_args.attn_implementation
-    load_policy = functools.cache(
-        functools.partial(
-            load_model,
-            model_args.model_name_or_path,
-            dtype=model_args.dtype,
-            **({"attn_implementation": attention} if attention else {}),
-        )
-    )
+    given = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+
+    @functools.cache
+    def load_policy() -> tuple[UnifiedModel, ProcessorMixin]:
+        model, processor = load_model(model_args.model_name_or_path, dtype=model_args.dtype, **given)
+        if not given:
+            set_attention(model, _choose_attention(model, training_args, model_args))
+        return model, processor
+
     judged = {
         **({script_args.train_name: train_dataset} if script_args.trains_on_dvreward else {}),
         **({script_args.eval_name: eval_rows} if eval_rows is not None else {}),
@@ -141,6 +143,19 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     return TrainingRun(
         *(script_args, training_args, model_args, arguments, checkpoint),
         *(train_dataset, eval_rows, eval_dataset, model, processor, reward, skipped),
+    )
+
+
+def _choose_attention(model: UnifiedModel, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> AttentionChoice:
+    """The attention of a run, by the largest image that one of its tasks paints."""
+    configs = rollout_configs(training_args, [training_args.task, PAINTING_TASK])
+    num_pixels = max(config.size[0] * config.size[1] for config in configs.values())
+    return choose_attention(
+        model.family,
+        training_args.device.type,
+        model_args.attn_implementation or None,
+        is_fp32=model.dtype == torch.float32 and not training_args.bf16 and not training_args.fp16,
+        trained_image_tokens=num_pixels // model.latent_downsample**2,
     )
 
 
@@ -245,6 +260,7 @@ def run_facts(run: TrainingRun, trainer: AlphaGRPOTrainer) -> dict[str, Any]:
     return {
         "model": run.model_args.model_name_or_path,
         "trained": f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
+        "attention": _choose_attention(run.model, args, run.model_args),
         "task": args.task,
         "preset": _describe_preset(args),
         "rewards": ", ".join(rewards),

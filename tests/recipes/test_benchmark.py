@@ -27,6 +27,7 @@ from benchmark_parts.structures import (
 )
 from benchmark_parts.tables import ResultTable, bars_of, curves
 from benchmark_parts.timing import Spread, ratio, time_interleaved
+from benchmark_parts.updates.split_update import SplitUpdate
 from benchmark_parts.updates.update import Update
 from benchmark_parts.whole_step.presets import evaluations_per_image, reflection_trainers
 from benchmark_parts.workload import GUIDANCE, build_model, self_reflection_trajectories
@@ -200,6 +201,29 @@ def test_scaling_has_a_panel_a_dimension() -> None:
     )
     assert times.get_xydata().tolist() == [[64, 1], [128, 4]]
     assert tokens.get_xydata().tolist() == [[64, 1], [128, 2]]
+
+
+def test_attention_is_switched_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes import benchmark
+
+    used = []
+    run = SplitUpdate.run
+
+    def noted_run(update: SplitUpdate, steps_per_forward: int) -> None:
+        used.append(update.model.config.text_config._attn_implementation)
+        run(update, steps_per_forward)
+
+    monkeypatch.setitem(SIZES, "smallest", SMALLEST["bagel-shapes"])
+    monkeypatch.setattr(SplitUpdate, "run", noted_run)
+    (table,) = benchmark.main(
+        benchmark.BenchmarkArguments(["attention"], ["smallest"], repetitions=1, output_dir=str(tmp_path))
+    )
+    # One call before the one that is timed.
+    assert used == ["eager", "sdpa"] * 2
+    assert [row[0] for row in table.rows] == ["rollout, eager", "rollout, sdpa", "update, eager", "update, sdpa"]
+    for rows in (table.rows[:2], table.rows[2:]):
+        assert min(ratio.median for _, _, ratio in rows) == 1.0
+        assert all(seconds.median > 0 for _, seconds, _ in rows)
 
 
 @pytest.mark.slow

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from trl import ModelConfig, TrlParser
 
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from recipe_tools.training import prepare_run
+from reward_models.arguments import PromptArguments
 from reward_models.dvreward import JudgeFailedError
 from reward_models.endpoints import preflight
 from support.recipe_modules import ROOT, load_recipe
@@ -41,11 +44,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(*options: str, name: str = "reasoning_t2i") -> None:
-    recipe = load_recipe(name)
+def parse(recipe: ModuleType, name: str, *options: str) -> tuple[PromptArguments, AlphaGRPOConfig, ModelConfig]:
     parser = TrlParser((recipe.PromptArguments, AlphaGRPOConfig, ModelConfig))
     config = ("--config", str(ROOT / "recipes" / "configs" / f"{name}_shapes.yaml"))
-    recipe.main(*parser.parse_args_and_config([*config, *QUICK, "--output_dir", "run", *options]))
+    return parser.parse_args_and_config([*config, *QUICK, "--output_dir", "run", *options])
+
+
+def train(*options: str, name: str = "reasoning_t2i") -> None:
+    recipe = load_recipe(name)
+    recipe.main(*parse(recipe, name, *options))
 
 
 def test_prompts_without_questions_train_and_evaluate_by_own_rewards(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +61,7 @@ def test_prompts_without_questions_train_and_evaluate_by_own_rewards(capsys: pyt
     assert "judge" not in printed
     assert printed.count("The model does not know these words") == printed.count("'dog'") == 1
     assert "  evaluation  2 prompts of prompts.csv x 2 seeds, by the rewards above\n" in printed
+    assert "  attention   eager (measured as the fastest on a CPU)\n" in printed
     # Fewer steps than `logging_steps` are logged, too.
     assert "\nstep 1/1  |  reward " in printed
     assert printed.endswith("\nModel, README.md, report.html, summary.json and metrics.jsonl: run\n")
@@ -65,15 +73,30 @@ def test_prompts_without_questions_train_and_evaluate_by_own_rewards(capsys: pyt
     assert "brightness" in card and 'pipe("a red circle on a white background")' in card
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ((), "eager"),
+        (("--attn_implementation", "sdpa"), "sdpa"),
+        (("--image_width", "128", "--image_height", "128"), "sdpa"),
+        (("--image_width", "128", "--image_height", "128", "--dtype", "bfloat16"), "eager"),
+    ],
+)
+def test_attention_is_chosen_unless_it_is_given(options: tuple[str, ...], name: str) -> None:
+    own = (*OWN_REWARD, "--train_file", "prompts.csv", "--eval_seeds", "0")
+    arguments = parse(load_recipe("reasoning_t2i"), "reasoning_t2i", *own, *options)
+    assert prepare_run(*arguments).model.config.text_config._attn_implementation == name
+
+
 def test_prompts_of_ones_own_are_not_evaluated_on_the_shapes_world(capsys: pytest.CaptureFixture[str]) -> None:
     with scripted_endpoint(Reply(chat_body("Yes", [("Yes", [("Yes", -0.1), ("No", -2.4)])]))) as endpoint:
         judge = ("--judge", "openai", "--judge_model", "m", "--judge_base_url", endpoint.url)
-        train("--train_file", "questions.jsonl", *judge)
+        train("--train_file", "questions.jsonl", *judge, "--attn_implementation", "sdpa")
         # One question before the run, and one about each of eight images.
         assert len(endpoint.bodies) == 9
     printed = capsys.readouterr().out
     assert "  evaluation  none (give --eval_file)\n" in printed and "rewards     dvreward (judge: openai)\n" in printed
-    assert "  length      1 step of 8 samples each\n" in printed
+    assert "  length      1 step of 8 samples each\n" in printed and "  attention   sdpa (given)\n" in printed
     assert printed.endswith("\nModel, README.md, report.html and metrics.jsonl: run\n")
     assert "## Scores" not in Path("run/README.md").read_text()
     assert Path("run/config.json").is_file()

@@ -222,10 +222,11 @@ def test_self_reflection_runs_from_prompts_to_report(tmp_path: Path) -> None:
         assert min(picture.size) > 100
 
 
-def test_generate_writes_a_picture_per_round(tmp_path: Path) -> None:
+def test_generate_writes_a_picture_per_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe("generate")
     options = ("--num_prompts", "2", "--num_rounds", "1", "--output_dir", tmp_path)
     run_recipe(recipe, recipe.GenerationArguments, *options)
+    assert "attention of bagel-shapes: eager (measured as the fastest on a CPU)\n" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     for line in lines:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
@@ -171,6 +172,23 @@ def test_saved_pipeline_paints_the_same(pipe: UnifiedPipeline, tmp_path: Path) -
     assert "BagelModel" in repr(pipe) and "image_height=24" in repr(pipe) and "settings:" not in repr(pipe)
     assert str(tmp_path / "model") in repr(copy) and "settings: num_timesteps=11" in repr(copy)
     assert copy.tokenizer is copy.processor.tokenizer and copy.device.type == "cpu"
+
+
+def test_attention_follows_the_device_unless_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention_on_a_gpu(pipe: UnifiedPipeline) -> str:
+        # As if it were moved to one.
+        with monkeypatch.context() as context:
+            context.setattr(UnifiedPipeline, "device", torch.device("cuda"))
+            return pipe.to(torch.float32).model.config._attn_implementation
+
+    pipe = alphagrpo_ext.pipeline("bagel-shapes")
+    assert pipe.model.config._attn_implementation == "eager"
+    assert attention_on_a_gpu(pipe) == "flex_attention"
+    assert pipe.to(torch.float32).model.config._attn_implementation == "eager"
+    pipe.model.set_attn_implementation("sdpa")
+    assert attention_on_a_gpu(pipe) == "sdpa"
+    given = alphagrpo_ext.pipeline("bagel-shapes", attn_implementation="sdpa")
+    assert given.model.config._attn_implementation == attention_on_a_gpu(given) == "sdpa"
 
 
 def test_saved_adapter_paints_the_same(tmp_path: Path) -> None:

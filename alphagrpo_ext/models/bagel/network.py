@@ -451,7 +451,9 @@ class BagelNetwork(PreTrainedModel):
         self.config.vision_config._attn_implementation = "sdpa" if name == "flex_attention" else name
 
     def set_attn_implementation(self, attn_implementation: str, *args: Any, **kwargs: Any) -> None:
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        # Without names of parts, because Transformers warns of every part that is no model of its own.
+        whole = {"": attn_implementation} if isinstance(attn_implementation, str) else attn_implementation
+        super().set_attn_implementation(whole, *args, **kwargs)
         self._set_attention_of_parts()
 
     @classmethod

@@ -51,8 +51,7 @@ class BagelShapes(ShapesFamily):
 
     def build_model(self, processor: BagelProcessor) -> BagelModel:
         config = build_config(processor.tokenizer)
-        # Plain attention is faster than the fused kernel on a CPU at these lengths.
-        model = BagelModel._from_config(config, attn_implementation="eager")
+        model = BagelModel._from_config(config)
         nn.init.normal_(model.llm2vae.weight, std=config.text_config.initializer_range)
         return model
 

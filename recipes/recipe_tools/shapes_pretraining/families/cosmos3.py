@@ -231,9 +231,7 @@ class Cosmos3Shapes(ShapesFamily):
         )
 
     def build_model(self, processor: Cosmos3Processor) -> Cosmos3Model:
-        # Plain attention is faster than the fused kernel on a CPU at these lengths.
-        config = build_cosmos3_config(processor.tokenizer)
-        model = Cosmos3Model._from_config(config, attn_implementation="eager")
+        model = Cosmos3Model._from_config(build_cosmos3_config(processor.tokenizer))
         initialize_autoencoder(model.autoencoder.vae)
         return model
 

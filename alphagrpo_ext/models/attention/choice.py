@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+The implementation of attention that a model uses where the user names none.
+
+On a CPU the choice was measured. `python recipes/benchmark.py --parts attention` compares rollouts and updates with every implementation;
+recipes/README.md has the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from alphagrpo_ext.models.contract import Family, UnifiedModel
+
+
+ATTENTION_IMPLEMENTATIONS = ("flex_attention", "sdpa", "eager")
+"""Transformers' names, the one that keeps the least for the backward first."""
+MEASURED_FAMILIES = ("bagel", "cosmos3")
+"""Families, by the `model_type` of their configurations, whose implementations were compared on a CPU."""
+LONG_IMAGE = 256
+"""
+Latent tokens of an image from which updates on a CPU in fp32 use `sdpa`. It was measured to be faster at this length, as fast as `eager` up
+to 64 tokens, and not in between.
+"""
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """
+    An implementation of attention.
+
+    Args:
+        name (`str`): Transformers' name.
+        reason (`str`): Why this one.
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def attention_implementations(family: Family) -> list[str]:
+    """Names of the implementations of attention that a family's model has, the one that keeps the least first."""
+    has = {"flex_attention": family.model_class._supports_flex_attn, "sdpa": family.model_class._supports_sdpa}
+    return [name for name in ATTENTION_IMPLEMENTATIONS if has.get(name, True)]
+
+
+def choose_attention(
+    family: Family, device_type: str, given: str | None = None, is_fp32: bool = True, trained_image_tokens: int = 0
+) -> AttentionChoice:
+    """
+    Choose the implementation of attention of a model.
+
+    On a CPU, `eager` was as fast as `sdpa` or faster in rollouts, in updates in bf16, and in updates in fp32 with short images. With
+    long images, updates in fp32 were faster with `sdpa`. Flex attention was not compared, because the package does not compile it there.
+    `eager` also keeps the scores of all pairs of tokens for the backward; where memory is short, give `sdpa`.
+
+    No GPU was measured. On CUDA the choice is the implementation that keeps the least; `recipes/gpu_check.py` measures them. On other
+    devices, and for families that were not measured, it is Transformers' default.
+
+    Args:
+        family ([`Family`]): The model's family.
+        device_type (`str`): Where the model computes, e.g. `"cpu"` or `"cuda"`.
+        given (`str`, *optional*): The user's choice, which always wins.
+        is_fp32 (`bool`, *optional*, defaults to `True`): Whether it computes in fp32: weights in fp32, and no autocast.
+        trained_image_tokens (`int`, *optional*, defaults to `0`): Latent tokens per image of updates; 0 for a model that only samples.
+    """
+    if given is not None:
+        return AttentionChoice(given, "given")
+    if device_type == "cuda":
+        return AttentionChoice(attention_implementations(family)[0], "keeps the least of those that the model has")
+    if device_type != "cpu" or family.model_class.config_class.model_type not in MEASURED_FAMILIES:
+        default = "sdpa" if family.model_class._supports_sdpa else "eager"
+        return AttentionChoice(default, f"Transformers' default; nothing was measured for this model on {device_type}")
+    if is_fp32 and trained_image_tokens >= LONG_IMAGE:
+        return AttentionChoice("sdpa", f"faster on a CPU in fp32 with images of {LONG_IMAGE} tokens or more")
+    return AttentionChoice("eager", "measured as the fastest on a CPU")
+
+
+def set_attention(model: UnifiedModel, choice: AttentionChoice) -> None:
+    """Let a model, which may have an adapter, use an implementation."""
+    model.set_attn_implementation(choice.name)
