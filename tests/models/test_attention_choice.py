@@ -40,13 +40,13 @@ def test_choice_of_a_workload(family: str, device_type: str, workload: dict, nam
         assert str(choose_attention(family, device_type, given, **workload)) == f"{given} (given)"
 
 
-def test_a_family_that_was_not_measured_keeps_its_attention() -> None:
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "mps"])
+def test_a_model_gets_an_attention_that_it_has(device_type: str) -> None:
     model = ToyModel(ToyConfig())
-    choice = choose_attention(ToyFamily(), "cpu")
-    assert str(choice) == "eager (Transformers' default; nothing was measured for this model on cpu)"
+    choice = choose_attention(ToyFamily(), device_type, trained_image_tokens=LONG_IMAGE)
     before = model.config._attn_implementation
     set_attention(model, choice)
-    assert model.config._attn_implementation == before == choice.name
+    assert model.config._attn_implementation == before == choice.name == "eager"
 
 
 @pytest.mark.parametrize("has_adapter", [False, True])

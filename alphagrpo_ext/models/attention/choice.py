@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 ATTENTION_IMPLEMENTATIONS = ("flex_attention", "sdpa", "eager")
 """Transformers' names, the one that keeps the least for the backward first."""
-MEASURED_FAMILIES = ("bagel", "cosmos3")
-"""Families, by the `model_type` of their configurations, whose implementations were compared on a CPU."""
 LONG_IMAGE = 256
 """
 Latent tokens of an image from which updates on a CPU in fp32 use `sdpa`. It was measured to be faster at this length, as fast as `eager` up
@@ -62,7 +60,7 @@ def choose_attention(
     `eager` also keeps the scores of all pairs of tokens for the backward; where memory is short, give `sdpa`.
 
     No GPU was measured. On CUDA the choice is the implementation that keeps the least; `recipes/gpu_check.py` measures them. On other
-    devices, and for families that were not measured, it is Transformers' default.
+    devices it is Transformers' default.
 
     Args:
         family ([`Family`]): The model's family.
@@ -73,13 +71,14 @@ def choose_attention(
     """
     if given is not None:
         return AttentionChoice(given, "given")
+    available = attention_implementations(family)
     if device_type == "cuda":
-        return AttentionChoice(attention_implementations(family)[0], "keeps the least of those that the model has")
-    if device_type != "cpu" or family.model_class.config_class.model_type not in MEASURED_FAMILIES:
-        default = "sdpa" if family.model_class._supports_sdpa else "eager"
-        return AttentionChoice(default, f"Transformers' default; nothing was measured for this model on {device_type}")
+        return AttentionChoice(available[0], "keeps the least of those that the model has")
+    fused = "sdpa" if "sdpa" in available else "eager"
+    if device_type != "cpu":
+        return AttentionChoice(fused, f"Transformers' default; nothing was measured on {device_type}")
     if is_fp32 and trained_image_tokens >= LONG_IMAGE:
-        return AttentionChoice("sdpa", f"faster on a CPU in fp32 with images of {LONG_IMAGE} tokens or more")
+        return AttentionChoice(fused, f"faster on a CPU in fp32 with images of {LONG_IMAGE} tokens or more")
     return AttentionChoice("eager", "measured as the fastest on a CPU")
 
 
