@@ -18,9 +18,10 @@ BAGEL's parts measure its sizes alone.
 
 `--parts whole_step` compares whole steps with the released code's algorithm; it is not among the parts that run by default.
 
-All parts run in one process, except that `memory` and `whole_step` start one for every peak. Functions that are compared run in turn, and ratios are
-taken within a repetition, so that they also hold on a machine that is busy with other work. Tables are printed. `benchmark.json` and, with
-`pip install "alphagrpo-ext[report]"`, plots are written to `--output_dir`.
+All parts run in one process, except that `memory` and `whole_step` start one for every peak. Functions that are compared run in turn, and
+ratios are taken within a repetition, so that they also hold on a machine that is busy with other work. Tables are printed.
+`benchmark.json`, after each row of `whole_step` and each of the other tables, and, with `pip install "alphagrpo-ext[report]"`, plots are
+written to `--output_dir`.
 """
 
 from __future__ import annotations
