@@ -14,8 +14,8 @@ from benchmark_parts import measurements
 from benchmark_parts.sizes import SIZES
 from benchmark_parts.tables import ResultTable
 from benchmark_parts.whole_step import comparison
-from benchmark_parts.whole_step.comparison import COLUMNS, algorithms, brightness, compared_steps, whole_steps
-from benchmark_parts.whole_step.trainers import WholeStep, make_trainer
+from benchmark_parts.whole_step.comparison import STEP_COLUMNS, algorithms, brightness, compared_steps, whole_steps
+from benchmark_parts.whole_step.trainers import WholeStep, make_step_trainer
 from table_parts.time_to_quality.table import algorithm_arguments
 
 
@@ -47,7 +47,7 @@ def test_the_released_algorithm_is_that_of_the_learning_curves() -> None:
 def trainers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, AlphaGRPOTrainer]:
     step = WholeStep(request.param, num_samples=4, group_size=2, lora_rank=4)
     folder = str(tmp_path_factory.mktemp("output"))
-    return {n: make_trainer(step, SMALLEST, brightness, folder, False, a) for n, a in algorithms(step).items()}
+    return {n: make_step_trainer(step, SMALLEST, brightness, folder, False, a) for n, a in algorithms(step).items()}
 
 
 def test_both_algorithms_train_on_the_same_samples(trainers: dict[str, AlphaGRPOTrainer]) -> None:
@@ -85,7 +85,7 @@ def test_a_step_is_timed_and_its_peak_measured(tmp_path: Path, monkeypatch: pyte
     size = replace(SMALLEST, thought_tokens=4)
     (table,) = compared_steps("Whole step: smallest", size, str(tmp_path), "bfloat16", repetitions=1)
     (row,) = table.rows
-    cells = dict(zip(COLUMNS, row, strict=True))
+    cells = dict(zip(STEP_COLUMNS, row, strict=True))
     assert row[:3] == ["reasoning_t2i", "LoRA 4", 1]
     assert cells["CPU seconds, ours"].median > 0
     assert 0 < cells["peak MiB above imports, ours"] < cells["peak RSS MiB, ours"]

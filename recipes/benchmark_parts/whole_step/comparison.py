@@ -17,11 +17,11 @@ from benchmark_parts.sizes import Size
 from benchmark_parts.tables import ResultTable
 from benchmark_parts.timing import Spread, ratio
 from benchmark_parts.whole_step.released import MICRO_BATCH_SIZE, released_settings
-from benchmark_parts.whole_step.trainers import TASK_SETTINGS, WholeStep, interleaved_step_seconds, make_trainer
+from benchmark_parts.whole_step.trainers import STEP_SETTINGS, WholeStep, interleaved_step_seconds, make_step_trainer
 
 
 LORA_RANK = 32
-COLUMNS = [
+STEP_COLUMNS = [
     *("task", "trained", "prompts", "CPU seconds, ours", "released", "ours over released"),
     *("peak MiB above imports, ours", "peak of released", "peak, ours over released"),
     *("peak RSS MiB, ours", "peak RSS of released"),
@@ -41,7 +41,7 @@ def whole_steps(size: Size) -> list[WholeStep]:
     num_samples = 2 * max(1, -(-size.num_trajectories // 2))
     return [
         WholeStep(task, num_samples, group_size, lora_rank)
-        for task in TASK_SETTINGS
+        for task in STEP_SETTINGS
         for lora_rank in (0, LORA_RANK)
         for group_size in dict.fromkeys((num_samples, 2))
     ]
@@ -72,7 +72,7 @@ def compared_steps(title: str, size: Size, output_dir: str, precision: str, repe
             f"without gradient, micro-batches of {MICRO_BATCH_SIZE}. A peak is that of two steps in a process of its own: weights, "
             "gradients, optimizer and activations. Its RSS has the imports too."
         )
-        yield ResultTable(title, COLUMNS, rows, note)
+        yield ResultTable(title, STEP_COLUMNS, rows, note)
 
 
 def step_peak(step: WholeStep, size: Size, precision: str, arguments: dict[str, Any]) -> Peak:
@@ -84,7 +84,7 @@ def step_peak(step: WholeStep, size: Size, precision: str, arguments: dict[str, 
 def train_two_steps(precision: str, step: str, size: str, arguments: str) -> None:
     """The work of such a process; everything but the precision is JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        make_trainer(
+        make_step_trainer(
             WholeStep(**json.loads(step)),
             Size(**json.loads(size)),
             brightness,
@@ -97,7 +97,7 @@ def train_two_steps(precision: str, step: str, size: str, arguments: str) -> Non
 def _row(step: WholeStep, size: Size, output_dir: str, precision: str, repetitions: int) -> list[Any]:
     choices = algorithms(step)
     trainers = {
-        name: make_trainer(step, size, brightness, output_dir, precision == "bfloat16", arguments)
+        name: make_step_trainer(step, size, brightness, output_dir, precision == "bfloat16", arguments)
         for name, arguments in choices.items()
     }
     seconds = interleaved_step_seconds(trainers, repetitions)

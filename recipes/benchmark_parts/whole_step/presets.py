@@ -9,7 +9,7 @@ from collections.abc import Callable
 from alphagrpo_ext.rollout.presets import PRESETS
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from benchmark_parts.sizes import Size
-from benchmark_parts.whole_step.trainers import WholeStep, make_trainer
+from benchmark_parts.whole_step.trainers import WholeStep, make_step_trainer
 
 
 MIN_GROUP_SIZE = 4
@@ -31,7 +31,7 @@ def reflection_trainers(
     """
     group_size = max(size.num_trajectories, MIN_GROUP_SIZE)
     step = WholeStep("self_reflection", group_size, group_size)
-    return {preset: make_trainer(step, size, reward, output_dir, bf16, {"preset": preset}) for preset in PRESETS}
+    return {preset: make_step_trainer(step, size, reward, output_dir, bf16, {"preset": preset}) for preset in PRESETS}
 
 
 def evaluations_per_image(trainer: AlphaGRPOTrainer) -> int:

@@ -19,7 +19,7 @@ from benchmark_parts.text_overhead import StepTimes
 from benchmark_parts.workload import GUIDANCE, build_image_processor, build_model
 
 
-TASK_SETTINGS: dict[str, dict[str, Any]] = {
+STEP_SETTINGS: dict[str, dict[str, Any]] = {
     "reasoning_t2i": {
         **{"num_timesteps": 16, "sde_window_size": 10, "sde_window_range": [0, 11]},
         **{"cfg_text_scale": 4.0, "cfg_interval": [0.4, 1.0]},
@@ -39,7 +39,7 @@ class WholeStep:
     paper does.
 
     Args:
-        task (`str`): One of [`TASK_SETTINGS`].
+        task (`str`): One of [`STEP_SETTINGS`].
         num_samples (`int`): Trajectories per step.
         group_size (`int`): Trajectories per prompt, an even number that divides them.
         lora_rank (`int`, *optional*, defaults to `0`): Rank of an adapter on both experts; 0 trains all weights.
@@ -51,7 +51,7 @@ class WholeStep:
     lora_rank: int = 0
 
 
-def make_trainer(
+def make_step_trainer(
     step: WholeStep,
     size: Size,
     reward: Callable[..., list[float]],
@@ -78,7 +78,7 @@ def make_trainer(
         **{"per_device_train_batch_size": step.num_samples, "num_generations": step.group_size},
         **{"num_initial_images": step.group_size // 2, "max_steps": 1, "gradient_checkpointing": False},
         **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True},
-        **TASK_SETTINGS[step.task],
+        **STEP_SETTINGS[step.task],
     }
     targets, rank = model.family.lora_target_modules("both"), step.lora_rank
     trainer = AlphaGRPOTrainer(
