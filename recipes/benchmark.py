@@ -16,9 +16,12 @@ OMP_NUM_THREADS=1 python recipes/benchmark.py --sizes bagel-shapes 100m --precis
 `--sizes cosmos3-shapes` measures the tiny Cosmos3 with random weights. Of the other ways to compute a step, those that are written for
 BAGEL's parts measure its sizes alone.
 
-All parts run in one process, except that `memory` starts one for every peak. Functions that are compared run in turn, and ratios are
-taken within a repetition, so that they also hold on a machine that is busy with other work. Tables are printed. `benchmark.json` and, with
-`pip install "alphagrpo-ext[report]"`, plots are written to `--output_dir`.
+`--parts whole_step` compares whole steps with the released code's algorithm; it is not among the parts that run by default.
+
+All parts run in one process, except that `memory` and `whole_step` start one for every peak. Functions that are compared run in turn, and
+ratios are taken within a repetition, so that they also hold on a machine that is busy with other work. Tables are printed.
+`benchmark.json`, after each row of `whole_step` and each of the other tables, and, with `pip install "alphagrpo-ext[report]"`, plots are
+written to `--output_dir`.
 """
 
 from __future__ import annotations
@@ -59,17 +62,17 @@ def main(args: BenchmarkArguments) -> list[ResultTable]:
     keep_freed_memory()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    tables: list[ResultTable] = []
+    tables: dict[str, ResultTable] = {}
     for name in args.sizes:
         for part in args.parts:
             for table in MEASUREMENTS[part](name, args):
-                tables.append(table)
-                print(table, flush=True)
-            # After each part, so that a benchmark that is stopped keeps what it measured.
-            save_tables(tables, args, output_dir / "benchmark.json")
-    pictures = [table.save_picture(output_dir) for table in tables]
+                tables[table.title] = table
+                # Now, so that a benchmark that is stopped keeps what it measured.
+                save_tables(list(tables.values()), args, output_dir / "benchmark.json")
+            print(table, flush=True)
+    pictures = [table.save_picture(output_dir) for table in tables.values()]
     print(f"benchmark.json{' and plots' if any(pictures) else ''}: {output_dir}")
-    return tables
+    return list(tables.values())
 
 
 if __name__ == "__main__":

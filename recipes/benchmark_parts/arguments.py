@@ -11,7 +11,7 @@ from benchmark_parts.sizes import SIZES, Size
 
 
 PRECISIONS = ("float32", "bfloat16")
-PARTS = (
+DEFAULT_PARTS = (
     "structures",
     "utilization",
     "scaling",
@@ -22,6 +22,8 @@ PARTS = (
     "presets",
     "attention",
 )
+PARTS = (*DEFAULT_PARTS, "whole_step")
+"""All parts; those that are not measured by default take longer than all others together."""
 
 
 @dataclass
@@ -29,7 +31,10 @@ class BenchmarkArguments:
     """Arguments of the benchmark; the help text of a field describes it."""
 
     parts: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": f"Parts to measure: {', '.join(PARTS)}."}
+        default_factory=lambda: list(DEFAULT_PARTS),
+        metadata={
+            "help": f"Parts to measure: {', '.join(PARTS)}. By default all but whole_step, which takes longest."
+        },
     )
     sizes: list[str] = field(
         default_factory=lambda: ["bagel-shapes"], metadata={"help": f"Models to measure: {', '.join(SIZES)}."}

@@ -7,9 +7,8 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -38,7 +37,9 @@ from benchmark_parts.timing import Spread, matmul_functions, peak_bytes, ratio, 
 from benchmark_parts.updates.attention import attention_calls
 from benchmark_parts.updates.split_update import SplitUpdate, peak_memory
 from benchmark_parts.updates.update import Update
-from benchmark_parts.whole_step.presets import evaluations_per_image, interleaved_step_seconds, reflection_trainers
+from benchmark_parts.whole_step.comparison import brightness, compared_steps
+from benchmark_parts.whole_step.presets import evaluations_per_image, reflection_trainers
+from benchmark_parts.whole_step.trainers import interleaved_step_seconds
 from benchmark_parts.workload import GUIDANCE, build_image_processor, build_model, self_reflection_trajectories
 from reward_models.dvreward import DVReward
 
@@ -213,11 +214,6 @@ def measure_text_overhead(name: str, args: BenchmarkArguments) -> list[ResultTab
     return [ResultTable(f"Text alone: {name}, {args.precision}", columns, rows, note, bars_of("seconds per step"))]
 
 
-def brightness(images: list[Any], **kwargs: Any) -> list[float]:
-    """A reward that takes almost no time. With a real judge, its time is added."""
-    return [sum(image.convert("L").histogram()[128:]) / (image.width * image.height) for image in images]
-
-
 def make_reflection_trainer(size: Size, reward: Callable, args: BenchmarkArguments) -> AlphaGRPOTrainer:
     """Make a trainer of self-reflection for one micro-batch per step."""
     return AlphaGRPOTrainer(
@@ -365,7 +361,13 @@ def measure_presets(name: str, args: BenchmarkArguments) -> list[ResultTable]:
     return [ResultTable(title, columns, rows, note, bars_of("paper's over these"))]
 
 
-MEASUREMENTS: dict[str, Callable[[str, BenchmarkArguments], list[ResultTable]]] = {
+def measure_whole_step(name: str, args: BenchmarkArguments) -> Iterator[ResultTable]:
+    """Compare whole steps with those of the released code's algorithm, in time and in peak memory."""
+    title = f"Whole step: {name}, {args.precision}"
+    return compared_steps(title, args.size(name), args.output_dir, args.precision, args.repetitions)
+
+
+MEASUREMENTS: dict[str, Callable[[str, BenchmarkArguments], Iterable[ResultTable]]] = {
     "structures": measure_structures,
     "utilization": measure_utilization,
     "scaling": measure_scaling,
@@ -375,5 +377,6 @@ MEASUREMENTS: dict[str, Callable[[str, BenchmarkArguments], list[ResultTable]]] 
     "adapter": measure_adapter,
     "presets": measure_presets,
     "attention": measure_attention,
+    "whole_step": measure_whole_step,
 }
-"""Measurements by the name of the part."""
+"""Measurements by the name of the part: each makes one table, which may come again with more rows."""

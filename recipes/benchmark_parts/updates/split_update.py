@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +20,11 @@ from alphagrpo_ext.objectives.base import OBJECTIVES
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
 from alphagrpo_ext.trainer import AlphaGRPOConfig
 from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, resolve_steps_per_forward
+from benchmark_parts.peaks import peak_in_a_process
 from benchmark_parts.sizes import Size
 from benchmark_parts.workload import build_model
 from recipe_tools.memory import example_trajectories
 from recipe_tools.memory_settings import MemorySettings
-
-
-_PEAK_IN_A_PROCESS = (
-    "import sys; from benchmark_parts.updates.split_update import print_peak; print_peak(*sys.argv[1:])"
-)
 
 
 @dataclass(frozen=True)
@@ -103,40 +96,11 @@ class SplitUpdate:
 
 
 def peak_memory(size: Size, precision: str, steps_per_forward: int) -> int:
-    """
-    Peak of an update in a process of its own, in bytes above what it takes after its imports: weights, gradients and activations.
-    It is read from `/proc`, so it needs Linux.
-    """
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        # What is freed goes back to the system, so that the peak is that of what is alive.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1",
-    }
-    arguments = [json.dumps(asdict(size)), precision, str(steps_per_forward)]
-    result = subprocess.run(
-        [sys.executable, "-c", _PEAK_IN_A_PROCESS, *arguments], env=environment, capture_output=True, text=True
-    )
-    if result.returncode:
-        raise RuntimeError(f"the process that measures the peak of {size} failed:\n{result.stderr[-4000:]}")
-    return int(result.stdout.split()[-1])
+    """Peak of an update in a process of its own, in bytes above what it takes after its imports: weights, gradients and activations."""
+    arguments = json.dumps(asdict(size)), precision, str(steps_per_forward)
+    return peak_in_a_process(__name__, run_update.__name__, *arguments).above_imports
 
 
-def print_peak(size: str, precision: str, steps_per_forward: str) -> None:
-    """The work of such a process: one update of a size in JSON, and its peak on the last line."""
-    # Libraries allocate buffers of their own at first use.
-    layer = torch.nn.Linear(64, 64)
-    for dtype in (torch.float32, torch.bfloat16):
-        layer.to(dtype)(torch.ones(64, 64, dtype=dtype)).sum().backward()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    update = SplitUpdate.of(Size(**json.loads(size)), precision)
-    update.run(int(steps_per_forward))
-    print(_status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    """A size of this process in bytes: `VmRSS` now, or `VmHWM`, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+def run_update(size: str, precision: str, steps_per_forward: str) -> None:
+    """The work of such a process: one update of a size in JSON."""
+    SplitUpdate.of(Size(**json.loads(size)), precision).run(int(steps_per_forward))

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from alphagrpo_ext.files import atomic_path
+from benchmark_parts.whole_step.released import released_settings
 from table_parts.objectives.table import AWM_ARGUMENTS
 from table_parts.plan import Plan, Run
 from table_parts.results import percent
@@ -46,15 +47,8 @@ def algorithm_arguments(name: str) -> tuple[str, ...]:
     if not name.startswith("released_"):
         preset, _, objective = name.partition("_")
         return ("--preset", preset, *(AWM_ARGUMENTS if objective else ()))
-    size = int(name.removeprefix("released_"))
-    batches = (
-        "--per_device_train_batch_size",
-        str(size),
-        "--gradient_accumulation_steps",
-        str(TRAJECTORIES_PER_STEP // size),
-    )
-    one_step = ("--image_steps_per_forward", "1", "--context_gradient", "detached")
-    return ("--preset", "paper", *batches, *one_step, "--rollout_batch_size", str(max(size, 8)))
+    settings = released_settings(int(name.removeprefix("released_")), TRAJECTORIES_PER_STEP)
+    return tuple(word for argument, value in settings.items() for word in (f"--{argument}", str(value)))
 
 
 def time_to_quality_table(plan: Plan) -> MeasuredTable:
