@@ -24,6 +24,8 @@ MIN_FORWARD_TOKENS = 2048
 Noised tokens that a forward of trained steps has at least, unless there are fewer. Each backward adds to the gradient of all
 weights, however few its tokens are. From this number on, that takes a few percent of its time.
 """
+MIN_FORWARD_TOKENS_FP32 = 512
+"""The same for a policy that computes in fp32, where a token takes longer and adding to the gradients does not."""
 MIN_FORWARD_WORK = 10**10
 """
 Products of a token with a weight that such a forward has at least, unless there are fewer. Below it, calling the operations takes a
@@ -31,7 +33,7 @@ noticeable share of the time, and the activations of all steps are small.
 """
 
 
-def balanced_steps(num_steps: int, tokens_per_step: int, num_weights: int) -> int:
+def balanced_steps(num_steps: int, tokens_per_step: int, num_weights: int, is_fp32: bool) -> int:
     """
     How many trained steps of a window to put into one forward, so that its activations are small and its work is large
     enough to be computed fast. Forwards of a window have nearly as many steps each.
@@ -40,8 +42,9 @@ def balanced_steps(num_steps: int, tokens_per_step: int, num_weights: int) -> in
         num_steps (`int`): Trained steps K of the window, at least 1.
         tokens_per_step (`int`): Noised tokens per step, of all images of the micro-batch in all guidance branches.
         num_weights (`int`): Weights that every noised token is multiplied with.
+        is_fp32 (`bool`): Whether the policy computes in fp32: weights in fp32, and no autocast.
     """
-    least = max(MIN_FORWARD_TOKENS, MIN_FORWARD_WORK / max(num_weights, 1))
+    least = max(MIN_FORWARD_TOKENS_FP32 if is_fp32 else MIN_FORWARD_TOKENS, MIN_FORWARD_WORK / max(num_weights, 1))
     num_forwards = min(num_steps, max(1, int(num_steps * tokens_per_step / least)))
     return -(-num_steps // num_forwards)
 

@@ -337,7 +337,8 @@ def resolve_steps_per_forward(
             num_branches = len(model.guidance(settings.objective_guidance.effective).branches)
             tokens_per_trajectory.append(task.num_turns * num_branches * rows * columns)
     tokens_per_step = args.per_device_train_batch_size * max(tokens_per_trajectory)
-    steps = balanced_steps(args.sde_window_size, tokens_per_step, model.num_generation_weights)
+    is_fp32 = model.dtype == torch.float32 and not args.bf16 and not args.fp16
+    steps = balanced_steps(args.sde_window_size, tokens_per_step, model.num_generation_weights, is_fp32)
     return steps if steps < args.sde_window_size else None
 
 

@@ -100,7 +100,9 @@ class MemorySettings:
 
         given, num_steps = self.image_steps_per_forward, self.sde_window_size
         if given == "auto":
-            return balanced_steps(num_steps, self.batch_size * self.num_branches * tokens_per_image, num_weights)
+            tokens_per_step = self.batch_size * self.num_branches * tokens_per_image
+            is_fp32 = self.dtype == "float32" and not self.autocast
+            return balanced_steps(num_steps, tokens_per_step, num_weights, is_fp32)
         return num_steps if given == "all" else min(given, num_steps)
 
     @property

@@ -4,7 +4,7 @@
 
 import pytest
 
-from alphagrpo_ext.models.work import MIN_FORWARD_TOKENS, MIN_FORWARD_WORK, balanced_steps
+from alphagrpo_ext.models.work import MIN_FORWARD_TOKENS, MIN_FORWARD_TOKENS_FP32, MIN_FORWARD_WORK, balanced_steps
 
 
 MANY = MIN_FORWARD_WORK
@@ -26,14 +26,20 @@ MANY = MIN_FORWARD_WORK
     ],
 )
 def test_number_of_steps(num_steps: int, tokens_per_step: int, num_weights: int, expected: int) -> None:
-    assert balanced_steps(num_steps, tokens_per_step, num_weights) == expected
+    assert balanced_steps(num_steps, tokens_per_step, num_weights, is_fp32=False) == expected
+
+
+def test_forwards_are_smaller_in_fp32() -> None:
+    assert MIN_FORWARD_TOKENS_FP32 < MIN_FORWARD_TOKENS
+    assert balanced_steps(10, MIN_FORWARD_TOKENS_FP32, MANY, is_fp32=True) == 1
+    assert balanced_steps(10, MIN_FORWARD_TOKENS_FP32 // 2, MANY, is_fp32=True) == 2
 
 
 def test_forwards_are_large_and_balanced() -> None:
     for num_steps in range(1, 13):
         for tokens in (1, 100, 500, 1000, 3000):
             for weights in (10**5, 10**6, 10**8):
-                steps = balanced_steps(num_steps, tokens, weights)
+                steps = balanced_steps(num_steps, tokens, weights, is_fp32=False)
                 assert 1 <= steps <= num_steps
                 is_large = steps * tokens >= MIN_FORWARD_TOKENS and steps * tokens * weights >= MIN_FORWARD_WORK
                 assert is_large or steps == num_steps

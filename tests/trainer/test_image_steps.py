@@ -186,7 +186,7 @@ def test_default_splits_by_the_size_of_a_forward(make_trainer: MakeTrainer, monk
     # Four trajectories of 36 tokens in two branches are 288 tokens per step, of which there are three.
     assert make_trainer().scorer.steps_per_forward is None
     monkeypatch.setattr(work, "MIN_FORWARD_WORK", 0)
-    monkeypatch.setattr(work, "MIN_FORWARD_TOKENS", 432)
+    monkeypatch.setattr(work, "MIN_FORWARD_TOKENS_FP32", 432)
     automatic, explicit = make_trainer(**PLAIN, beta=0.1), make_trainer(**PLAIN, beta=0.1, image_steps_per_forward=2)
     counts = [count_parts(trainer) for trainer in (automatic, explicit)]
     actual = gradients(automatic)
@@ -202,7 +202,7 @@ def test_automatic_number_is_that_of_the_configuration(
 ) -> None:
     """Of the task with the most tokens, whatever a batch holds: processes with sharded weights run as many forwards."""
     monkeypatch.setattr(work, "MIN_FORWARD_WORK", 0)
-    monkeypatch.setattr(work, "MIN_FORWARD_TOKENS", 432)
+    monkeypatch.setattr(work, "MIN_FORWARD_TOKENS_FP32", 432)
     trainer, model = make_trainer(), make_shapes_bagel()
 
     def steps(names: str, can_split: bool = True, **changes: Any) -> int | None:
