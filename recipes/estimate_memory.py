@@ -67,7 +67,7 @@ class EstimationArguments(MemorySettings):
 
     def settings_for(self, config: PreTrainedConfig) -> MemorySettings:
         """Settings for a model, with defaults that depend on it."""
-        from alphagrpo_ext.models.attention.choice import choose_attention
+        from alphagrpo_ext.models.attention.choice import attention_implementations
         from alphagrpo_ext.models.contract import FAMILIES
 
         family = FAMILIES.get(config.model_type)()
@@ -80,7 +80,7 @@ class EstimationArguments(MemorySettings):
                 **values,
                 "height": self.height or sampling.get("image_height", MemorySettings.height),
                 "width": self.width or sampling.get("image_width", MemorySettings.width),
-                "attn_implementation": choose_attention(family, "cuda", self.attn_implementation).name,
+                "attn_implementation": self.attn_implementation or attention_implementations(family)[0],
             }
         )
 

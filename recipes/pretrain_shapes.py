@@ -36,7 +36,7 @@ def main(args: PretrainingArguments) -> None:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
+    from alphagrpo_ext.models.attention.choice import choose_attention
     from alphagrpo_ext.models.loading import load_model
     from recipe_tools.shapes_pretraining.examples import GROUNDING
     from recipe_tools.shapes_pretraining.families import SHAPES_FAMILIES
@@ -58,7 +58,7 @@ def main(args: PretrainingArguments) -> None:
         model = train_painter(family, processor, accelerator, args)
     else:
         model, _ = load_model(args.init_from)
-        set_attention(model, choose_attention(model.family, accelerator.device.type))
+        model.set_attn_implementation(choose_attention(model.family, accelerator.device.type).name)
     for index in range(args.grounding_rounds):
         name = f"grounding_{index}"
         paintings = own_paintings(name, model, processor, accelerator, args)

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.models.adapters import save_adapter
-from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
+from alphagrpo_ext.models.attention.choice import choose_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.saving import save_model
@@ -153,8 +153,8 @@ class UnifiedPipeline:
         return self
 
     def _choose_attention(self) -> None:
-        set_attention(self.model, choose_attention(self.model.family, self.device.type))
-        self._chosen_attention = self.model.config._attn_implementation
+        self._chosen_attention = choose_attention(self.model.family, self.device.type).name
+        self.model.set_attn_implementation(self._chosen_attention)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """

@@ -306,6 +306,11 @@ def make_packed_scorer(
     return PackedScorer(args, accelerator, runs_all_parts, resolve_steps_per_forward(args, model, tasks, can_split))
 
 
+def computes_in_fp32(model: UnifiedModel, args: AlphaGRPOConfig) -> bool:
+    """Whether a run computes in fp32: its weights are in fp32, and there is no autocast."""
+    return model.dtype == torch.float32 and not args.bf16 and not args.fp16
+
+
 def resolve_steps_per_forward(
     args: AlphaGRPOConfig, model: UnifiedModel, tasks: Mapping[str, Task], can_split: bool
 ) -> int | None:
@@ -337,7 +342,7 @@ def resolve_steps_per_forward(
             num_branches = len(model.guidance(settings.objective_guidance.effective).branches)
             tokens_per_trajectory.append(task.num_turns * num_branches * rows * columns)
     tokens_per_step = args.per_device_train_batch_size * max(tokens_per_trajectory)
-    is_fp32 = model.dtype == torch.float32 and not args.bf16 and not args.fp16
+    is_fp32 = computes_in_fp32(model, args)
     steps = balanced_steps(args.sde_window_size, tokens_per_step, model.num_generation_weights, is_fp32)
     return steps if steps < args.sde_window_size else None
 

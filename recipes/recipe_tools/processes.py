@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers.processing_utils import ProcessorMixin
 
-from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
+from alphagrpo_ext.models.attention.choice import choose_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 
@@ -40,7 +40,7 @@ def load_policy(name: str, dtype: str) -> tuple[UnifiedModel, ProcessorMixin]:
     state = PartialState()
     model, processor = load_model(name, dtype=dtype)
     choice = choose_attention(model.family, state.device.type)
-    set_attention(model, choice)
+    model.set_attn_implementation(choice.name)
     if state.is_main_process:
         print(f"attention of {name}: {choice}", flush=True)
     return model.to(state.device).eval(), processor

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
@@ -27,7 +26,7 @@ from transformers.processing_utils import ProcessorMixin
 from trl import ModelConfig, get_peft_config
 
 from alphagrpo_ext.files import atomic_path, write_text
-from alphagrpo_ext.models.attention.choice import AttentionChoice, choose_attention, set_attention
+from alphagrpo_ext.models.attention.choice import AttentionChoice, choose_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
@@ -39,6 +38,7 @@ from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.reference import frozen_copy
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
+from alphagrpo_ext.trainer.scoring import computes_in_fp32
 from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.answering.guard import BEFORE_NAME, AnswerChange, answers_once, answers_right
@@ -129,7 +129,7 @@ def prepare_run(script_args: PromptArguments, training_args: AlphaGRPOConfig, mo
     def load_policy() -> tuple[UnifiedModel, ProcessorMixin]:
         model, processor = load_model(model_args.model_name_or_path, dtype=model_args.dtype, **given)
         if not given:
-            set_attention(model, _choose_attention(model, training_args, model_args))
+            model.set_attn_implementation(_choose_attention(model, training_args, model_args).name)
         return model, processor
 
     judged = {
@@ -154,7 +154,7 @@ def _choose_attention(model: UnifiedModel, training_args: AlphaGRPOConfig, model
         model.family,
         training_args.device.type,
         model_args.attn_implementation or None,
-        is_fp32=model.dtype == torch.float32 and not training_args.bf16 and not training_args.fp16,
+        is_fp32=computes_in_fp32(model, training_args),
         trained_image_tokens=num_pixels // model.latent_downsample**2,
     )
 

@@ -40,7 +40,7 @@ def main(args: MeasurementArguments) -> None:
     # Here, so that `--help` does not import models and trainers.
     import torch
 
-    from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
+    from alphagrpo_ext.models.attention.choice import choose_attention
     from alphagrpo_ext.models.loading import load_model
     from alphagrpo_ext.rollout import TASKS, RolloutGenerator
     from recipe_tools.evaluation.costs import NUM_SEEDS, TABLE_HEADER, Meter, measure_rollouts, measure_solvers
@@ -49,7 +49,7 @@ def main(args: MeasurementArguments) -> None:
     # Threads that wait for each other cost more than they save at this size.
     torch.set_num_threads(1)
     model, processor = load_model(args.model_name_or_path, dtype="float32")
-    set_attention(model, choose_attention(model.family, model.device.type))
+    model.set_attn_implementation(choose_attention(model.family, model.device.type).name)
     meter = Meter(RolloutGenerator(model.eval(), processor, TASKS.get("reasoning_t2i")(think=True)))
     output = Path(args.output_dir) / "fewer_evaluations.json"
     evaluation_title = f"evaluation, {args.num_prompts} prompts x {NUM_SEEDS} seeds"

@@ -83,7 +83,7 @@ def rewards_of(model_name: str) -> dict[str, Callable[[list[Image.Image], list[d
     Args:
         model_name (`str`): The frozen model.
     """
-    from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
+    from alphagrpo_ext.models.attention.choice import choose_attention
     from alphagrpo_ext.models.loading import load_model
     from reward_models.dvreward import DVReward
     from reward_models.judges.policy import PolicyJudge
@@ -92,7 +92,7 @@ def rewards_of(model_name: str) -> dict[str, Callable[[list[Image.Image], list[d
     from reward_models.prompts.questions import PromptRecord, from_row
 
     model, processor = load_model(model_name, dtype="float32")
-    set_attention(model, choose_attention(model.family, model.device.type))
+    model.set_attn_implementation(choose_attention(model.family, model.device.type).name)
     policy = (model.eval(), processor)
     judge = DVReward(PolicyJudge(*policy, min_answer_mass=0.0))
 

@@ -187,13 +187,13 @@ def test_counts() -> None:
 
 
 def test_what_saves_memory_and_what_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(num_layers=2)
+    config = tiny_config(num_layers=3)
 
     def activations(**changes: object) -> int:
         return estimate_memory(config, replace(TINY, **changes)).activations
 
     base = activations()
-    assert activations(gradient_checkpointing=False) > 1.5 * base
+    assert activations(gradient_checkpointing=False) > 2 * base
     assert activations(image_steps_per_forward=1) < 0.8 * base
     assert activations(image_steps_per_forward=3) == base
     # A step has 2,304 noised tokens, of 32 images in two branches, but little work for each.

@@ -36,6 +36,7 @@ from table_parts.arguments import TABLE_NAMES, TablesArguments
 from table_parts.execution import RunQueue
 from table_parts.fewer_evaluations import MeasurementArguments
 from table_parts.frozen_rewards import AgreementArguments, within_prompt_auc
+from table_parts.objectives import step_costs
 from table_parts.objectives.step_costs import CostArguments
 from table_parts.objectives.table import OTHER_OBJECTIVES
 from table_parts.plan import CONFIGS, Plan, Run, with_needs
@@ -156,7 +157,7 @@ def test_all_tables_are_made_of_the_files_of_runs(tmp_path: Path) -> None:
     # Ratios are those of runs beside each other.
     assert cells(pages["objectives"], f"`{' '.join(OTHER_OBJECTIVES['awm'])}`") == [*rates, "1.50", "2.00"]
     words = " ".join(OTHER_OBJECTIVES["awm_authors"])
-    assert cells(pages["objectives_in_equal_time"], f"42 steps: `{words}`") == rates
+    assert cells(pages["objectives_in_equal_time"], f"41 steps: `{words}`") == rates
     assert cells(pages["settings"], "untrained") == ["50.0% +- 1.6", "0.700 +- 0.007"]
     # Two of four prompts pass, with both seeds.
     assert cells(pages["guidance"], "not at all") == ["50.0% +- 28.9", "50.0% +- 28.9"]
@@ -410,6 +411,18 @@ def test_curve_of_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [point.step for point in points] == [0, 1, 2]
     assert 0 == points[0].seconds < points[1].seconds < points[2].seconds < time.process_time() - start
     assert all(0 <= point.strict_pass_rate <= 1 and 0 <= point.reward <= 1 for point in points)
+
+
+def test_costs_of_objectives_are_those_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_costs, "OTHER_OBJECTIVES", {"awm_fast": OTHER_OBJECTIVES["awm_fast"]})
+    run = plan_in(tmp_path).objective_costs()
+    few = ["--per_device_train_batch_size", "4", "--num_generations", "4", "--max_steps", "2", "--repetitions", "2"]
+    start = time.process_time()
+    step_costs.main([*run.command[1:], *few, "--use_cpu", "--eval_seeds", "0"])
+    seconds = json.loads((run.folder / "step_costs.json").read_text())
+    assert seconds.keys() == {"default", "awm_fast"}
+    assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
+    assert sum(map(sum, seconds.values())) < time.process_time() - start
 
 
 SCRIPT = """

@@ -16,7 +16,7 @@ from benchmark_parts.tables import ResultTable
 from benchmark_parts.whole_step import comparison
 from benchmark_parts.whole_step.comparison import STEP_COLUMNS, algorithms, brightness, compared_steps, whole_steps
 from benchmark_parts.whole_step.trainers import WholeStep, make_step_trainer
-from table_parts.time_to_quality.table import algorithm_arguments
+from table_parts.time_to_quality.table import ALGORITHMS
 
 
 SMALLEST = replace(SIZES["bagel-shapes"], num_trajectories=2)
@@ -35,7 +35,7 @@ def test_both_tasks_are_measured_with_one_prompt_and_with_several() -> None:
 
 def test_the_released_algorithm_is_that_of_the_learning_curves() -> None:
     settings = algorithms(WholeStep("reasoning_t2i", num_samples=64, group_size=8))["released"]
-    words = algorithm_arguments("released_2")
+    _, words = ALGORITHMS["released_2"]
     assert dict(zip(words[::2], words[1::2], strict=True)) == {f"--{name}": str(v) for name, v in settings.items()}
     assert settings == {
         **{"preset": "paper", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 32},

@@ -183,12 +183,12 @@ def test_attention_follows_the_device_unless_it_was_given(monkeypatch: pytest.Mo
 
     pipe = alphagrpo_ext.pipeline("bagel-shapes")
     assert pipe.model.config._attn_implementation == "eager"
-    assert attention_on_a_gpu(pipe) == "flex_attention"
-    assert pipe.to(torch.float32).model.config._attn_implementation == "eager"
-    pipe.model.set_attn_implementation("sdpa")
     assert attention_on_a_gpu(pipe) == "sdpa"
-    given = alphagrpo_ext.pipeline("bagel-shapes", attn_implementation="sdpa")
-    assert given.model.config._attn_implementation == attention_on_a_gpu(given) == "sdpa"
+    assert pipe.to(torch.float32).model.config._attn_implementation == "eager"
+    pipe.model.set_attn_implementation("flex_attention")
+    assert attention_on_a_gpu(pipe) == "flex_attention"
+    given = alphagrpo_ext.pipeline("bagel-shapes", attn_implementation="eager")
+    assert given.model.config._attn_implementation == attention_on_a_gpu(given) == "eager"
 
 
 def test_saved_adapter_paints_the_same(tmp_path: Path) -> None:

@@ -89,13 +89,17 @@ def test_unknown_preset_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.invariant
-@pytest.mark.parametrize("task", ["reasoning_t2i", "self_reflection"])
+@pytest.mark.parametrize(
+    ("task", "objective"),
+    [("reasoning_t2i", "flow_grpo"), ("self_reflection", "flow_grpo"), ("self_reflection", "awm")],
+)
 def test_a_fast_step_is_on_policy_with_fewer_evaluations(
-    make_trainer: Callable[..., AlphaGRPOTrainer], task: str
+    make_trainer: Callable[..., AlphaGRPOTrainer], task: str, objective: str
 ) -> None:
     logs = {}
     for preset in ("paper", "fast"):
-        trainer = make_trainer(preset=preset, task=task, num_timesteps=13, sde_window_range=[1, 8])
+        settings = {"task": task, "image_objective": objective, "num_timesteps": 13, "sde_window_range": [1, 8]}
+        trainer = make_trainer(preset=preset, **settings)
         trainer.train()
         (logs[preset],) = [entry for entry in trainer.state.log_history if "image/ratio_mean" in entry]
     assert logs["fast"]["image/ratio_mean"] == 1.0 and logs["fast"]["grad_norm"] > 0

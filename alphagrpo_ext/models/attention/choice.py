@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from alphagrpo_ext.models.contract import Family, UnifiedModel
+    from alphagrpo_ext.models.contract import Family
 
 
 ATTENTION_IMPLEMENTATIONS = ("flex_attention", "sdpa", "eager")
@@ -59,8 +59,7 @@ def choose_attention(
     long images, updates in fp32 were faster with `sdpa`. Flex attention was not compared, because the package does not compile it there.
     `eager` also keeps the scores of all pairs of tokens for the backward; where memory is short, give `sdpa`.
 
-    No GPU was measured. On CUDA the choice is the implementation that keeps the least; `recipes/gpu_check.py` measures them. On other
-    devices it is Transformers' default.
+    On other devices it is Transformers' default, because none was measured. `recipes/gpu_check.py` measures a GPU.
 
     Args:
         family ([`Family`]): The model's family.
@@ -71,17 +70,9 @@ def choose_attention(
     """
     if given is not None:
         return AttentionChoice(given, "given")
-    available = attention_implementations(family)
-    if device_type == "cuda":
-        return AttentionChoice(available[0], "keeps the least of those that the model has")
-    fused = "sdpa" if "sdpa" in available else "eager"
+    fused = "sdpa" if "sdpa" in attention_implementations(family) else "eager"
     if device_type != "cpu":
         return AttentionChoice(fused, f"Transformers' default; nothing was measured on {device_type}")
     if is_fp32 and trained_image_tokens >= LONG_IMAGE:
         return AttentionChoice(fused, f"faster on a CPU in fp32 with images of {LONG_IMAGE} tokens or more")
     return AttentionChoice("eager", "measured as the fastest on a CPU")
-
-
-def set_attention(model: UnifiedModel, choice: AttentionChoice) -> None:
-    """Let a model, which may have an adapter, use an implementation."""
-    model.set_attn_implementation(choice.name)

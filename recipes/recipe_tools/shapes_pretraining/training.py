@@ -19,7 +19,7 @@ from tqdm import trange
 from transformers import get_cosine_schedule_with_warmup
 
 from alphagrpo_ext.files import atomic_path
-from alphagrpo_ext.models.attention.choice import choose_attention, set_attention
+from alphagrpo_ext.models.attention.choice import choose_attention
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.rollout.settings import TaskSettings
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
@@ -304,7 +304,7 @@ def train_painter(
 ) -> UnifiedModel:
     """Train a model to paint, and then its vision tower."""
     model = family.build_model(processor)
-    set_attention(model, choose_attention(model.family, accelerator.device.type))
+    model.set_attn_implementation(choose_attention(model.family, accelerator.device.type).name)
     load_autoencoder(family.autoencoder(model), accelerator, args)
     model = train_stage(
         model, processor, PretrainingStage("painting", PAINTING, args.steps, args.learning_rate), accelerator, args

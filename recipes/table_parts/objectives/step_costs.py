@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback
 from trl import ModelConfig
 
 from alphagrpo_ext.files import write_text
@@ -53,20 +52,10 @@ class CostArguments(PromptArguments):
         check_ranges(self)
 
 
-class StepSeconds(TrainerCallback):
-    """Keeps the CPU seconds of every step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.process_time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time() - self._start)
-
-
 def main(words: Sequence[str]) -> None:
+    # Here, so that `--help` does not import models and trainers.
+    from benchmark_parts.text_overhead import StepTimes
+
     parser = RecipeParser(
         [CostArguments, AlphaGRPOConfig, ModelConfig], __doc__, CONFIGS / "reasoning_t2i_shapes.yaml"
     )
@@ -76,7 +65,7 @@ def main(words: Sequence[str]) -> None:
     for repetition in range(script_args.repetitions):
         for name, added in arms.items():
             trainer = _trainer(*parser.parse_args_and_config([*words, "--seed", str(repetition), *added]))
-            steps = StepSeconds()
+            steps = StepTimes(time.process_time)
             trainer.add_callback(steps)
             trainer.train()
             # The first step has more to do, such as the optimizer's state.
@@ -86,7 +75,6 @@ def main(words: Sequence[str]) -> None:
 
 
 def _trainer(script_args: CostArguments, training_args: AlphaGRPOConfig, model_args: ModelConfig) -> AlphaGRPOTrainer:
-    # Here, so that `--help` does not import models and trainers.
     from recipe_tools import training
 
     run = training.prepare_run(script_args, training_args, model_args)

@@ -30,10 +30,10 @@ OTHER_OBJECTIVES = {
     "awm_authors": (*AWM_ARGUMENTS, "--sde_window_size", "6", *AUTHORS_PENALTY, *AUTHORS_REFERENCES),
 }
 """Arguments of other objectives than the default, by name."""
-EQUAL_TIME_STEPS = {"diffusion_nft_reference": 70, "awm_authors": 42}
+EQUAL_TIME_STEPS = {"diffusion_nft_reference": 65, "awm_authors": 41}
 """
-Steps of the objectives that are slower than the default, in the time that it takes for [`SHORT_STEPS`]. Steps of the others take as
-long within 6%, as `step_costs.py` measured.
+Steps in the time that the default takes for [`SHORT_STEPS`], of the objectives whose steps take more than a tenth longer, as
+`step_costs.py` measured.
 """
 DEFAULT_LABEL = "`flow_grpo`, Flow-SDE, without guidance (the recipe's default)"
 

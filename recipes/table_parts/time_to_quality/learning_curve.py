@@ -112,11 +112,8 @@ def main(script_args: CurveArguments, training_args: AlphaGRPOConfig, model_args
     from recipe_tools import training
 
     interval = max(1, training_args.max_steps // script_args.num_points)
-    training_args.save_strategy, training_args.save_steps, training_args.save_total_limit = (
-        SaveStrategy.STEPS,
-        interval,
-        1,
-    )
+    training_args.save_strategy = SaveStrategy.STEPS
+    training_args.save_steps, training_args.save_total_limit = interval, 1
     run = training.prepare_run(script_args, training_args, model_args)
     trainer = training.make_trainer(run, training.load_rewards(run))
 

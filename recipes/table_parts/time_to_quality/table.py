@@ -29,38 +29,36 @@ MEASURED_RECIPES = {"reasoning_t2i": "text-to-image", "self_reflection": "self-r
 TRAJECTORIES_PER_STEP = 64
 """Trajectories per step, as in the configurations of both recipes."""
 DEFAULT = "paper"
+
+
+def _released(micro_batch_size: int) -> tuple[str, ...]:
+    settings = released_settings(micro_batch_size, TRAJECTORIES_PER_STEP)
+    return tuple(word for argument, value in settings.items() for word in (f"--{argument}", str(value)))
+
+
 ALGORITHMS = {
-    "released_2": "released code's, micro-batches of 2",
-    "released_8": "released code's, micro-batches of 8",
-    "released_64": "released code's, all 64 at once",
-    DEFAULT: "`--preset paper`",
-    "fast": "`--preset fast`",
-    "fast_awm": f"`--preset fast {' '.join(AWM_ARGUMENTS)}`",
+    "released_2": ("released code's, micro-batches of 2", _released(2)),
+    "released_8": ("released code's, micro-batches of 8", _released(8)),
+    "released_64": ("released code's, all 64 at once", _released(64)),
+    DEFAULT: ("`--preset paper`", ("--preset", "paper")),
+    "fast": ("`--preset fast`", ("--preset", "fast")),
+    "fast_awm": (f"`--preset fast {' '.join(AWM_ARGUMENTS)}`", ("--preset", "fast", *AWM_ARGUMENTS)),
 }
-"""Labels of the algorithms."""
+"""Label and arguments of the algorithms. All have the same trajectories per step."""
 SHARES = {"half of the way": 0.5, "90% of the way": 0.9}
 """Parts of the default's gain that are to be reached."""
-
-
-def algorithm_arguments(name: str) -> tuple[str, ...]:
-    """The arguments of one of [`ALGORITHMS`]. All have the same trajectories per step."""
-    if not name.startswith("released_"):
-        preset, _, objective = name.partition("_")
-        return ("--preset", preset, *(AWM_ARGUMENTS if objective else ()))
-    settings = released_settings(int(name.removeprefix("released_")), TRAJECTORIES_PER_STEP)
-    return tuple(word for argument, value in settings.items() for word in (f"--{argument}", str(value)))
 
 
 def time_to_quality_table(plan: Plan) -> MeasuredTable:
     """Seconds of training until the strict pass rate reaches a part of what the default reaches."""
     curves = {
-        recipe: {name: plan.learning_curves(recipe, name, *algorithm_arguments(name)) for name in ALGORITHMS}
+        recipe: {name: plan.learning_curves(recipe, name, *words) for name, (_, words) in ALGORITHMS.items()}
         for recipe in MEASURED_RECIPES
     }
     rows = [
         _row(f"{title}: {label}", curves[recipe][name], curves[recipe][DEFAULT])
         for recipe, title in MEASURED_RECIPES.items()
-        for name, label in ALGORITHMS.items()
+        for name, (label, _) in ALGORITHMS.items()
     ]
     return MeasuredTable(
         "Time to quality",
@@ -117,7 +115,7 @@ def _draw(path: Path, curves: dict[str, dict[str, tuple[Run, ...]]]) -> None:
             seconds = [sum(p.seconds for p in group) / len(group) for group in points]
             rates = [[100 * p.strict_pass_rate for p in group] for group in points]
             (line,) = axes.plot(
-                seconds, [sum(group) / len(group) for group in rates], label=ALGORITHMS[name].replace("`", "")
+                seconds, [sum(group) / len(group) for group in rates], label=ALGORITHMS[name][0].replace("`", "")
             )
             axes.fill_between(
                 seconds,
