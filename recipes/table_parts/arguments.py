@@ -19,6 +19,7 @@ TABLE_NAMES = (
     "guidance",
     "solvers",
     "rollouts",
+    "presets",
     "cheaper_training",
     "reflection",
     "reflection_settings",

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from alphagrpo_ext.shapes.editing import EDITS
+from table_parts.fewer_evaluations import COSTS_NAME
 from table_parts.plan import Plan, Run
 from table_parts.results import ScoredSamples, decimals, over_seeds, percent, rewards_over_seeds
 from table_parts.tables import MeasuredRow, MeasuredTable, one_line
@@ -120,26 +121,30 @@ def _editing(folders: Sequence[Path]) -> list[str]:
 
 def solvers_table(plan: Plan) -> MeasuredTable:
     """Reward against the number of network evaluations, of an evaluation."""
-    return _costs_table(plan, "Fewer network evaluations: evaluation", "solver", place=0)
+    return _costs_table("Fewer network evaluations: evaluation", "solver", plan.costs("solvers", minutes=7.0))
 
 
 def rollouts_table(plan: Plan) -> MeasuredTable:
     """Reward against the number of network evaluations, of rollouts."""
-    return _costs_table(plan, "Fewer network evaluations: training rollouts", "rollout", place=1)
+    return _costs_table("Fewer network evaluations: training rollouts", "rollout", plan.costs("rollouts", minutes=5.0))
 
 
-def _costs_table(plan: Plan, title: str, first: str, place: int) -> MeasuredTable:
+def presets_table(plan: Plan) -> MeasuredTable:
+    """Reward against the number of network evaluations, of rollouts of both tasks under every preset."""
+    return _costs_table("Presets: training rollouts", "rollout", plan.costs("presets", minutes=20.0))
+
+
+def _costs_table(title: str, first: str, run: Run) -> MeasuredTable:
     return MeasuredTable(
         title,
         (first, "images", "fewer", "reward", "paired difference", "strict pass", "spread"),
-        (MeasuredRow(first, (plan.costs(),), lambda folders: _costs(folders[0], place)),),
+        (MeasuredRow(first, (run,), lambda folders: _costs(folders[0])),),
         "`images` counts evaluations of the network per sample. `+-` is the standard error of the paired difference, for rollouts "
         "over groups. `spread` is the mean standard deviation of rewards within a group.",
     )
 
 
-def _costs(folder: Path, place: int) -> list[list[str]]:
-    tables = json.loads((folder / "fewer_evaluations.json").read_text(encoding="utf-8"))
+def _costs(folder: Path) -> list[list[str]]:
     return [
         [
             row["name"],
@@ -150,5 +155,5 @@ def _costs(folder: Path, place: int) -> list[list[str]]:
             percent(row["strict_pass_rate"]),
             "" if row["spread"] is None else f"{row['spread']:.3f}",
         ]
-        for row in list(tables.values())[place]
+        for row in json.loads((folder / COSTS_NAME).read_text(encoding="utf-8"))
     ]

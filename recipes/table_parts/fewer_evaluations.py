@@ -3,11 +3,13 @@
 """
 Measure how the reward of a model of the shapes world depends on the number of evaluations of its network.
 
-One table has evaluations with several ODE solvers and numbers of steps, the other has training rollouts with fewer steps and with
-branches. Every row is paired with the first one of its table by prompt and noise. It is a script that `reproduce_tables.py` runs:
+There are three tables: `solvers` has evaluations with several ODE solvers and numbers of steps, `rollouts` has training rollouts with
+fewer steps and with branches, and `presets` has those of both tasks under every preset, with and without guidance. Rows are paired by
+prompt and noise with the first one of their table or, for presets, of their setting. It is a script that `reproduce_tables.py` runs, once
+for each table:
 
 ```bash
-python recipes/reproduce_tables.py --only solvers rollouts
+python recipes/reproduce_tables.py --only solvers rollouts presets
 ```
 """
 
@@ -23,17 +25,30 @@ from alphagrpo_ext.ranges import AtLeastTwo, check_ranges
 from recipe_tools.recipe_arguments import RecipeParser
 
 
+MEASUREMENTS = ("solvers", "rollouts", "presets")
+"""Names of the tables."""
+COSTS_NAME = "costs.json"
+"""File of the rows of a table."""
+
+
 @dataclass
 class MeasurementArguments:
     """Arguments of the measurement; the help text of a field describes it."""
 
+    table: str = field(default="solvers", metadata={"help": f"Table to measure: {', '.join(MEASUREMENTS)}."})
     model_name_or_path: str = field(default="bagel-shapes", metadata={"help": "Model of the shapes world to measure."})
-    num_prompts: AtLeastTwo = field(default=504, metadata={"help": "Number of held-out prompts of an evaluation."})
-    num_groups: AtLeastTwo = field(default=120, metadata={"help": "Number of groups of training rollouts."})
-    output_dir: str = field(default="runs/fewer_evaluations", metadata={"help": "Folder for fewer_evaluations.json."})
+    num_prompts: AtLeastTwo = field(
+        default=504, metadata={"help": "Number of held-out prompts of an evaluation, for solvers."}
+    )
+    num_groups: AtLeastTwo = field(
+        default=120, metadata={"help": "Number of groups of training rollouts, for rollouts and presets."}
+    )
+    output_dir: str = field(default="runs/fewer_evaluations", metadata={"help": f"Folder for {COSTS_NAME}."})
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.table not in MEASUREMENTS:
+            raise ValueError(f"table: unknown {self.table}; available: {', '.join(MEASUREMENTS)}")
 
 
 def main(args: MeasurementArguments) -> None:
@@ -42,30 +57,27 @@ def main(args: MeasurementArguments) -> None:
 
     from alphagrpo_ext.models.attention.choice import choose_attention
     from alphagrpo_ext.models.loading import load_model
-    from alphagrpo_ext.rollout import TASKS, RolloutGenerator
-    from recipe_tools.evaluation.costs import NUM_SEEDS, TABLE_HEADER, Meter, measure_rollouts, measure_solvers
+    from recipe_tools.evaluation.costs import TABLE_HEADER, Meter, measure_presets, measure_rollouts, measure_solvers
     from reward_models.prompts.loading import load_prompts
 
     # Threads that wait for each other cost more than they save at this size.
     torch.set_num_threads(1)
     model, processor = load_model(args.model_name_or_path, dtype="float32")
     model.set_attn_implementation(choose_attention(model.family, model.device.type).name)
-    meter = Meter(RolloutGenerator(model.eval(), processor, TASKS.get("reasoning_t2i")(think=True)))
-    output = Path(args.output_dir) / "fewer_evaluations.json"
-    evaluation_title = f"evaluation, {args.num_prompts} prompts x {NUM_SEEDS} seeds"
-    rollouts_title = f"training rollouts, {args.num_groups} groups"
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for title, measure, rows in (
-        (evaluation_title, measure_solvers, load_prompts(None, "evaluation", args.num_prompts)),
-        (rollouts_title, measure_rollouts, load_prompts(None, "train", args.num_groups)),
-    ):
-        print(f"{title}\n{TABLE_HEADER}")
-        tables[title] = []
-        for row in measure(meter, list(rows)):
-            print(row, flush=True)
-            tables[title].append(asdict(row))
-            # After each row, so that a run that is stopped keeps what it measured.
-            write_text(output, json.dumps(tables, indent=2) + "\n")
+    meter = Meter(model.eval(), processor)
+    if args.table == "solvers":
+        measured = measure_solvers(meter, list(load_prompts(None, "evaluation", args.num_prompts)))
+    else:
+        measure = measure_presets if args.table == "presets" else measure_rollouts
+        measured = measure(meter, list(load_prompts(None, "train", args.num_groups)))
+    output = Path(args.output_dir) / COSTS_NAME
+    rows: list[dict[str, Any]] = []
+    print(TABLE_HEADER)
+    for row in measured:
+        print(row, flush=True)
+        rows.append(asdict(row))
+        # After each row, so that a run that is stopped keeps what it measured.
+        write_text(output, json.dumps(rows, indent=2) + "\n")
     print(f"\n{output}")
 
 

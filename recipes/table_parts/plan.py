@@ -185,12 +185,12 @@ class Plan:
         words = ("--model_name_or_path", self.args.model_name_or_path, *amounts)
         return self._run("objective_costs", "table_parts/objectives/step_costs.py", words, 4.0)
 
-    def costs(self) -> Run:
-        """The measurement of `fewer_evaluations.py`, which begins anew after it was cut off."""
+    def costs(self, table: str, minutes: float) -> Run:
+        """The measurement of a table by `fewer_evaluations.py`, which begins anew after it was cut off."""
         num_groups = max(2, round(120 * self.args.num_eval_prompts / 504))
         amounts = ("--num_prompts", str(self.args.num_eval_prompts), "--num_groups", str(num_groups))
-        words = ("--model_name_or_path", self.args.model_name_or_path, *amounts)
-        return self._run("fewer_evaluations", "table_parts/fewer_evaluations.py", words, 12.0)
+        words = ("--table", table, "--model_name_or_path", self.args.model_name_or_path, *amounts)
+        return self._run(f"fewer_evaluations_{table}", "table_parts/fewer_evaluations.py", words, minutes)
 
     def frozen_rewards(self) -> Run:
         """The measurement of `frozen_rewards.py`, on several images of every prompt by the model that runs start from."""

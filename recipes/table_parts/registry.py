@@ -6,7 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_parts.evaluations import editing_table, guidance_table, rollouts_table, rounds_table, solvers_table
+from table_parts.evaluations import (
+    editing_table,
+    guidance_table,
+    presets_table,
+    rollouts_table,
+    rounds_table,
+    solvers_table,
+)
 from table_parts.learning import (
     categories_table,
     cheaper_training_table,
@@ -31,6 +38,7 @@ TABLES: dict[str, Callable[[Plan], MeasuredTable]] = {
     "guidance": guidance_table,
     "solvers": solvers_table,
     "rollouts": rollouts_table,
+    "presets": presets_table,
     "cheaper_training": cheaper_training_table,
     "reflection": reflection_table,
     "reflection_settings": reflection_settings_table,

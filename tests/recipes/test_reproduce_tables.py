@@ -25,6 +25,7 @@ from alphagrpo_ext.models.loading import resolve_model_path
 from alphagrpo_ext.shapes.editing import EDITS
 from alphagrpo_ext.shapes.prompts import CATEGORIES
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
+from recipe_tools.evaluation import costs
 from recipe_tools.evaluation.arguments import EvaluationArguments
 from recipes.reproduce_tables import check_made_with, main, save_pages, tables_overview
 from reward_models.arguments import PromptArguments
@@ -35,6 +36,7 @@ from table_parts import execution
 from table_parts.arguments import TABLE_NAMES, TablesArguments
 from table_parts.execution import RunQueue
 from table_parts.fewer_evaluations import MeasurementArguments
+from table_parts.fewer_evaluations import main as measure_costs
 from table_parts.frozen_rewards import AgreementArguments, within_prompt_auc
 from table_parts.objectives import step_costs
 from table_parts.objectives.step_costs import CostArguments
@@ -113,8 +115,8 @@ def write_results(run: Run) -> None:
     elif script == "table_parts/fewer_evaluations.py":
         row = {"name": "euler", "images": 10.0, "fewer": 1.0, "reward": 0.78, "difference": 0.0, "error": 0.0}
         row |= {"strict_pass_rate": 0.5, "spread": None}
-        tables = {"evaluation": [row], "rollouts": [row | {"name": "ab2", "spread": 0.17}]}
-        (run.folder / "fewer_evaluations.json").write_text(json.dumps(tables))
+        rows = [row if run.name.endswith("solvers") else row | {"name": "ab2", "spread": 0.17}]
+        (run.folder / "costs.json").write_text(json.dumps(rows))
     elif script == "table_parts/frozen_rewards.py":
         found = {"DVReward": {"auc": 0.9, "error": 0.01}, "one question": {"auc": 0.8, "error": None}}
         (run.folder / "frozen_rewards.json").write_text(json.dumps(found))
@@ -423,6 +425,28 @@ def test_costs_of_objectives_are_those_of_their_steps(tmp_path: Path, monkeypatc
     assert seconds.keys() == {"default", "awm_fast"}
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     assert sum(map(sum, seconds.values())) < time.process_time() - start
+
+
+def test_presets_are_compared_on_the_same_prompts_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("--per_device_train_batch_size", "8", "--num_generations", "4", "--bf16", "false")
+    settings = {"painting": ("reasoning_t2i", *few), "refining": ("self_reflection", *few)}
+    monkeypatch.setattr(costs, "PRESET_SETTINGS", settings)
+    run = plan_in(tmp_path, num_eval_prompts=8).costs("presets", minutes=1.0)
+    (arguments,) = TrlParser((MeasurementArguments,)).parse_args_and_config(list(run.command[1:]))
+    assert arguments.num_groups == 2
+    measure_costs(arguments)
+    rows = {row["name"]: row for row in json.loads((run.folder / "costs.json").read_text())}
+    assert list(rows) == [f"{title}, `{preset}`" for title in settings for preset in ("paper", "fast")]
+    painting = [rows[f"painting, `{preset}`"] for preset in ("paper", "fast")]
+    # Two images of a thought share the steps before their window.
+    assert painting[0]["images"] == 10 and 4 < painting[1]["images"] < 6
+    assert painting[1]["fewer"] == 10 / painting[1]["images"]
+    assert painting[0]["difference"] == 0 and painting[1]["difference"] == pytest.approx(
+        painting[1]["reward"] - painting[0]["reward"], abs=1e-6
+    )
+    refining = rows["refining, `paper`"]
+    # One first image for every two samples takes ten evaluations, too, and so does a repaint.
+    assert 5 <= refining["images"] <= 15 and 0 <= refining["strict_pass_rate"] <= 1 and 0 < refining["reward"] <= 1
 
 
 SCRIPT = """
