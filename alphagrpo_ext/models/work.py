@@ -26,6 +26,8 @@ weights, however few its tokens are. From this number on, that takes a few perce
 """
 MIN_FORWARD_TOKENS_FP32 = 512
 """The same for a policy that computes in fp32, where a token takes longer and adding to the gradients does not."""
+MIN_FORWARD_TOKENS_ADAPTERS = 1280
+"""The same where adapters are trained and the policy does not compute in fp32: few weights have a gradient to add to."""
 MIN_FORWARD_WORK = 10**10
 """
 Products of a token with a weight that such a forward has at least, unless there are fewer. Below it, calling the operations takes a
@@ -33,7 +35,20 @@ noticeable share of the time, and the activations of all steps are small.
 """
 
 
-def balanced_steps(num_steps: int, tokens_per_step: int, num_weights: int, is_fp32: bool) -> int:
+def min_forward_tokens(is_fp32: bool, trains_adapters: bool) -> int:
+    """
+    Noised tokens that a forward of trained steps has at least.
+
+    Args:
+        is_fp32 (`bool`): Whether the policy computes in fp32: weights in fp32, and no autocast.
+        trains_adapters (`bool`): Whether only adapters of the weights are trained.
+    """
+    if is_fp32:
+        return MIN_FORWARD_TOKENS_FP32
+    return MIN_FORWARD_TOKENS_ADAPTERS if trains_adapters else MIN_FORWARD_TOKENS
+
+
+def balanced_steps(num_steps: int, tokens_per_step: int, num_weights: int, min_tokens: int) -> int:
     """
     How many trained steps of a window to put into one forward, so that its activations are small and its work is large
     enough to be computed fast. Forwards of a window have nearly as many steps each.
@@ -42,9 +57,9 @@ def balanced_steps(num_steps: int, tokens_per_step: int, num_weights: int, is_fp
         num_steps (`int`): Trained steps K of the window, at least 1.
         tokens_per_step (`int`): Noised tokens per step, of all images of the micro-batch in all guidance branches.
         num_weights (`int`): Weights that every noised token is multiplied with.
-        is_fp32 (`bool`): Whether the policy computes in fp32: weights in fp32, and no autocast.
+        min_tokens (`int`): Noised tokens of a forward, at least; see [`min_forward_tokens`].
     """
-    least = max(MIN_FORWARD_TOKENS_FP32 if is_fp32 else MIN_FORWARD_TOKENS, MIN_FORWARD_WORK / max(num_weights, 1))
+    least = max(min_tokens, MIN_FORWARD_WORK / max(num_weights, 1))
     num_forwards = min(num_steps, max(1, int(num_steps * tokens_per_step / least)))
     return -(-num_steps // num_forwards)
 

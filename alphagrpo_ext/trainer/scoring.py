@@ -32,7 +32,7 @@ from accelerate import Accelerator
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, ReadContexts, UnifiedModel
-from alphagrpo_ext.models.work import balanced_steps
+from alphagrpo_ext.models.work import balanced_steps, min_forward_tokens
 from alphagrpo_ext.objectives.base import ImageObjective, ImageScores, ObjectiveOutput
 from alphagrpo_ext.objectives.regularizers import penalized
 from alphagrpo_ext.rollout.task import Task
@@ -311,6 +311,12 @@ def computes_in_fp32(model: UnifiedModel, args: AlphaGRPOConfig) -> bool:
     return model.dtype == torch.float32 and not args.bf16 and not args.fp16
 
 
+def trains_adapters(model: UnifiedModel) -> bool:
+    """Whether few weights are trained: less than half as many as every noised token is multiplied with."""
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 2 * num_trained < model.num_generation_weights
+
+
 def resolve_steps_per_forward(
     args: AlphaGRPOConfig, model: UnifiedModel, tasks: Mapping[str, Task], can_split: bool
 ) -> int | None:
@@ -342,8 +348,8 @@ def resolve_steps_per_forward(
             num_branches = len(model.guidance(settings.objective_guidance.effective).branches)
             tokens_per_trajectory.append(task.num_turns * num_branches * rows * columns)
     tokens_per_step = args.per_device_train_batch_size * max(tokens_per_trajectory)
-    is_fp32 = computes_in_fp32(model, args)
-    steps = balanced_steps(args.sde_window_size, tokens_per_step, model.num_generation_weights, is_fp32)
+    min_tokens = min_forward_tokens(computes_in_fp32(model, args), trains_adapters(model))
+    steps = balanced_steps(args.sde_window_size, tokens_per_step, model.num_generation_weights, min_tokens)
     return steps if steps < args.sde_window_size else None
 
 

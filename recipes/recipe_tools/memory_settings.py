@@ -96,13 +96,14 @@ class MemorySettings:
             tokens_per_image (`int`): Latent tokens of an image.
             num_weights (`int`): Weights that noised tokens are multiplied with.
         """
-        from alphagrpo_ext.models.work import balanced_steps
+        from alphagrpo_ext.models.work import balanced_steps, min_forward_tokens
 
         given, num_steps = self.image_steps_per_forward, self.sde_window_size
         if given == "auto":
             tokens_per_step = self.batch_size * self.num_branches * tokens_per_image
             is_fp32 = self.dtype == "float32" and not self.autocast
-            return balanced_steps(num_steps, tokens_per_step, num_weights, is_fp32)
+            least = min_forward_tokens(is_fp32, trains_adapters=self.lora_rank > 0)
+            return balanced_steps(num_steps, tokens_per_step, num_weights, least)
         return num_steps if given == "all" else min(given, num_steps)
 
     @property

@@ -4,7 +4,7 @@
 
 import pytest
 
-from alphagrpo_ext.models.work import MIN_FORWARD_TOKENS, MIN_FORWARD_TOKENS_FP32, MIN_FORWARD_WORK, balanced_steps
+from alphagrpo_ext.models.work import MIN_FORWARD_TOKENS, MIN_FORWARD_WORK, balanced_steps, min_forward_tokens
 
 
 MANY = MIN_FORWARD_WORK
@@ -26,20 +26,25 @@ MANY = MIN_FORWARD_WORK
     ],
 )
 def test_number_of_steps(num_steps: int, tokens_per_step: int, num_weights: int, expected: int) -> None:
-    assert balanced_steps(num_steps, tokens_per_step, num_weights, is_fp32=False) == expected
+    assert balanced_steps(num_steps, tokens_per_step, num_weights, MIN_FORWARD_TOKENS) == expected
 
 
-def test_forwards_are_smaller_in_fp32() -> None:
-    assert MIN_FORWARD_TOKENS_FP32 < MIN_FORWARD_TOKENS
-    assert balanced_steps(10, MIN_FORWARD_TOKENS_FP32, MANY, is_fp32=True) == 1
-    assert balanced_steps(10, MIN_FORWARD_TOKENS_FP32 // 2, MANY, is_fp32=True) == 2
+@pytest.mark.parametrize(
+    "few", [{"is_fp32": True, "trains_adapters": False}, {"is_fp32": False, "trains_adapters": True}]
+)
+def test_forwards_are_smaller_in_fp32_and_for_adapters(few: dict[str, bool]) -> None:
+    least = min_forward_tokens(**few)
+    assert least < min_forward_tokens(is_fp32=False, trains_adapters=False) == MIN_FORWARD_TOKENS
+    assert min_forward_tokens(is_fp32=True, trains_adapters=True) <= least
+    assert balanced_steps(10, least, MANY, least) == 1
+    assert balanced_steps(10, least // 2, MANY, least) == 2
 
 
 def test_forwards_are_large_and_balanced() -> None:
     for num_steps in range(1, 13):
         for tokens in (1, 100, 500, 1000, 3000):
             for weights in (10**5, 10**6, 10**8):
-                steps = balanced_steps(num_steps, tokens, weights, is_fp32=False)
+                steps = balanced_steps(num_steps, tokens, weights, MIN_FORWARD_TOKENS)
                 assert 1 <= steps <= num_steps
                 is_large = steps * tokens >= MIN_FORWARD_TOKENS and steps * tokens * weights >= MIN_FORWARD_WORK
                 assert is_large or steps == num_steps

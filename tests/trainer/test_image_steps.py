@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import TrainerCallback
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
@@ -195,6 +196,24 @@ def test_default_splits_by_the_size_of_a_forward(make_trainer: MakeTrainer, monk
     assert counts[0] == counts[1]
     # The policy before training is scored in as large forwards as the update.
     assert [steps for _, steps in counts[0]] == [2, 1, 1, 2]
+
+
+def test_adapters_have_smaller_forwards_in_bf16(
+    make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "MIN_FORWARD_WORK", 0)
+    monkeypatch.setattr(work, "MIN_FORWARD_TOKENS", 865)
+    monkeypatch.setattr(work, "MIN_FORWARD_TOKENS_ADAPTERS", 432)
+    args, model = make_trainer().args.copy(), make_shapes_bagel()
+    args.bf16 = True
+    tasks = {"reasoning_t2i": TASKS.get("reasoning_t2i")(think=True)}
+    # All three steps of 288 tokens each are still too few.
+    assert resolve_steps_per_forward(args, model, tasks, can_split=True) is None
+    adapter = LoraConfig(r=4, target_modules=model.family.lora_target_modules("both"))
+    model.requires_grad_(False)
+    inject_adapter_in_model(adapter, model)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    assert resolve_steps_per_forward(args, model, tasks, can_split=True) == 2
 
 
 def test_automatic_number_is_that_of_the_configuration(
