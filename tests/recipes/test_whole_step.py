@@ -51,15 +51,16 @@ def trainers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_both_algorithms_train_on_the_same_samples(trainers: dict[str, AlphaGRPOTrainer]) -> None:
-    ours, released = (trainers[name].args for name in ("ours", "released"))
+    ours, released = (trainers[name].args for name in ("auto", "released"))
     assert ours.generation_batch_size == released.generation_batch_size == 4
     assert ours.train_rollout(0).denoising == released.train_rollout(0).denoising
     assert (ours.per_device_train_batch_size, released.per_device_train_batch_size) == (4, 2)
     assert (released.image_steps_per_forward, released.context_gradient) == (1, "detached")
+    assert (ours.image_steps_per_forward, trainers["1"].args.image_steps_per_forward) == ("auto", 1)
     is_reflection = ours.task == "self_reflection"
     assert (ours.num_timesteps, ours.sde_window_size) == ((40, 5) if is_reflection else (16, 10))
     assert tuple(ours.guidance.interval) == ((0.0, 1.0) if is_reflection else (0.4, 1.0))
-    assert all("lora_" in name for name, p in trainers["ours"].model.named_parameters() if p.requires_grad)
+    assert all("lora_" in name for name, p in trainers["auto"].model.named_parameters() if p.requires_grad)
 
 
 def test_rows_are_written_as_soon_as_they_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,13 +85,13 @@ def test_a_step_is_timed_and_its_peak_measured(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(comparison, "whole_steps", lambda size: [step])
     size = replace(SMALLEST, thought_tokens=4)
     (table,) = compared_steps("Whole step: smallest", size, str(tmp_path), "bfloat16", repetitions=1)
-    (row,) = table.rows
-    cells = dict(zip(STEP_COLUMNS, row, strict=True))
-    assert row[:3] == ["reasoning_t2i", "LoRA 4", 1]
-    assert cells["CPU seconds, ours"].median > 0
-    assert 0 < cells["peak MiB above imports, ours"] < cells["peak RSS MiB, ours"]
-    assert 0 < cells["peak of released"] < cells["peak RSS of released"]
-    assert cells["peak, ours over released"] == pytest.approx(
-        cells["peak MiB above imports, ours"] / cells["peak of released"], rel=0.02
-    )
+    assert [row[:4] for row in table.rows] == [["reasoning_t2i", "LoRA 4", 1, steps] for steps in ("auto", "1")]
+    for row in table.rows:
+        cells = dict(zip(STEP_COLUMNS, row, strict=True))
+        assert cells["CPU seconds, ours"].median > 0
+        assert 0 < cells["peak MiB above imports, ours"] < cells["peak RSS MiB, ours"]
+        assert 0 < cells["peak of released"] < cells["peak RSS of released"]
+        assert cells["peak, ours over released"] == pytest.approx(
+            cells["peak MiB above imports, ours"] / cells["peak of released"], rel=0.02
+        )
     json.dumps(table.to_json())

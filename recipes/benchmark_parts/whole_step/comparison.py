@@ -22,10 +22,13 @@ from benchmark_parts.whole_step.trainers import STEP_SETTINGS, WholeStep, interl
 
 LORA_RANK = 32
 STEP_COLUMNS = [
-    *("task", "trained", "prompts", "CPU seconds, ours", "released", "ours over released"),
+    *("task", "trained", "prompts", "steps per forward", "CPU seconds, ours", "released", "ours over released"),
     *("peak MiB above imports, ours", "peak of released", "peak, ours over released"),
     *("peak RSS MiB, ours", "peak RSS of released"),
 ]
+STEPS_PER_FORWARD = ("auto", "1")
+"""Values of `image_steps_per_forward` that are measured. The second is also the released algorithm's."""
+RELEASED = "released"
 
 
 def brightness(images: list[Any], **kwargs: Any) -> list[float]:
@@ -48,13 +51,14 @@ def whole_steps(size: Size) -> list[WholeStep]:
 
 
 def algorithms(step: WholeStep) -> dict[str, dict[str, Any]]:
-    """Arguments of the trainer for this library's step and for the released code's."""
-    return {"ours": {"preset": "paper"}, "released": released_settings(MICRO_BATCH_SIZE, step.num_samples)}
+    """Arguments of the trainer for this library's step, by its steps per forward, and for the released code's."""
+    ours = {steps: {"preset": "paper", "image_steps_per_forward": steps} for steps in STEPS_PER_FORWARD}
+    return {**ours, RELEASED: released_settings(MICRO_BATCH_SIZE, step.num_samples)}
 
 
 def compared_steps(title: str, size: Size, output_dir: str, precision: str, repetitions: int) -> Iterator[ResultTable]:
     """
-    Compare the steps of a size. The table comes after each row, so that none is lost.
+    Compare the steps of a size. The table comes after the rows of each step, so that none is lost.
 
     Args:
         title (`str`): Title of the table.
@@ -65,7 +69,7 @@ def compared_steps(title: str, size: Size, output_dir: str, precision: str, repe
     """
     rows: list[list[Any]] = []
     for step in whole_steps(size):
-        rows = [*rows, _row(step, size, output_dir, precision, repetitions)]
+        rows = [*rows, *_rows(step, size, output_dir, precision, repetitions)]
         note = (
             f"{step.num_samples} samples per step: first images, rollout, a reward that takes no time, and update; "
             f"{torch.get_num_threads()} thread(s). Released: its algorithm in this library, one forward per trained step on contexts "
@@ -94,7 +98,7 @@ def train_two_steps(precision: str, step: str, size: str, arguments: str) -> Non
         ).train()
 
 
-def _row(step: WholeStep, size: Size, output_dir: str, precision: str, repetitions: int) -> list[Any]:
+def _rows(step: WholeStep, size: Size, output_dir: str, precision: str, repetitions: int) -> list[list[Any]]:
     choices = algorithms(step)
     trainers = {
         name: make_step_trainer(step, size, brightness, output_dir, precision == "bfloat16", arguments)
@@ -106,12 +110,16 @@ def _row(step: WholeStep, size: Size, output_dir: str, precision: str, repetitio
     peaks = {name: step_peak(step, size, precision, arguments) for name, arguments in choices.items()}
     above = {name: peak.above_imports for name, peak in peaks.items()}
     return [
-        step.task,
-        f"LoRA {step.lora_rank}" if step.lora_rank else "all weights",
-        step.num_samples // step.group_size,
-        *(Spread.of(values) for values in seconds.values()),
-        ratio(seconds["ours"], seconds["released"]),
-        *(round(bytes / 2**20) for bytes in above.values()),
-        above["ours"] / above["released"],
-        *(round(peak.resident / 2**20) for peak in peaks.values()),
+        [
+            step.task,
+            f"LoRA {step.lora_rank}" if step.lora_rank else "all weights",
+            step.num_samples // step.group_size,
+            name,
+            *(Spread.of(seconds[key]) for key in (name, RELEASED)),
+            ratio(seconds[name], seconds[RELEASED]),
+            *(round(above[key] / 2**20) for key in (name, RELEASED)),
+            above[name] / above[RELEASED],
+            *(round(peaks[key].resident / 2**20) for key in (name, RELEASED)),
+        ]
+        for name in STEPS_PER_FORWARD
     ]
