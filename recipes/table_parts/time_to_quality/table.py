@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from alphagrpo_ext.files import atomic_path
 from benchmark_parts.whole_step.released import released_settings
@@ -22,6 +23,10 @@ from table_parts.plan import Plan, Run
 from table_parts.results import percent
 from table_parts.tables import MeasuredRow, MeasuredTable
 from table_parts.time_to_quality.curve import CurvePoint, read_curve, seconds_until
+
+
+if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
 
 
 MEASURED_RECIPES = {"reasoning_t2i": "text-to-image", "self_reflection": "self-reflection"}
@@ -105,7 +110,9 @@ def _draw(path: Path, curves: dict[str, dict[str, tuple[Run, ...]]]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    colors = {name: f"C{place}" for place, name in enumerate(ALGORITHMS)}
+    drawn: dict[str, Line2D] = {}
     for axes, (recipe, algorithms) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
         for name, runs in algorithms.items():
             if not all(run.finished for run in runs):
@@ -114,18 +121,12 @@ def _draw(path: Path, curves: dict[str, dict[str, tuple[Run, ...]]]) -> None:
             points = list(zip(*(read_curve(run.folder) for run in runs), strict=True))
             seconds = [sum(p.seconds for p in group) / len(group) for group in points]
             rates = [[100 * p.strict_pass_rate for p in group] for group in points]
-            (line,) = axes.plot(
-                seconds, [sum(group) / len(group) for group in rates], label=ALGORITHMS[name][0].replace("`", "")
-            )
-            axes.fill_between(
-                seconds,
-                [min(group) for group in rates],
-                [max(group) for group in rates],
-                color=line.get_color(),
-                alpha=0.2,
-            )
+            (drawn[name],) = axes.plot(seconds, [sum(group) / len(group) for group in rates], color=colors[name])
+            lowest, highest = ([end(group) for group in rates] for end in (min, max))
+            axes.fill_between(seconds, lowest, highest, color=colors[name], alpha=0.2)
         axes.set(title=MEASURED_RECIPES[recipe], xlabel="CPU seconds of training", ylabel="strict pass, %")
-        if axes.lines:
-            axes.legend(frameon=False)
+    # One for both panels, below them, where it hides no curve.
+    labels = [ALGORITHMS[name][0].replace("`", "") for name in drawn]
+    figure.legend(list(drawn.values()), labels, loc="outside lower center", ncols=2, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
