@@ -25,7 +25,7 @@ from alphagrpo_ext.ranges import AtLeastTwo, check_ranges
 from recipe_tools.recipe_arguments import RecipeParser
 
 
-MEASUREMENTS = ("solvers", "rollouts", "presets")
+COST_TABLES = ("solvers", "rollouts", "presets")
 """Names of the tables."""
 COSTS_NAME = "costs.json"
 """File of the rows of a table."""
@@ -35,7 +35,7 @@ COSTS_NAME = "costs.json"
 class MeasurementArguments:
     """Arguments of the measurement; the help text of a field describes it."""
 
-    table: str = field(default="solvers", metadata={"help": f"Table to measure: {', '.join(MEASUREMENTS)}."})
+    table: str = field(default="solvers", metadata={"help": f"Table to measure: {', '.join(COST_TABLES)}."})
     model_name_or_path: str = field(default="bagel-shapes", metadata={"help": "Model of the shapes world to measure."})
     num_prompts: AtLeastTwo = field(
         default=504, metadata={"help": "Number of held-out prompts of an evaluation, for solvers."}
@@ -47,8 +47,8 @@ class MeasurementArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.table not in MEASUREMENTS:
-            raise ValueError(f"table: unknown {self.table}; available: {', '.join(MEASUREMENTS)}")
+        if self.table not in COST_TABLES:
+            raise ValueError(f"table: unknown {self.table}; available: {', '.join(COST_TABLES)}")
 
 
 def main(args: MeasurementArguments) -> None:
@@ -57,7 +57,13 @@ def main(args: MeasurementArguments) -> None:
 
     from alphagrpo_ext.models.attention.choice import choose_attention
     from alphagrpo_ext.models.loading import load_model
-    from recipe_tools.evaluation.costs import TABLE_HEADER, Meter, measure_presets, measure_rollouts, measure_solvers
+    from recipe_tools.evaluation.costs import (
+        TABLE_HEADER,
+        Meter,
+        measure_preset_rewards,
+        measure_rollouts,
+        measure_solvers,
+    )
     from reward_models.prompts.loading import load_prompts
 
     # Threads that wait for each other cost more than they save at this size.
@@ -68,7 +74,7 @@ def main(args: MeasurementArguments) -> None:
     if args.table == "solvers":
         measured = measure_solvers(meter, list(load_prompts(None, "evaluation", args.num_prompts)))
     else:
-        measure = measure_presets if args.table == "presets" else measure_rollouts
+        measure = measure_preset_rewards if args.table == "presets" else measure_rollouts
         measured = measure(meter, list(load_prompts(None, "train", args.num_groups)))
     output = Path(args.output_dir) / COSTS_NAME
     rows: list[dict[str, Any]] = []

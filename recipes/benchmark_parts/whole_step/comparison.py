@@ -26,7 +26,7 @@ STEP_COLUMNS = [
     *("peak MiB above imports, ours", "peak of released", "peak, ours over released"),
     *("peak RSS MiB, ours", "peak RSS of released"),
 ]
-STEPS_PER_FORWARD = ("auto", "1")
+MEASURED_STEPS_PER_FORWARD = ("auto", "1")
 """Values of `image_steps_per_forward` that are measured. The second is also the released algorithm's."""
 RELEASED = "released"
 
@@ -52,7 +52,7 @@ def whole_steps(size: Size) -> list[WholeStep]:
 
 def algorithms(step: WholeStep) -> dict[str, dict[str, Any]]:
     """Arguments of the trainer for this library's step, by its steps per forward, and for the released code's."""
-    ours = {steps: {"preset": "paper", "image_steps_per_forward": steps} for steps in STEPS_PER_FORWARD}
+    ours = {steps: {"preset": "paper", "image_steps_per_forward": steps} for steps in MEASURED_STEPS_PER_FORWARD}
     return {**ours, RELEASED: released_settings(MICRO_BATCH_SIZE, step.num_samples)}
 
 
@@ -121,5 +121,5 @@ def _rows(step: WholeStep, size: Size, output_dir: str, precision: str, repetiti
             above[name] / above[RELEASED],
             *(round(peaks[key].resident / 2**20) for key in (name, RELEASED)),
         ]
-        for name in STEPS_PER_FORWARD
+        for name in MEASURED_STEPS_PER_FORWARD
     ]

@@ -25,7 +25,7 @@ from alphagrpo_ext.trajectory import Trajectory
 from reward_models.dvreward import DVReward
 
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIG_FOLDER = Path(__file__).parents[2] / "configs"
 _GUIDANCE = ("--cfg_text_scale", "2", "--cfg_interval", "0", "1")
 _POINTS = ("--num_timesteps", "40", "--sde_window_size", "5", "--sde_window_range", "0", "15")
 PRESET_SETTINGS = {
@@ -169,7 +169,7 @@ class Meter:
 def recipe_arguments(recipe: str, *arguments: str) -> AlphaGRPOConfig:
     """Parse the configuration of a recipe for the packaged model, with some arguments that take precedence."""
     parser = TrlParser((AlphaGRPOConfig,))
-    config = ["--config", str(CONFIGS / f"{recipe}_shapes.yaml"), *arguments]
+    config = ["--config", str(CONFIG_FOLDER / f"{recipe}_shapes.yaml"), *arguments]
     return parser.parse_args_and_config(config, return_remaining_strings=True)[0]
 
 
@@ -202,7 +202,7 @@ def measure_rollouts(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> Iterato
         yield measurement.compare_with(name, base, args.num_generations)
 
 
-def measure_presets(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> Iterator[EvaluationCost]:
+def measure_preset_rewards(meter: Meter, rows: Sequence[Mapping[str, Any]]) -> Iterator[EvaluationCost]:
     """Measure training rollouts of both tasks under every preset. Rows of a setting are compared with its first preset."""
     for title, (recipe, *arguments) in PRESET_SETTINGS.items():
         base = None
