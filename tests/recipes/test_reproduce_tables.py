@@ -420,7 +420,7 @@ def test_costs_of_objectives_are_those_of_their_steps(tmp_path: Path, monkeypatc
     run = plan_in(tmp_path).objective_costs()
     few = ["--per_device_train_batch_size", "4", "--num_generations", "4", "--max_steps", "2", "--repetitions", "2"]
     start = time.process_time()
-    step_costs.main([*run.command[1:], *few, "--use_cpu", "--eval_seeds", "0"])
+    step_costs.main([*run.command[1:], *few, "--use_cpu", "--bf16", "false", "--num_train_prompts", "16"])
     seconds = json.loads((run.folder / "step_costs.json").read_text())
     assert seconds.keys() == {"default", "awm_fast"}
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
