@@ -115,11 +115,10 @@ class BagelAttention(nn.Module):
             output, _ = attention(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
         else:
             output = context.attend(query, key, value, mask, self.scaling).transpose(1, 2)
-        output, kept = output.flatten(2), (key, value) if prefill else ()
-        num_und = und.shape[1]
-        if gen is None:
-            return self.o_proj(output), None, *kept
-        return self.o_proj(output[:, :num_und]), self.o_proj_moe_gen(output[:, num_und:]), *kept
+        kept = (key, value) if prefill else ()
+        # Of inputs with gaps between samples, PyTorch multiplies each sample with a copy of a frozen weight.
+        parts = [part.flatten(2).contiguous() for part in (output[:, : und.shape[1]], output[:, und.shape[1] :])]
+        return self.o_proj(parts[0]), self.o_proj_moe_gen(parts[1]) if gen is not None else None, *kept
 
     def _attend_packed(
         self,
