@@ -13,6 +13,7 @@ class TestMyFamily(FamilyConformance):
 ```
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -269,6 +270,20 @@ class FamilyConformance:
             torch.testing.assert_close(*latents, atol=1e-4, rtol=1e-4)
 
     @torch.no_grad()
+    def test_rows_of_a_batch_are_multiplied_at_once(self, case: FamilyCase) -> None:
+        """Where rows do not follow each other in memory, PyTorch multiplies every sequence with a copy of a frozen weight."""
+
+        def refuse_gaps(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            inputs[0].view(-1, inputs[0].shape[-1])
+
+        targets = re.compile(case.model.family.lora_target_modules("both"))
+        layers = [layer for name, layer in case.model.named_modules() if targets.fullmatch(name)]
+        handles = [layer.register_forward_pre_hook(refuse_gaps) for layer in layers]
+        assert handles
+        case.score(case.sample("reasoning_t2i", case.config()), ON)
+        for handle in handles:
+            handle.remove()
+
     def test_target_never_reaches_its_context(self, case: FamilyCase) -> None:
         """The noised and the painted last image change neither a text nor another image or step."""
         trajectories = case.sample()
