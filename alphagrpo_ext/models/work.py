@@ -19,7 +19,7 @@ KINDS = ("prefill", "decode", "denoise", "scoring", "training")
 Purposes of calls of the network: reading contexts, writing text, predicting velocities, scoring trajectories without
 gradient (for old and reference policies), and scoring them with gradient.
 """
-MIN_FORWARD_TOKENS = 2048
+MIN_FORWARD_TOKENS = 1024
 """
 Noised tokens that a forward of trained steps has at least, unless there are fewer. Each backward adds to the gradient of all
 weights, however few its tokens are. From this number on, that takes a few percent of its time.
@@ -27,7 +27,10 @@ weights, however few its tokens are. From this number on, that takes a few perce
 MIN_FORWARD_TOKENS_FP32 = 512
 """The same for a policy that computes in fp32, where a token takes longer and adding to the gradients does not."""
 MIN_FORWARD_TOKENS_ADAPTERS = 1280
-"""The same where adapters are trained and the policy does not compute in fp32: few weights have a gradient to add to."""
+"""
+The same where adapters are trained and the policy does not compute in fp32. The products with their narrow factors take a larger share
+of the time when tokens are few.
+"""
 MIN_FORWARD_WORK = 10**10
 """
 Products of a token with a weight that such a forward has at least, unless there are fewer. Below it, calling the operations takes a

@@ -55,6 +55,7 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "gpu_check.json").read_text())["parts"]
 
 
+@pytest.mark.slow
 def test_command_runs_and_skips_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,29 +93,39 @@ def gradients(trainer: AlphaGRPOTrainer) -> dict[str, torch.Tensor]:
     ],
 )
 def test_gradient_is_that_of_one_forward(make_trainer: MakeTrainer, settings: dict[str, Any]) -> None:
+    assert_gradient_is_that_of_one_forward(make_trainer, settings, 2)
+
+
+def test_gradient_of_single_steps_is_that_of_one_forward(make_trainer: MakeTrainer) -> None:
+    assert_gradient_is_that_of_one_forward(make_trainer, {}, 1)
+
+
+def assert_gradient_is_that_of_one_forward(
+    make_trainer: MakeTrainer, settings: dict[str, Any], steps_per_forward: int
+) -> None:
+    """Of the three trained steps, two steps per forward leave one for the last."""
     whole = make_trainer(**PLAIN, **settings)
-    expected = gradients(whole)
+    parts = make_trainer(**PLAIN, **settings, image_steps_per_forward=steps_per_forward)
+    counts = count_parts(parts)
+    expected, actual = gradients(whole), gradients(parts)
     largest = max(gradient.norm().item() for gradient in expected.values())
     assert largest > 0
-    for steps, num_forwards in ((1, 3), (2, 2)):
-        parts = make_trainer(**PLAIN, **settings, image_steps_per_forward=steps)
-        counts = count_parts(parts)
-        actual = gradients(parts)
-        assert actual.keys() == expected.keys()
-        assert {count for _, count in counts} == ({1} if steps == 1 else {1, 2})
-        assert len(counts) % num_forwards == 0
-        if parts.args.think:
-            # Text is scored in one forward of each batch.
-            assert sum(texts > 0 for texts, _ in counts) == len(counts) // num_forwards
-        for name, gradient in expected.items():
-            # One that is nothing but rounding, as that of the keys' biases, is measured by the largest.
-            scale = max(gradient.norm().item(), 1e-3 * largest)
-            assert (actual[name] - gradient).norm().item() <= 1e-5 * scale, name
-        for metric in ("loss", "image/loss", "image/ratio_mean", "image/log_prob", "image/kl", "kl", "grad_norm"):
-            assert history(parts, metric) == pytest.approx(history(whole, metric), rel=1e-4, abs=1e-6), metric
-        # Contexts are run once.
-        for metric in ("work/training_tokens", "work/scoring_tokens"):
-            assert history(parts, metric) == history(whole, metric), metric
+    assert actual.keys() == expected.keys()
+    assert {count for _, count in counts} == ({1} if steps_per_forward == 1 else {1, 2})
+    num_forwards = -(-3 // steps_per_forward)
+    assert len(counts) % num_forwards == 0
+    if parts.args.think:
+        # Text is scored in one forward of each batch.
+        assert sum(texts > 0 for texts, _ in counts) == len(counts) // num_forwards
+    for name, gradient in expected.items():
+        # One that is nothing but rounding, as that of the keys' biases, is measured by the largest.
+        scale = max(gradient.norm().item(), 1e-3 * largest)
+        assert (actual[name] - gradient).norm().item() <= 1e-5 * scale, name
+    for metric in ("loss", "image/loss", "image/ratio_mean", "image/log_prob", "image/kl", "kl", "grad_norm"):
+        assert history(parts, metric) == pytest.approx(history(whole, metric), rel=1e-4, abs=1e-6), metric
+    # Contexts are run once.
+    for metric in ("work/training_tokens", "work/scoring_tokens"):
+        assert history(parts, metric) == history(whole, metric), metric
 
 
 @pytest.mark.parametrize("reason", ["family", "sharding"])
@@ -198,7 +208,7 @@ def test_default_splits_by_the_size_of_a_forward(make_trainer: MakeTrainer, monk
     assert [steps for _, steps in counts[0]] == [2, 1, 1, 2]
 
 
-def test_adapters_have_smaller_forwards_in_bf16(
+def test_adapters_have_forwards_of_their_own_size_in_bf16(
     make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], BagelModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(work, "MIN_FORWARD_WORK", 0)
