@@ -6,7 +6,7 @@ Ways to compute the same loss: the packed micro-batch, and one forward per train
 The step-by-step structures get the benefit of the doubt: guidance branches and trajectories run as one batch, without padding to the
 longest branch and with the same attention, and texts are scored once. They do not share contexts between branches and trajectories.
 They differ in how often contexts are computed: in each step with a gradient, in each step without one, or once without one. Except for
-`one_step_per_forward`, which uses the contract alone, they are written for BAGEL's parts and measure its sizes alone.
+`separate_forwards`, which uses the contract alone, they are written for BAGEL's parts and measure its sizes alone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def rebuilt_with_gradient(update: Update) -> float:
     return _forward_per_step(update, with_copied_contexts(update.trajectories), pack_unshared)
 
 
-def one_step_per_forward(update: Update) -> float:
+def separate_forwards(update: Update) -> float:
     """The same, but contexts are shared as in the packed micro-batch."""
     return _forward_per_step(update, update.trajectories, lambda model, part: model.pack(part, GUIDANCE))
 
@@ -142,7 +142,7 @@ PACKED = "packed, exact"
 CONTRACT_STRUCTURES: dict[str, Callable[[Update], float]] = {
     PACKED: lambda update: packed(update, "exact"),
     "packed, detached": lambda update: packed(update, "detached"),
-    "one step per forward": one_step_per_forward,
+    "separate forwards": separate_forwards,
 }
 """Structures of every family by name: each takes an update, leaves gradients in the parameters and returns the loss."""
 
@@ -153,7 +153,7 @@ BAGEL_STRUCTURES: dict[str, Callable[[Update], float]] = {
 }
 """Structures that run the parts of a [`BagelModel`] themselves."""
 
-EXACT = (PACKED, "one step per forward", "rebuilt with gradient")
+EXACT = (PACKED, "separate forwards", "rebuilt with gradient")
 """Structures whose gradient flows through the context."""
 
 

@@ -97,7 +97,7 @@ def test_token_costs_are_those_of_the_packing(update: Update) -> None:
     costs = token_costs(update)
     contexts, copies = num_tokens(update.model.pack(update.trajectories, GUIDANCE))
     assert costs["packed, exact"] == costs["packed, detached"] == 3 * (contexts + copies)
-    assert costs["one step per forward"] == 3 * (2 * contexts + copies)
+    assert costs["separate forwards"] == 3 * (2 * contexts + copies)
     assert costs["rebuilt with gradient"] > costs["rebuilt without gradient"] > costs["cached without gradient"]
 
 
