@@ -278,12 +278,13 @@ class FamilyConformance:
 
         targets = re.compile(case.model.family.lora_target_modules("both"))
         layers = [layer for name, layer in case.model.named_modules() if targets.fullmatch(name)]
-        handles = [layer.register_forward_pre_hook(refuse_gaps) for layer in layers]
-        assert handles
-        case.score(case.sample("reasoning_t2i", case.config()), ON)
-        for handle in handles:
-            handle.remove()
+        assert layers
+        for layer in layers:
+            layer.register_forward_pre_hook(refuse_gaps)
+        for task in ("reasoning_t2i", "self_reflection"):
+            case.score(case.sample(task, case.config()), ON)
 
+    @torch.no_grad()
     def test_target_never_reaches_its_context(self, case: FamilyCase) -> None:
         """The noised and the painted last image change neither a text nor another image or step."""
         trajectories = case.sample()
