@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft.helpers import disable_input_dtype_casting
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, ReadContexts, UnifiedModel
@@ -260,7 +261,10 @@ class PackedScorer:
     def _run(self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], **options: Any) -> PackedOutput:
         inputs = {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
         with self.accelerator.autocast():
-            return model(**inputs, context_gradient=self.context_gradient, **options)
+            # PEFT converts the input of each adapter to the type of the adapter's weights, and autocast converts it back.
+            is_autocast = torch.is_autocast_enabled(self.accelerator.device.type)
+            with disable_input_dtype_casting(model, active=is_autocast):
+                return model(**inputs, context_gradient=self.context_gradient, **options)
 
     def _text_scores(
         self,

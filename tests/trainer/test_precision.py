@@ -49,6 +49,30 @@ def test_fp32_where_bf16_would_move_the_ratio(
     assert ratios == [1.0, 1.0]
 
 
+def test_adapters_of_a_layer_read_one_rounded_tensor(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(lora=True, bf16=True, max_steps=1)
+    inputs: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if torch.is_grad_enabled():
+                inputs.setdefault(name, []).append(args[0])
+
+        return hook
+
+    for name, module in trainer.model.named_modules():
+        if name.endswith(".lora_A.default"):
+            module.register_forward_pre_hook(keep(name.removesuffix(".lora_A.default")))
+    trainer.train()
+    assert {tensor.dtype for tensors in inputs.values() for tensor in tensors} == {torch.bfloat16}
+    queries = [name for name in inputs if ".q_proj" in name]
+    assert queries
+    for query in queries:
+        for other in ("k_proj", "v_proj"):
+            pairs = zip(inputs[query], inputs[query.replace("q_proj", other)], strict=True)
+            assert all(first.data_ptr() == second.data_ptr() for first, second in pairs)
+
+
 def kept_for_backward(trainer: AlphaGRPOTrainer) -> list[int]:
     """Bytes of activations that each packed forward with gradient keeps, from now on, with those of its contexts."""
     sizes: list[int] = []

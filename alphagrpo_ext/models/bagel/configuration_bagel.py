@@ -103,6 +103,8 @@ class BagelConfig(PreTrainedConfig):
                 patch_size=14,
             )
         self.text_config = Qwen2Config(**text_config) if isinstance(text_config, dict) else text_config
+        if self.text_config.hidden_act != "silu":
+            raise ValueError(f"text_config.hidden_act must be 'silu', but is {self.text_config.hidden_act!r}")
         self.vision_config = SiglipVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config
         self.vae_config = {**FLUX_VAE_CONFIG, **(vae_config or {})}
         self.latent_patch_size = latent_patch_size

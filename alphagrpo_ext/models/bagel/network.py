@@ -21,8 +21,6 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2MLP,
-    Qwen2RMSNorm,
     Qwen2RotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
@@ -38,6 +36,7 @@ from alphagrpo_ext.models.bagel.attention import (
 )
 from alphagrpo_ext.models.bagel.cache import BagelCache
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
+from alphagrpo_ext.models.recomputed import GatedMLP, RMSNorm, round_once
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.models.work import WorkCounter
 
@@ -63,6 +62,15 @@ def sincos_position_table(side: int, hidden_size: int) -> torch.Tensor:
     return torch.cat([columns, rows], dim=-1).reshape(side * side, -1).float()
 
 
+def make_norm(size: int, eps: float) -> RMSNorm:
+    """Qwen2's norm, which rounds to the type of its input before it multiplies by the weight."""
+    return RMSNorm(size, eps, _multiply_rounded)
+
+
+def _multiply_rounded(normed: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight * normed.to(dtype)
+
+
 class BagelAttention(nn.Module):
     """Joint attention of both experts. Each expert projects its own tokens, and all tokens attend to each other."""
 
@@ -82,8 +90,8 @@ class BagelAttention(nn.Module):
             self.add_module(f"k_proj{suffix}", nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=True))
             self.add_module(f"v_proj{suffix}", nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=True))
             self.add_module(f"o_proj{suffix}", nn.Linear(self.num_heads * self.head_dim, hidden, bias=False))
-            self.add_module(f"q_norm{suffix}", Qwen2RMSNorm(self.head_dim, eps=eps))
-            self.add_module(f"k_norm{suffix}", Qwen2RMSNorm(self.head_dim, eps=eps))
+            self.add_module(f"q_norm{suffix}", make_norm(self.head_dim, eps))
+            self.add_module(f"k_norm{suffix}", make_norm(self.head_dim, eps))
 
     def _project(self, hidden_states: torch.Tensor, expert: str) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values `(batch, tokens, heads, head_dim)` of one expert: `""` or `"_moe_gen"`."""
@@ -186,12 +194,12 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         text_config = config.text_config
         hidden, eps = text_config.hidden_size, text_config.rms_norm_eps
         self.self_attn = BagelAttention(config)
-        self.mlp = Qwen2MLP(text_config)
-        self.mlp_moe_gen = Qwen2MLP(text_config)
-        self.input_layernorm = Qwen2RMSNorm(hidden, eps=eps)
-        self.input_layernorm_moe_gen = Qwen2RMSNorm(hidden, eps=eps)
-        self.post_attention_layernorm = Qwen2RMSNorm(hidden, eps=eps)
-        self.post_attention_layernorm_moe_gen = Qwen2RMSNorm(hidden, eps=eps)
+        self.mlp = GatedMLP(hidden, text_config.intermediate_size)
+        self.mlp_moe_gen = GatedMLP(hidden, text_config.intermediate_size)
+        self.input_layernorm = make_norm(hidden, eps)
+        self.input_layernorm_moe_gen = make_norm(hidden, eps)
+        self.post_attention_layernorm = make_norm(hidden, eps)
+        self.post_attention_layernorm_moe_gen = make_norm(hidden, eps)
 
     # Keys and values of contexts are arguments and results, because reentrant checkpointing follows no other gradients, and
     # FSDP gathers a layer's weights for the backward where the gradient of a result arrives.
@@ -202,13 +210,14 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         States of both experts' tokens after the layer, and what [`PackedLayout`] says that layers return; in a prefill,
         all keys and values.
         """
-        normed = (self.input_layernorm(und), None if gen is None else self.input_layernorm_moe_gen(gen))
-        und_output, gen_output, *kept = self.self_attn(*normed, *context_states, **attention)
+        normed_und = round_once(self.input_layernorm(und))
+        normed_gen = None if gen is None else round_once(self.input_layernorm_moe_gen(gen))
+        und_output, gen_output, *kept = self.self_attn(normed_und, normed_gen, *context_states, **attention)
         und = und + und_output
-        und = und + self.mlp(self.post_attention_layernorm(und))
+        und = und + self.mlp(round_once(self.post_attention_layernorm(und)))
         if gen is not None:
             gen = gen + gen_output
-            gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
+            gen = gen + self.mlp_moe_gen(round_once(self.post_attention_layernorm_moe_gen(gen)))
         return und, gen, *kept
 
 
@@ -221,8 +230,8 @@ class BagelDecoder(nn.Module):
         self.config = text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size)
         self.layers = nn.ModuleList(BagelDecoderLayer(config) for _ in range(text_config.num_hidden_layers))
-        self.norm = Qwen2RMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
-        self.norm_moe_gen = Qwen2RMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
+        self.norm = make_norm(text_config.hidden_size, text_config.rms_norm_eps)
+        self.norm_moe_gen = make_norm(text_config.hidden_size, text_config.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(text_config)
 
     def forward(

@@ -3,7 +3,7 @@
 """
 The decoder of Cosmos3, over batches: an understanding stream and a generation stream with weights of their own.
 
-Modules and parameters have the names of Diffusers' `Cosmos3OmniTransformer`, and the leaf modules are Diffusers' own.
+Modules and parameters have the names of Diffusers' `Cosmos3OmniTransformer`, and the leaf modules are Diffusers' own or compute the same.
 What differs is how they are run. Diffusers packs one sample, without mask or cache, and runs both streams every time.
 Here each stream is run by itself, over a padded batch. The understanding stream never reads the generation stream, so
 its keys and values are computed once for any number of images, steps and copies.
@@ -18,17 +18,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.normalization import RMSNorm
-from diffusers.models.transformers.transformer_cosmos3 import (
-    Cosmos3NemotronRMSNorm,
-    Cosmos3VLTextMLP,
-    DomainAwareLinear,
-)
+from diffusers.models.transformers.transformer_cosmos3 import Cosmos3VLTextMLP, DomainAwareLinear
 from torch import nn
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config
+from alphagrpo_ext.models.recomputed import GatedMLP, RMSNorm, round_once
 
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -195,12 +191,10 @@ class Cosmos3DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: Cosmos3Config) -> None:
         super().__init__()
-        sizes = config.transformer_config
-        hidden = sizes["hidden_size"]
+        hidden = config.transformer_config["hidden_size"]
         self.self_attn = Cosmos3Attention(config)
         for stream in (UNDERSTANDING, GENERATION):
-            mlp = Cosmos3VLTextMLP(hidden, sizes["intermediate_size"], sizes["hidden_act"])
-            self.add_module(stream.mlp, mlp)
+            self.add_module(stream.mlp, make_mlp(config))
             self.add_module(stream.input_norm, make_norm(config, hidden))
             self.add_module(stream.mlp_norm, make_norm(config, hidden))
 
@@ -216,19 +210,34 @@ class Cosmos3DecoderLayer(GradientCheckpointingLayer):
         past_rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """States after the layer, and the tokens' keys, keys for the generation stream, and values."""
-        normed = getattr(self, stream.input_norm)(states)
+        normed = round_once(getattr(self, stream.input_norm)(states))
         output, *seen = self.self_attn(normed, rotary, bias, stream, past_keys, past_values, past_rows)
         states = states + output
-        states = states + getattr(self, stream.mlp)(getattr(self, stream.mlp_norm)(states))
+        states = states + getattr(self, stream.mlp)(round_once(getattr(self, stream.mlp_norm)(states)))
         return states, *seen
 
 
-def make_norm(config: Cosmos3Config, size: int) -> nn.Module:
+def make_norm(config: Cosmos3Config, size: int) -> RMSNorm:
     """The norm of the variant: Edge's multiplies by its weight in fp32, Nano's in the data type of the weight."""
-    eps = config.transformer_config["rms_norm_eps"]
+    is_edge = config.transformer_config["hidden_act"] == "relu2"
+    return RMSNorm(size, config.transformer_config["rms_norm_eps"], _multiply_in_fp32 if is_edge else _multiply)
+
+
+def _multiply_in_fp32(normed: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (weight.float() * normed).to(dtype)
+
+
+def _multiply(normed: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    is_half = weight.dtype in (torch.float16, torch.bfloat16)
+    return (normed.to(weight.dtype) if is_half else normed) * weight
+
+
+def make_mlp(config: Cosmos3Config) -> nn.Module:
+    """The MLP of the variant: Edge's has a squared ReLU and no gate."""
+    hidden, intermediate = (config.transformer_config[name] for name in ("hidden_size", "intermediate_size"))
     if config.transformer_config["hidden_act"] == "relu2":
-        return Cosmos3NemotronRMSNorm(size, eps=eps)
-    return RMSNorm(size, eps=eps, elementwise_affine=True, bias=False)
+        return Cosmos3VLTextMLP(hidden, intermediate, "relu2")
+    return GatedMLP(hidden, intermediate)
 
 
 class Cosmos3Transformer(nn.Module):
