@@ -42,7 +42,9 @@ def main(config: str, settings: str) -> None:
         config (`str`): Configuration of a model of any family as JSON.
         settings (`str`): [`MemorySettings`] as JSON.
     """
-    settings = MemorySettings(**json.loads(settings))
+    settings, values = MemorySettings(**json.loads(settings)), json.loads(config)
+    # A family is imported at first use.
+    config_class = FAMILIES.get(values["model_type"]).model_class.config_class
     # Libraries allocate buffers of their own at first use.
     layer = torch.nn.Linear(64, 64)
     for dtype in (torch.float32, torch.bfloat16):
@@ -50,8 +52,6 @@ def main(config: str, settings: str) -> None:
         layer.zero_grad()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    values = json.loads(config)
-    config_class = FAMILIES.get(values["model_type"]).model_class.config_class
     model, policy = build_policy(config_class.from_dict(values), settings)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], fused=True)
     for _ in range(2):
