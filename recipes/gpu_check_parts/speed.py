@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
@@ -89,7 +90,10 @@ def update(model: UnifiedModel, policy: torch.nn.Module, settings: MemorySetting
     trajectories = example_trajectories(model, settings)
     batch = model.pack(trajectories, settings.guidance)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.autocast):
+    with (
+        torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.autocast),
+        disable_input_dtype_casting(policy, active=settings.autocast),
+    ):
         output = policy(**inputs)
     policy_loss(output, ImageScores.from_packed(trajectories, batch, output)).backward()
 

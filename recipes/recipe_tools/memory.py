@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -252,7 +253,10 @@ def _run_update(model: UnifiedModel, policy: torch.nn.Module, settings: MemorySe
         masks = family.mask_sizes(needed) if settings.attn_implementation == "flex_attention" else ()
         ignored = [size * mask_dtype.itemsize for size in masks for mask_dtype in (torch.bool, dtype)]
         with LiveBytes(known, ignored) as tracker:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
+            with (
+                torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast),
+                disable_input_dtype_casting(policy, active=settings.autocast),
+            ):
                 output = policy(**inputs)
             loss = output.velocities.square().sum()
             if settings.thought_tokens:

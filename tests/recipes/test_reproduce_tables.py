@@ -358,14 +358,16 @@ def test_released_algorithm_has_the_batch_of_the_others(tmp_path: Path, monkeypa
         assert args.generation_batch_size == 64
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
         split = (args.per_device_train_batch_size, args.image_steps_per_forward, args.context_gradient)
-        found[run.name.removeprefix(f"curve_{args.task}_")] = (*split, args.ode_steps, args.branches_per_thought)
+        work = (args.ode_steps, args.branches_per_thought, args.sde_window_size)
+        found[run.name.removeprefix(f"curve_{args.task}_")] = (*split, *work)
     assert found == {
-        "released_2-seed0": (2, 1, "detached", None, 1),
-        "released_8-seed0": (8, 1, "detached", None, 1),
-        "released_64-seed0": (64, 1, "detached", None, 1),
-        "paper-seed0": (64, "auto", "exact", None, 1),
-        "fast-seed0": (64, "auto", "exact", 3, 2),
-        "fast_awm-seed0": (64, "auto", "exact", 5, 1),
+        "released_2-seed0": (2, 1, "detached", None, 1, 3),
+        "released_8-seed0": (8, 1, "detached", None, 1, 3),
+        "released_64-seed0": (64, 1, "detached", None, 1, 3),
+        "paper-seed0": (64, "auto", "exact", None, 1, 3),
+        "fast-seed0": (64, "auto", "exact", 3, 2, 3),
+        "fast_awm-seed0": (64, "auto", "exact", 5, 1, 3),
+        "fast_awm_2-seed0": (64, "auto", "exact", 5, 1, 2),
     }
 
 

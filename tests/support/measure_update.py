@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 
 from alphagrpo_ext.models.contract import FAMILIES
 from alphagrpo_ext.objectives import OBJECTIVES, ImageScores, ObjectiveConfig
@@ -26,7 +27,10 @@ def micro_step(policy: torch.nn.Module, model: torch.nn.Module, settings: Memory
     """Forward, Flow-GRPO's loss and backward."""
     trajectories = example_trajectories(model, settings)
     batch = model.pack(trajectories, settings.guidance)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast),
+        disable_input_dtype_casting(policy, active=settings.autocast),
+    ):
         output = policy(**batch.inputs)
     scores = ImageScores.from_packed(trajectories, batch, output)
     objective = OBJECTIVES.get("flow_grpo")(ObjectiveConfig())

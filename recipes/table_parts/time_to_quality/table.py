@@ -41,13 +41,18 @@ def _released(micro_batch_size: int) -> tuple[str, ...]:
     return tuple(word for argument, value in settings.items() for word in (f"--{argument}", str(value)))
 
 
+def _ours(*arguments: str) -> tuple[str, tuple[str, ...]]:
+    return f"`{' '.join(arguments)}`", arguments
+
+
 ALGORITHMS = {
     "released_2": ("released code's, micro-batches of 2", _released(2)),
     "released_8": ("released code's, micro-batches of 8", _released(8)),
     "released_64": ("released code's, all 64 at once", _released(64)),
-    DEFAULT: ("`--preset paper`", ("--preset", "paper")),
-    "fast": ("`--preset fast`", ("--preset", "fast")),
-    "fast_awm": (f"`--preset fast {' '.join(AWM_ARGUMENTS)}`", ("--preset", "fast", *AWM_ARGUMENTS)),
+    DEFAULT: _ours("--preset", "paper"),
+    "fast": _ours("--preset", "fast"),
+    "fast_awm": _ours("--preset", "fast", *AWM_ARGUMENTS),
+    "fast_awm_2": _ours("--preset", "fast", *AWM_ARGUMENTS, "--sde_window_size", "2"),
 }
 """Label and arguments of the algorithms. All have the same trajectories per step."""
 SHARES = {"half of the way": 0.5, "90% of the way": 0.9}
