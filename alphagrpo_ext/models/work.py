@@ -19,7 +19,7 @@ KINDS = ("prefill", "decode", "denoise", "scoring", "training")
 Purposes of calls of the network: reading contexts, writing text, predicting velocities, scoring trajectories without
 gradient (for old and reference policies), and scoring them with gradient.
 """
-MIN_FORWARD_TOKENS = 1024
+MIN_FORWARD_TOKENS = 2048
 """
 Noised tokens that a forward of trained steps has at least, unless there are fewer. Each backward adds to the gradient of all
 weights, however few its tokens are. From this number on, that takes a few percent of its time.
