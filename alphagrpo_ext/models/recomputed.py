@@ -3,7 +3,7 @@
 """
 Norms and gated MLPs that keep little for the backward.
 
-Autograd keeps what comes between their operations, in a decoder layer about a quarter of all that it keeps. Here a norm keeps its input, a gate its
+Autograd keeps what comes between their operations, in a decoder layer a quarter of all that it keeps or more. Here a norm keeps its input, a gate its
 two inputs, and the backward computes the rest again, which takes little time beside the matrix products. Outputs are those of the modules in
 Transformers and Diffusers bit by bit. Gradients of norms are computed in fp32 and rounded once. A compiler sees the plain operations, because it
 decides by itself what to compute again.
@@ -107,8 +107,8 @@ class GatedMLP(nn.Module):
 
 def round_once(states: torch.Tensor) -> torch.Tensor:
     """
-    Round what only linear layers read as autocast would in each of them, so that they keep one rounded tensor and not one each. Without
-    autocast, nothing is rounded.
+    States in autocast's type, for linear layers alone. Autocast would round them in every layer that reads them, and each would keep a
+    tensor of its own. Without autocast, the states themselves.
     """
     kind = states.device.type
     return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states

@@ -184,3 +184,8 @@ class TestTraining:
         tiny_bagel.family.freeze_vision_tower(tiny_bagel)
         for name, parameter in tiny_bagel.named_parameters():
             assert parameter.requires_grad != name.startswith(("vae.", "vit_model.", "connector.")), name
+
+
+def test_another_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"text_config.hidden_act must be 'silu', but is 'gelu'"):
+        BagelConfig(text_config={"hidden_act": "gelu"})
