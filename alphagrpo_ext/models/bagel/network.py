@@ -36,7 +36,7 @@ from alphagrpo_ext.models.bagel.attention import (
 )
 from alphagrpo_ext.models.bagel.cache import BagelCache
 from alphagrpo_ext.models.bagel.configuration_bagel import BagelConfig
-from alphagrpo_ext.models.recomputed import GatedMLP, RMSNorm, round_once
+from alphagrpo_ext.models.layers.recomputed import GatedMLP, RMSNorm, round_once
 from alphagrpo_ext.models.token_scores import score_tokens
 from alphagrpo_ext.models.work import WorkCounter
 
@@ -62,7 +62,7 @@ def sincos_position_table(side: int, hidden_size: int) -> torch.Tensor:
     return torch.cat([columns, rows], dim=-1).reshape(side * side, -1).float()
 
 
-def make_norm(size: int, eps: float) -> RMSNorm:
+def make_qwen_norm(size: int, eps: float) -> RMSNorm:
     """Qwen2's norm, which rounds to the type of its input before it multiplies by the weight."""
     return RMSNorm(size, eps, _multiply_rounded)
 
@@ -90,8 +90,8 @@ class BagelAttention(nn.Module):
             self.add_module(f"k_proj{suffix}", nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=True))
             self.add_module(f"v_proj{suffix}", nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=True))
             self.add_module(f"o_proj{suffix}", nn.Linear(self.num_heads * self.head_dim, hidden, bias=False))
-            self.add_module(f"q_norm{suffix}", make_norm(self.head_dim, eps))
-            self.add_module(f"k_norm{suffix}", make_norm(self.head_dim, eps))
+            self.add_module(f"q_norm{suffix}", make_qwen_norm(self.head_dim, eps))
+            self.add_module(f"k_norm{suffix}", make_qwen_norm(self.head_dim, eps))
 
     def _project(self, hidden_states: torch.Tensor, expert: str) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values `(batch, tokens, heads, head_dim)` of one expert: `""` or `"_moe_gen"`."""
@@ -196,10 +196,10 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = BagelAttention(config)
         self.mlp = GatedMLP(hidden, text_config.intermediate_size)
         self.mlp_moe_gen = GatedMLP(hidden, text_config.intermediate_size)
-        self.input_layernorm = make_norm(hidden, eps)
-        self.input_layernorm_moe_gen = make_norm(hidden, eps)
-        self.post_attention_layernorm = make_norm(hidden, eps)
-        self.post_attention_layernorm_moe_gen = make_norm(hidden, eps)
+        self.input_layernorm = make_qwen_norm(hidden, eps)
+        self.input_layernorm_moe_gen = make_qwen_norm(hidden, eps)
+        self.post_attention_layernorm = make_qwen_norm(hidden, eps)
+        self.post_attention_layernorm_moe_gen = make_qwen_norm(hidden, eps)
 
     # Keys and values of contexts are arguments and results, because reentrant checkpointing follows no other gradients, and
     # FSDP gathers a layer's weights for the backward where the gradient of a result arrives.
@@ -230,8 +230,8 @@ class BagelDecoder(nn.Module):
         self.config = text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size)
         self.layers = nn.ModuleList(BagelDecoderLayer(config) for _ in range(text_config.num_hidden_layers))
-        self.norm = make_norm(text_config.hidden_size, text_config.rms_norm_eps)
-        self.norm_moe_gen = make_norm(text_config.hidden_size, text_config.rms_norm_eps)
+        self.norm = make_qwen_norm(text_config.hidden_size, text_config.rms_norm_eps)
+        self.norm_moe_gen = make_qwen_norm(text_config.hidden_size, text_config.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(text_config)
 
     def forward(

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config
-from alphagrpo_ext.models.recomputed import GatedMLP, RMSNorm, round_once
+from alphagrpo_ext.models.layers.recomputed import GatedMLP, RMSNorm, round_once
 
 
 NUM_TRAIN_TIMESTEPS = 1000

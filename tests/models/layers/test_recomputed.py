@@ -14,7 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from alphagrpo_ext.models.bagel import network
 from alphagrpo_ext.models.cosmos3 import transformer
 from alphagrpo_ext.models.cosmos3.configuration_cosmos3 import Cosmos3Config
-from alphagrpo_ext.models.recomputed import GatedMLP, round_once
+from alphagrpo_ext.models.layers.recomputed import GatedMLP, round_once
 
 
 SIZE, EPS = 24, 1e-5
@@ -28,7 +28,7 @@ def cosmos3_norm(variant: str) -> Callable[[], nn.Module]:
 
 
 NORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
-    "bagel": (lambda: network.make_norm(SIZE, EPS), lambda: Qwen2RMSNorm(SIZE, EPS)),
+    "bagel": (lambda: network.make_qwen_norm(SIZE, EPS), lambda: Qwen2RMSNorm(SIZE, EPS)),
     "cosmos3 omni": (
         cosmos3_norm("omni"),
         lambda: DiffusersRMSNorm(SIZE, EPS, elementwise_affine=True, bias=False),
