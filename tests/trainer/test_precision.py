@@ -65,12 +65,13 @@ def test_adapters_of_a_layer_read_one_rounded_tensor(make_trainer: MakeTrainer) 
             module.register_forward_pre_hook(keep(name.removesuffix(".lora_A.default")))
     trainer.train()
     assert {tensor.dtype for tensors in inputs.values() for tensor in tensors} == {torch.bfloat16}
-    queries = [name for name in inputs if ".q_proj" in name]
-    assert queries
-    for query in queries:
-        for other in ("k_proj", "v_proj"):
-            pairs = zip(inputs[query], inputs[query.replace("q_proj", other)], strict=True)
-            assert all(first.data_ptr() == second.data_ptr() for first, second in pairs)
+    for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        names = [name for name in inputs if first in name]
+        assert names
+        for name in names:
+            for other in others:
+                pairs = zip(inputs[name], inputs[name.replace(first, other)], strict=True)
+                assert all(one.data_ptr() == two.data_ptr() for one, two in pairs)
 
 
 def kept_for_backward(trainer: AlphaGRPOTrainer) -> list[int]:

@@ -3,6 +3,7 @@
 """The conformance suite on tiny random Cosmos3 models of both variants."""
 
 import pytest
+import torch
 
 from alphagrpo_ext.models.cosmos3 import Cosmos3Processor
 from models.conformance import FamilyCase, FamilyConformance
@@ -23,6 +24,22 @@ def make_case(variant: str, **settings: str) -> FamilyCase:
     )
     # A reply of Edge begins with a thought, unless it is told not to.
     return FamilyCase(make_tiny_model(variant), processor, (32, 64), answers_begin_as_replies=variant == "omni")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["omni", "edge"])
+def test_linear_layers_read_what_was_rounded_once(variant: str) -> None:
+    """Under autocast, no projection or MLP rounds an input of its own."""
+    case, types = make_case(variant), set()
+    layers = [getattr(layer, name) for layer in case.model.transformer.layers for name in ("mlp", "mlp_moe_gen")]
+    layers += [layer.self_attn.to_q for layer in case.model.transformer.layers]
+    layers += [layer.self_attn.add_q_proj for layer in case.model.transformer.layers]
+    trajectories = case.sample("reasoning_t2i")
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: types.add(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        case.score(trajectories)
+    assert types == {torch.bfloat16}
 
 
 class TestOmni(FamilyConformance):
