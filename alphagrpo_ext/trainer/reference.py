@@ -42,7 +42,7 @@ from alphagrpo_ext.trainer.distributed import gathered_policy
 
 
 if TYPE_CHECKING:
-    from alphagrpo_ext.trainer.scoring import RolloutScores
+    from alphagrpo_ext.trainer.scoring.scores import RolloutScores
     from alphagrpo_ext.trainer.step import RolloutStep
 
 

@@ -28,7 +28,7 @@ from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
 if TYPE_CHECKING:
-    from alphagrpo_ext.trainer.scoring import RolloutScores
+    from alphagrpo_ext.trainer.scoring.scores import RolloutScores
 
 
 def task_name(row: Mapping[str, Any], default: str) -> str:

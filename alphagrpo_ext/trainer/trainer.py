@@ -44,7 +44,9 @@ from alphagrpo_ext.trainer.learning_rates import check_optimizer_is_made_here, s
 from alphagrpo_ext.trainer.resume.exact_resume import ExactResume
 from alphagrpo_ext.trainer.reward_functions import trl_reward_functions
 from alphagrpo_ext.trainer.rewards import joint_advantages, judge_step, strict_pass_metrics
-from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScores, make_packed_scorer, pad_columns
+from alphagrpo_ext.trainer.scoring.image_loss import ImageLoss
+from alphagrpo_ext.trainer.scoring.packed_scorer import make_packed_scorer
+from alphagrpo_ext.trainer.scoring.scores import PackedScores, pad_columns
 from alphagrpo_ext.trainer.step import RolloutStep, Stopwatch, new_step, reward_row, rollout_fields, start_judging
 
 

@@ -23,7 +23,7 @@ from alphagrpo_ext.models.bagel.layout import NOISED_BLOCK, PADDING_BLOCK
 from alphagrpo_ext.models.bagel.packing import pack_trajectories
 from alphagrpo_ext.models.contract import PackedBatch, PackedOutput, UnifiedModel
 from alphagrpo_ext.models.work import WorkCounter
-from alphagrpo_ext.trainer.scoring import split_window_steps
+from alphagrpo_ext.trainer.scoring.windows import split_window_steps
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 from benchmark_parts.updates.update import Update, packed
 from benchmark_parts.workload import GUIDANCE, without_windows

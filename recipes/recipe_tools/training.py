@@ -38,7 +38,7 @@ from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.reference import frozen_copy
 from alphagrpo_ext.trainer.resume.checkpoint_folder import asks_to_resume, resolve_checkpoint
-from alphagrpo_ext.trainer.scoring import computes_in_fp32
+from alphagrpo_ext.trainer.scoring.steps_per_forward import computes_in_fp32
 from alphagrpo_ext.trainer.step import rollout_configs
 from alphagrpo_ext.trainer.trainer import AlphaGRPOTrainer
 from recipe_tools.answering.guard import BEFORE_NAME, AnswerChange, answers_once, answers_right

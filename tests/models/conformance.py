@@ -34,13 +34,9 @@ from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
 from alphagrpo_ext.rollout.generator import sample_generator
-from alphagrpo_ext.trainer.scoring import (
-    PackedScores,
-    SharedContexts,
-    join_window_steps,
-    split_window_steps,
-    with_stand_in,
-)
+from alphagrpo_ext.trainer.scoring.contexts import SharedContexts
+from alphagrpo_ext.trainer.scoring.scores import PackedScores
+from alphagrpo_ext.trainer.scoring.windows import join_window_steps, split_window_steps, with_stand_in
 from alphagrpo_ext.trajectory import ImageSegment, TextSegment, Trajectory
 from support.stopping import stop_after
 

@@ -24,7 +24,7 @@ from alphagrpo_ext.objectives.regularizers import score_transitions
 from alphagrpo_ext.rollout.tasks.self_reflection import SelfReflection
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
-from alphagrpo_ext.trainer.scoring import PackedScores
+from alphagrpo_ext.trainer.scoring.scores import PackedScores
 from alphagrpo_ext.trajectory import Segment, TextSegment
 
 

@@ -15,7 +15,7 @@ from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel, BagelPro
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
-from alphagrpo_ext.trainer.scoring import PackedScores
+from alphagrpo_ext.trainer.scoring.scores import PackedScores
 from alphagrpo_ext.trajectory import Trajectory
 
 

@@ -10,7 +10,8 @@ import torch
 
 from alphagrpo_ext.models.bagel import BagelModel
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.scoring import PackedScores, SharedContexts
+from alphagrpo_ext.trainer.scoring.contexts import SharedContexts
+from alphagrpo_ext.trainer.scoring.scores import PackedScores
 
 
 MakeTrainer = Callable[..., AlphaGRPOTrainer]

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 from alphagrpo_ext.models.contract import UnifiedProcessor
 from alphagrpo_ext.models.finite import check_finite_weights
-from alphagrpo_ext.trainer.scoring import PackedScores
+from alphagrpo_ext.trainer.scoring.scores import PackedScores
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 

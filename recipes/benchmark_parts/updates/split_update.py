@@ -19,7 +19,9 @@ from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.objectives.base import OBJECTIVES
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS
 from alphagrpo_ext.trainer import AlphaGRPOConfig
-from alphagrpo_ext.trainer.scoring import ImageLoss, PackedScorer, resolve_steps_per_forward
+from alphagrpo_ext.trainer.scoring.image_loss import ImageLoss
+from alphagrpo_ext.trainer.scoring.packed_scorer import PackedScorer
+from alphagrpo_ext.trainer.scoring.steps_per_forward import resolve_steps_per_forward
 from benchmark_parts.peaks import peak_in_a_process
 from benchmark_parts.sizes import Size
 from benchmark_parts.workload import build_model

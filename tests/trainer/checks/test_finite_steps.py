@@ -168,7 +168,7 @@ import math, sys, torch
 from types import SimpleNamespace
 from accelerate import Accelerator
 from alphagrpo_ext.trainer.checks.finite_steps import FiniteSteps
-from alphagrpo_ext.trainer.scoring import PackedScores
+from alphagrpo_ext.trainer.scoring.scores import PackedScores
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 accelerator = Accelerator(cpu=True)

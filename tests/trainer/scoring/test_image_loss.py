@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from alphagrpo_ext.objectives import ObjectiveOutput
-from alphagrpo_ext.trainer.scoring import ImageLoss
+from alphagrpo_ext.trainer.scoring.image_loss import ImageLoss
 from alphagrpo_ext.trajectory import DenoisingWindow, ImageSegment, Trajectory
 
 

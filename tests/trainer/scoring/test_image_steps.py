@@ -18,12 +18,9 @@ from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.objectives import ImageScores
 from alphagrpo_ext.rollout import TASKS
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
-from alphagrpo_ext.trainer.scoring import (
-    PackedScores,
-    join_window_steps,
-    resolve_steps_per_forward,
-    split_window_steps,
-)
+from alphagrpo_ext.trainer.scoring.scores import PackedScores
+from alphagrpo_ext.trainer.scoring.steps_per_forward import resolve_steps_per_forward
+from alphagrpo_ext.trainer.scoring.windows import join_window_steps, split_window_steps
 from alphagrpo_ext.trajectory import TextSegment, Trajectory
 
 
