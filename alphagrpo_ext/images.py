@@ -23,13 +23,15 @@ from alphagrpo_ext.file_formats import HEAD_SIZE, format_name
 
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _FULLY_CHECKED_PIXELS = 2**20
+_EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Entries of `Image.info` in which Pillow looks for an orientation."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
     Convert an image to RGB with 8 bits per channel.
 
-    - It is turned upright as its EXIF orientation says.
+    - It is turned upright as its EXIF orientation says, unless its EXIF data is damaged. The result has no EXIF data.
     - Transparent pixels are painted over white, in every mode: alpha channels, palettes, and a transparent color.
     - 16-bit gray is scaled to 8 bits. Integers in 0 to 65535 are taken as 16 bits. Floats are taken as 0 to 1 if none is
       greater than 1, and as 0 to 255 otherwise.
@@ -45,17 +47,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     # The tile is only known until the pixels are decoded.
     raw_mode = _raw_mode(image)
     _load(image)
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode in _WITH_ALPHA or image.mode == "P" and image.has_transparency_data:
         return _over_white(image.convert("LA") if image.mode == "La" else image)
     color = _scaled_gray(image, raw_mode) if image.mode[0] in "IF" else image
     if image.info.get("transparency") is not None and image.mode != "P":
         return _without_color(color, image, raw_mode)
     if color.mode == "RGB":
-        is_plain = type(color) is Image.Image and "exif" not in color.info
-        return color if is_plain else color.copy()
-    return _lab_to_rgb(color) if color.mode == "LAB" else color.convert("RGB")
+        is_plain = type(color) is Image.Image and not any(key in color.info for key in _EXIF_KEYS)
+        return color if is_plain else _without_exif(color.copy())
+    return _without_exif(_lab_to_rgb(color) if color.mode == "LAB" else color.convert("RGB"))
 
 
 def read_image(source: Any, formats: Sequence[str] | None = None) -> Image.Image:
@@ -81,8 +82,8 @@ def read_image(source: Any, formats: Sequence[str] | None = None) -> Image.Image
 
 def check_image(source: Any) -> None:
     """
-    Check that an image can be read, for less time than it takes to read it: the checksums of a large PNG are compared, and a JPEG
-    is decoded at an eighth of its size.
+    Check that an image can be read, for less time than it takes to read it: a large JPEG is decoded at an eighth of its size, and no
+    large image is converted.
 
     Args:
         source: As in [`read_image`].
@@ -94,15 +95,18 @@ def check_image(source: Any) -> None:
         if isinstance(source, Image.Image):
             to_rgb(source)
             return
-        with open_image(file_content(source)) as image:
+        data = file_content(source)
+        with open_image(data) as image:
             width, height = image.size
             if image.mode[0] in "IF" or image.mode == "LAB" or width * height <= _FULLY_CHECKED_PIXELS:
                 to_rgb(image)
-            elif image.format == "PNG":
-                image.verify()
-            else:
-                image.draft("RGB", (width // 8, height // 8))
-                image.load()
+                return
+            if image.format == "PNG":
+                # Decoding does not compare the checksums of pixels, and after comparing them Pillow cannot decode.
+                with open_image(data) as unread:
+                    unread.verify()
+            image.draft("RGB", (width // 8, height // 8))
+            image.load()
 
 
 def open_image(data: bytes, formats: Sequence[str] | None = None) -> Image.Image:
@@ -209,6 +213,21 @@ def _load(image: Image.Image) -> None:
     finally:
         if name:
             image.filename = name
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if is_turned else image
+    # Pillow's parser raises errors of many types. Its pixels are right where only its metadata is damaged.
+    except Exception:
+        return image
+
+
+def _without_exif(image: Image.Image) -> Image.Image:
+    for key in _EXIF_KEYS:
+        image.info.pop(key, None)
+    return image
 
 
 def _over_white(image: Image.Image) -> Image.Image:

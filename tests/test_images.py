@@ -167,6 +167,31 @@ def test_an_open_file_is_read_as_its_bytes_are(tmp_path: Path) -> None:
         assert np.array_equal(seen, pixels(read_image(path.read_bytes())))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_data_costs_no_picture(kind: str, tmp_path: Path) -> None:
+    """The picture itself is whole, in a file, decoded once, and decoded already when it is given on."""
+    file = encoded(Image.new("RGB", (6, 4), "red"), kind, exif=b"Exif\0\0garbage!!")
+    check_image(file)
+    image = read_image(file)
+    again = to_rgb(image)
+    assert image.size == again.size == (6, 4)
+    path = tmp_path / f"picture.{kind.lower()}"
+    path.write_bytes(file)
+    with Image.open(path) as opened:
+        assert np.array_equal(pixels(to_rgb(opened)), pixels(again))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_upright_image_has_nothing_that_turns_it_again(kind: str, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = read_image(encoded(Image.new(mode, (6, 4)), kind, exif=exif))
+    assert image.size == (4, 6)
+    assert image.getexif().get(0x0112, 1) == 1
+    assert to_rgb(image) is image
+
+
 def test_a_plain_image_is_not_copied() -> None:
     image = Image.new("RGB", (3, 2))
     assert to_rgb(image) is image
@@ -189,6 +214,27 @@ def test_a_cut_file_is_found_without_and_with_reading_it(kind: str, side: int) -
         for share in (0.5, 0.97):
             with pytest.raises(ValueError):
                 read(file[: int(len(file) * share)])
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "filter"])
+@pytest.mark.parametrize("side", [64, 1100])
+def test_a_png_with_right_checksums_and_wrong_pixels_is_found(damage: str, side: int) -> None:
+    rows = bytearray(b"".join(b"\0" + bytes(3 * side) for _ in range(side)))
+    if damage == "filter":
+        rows[0] = 9
+    data = zlib.compress(rows)
+    if damage == "cut":
+        data = data[: len(data) // 2]
+    if damage == "overwritten":
+        data = data[:20] + b"\xff" * 10 + data[30:]
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in ((b"IHDR", head), (b"IDAT", data), (b"IEND", b""))
+    ]
+    for read in (check_image, read_image):
+        with pytest.raises(ValueError):
+            read(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
 @pytest.mark.parametrize(
