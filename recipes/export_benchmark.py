@@ -127,8 +127,8 @@ def main(args: ExportArguments) -> None:
         good = (prompts[i] for i in range(len(prompts)) if i not in broken)
         asked = prompts_with_questions(good, args) if args.judge != "none" else []
         reward = early_reward([record for _, record in asked], args)
-    if state.is_main_process:
-        claim_folder(args)
+        if state.is_main_process:
+            claim_folder(args, benchmark, prompts, broken)
     state.wait_for_everyone()
     paint_missing(benchmark, prompts, args, broken)
     state.wait_for_everyone()

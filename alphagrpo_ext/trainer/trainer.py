@@ -285,6 +285,8 @@ class AlphaGRPOTrainer(GRPOTrainer):
             return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if eval_dataset is None and self.eval_dataset is not self.rows.eval:
+            eval_dataset = self.eval_dataset  # Replaced since it was checked.
         return super().evaluate(self.rows.checked(eval_dataset), *args, **kwargs)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:

@@ -237,6 +237,21 @@ def test_adapter_stays_out_of_what_is_not_trained_and_loads_as_it_was_saved(pack
     assert [name for name in kept if not torch.equal(kept[name], again[name])] == []
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_adapted_embeddings_load_as_peft_saves_them(packaged, tmp_path):
+    """PEFT adds the weight before the adapter, of which it cannot know that it has not changed."""
+    adapted = fit(packaged, target_modules=["q_proj", "embed_tokens"])
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path)
+    assert any(name.endswith("embed_tokens.base_layer.weight") for name in load_file(tmp_path / WEIGHTS))
+    loaded, _ = load_model(tmp_path)
+    kept, again = adapted.state_dict(), loaded.state_dict()
+    assert [name for name in kept if not torch.equal(kept[name], again[name])] == []
+
+
 def test_all_linear_is_every_linear_layer_of_the_decoder(packaged):
     linear = {n for n, m in packaged.named_modules() if isinstance(m, torch.nn.Linear)}
     frozen = ("vae.", "vit_model.", "connector.")

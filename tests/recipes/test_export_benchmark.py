@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,55 @@ def test_geneval_is_painted_scored_and_goes_on_where_it_stopped(
 
     monkeypatch.setattr(processes, "load_model", fail)
     run(*arguments, "--judge", "shapes", "--output_dir", out)
+
+
+def test_images_of_a_prompt_that_has_changed_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    prompts, out = write_geneval(tmp_path), tmp_path / "out"
+    arguments = ("--benchmark", "geneval", "--prompts", prompts, "--num_images", "1", *QUICK, "--output_dir", out)
+    run(*arguments)
+    first = out / "images/00000/samples/00000.png"
+    painted = first.read_bytes()
+
+    # Another file with the same prompts, and one more, goes on.
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {**ROWS[0], "prompt": "draw a square"}]))
+    run(*arguments[:3], longer, *arguments[4:])
+    assert (out / "images/00002/samples/00000.png").exists()
+    assert first.read_bytes() == painted
+
+    for changed in (
+        [{**ROWS[0], "prompt": "draw a cross"}, ROWS[1]],
+        [{**ROWS[0], "include": []}, ROWS[1]],
+        ROWS[::-1],
+    ):
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(ValueError, match="the images of '00000' in .* are of another prompt than the one"):
+            run(*arguments)
+    assert first.read_bytes() == painted
+
+    # What was removed is painted anew.
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in [{**ROWS[0], "prompt": "draw a cross"}, ROWS[1]]))
+    shutil.rmtree(out / "images/00000")
+    run(*arguments)
+    assert json.loads((out / "images/00000/metadata.jsonl").read_text())["prompt"] == "draw a cross"
+
+
+def test_a_folder_without_images_belongs_to_nobody(tmp_path: Path) -> None:
+    """A run that stopped before its first image has left its settings there."""
+    arguments = (
+        "--benchmark",
+        "geneval",
+        "--prompts",
+        write_geneval(tmp_path),
+        *QUICK,
+        "--output_dir",
+        tmp_path / "out",
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/export.json").write_text(json.dumps({"digest": "of other settings"}))
+    run(*arguments, "--num_images", "1")
+    with pytest.raises(ValueError, match="were made with other settings"):
+        run(*arguments, "--num_images", "2")
 
 
 def test_scoring_that_was_stopped_asks_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

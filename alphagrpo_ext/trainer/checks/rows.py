@@ -18,7 +18,7 @@ from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
-from alphagrpo_ext.trainer.reward_functions import reward_hooks
+from alphagrpo_ext.trainer.reward_functions import ARGUMENTS, reward_hooks
 from alphagrpo_ext.trainer.step import task_name
 
 
@@ -132,8 +132,7 @@ def check_rows(dataset: datasets.Dataset, check: RowCheck, label: str) -> None:
     Raises:
         `ValueError`: At the first row that fails. The message names the dataset and the row.
     """
-    refuse_images_column(dataset.column_names, label)
-    check_prompt_column(dataset.column_names, label)
+    check_columns(dataset.column_names, label)
     rows = undecoded_images(dataset)
     rows = rows.select_columns([name for name in ("prompt", "task", "image") if name in dataset.column_names])
     with_unused_image = []
@@ -150,8 +149,23 @@ def check_rows(dataset: datasets.Dataset, check: RowCheck, label: str) -> None:
     refuse_broken_images(faults, "Repair the file, or leave the row out")
 
 
-def check_prompt_column(columns: Iterable[str], label: str) -> None:
-    """Raise `ValueError` if a dataset has no column `prompt`."""
+def check_columns(columns: Iterable[str], label: str) -> None:
+    """
+    Check that a dataset has a column `prompt`, and none whose name is that of something else that reward functions get.
+
+    Args:
+        columns (`Iterable[str]`): Names of the columns.
+        label (`str`): Name of the dataset for messages.
+
+    Raises:
+        `ValueError`: If `prompt` is missing, or a name is taken.
+    """
+    refuse_images_column(columns, label)
+    if taken := [name for name in columns if name in ARGUMENTS and name != "task"]:
+        raise ValueError(
+            f"{label} has a column '{taken[0]}', but reward functions get something else of this name: rename the column "
+            f"(rename_column), or remove it"
+        )
     if "prompt" not in columns:
         raise ValueError(
             f"{label} has no column 'prompt'; its columns are {', '.join(columns) or 'none'}: rename the one with the prompts "
@@ -192,7 +206,7 @@ class _StreamCheck:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> bool:
         where = f"{self.label}, row {index}"
-        refuse_images_column(row, where)
+        check_columns(row, where)
         self.check(row, where)
         if row.get("image") is not None:
             try:

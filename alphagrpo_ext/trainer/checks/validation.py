@@ -21,7 +21,7 @@ from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.checks.rows import (
     RowCheck,
-    check_prompt_column,
+    check_columns,
     check_rows,
     readable_rows,
     stream_columns,
@@ -132,6 +132,32 @@ def check_not_empty(dataset: Any, name: str, least: int = 1) -> None:
         )
 
 
+def check_form(dataset: Any, name: str) -> None:
+    """
+    Check that data for an evaluation has a form whose rows can be checked.
+
+    Args:
+        dataset: A dataset, a stream, several of these by name, or `None` for no evaluation.
+        name (`str`): What the message calls it.
+
+    Raises:
+        `TypeError`: If it is something else; the message names it.
+    """
+    if dataset is None:
+        return
+    members = (
+        {f"{name}[{key!r}]": member for key, member in dataset.items()}
+        if isinstance(dataset, Mapping)
+        else {name: dataset}
+    )
+    for label, member in members.items():
+        if not isinstance(member, datasets.Dataset | datasets.IterableDataset):
+            raise TypeError(
+                f"{label} must be a datasets.Dataset or a datasets.IterableDataset, but is {type(member).__name__}: "
+                f"datasets.Dataset.from_list makes one of a list of rows, and several are given as a dict of them by name"
+            )
+
+
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, datasets.Dataset]:
     """
     All datasets that are not streams, by a name for messages such as `"eval_dataset['hard']"`.
@@ -198,14 +224,18 @@ class CheckedDatasets:
 
     def checked(self, dataset: Any, label: str = "eval_dataset") -> Any:
         """
-        Another dataset of the same tasks, checked and prepared in the same way. What is no dataset stays as it is.
+        Another dataset of the same tasks, checked and prepared in the same way. `None`, and the name of one that was given before,
+        stay as they are. So do several datasets by name, each of which is then evaluated as a dataset of its own.
 
         Raises:
+            `TypeError`: If it is none of these.
             `ValueError`: At the first row that fails. The message names the dataset and the row.
         """
+        if not (isinstance(dataset, str) and isinstance(self.eval, Mapping) and dataset in self.eval):
+            check_form(dataset, label)
         if isinstance(dataset, datasets.Dataset):
             check_not_empty(dataset, label)
-            check_prompt_column(dataset.column_names, label)
+            check_columns(dataset.column_names, label)
             validate_rewards(self.functions, {label: dataset}, [])
             check_rows(dataset, self.check, label)
         return readable_rows(dataset, label, self.check, self.functions)
@@ -232,14 +262,16 @@ def checked_datasets(
         processor, model: Processor and model of the policy.
 
     Raises:
+        `TypeError`: If data for evaluations has a form that is not read.
         `ValueError`: At the first row that fails. The message names the dataset and the row.
     """
     args.check_numbers()
+    check_form(eval_dataset, "eval_dataset")
     check_not_empty(train_dataset, "train_dataset", args.generation_batch_size // args.num_generations)
     functions = listed(reward_funcs)
     named = named_datasets(train_dataset, eval_dataset)
     for label, dataset in named.items():
-        check_prompt_column(dataset.column_names, label)
+        check_columns(dataset.column_names, label)
         check_parameters(functions, dataset.column_names, label)
     names = list(
         dict.fromkeys([args.task, *(n for label, rows in named.items() for n in task_names(rows, args.task, label))])
@@ -250,7 +282,7 @@ def checked_datasets(
     streams = [dataset for dataset in given if isinstance(dataset, datasets.IterableDataset)]
     columns = [list(stream_columns(stream)) for stream in streams]
     for names_of_stream in columns:
-        check_prompt_column(names_of_stream, "a stream")
+        check_columns(names_of_stream, "a stream")
         check_parameters(functions, names_of_stream, "a stream")
     if any("task" in found for found in columns):
         configs = _possible_configs(args, TASKS.names(), model) | configs

@@ -49,23 +49,46 @@ class MissingImages:
     samples: list[int]
 
 
-def claim_folder(args: ExportArguments) -> None:
+def claim_folder(
+    args: ExportArguments, benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], left_out: Container[int] = ()
+) -> None:
     """
-    Write into the output folder with which settings its images are made.
+    Write into the output folder with which settings, and of which prompts, its images are made.
+
+    Args:
+        args ([`ExportArguments`]): Settings of the export.
+        benchmark ([`Benchmark`]): Knows which images there are.
+        prompts (`Sequence[BenchmarkPrompt]`): The prompts; those with the indices `left_out` are not read.
+        left_out (`Container[int]`, *optional*): Indices of prompts that are not painted.
 
     Raises:
-        `ValueError`: If it holds images that were made with other settings.
+        `ValueError`: If it holds images that were made with other settings, or of another prompt with the same key.
     """
     fingerprint = checkpoint_fingerprint(args.model_name_or_path)
     sampling = [getattr(args, f.name) for f in fields(SamplingArguments)]
     painting = (args.height, args.width, args.think, args.num_rounds, args.num_images, args.seed)
-    digest = settings_digest(args.benchmark, args.prompts, args.model_label, fingerprint, sampling, painting)
-    path = Path(args.output_dir) / "export.json"
-    if path.exists():
-        if json.loads(path.read_text(encoding="utf-8"))["digest"] != digest:
-            raise ValueError(f"the images in {args.output_dir} were made with other settings: take another output_dir")
-        return
-    write_text(path, json.dumps({"digest": digest, "settings": asdict(args)}, indent=2) + "\n")
+    digest = settings_digest(args.benchmark, args.model_label, fingerprint, sampling, painting)
+    path, folder = Path(args.output_dir) / "export.json", Path(args.output_dir) / "images"
+    num_images = args.num_images or benchmark.num_images
+    has_images = any(file.is_file() for file in folder.rglob("*"))
+    claim = json.loads(path.read_text(encoding="utf-8")) if has_images and path.exists() else {"digest": digest}
+    if claim["digest"] != digest:
+        raise ValueError(f"the images in {args.output_dir} were made with other settings: take another output_dir")
+    painted = claim.get("prompts", {})
+    for index in range(len(prompts)):
+        if index in left_out:
+            continue
+        prompt = prompts[index]
+        content = settings_digest(prompt.prompt, prompt.metadata, prompt.image and prompt.image.data)
+        is_painted = len(benchmark.missing(folder, prompt, num_images)) < num_images
+        if is_painted and painted.get(prompt.key, content) != content:
+            raise ValueError(
+                f"the images of {prompt.key!r} in {args.output_dir} are of another prompt than the one that {args.prompts} has now: "
+                f"take another output_dir, or remove them"
+            )
+        painted[prompt.key] = content
+    record = {"digest": digest, "prompts": painted, "settings": asdict(args)}
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def find_broken_rows(prompts: Sequence[BenchmarkPrompt]) -> dict[int, str]:

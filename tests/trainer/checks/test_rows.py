@@ -23,6 +23,7 @@ from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.rollout.task import TASKS
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.checks.rows import RowCheck, check_rows
+from alphagrpo_ext.trainer.reward_functions import ARGUMENTS
 from alphagrpo_ext.trainer.step import new_step
 from reward_models import DVReward
 from support.trainers import brightness
@@ -143,6 +144,47 @@ def test_the_column_images_is_refused_by_its_name(make_trainer: MakeTrainer, pro
     held = rows.to_iterable_dataset() if is_stream else rows
     with pytest.raises(ValueError, match="has a column 'images'"):
         make_trainer(datasets={"train_dataset": held}, think=False).train()
+
+
+@pytest.mark.parametrize("name", sorted({*ARGUMENTS} - {"images", "task"}))
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_column_that_a_reward_would_not_get_is_refused(
+    make_trainer: MakeTrainer, name: str, is_stream: bool
+) -> None:
+    rows = dataset(PROMPT, PROMPT, **{name: ["x", "y"]})
+    held = rows.to_iterable_dataset() if is_stream else rows
+    with pytest.raises(ValueError, match=f"has a column '{name}', but reward functions get something else"):
+        make_trainer(datasets={"train_dataset": held}, think=False)
+    with pytest.raises(ValueError, match=f"eval_dataset.* has a column '{name}'"):
+        make_trainer(datasets={"train_dataset": dataset(PROMPT)}, think=False).evaluate(held)
+
+
+@pytest.mark.parametrize(
+    ("given", "label"),
+    [
+        ([{"prompt": PROMPT}], "eval_dataset"),
+        ("shapes", "eval_dataset"),
+        ({"easy": dataset(PROMPT), "hard": [{"prompt": PROMPT}]}, r"eval_dataset\['hard'\]"),
+        ({"easy": dataset(PROMPT), "hard": None}, r"eval_dataset\['hard'\]"),
+        ({"hard": {"first": dataset(PROMPT)}}, r"eval_dataset\['hard'\]"),
+    ],
+    ids=["list", "name", "dict of lists", "None in a dict", "dict in a dict"],
+)
+def test_an_evaluation_of_another_form_is_refused(make_trainer: MakeTrainer, given: Any, label: str) -> None:
+    with pytest.raises(TypeError, match=f"^{label} must be a datasets.Dataset or a datasets.IterableDataset, but is "):
+        make_trainer(datasets={"train_dataset": dataset(PROMPT), "eval_dataset": given}, think=False)
+    trainer = make_trainer(datasets={"train_dataset": dataset(PROMPT)}, think=False)
+    with pytest.raises(TypeError, match=f"^{label} must be a datasets.Dataset"):
+        trainer.evaluate(given)
+
+
+def test_a_dataset_that_is_put_in_place_of_another_is_checked(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(datasets={"train_dataset": dataset(PROMPT), "eval_dataset": {"easy": dataset(PROMPT)}})
+    assert "eval_easy_loss" in trainer.evaluate()
+    for other in (CHAT, {"hard": CHAT}):
+        trainer.eval_dataset = other
+        with pytest.raises(ValueError, match="eval_dataset, row 5: prompt has no user message"):
+            trainer.evaluate()
 
 
 @pytest.mark.parametrize(
