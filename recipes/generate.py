@@ -102,6 +102,11 @@ class GenerationArguments(RewardArguments, SamplingArguments, StoppingArguments)
             raise ValueError("give prompts or prompt_file, not both")
         if self.prompt_column is not None and not self.prompt_file:
             raise ValueError(f"prompt_column={self.prompt_column!r} needs prompt_file, whose column it names")
+        if (self.judge == "none" or self.prompts) and (self.keep_best or self.stop_reward is not None):
+            raise ValueError(
+                "keep_best and stop_reward go by rewards: give a judge, and a prompt_file whose rows have questions instead of "
+                "prompts"
+            )
 
 
 def load_prompt_rows(args: GenerationArguments) -> list[dict[str, Any]]:
@@ -128,6 +133,7 @@ def make_scorer(
         finally:
             # Each call has its own event loop.
             await reward.aclose()
+        reward.check_failures(scores)
         return [score.reward for score in scores]
 
     return lambda images, rows: asyncio.run(score(images, rows))
@@ -168,7 +174,7 @@ def main(args: GenerationArguments) -> None:
     # Here, so that `--help` does not import models.
     from tqdm import tqdm
 
-    from alphagrpo_ext.rollout import refine
+    from alphagrpo_ext.rollout.refinement import check_refinement_room, refine
     from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK
     from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
     from recipe_tools.processes import limit_threads, load_policy
@@ -184,6 +190,8 @@ def main(args: GenerationArguments) -> None:
         sizes = [config.size for config in configs.values()]
         scorer = make_scorer(args.make_checked_reward(named_rows, sizes, policy))
     model, processor = policy()
+    with checking_input():
+        check_refinement_room(model, processor, rows, configs, args.num_rounds, args.think)
     if words := unknown_words((row["prompt"] for row in rows), processor):
         print(unknown_words_warning(words, processor))
     output_dir = Path(args.output_dir)

@@ -28,6 +28,7 @@ from PIL import Image
 
 from alphagrpo_ext.openrlhf.environment import PluginConfig
 from alphagrpo_ext.openrlhf.episode import Turn, episode_logs, feedback_text, rectified_reward, turn_budget
+from alphagrpo_ext.openrlhf.group_rewards import exact_in_a_group
 from alphagrpo_ext.reward_client.client import (
     AsyncRewardClient,
     ImageScore,
@@ -126,7 +127,7 @@ class ReflectionAgent(AgentInstanceBase):
         initial = self._initial = self._initial or final
         # Without a round there is no refinement that could be no better.
         rectification = self._config.rectification if self._config.num_reflection_rounds else "off"
-        reward = rectified_reward(initial, final, rectification)
+        reward = exact_in_a_group(rectified_reward(initial, final, rectification))
         change, self._reward = reward - self._reward, reward
         done = round_index >= self._config.num_reflection_rounds
         return {

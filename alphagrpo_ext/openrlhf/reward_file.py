@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from alphagrpo_ext.openrlhf.environment import PluginConfig
+from alphagrpo_ext.openrlhf.group_rewards import exact_in_a_group
 from alphagrpo_ext.reward_client.client import PaintRequest, RewardClient, noise_seed, parse_label
 from alphagrpo_ext.reward_client.thought import extract_thought
 
@@ -72,7 +73,7 @@ def _rewards(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[st
         ]
     )
     scores = _client().score(images, records)
-    rewards = torch.tensor([score.reward for score in scores])
+    rewards = torch.tensor([exact_in_a_group(score.reward) for score in scores])
     logs = [score.logs for score in scores]
     return {
         "rewards": rewards,

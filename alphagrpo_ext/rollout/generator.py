@@ -31,6 +31,7 @@ from alphagrpo_ext.models.contract import Cache, UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.finite import is_finite, names_not_finite
 from alphagrpo_ext.models.pixels import image_to_tensor, tensor_to_image
 from alphagrpo_ext.rollout.config import RolloutConfig
+from alphagrpo_ext.rollout.context_room import check_prompt_room
 from alphagrpo_ext.rollout.denoising import denoise
 from alphagrpo_ext.rollout.merged_adapters import merged_adapters
 from alphagrpo_ext.rollout.task import Task, prompt_text
@@ -137,6 +138,9 @@ class RolloutGenerator:
             config ([`RolloutConfig`] or `Mapping[str, RolloutConfig]`):
                 How to sample all rows, or the rows of each task, by the name in a row's column `task`. The batch size
                 of the first row's task holds for all.
+
+        Raises:
+            `ValueError`: If a row does not fit into the model's context; see [`check_prompt_room`].
         """
         return [trajectory for part in self.parts(rows, generators, config) for trajectory in part]
 
@@ -150,6 +154,9 @@ class RolloutGenerator:
         batch: list[range] = []
         limit = (rows and _row_config(rows[0], config).batch_size) or len(rows)
         for run in _runs(rows):
+            row = rows[run.start]
+            named = [(f"row {run.start}", row)]
+            check_prompt_room(named, self.task_of(row), self.processor, self.model, _row_config(row, config))
             if batch and run.stop - batch[0].start > limit:
                 yield self._generate(rows, generators, batch, config)
                 batch = []

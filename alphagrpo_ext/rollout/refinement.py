@@ -16,6 +16,7 @@ from PIL import Image
 
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.rollout.config import RolloutConfig
+from alphagrpo_ext.rollout.context_room import check_prompt_room
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS, Task
 
@@ -95,7 +96,7 @@ class _Refiner:
         with `turn`.
         """
         generate = RolloutGenerator(self.model, self.processor, task)
-        config = self.config if isinstance(self.config, RolloutConfig) else self.config[name]
+        config = _task_config(self.config, name)
         generators = [sample_generator(self.seed, turn, index) for index in indices]
         trajectories = generate(rows, generators, config)
         texts = [self.processor.decode_sampled(trajectory.sampled_texts) for trajectory in trajectories]
@@ -107,6 +108,32 @@ class _Refiner:
 
     def _rewards(self, images: list[Image.Image], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         return self.scorer(images, list(rows)) if self.scorer and images else [None] * len(images)
+
+
+def check_refinement_room(
+    model: UnifiedModel,
+    processor: UnifiedProcessor,
+    rows: Sequence[Mapping[str, Any]],
+    config: RolloutConfig | Mapping[str, RolloutConfig],
+    num_rounds: int,
+    think: bool,
+) -> None:
+    """
+    Check that all that [`refine`], whose arguments it takes, would paint fits into the model's context.
+
+    Raises:
+        `ValueError`: At the first row that does not fit; see [`check_prompt_room`].
+    """
+    named = [(f"row {i}", row) for i, row in enumerate(rows)]
+    painted = [(where, row) for where, row in named if row.get("image") is None]
+    painting, reflection = TASKS.get(PAINTING_TASK)(think=think), TASKS.get(REFLECTION_TASK)(think=True)
+    check_prompt_room(painted, painting, processor, model, _task_config(config, PAINTING_TASK))
+    if num_rounds:
+        check_prompt_room(named, reflection, processor, model, _task_config(config, REFLECTION_TASK))
+
+
+def _task_config(config: RolloutConfig | Mapping[str, RolloutConfig], name: str) -> RolloutConfig:
+    return config if isinstance(config, RolloutConfig) else config[name]
 
 
 def refine(
@@ -150,14 +177,15 @@ def refine(
         `list[Refinement]`: One per row.
 
     Raises:
-        `ValueError`: If `stop_reward` or `keep_best` is set without a scorer, `stop_threshold` without `allow_stop`, or a
-            number is out of range.
+        `ValueError`: If `stop_reward` or `keep_best` is set without a scorer, `stop_threshold` without `allow_stop`, a number is
+            out of range, or a row does not fit into the model's context (see [`check_prompt_room`]).
     """
     if num_rounds < 0:
         raise ValueError(f"num_rounds must not be negative, but is {num_rounds}")
     if scorer is None and (stop_reward is not None or keep_best):
         raise ValueError("stop_reward and keep_best need a scorer, which tells how good an image is")
     rows = list(rows)
+    check_refinement_room(model, processor, rows, config, num_rounds, think)
     refiner = _Refiner(model, processor, config, seed, scorer)
     given = [i for i, row in enumerate(rows) if row.get("image") is not None]
     painted = [i for i in range(len(rows)) if i not in given]

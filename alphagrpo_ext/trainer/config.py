@@ -36,17 +36,18 @@ from alphagrpo_ext.rollout.generator import RolloutConfig
 from alphagrpo_ext.rollout.presets import PRESETS, preset_settings
 from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, read_task_settings, resolve_settings
 from alphagrpo_ext.rollout.task import PAINTING_TASK, TASKS, Task
-from alphagrpo_ext.trainer.trl_options import refuse_options
+from alphagrpo_ext.trainer.trl_options import OPTION_CHOICES, refuse_options
 
 
 INHERITED_RANGES = {
     name: interval
     for interval, names in {
         "[1, inf)": "gradient_accumulation_steps per_device_eval_batch_size num_generations_eval generation_batch_size "
-        "steps_per_generation num_iterations ref_model_sync_steps ddp_timeout",
+        "steps_per_generation num_iterations ref_model_sync_steps ddp_timeout pad_to_multiple_of",
         "[0, inf)": "warmup_steps max_grad_norm logging_steps eval_steps eval_delay save_steps "
         "dataloader_num_workers beta epsilon top_k",
-        "(0, inf)": "adam_epsilon num_train_epochs temperature repetition_penalty delta",
+        "(0, inf)": "adam_epsilon num_train_epochs temperature repetition_penalty delta sapo_temperature_neg "
+        "sapo_temperature_pos",
         "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor",
         "[0, 1]": "min_p ref_model_mixup_alpha top_entropy_quantile",
         "[-1, inf)": "max_steps",
@@ -704,6 +705,7 @@ class AlphaGRPOConfig(GRPOConfig):
             ("preset", PRESETS),
             ("lora_targets", LORA_TARGETS),
             ("lora_init", LORA_INITS),
+            *OPTION_CHOICES.items(),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {getattr(self, name)!r}")

@@ -137,13 +137,14 @@ def rectify_false_positives(
     return torch.where(is_false[:, None], rewards[worst.repeat_interleave(num_generations)], rewards), is_false
 
 
-def _deviations(grouped: torch.Tensor) -> torch.Tensor:
+def _deviations(grouped: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """
     Deviations from the mean of each group, dimension 1, without NaN. Those that are no larger than the rounding of rewards in fp32
-    are 0.
+    are 0. `sizes` has the same shape, and for a sum the sum of the sizes of its terms, since terms can cancel and their rounding
+    does not.
     """
     deviations = grouped - grouped.nanmean(dim=1, keepdim=True)
-    rounding = 4 * torch.finfo(torch.float32).eps * grouped.nan_to_num().abs().amax(dim=1, keepdim=True)
+    rounding = 4 * torch.finfo(torch.float32).eps * sizes.nan_to_num().amax(dim=1, keepdim=True)
     return torch.where(deviations.abs() <= rounding, 0.0, deviations)
 
 
@@ -171,12 +172,13 @@ def group_advantages(
     if multi_objective_aggregation == "normalize_then_sum":
         columns = rewards.double().masked_fill(total.isnan()[:, None], torch.nan)
         grouped = columns.view(-1, num_generations, columns.shape[1])
-        normalized = _deviations(grouped) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+        normalized = _deviations(grouped, grouped.abs()) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
         total = (normalized.view_as(columns) * weights.double()).nansum(dim=1).masked_fill(total.isnan(), torch.nan)
         advantages = (total - total.nanmean()) / (nanstd(total) + 1e-4)
         return torch.nan_to_num(advantages, nan=0.0).to(rewards.dtype)
     grouped = total.view(-1, num_generations)
-    advantages = _deviations(grouped)
+    sizes = (rewards.double() * weights.double()).abs().nansum(dim=1).view_as(grouped)
+    advantages = _deviations(grouped, sizes)
     if scale_rewards == "group":
         advantages = advantages / (nanstd(grouped, dim=1)[:, None] + 1e-4)
     elif scale_rewards == "batch":
@@ -358,7 +360,8 @@ def judge_step(
         # What a function does not judge in the refined images, it does not count for in the initial one.
         is_uncounted = (rewards[:, is_image].isnan() & ~is_missing[:, is_image]) | (image_weights == 0)
         initial = (initial.double() * image_weights.double()).masked_fill(is_uncounted, 0.0).sum(dim=1)
-        step.initial_rewards = initial.masked_fill(~has_image, torch.nan).to(rewards.dtype)
+        # Where no reward of images counts, there is nothing by which an image could be better than another.
+        step.initial_rewards = initial.masked_fill(~has_image | ~needed.any(), torch.nan).to(rewards.dtype)
         rectified, is_false = rectify_false_positives(
             images, image_weights, step.initial_rewards, step.group_size, args.rectification, ~painted
         )
@@ -412,20 +415,21 @@ def joint_advantages(
     text, image = (torch.where(is_false, values.clamp(max=0.0), values) for values in (text, image))
     step.image_advantages, is_scored = image, step.is_scored
     return {
-        "advantages": share_advantages(text, step),
+        "advantages": share_advantages(text, step, output["tool_mask"].shape[1]),
         "image_advantages": image,
         "is_scored": is_scored,
         "tool_mask": output["tool_mask"] * is_scored[:, None],
     }
 
 
-def share_advantages(advantages: torch.Tensor, step: RolloutStep) -> torch.Tensor:
+def share_advantages(advantages: torch.Tensor, step: RolloutStep, num_tokens: int) -> torch.Tensor:
     """
     Give the texts of samples that share a thought the mean advantage of these samples, as far as they share it.
 
     Args:
         advantages (`torch.Tensor` of shape `(samples of this process,)`): One per sample.
         step ([`RolloutStep`]): `branches_per_thought` consecutive samples share their first text.
+        num_tokens (`int`): Length that TRL padded the texts of a sample to.
 
     Returns:
         `torch.Tensor`: `(samples,)`, or `(samples, tokens)` if a sample has more than one text. Samples without a reward keep 0
@@ -442,6 +446,6 @@ def share_advantages(advantages: torch.Tensor, step: RolloutStep) -> torch.Tenso
     if all(len(trajectory.sampled_texts) <= 1 for trajectory in step.trajectories):
         return shared
     lengths = [[len(text.token_ids) for text in trajectory.sampled_texts] for trajectory in step.trajectories]
-    tokens = torch.arange(max(sum(row) for row in lengths), device=advantages.device)
+    tokens = torch.arange(num_tokens, device=advantages.device)
     is_first = tokens < torch.tensor([sum(row[:1]) for row in lengths], device=advantages.device)[:, None]
     return torch.where(is_first, shared[:, None], advantages[:, None])

@@ -36,7 +36,14 @@ from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images
 from alphagrpo_ext.trainer.callbacks.own_callbacks import own_callbacks
 from alphagrpo_ext.trainer.callbacks.rollout_event import announce_rollout
 from alphagrpo_ext.trainer.checks.finite_steps import FiniteSteps, check_trained_weights
-from alphagrpo_ext.trainer.checks.validation import check_trains, checked_datasets, freeze_for_training
+from alphagrpo_ext.trainer.checks.validation import (
+    check_evaluation_groups,
+    check_scores_found,
+    check_steps_done,
+    check_trains,
+    checked_datasets,
+    freeze_for_training,
+)
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.distributed import gathered_policy, prepare_sharding, sum_over_processes
 from alphagrpo_ext.trainer.initial_images import ImageRewards, paint_initial_images
@@ -285,9 +292,12 @@ class AlphaGRPOTrainer(GRPOTrainer):
             return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        check_evaluation_groups(self.args)
         if eval_dataset is None and self.eval_dataset is not self.rows.eval:
             eval_dataset = self.eval_dataset  # Replaced since it was checked.
-        return super().evaluate(self.rows.checked(eval_dataset), *args, **kwargs)
+        metrics = super().evaluate(self.rows.checked(eval_dataset), *args, **kwargs)
+        check_scores_found(metrics)
+        return metrics
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
         if skip_scheduler and self.resume.checkpoint is not None:
@@ -310,6 +320,7 @@ class AlphaGRPOTrainer(GRPOTrainer):
         super()._run_epoch(**kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        check_steps_done(self.state)
         check_trained_weights(self.model)
         return super()._finalize_training(trial, num_train_samples, start_time - self.resume.seconds_before)
 

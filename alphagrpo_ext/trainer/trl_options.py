@@ -103,6 +103,13 @@ KEPT_OPTIONS = frozenset(
     for name in group.split()
 )
 """Options that do what they do in TRL's trainer."""
+OPTION_CHOICES = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
+"""The words that options can be, of those whose words TRL compares after a rollout, or in a loss."""
 
 
 def refuse_options(config: Any, changed: Iterable[str]) -> None:

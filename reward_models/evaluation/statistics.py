@@ -25,6 +25,7 @@ MIN_PROMPTS = 20
 """With fewer prompts, an interval by resampling is too narrow."""
 # Largest number of values in a batch of resamples, so that a large benchmark fits into memory.
 _BATCH_ELEMENTS = 2**22
+_ROUNDING = 1e-12
 # Larger than errors of rounding.
 _ZERO_WIDTH = 1e-12
 
@@ -230,7 +231,8 @@ def sign_flip_p_value(totals: np.ndarray, num_flips: int = NUM_RESAMPLES, seed: 
     from scipy.stats import permutation_test
 
     totals = np.asarray(totals, dtype=np.float64)
-    totals = totals[totals != 0]
+    # Scores are numbers near 1, so what is smaller is their rounding.
+    totals = totals[np.abs(totals) > _ROUNDING]
     if len(totals) < 2:
         # Both signs of a single difference are equally large.
         return 1.0

@@ -148,8 +148,8 @@ def slope_t(values: Sequence[float]) -> float:
     from scipy.stats import linregress
 
     y = np.asarray(values, dtype=np.float64)
-    # A smaller range is due to rounding.
-    if np.ptp(y) <= np.finfo(np.float64).eps * np.abs(y).max() * len(y):
+    # A smaller range is due to the rounding of rewards, which are averaged in fp32.
+    if np.ptp(y) <= np.finfo(np.float32).eps * np.abs(y).max() * len(y):
         return 0.0
     line = linregress(np.arange(len(y)), y)
     # Rounding alone leaves a standard error of about 1e-8 slopes.

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from fastapi import HTTPException
 from PIL import Image
 
+from alphagrpo_ext.openrlhf.group_rewards import exact_in_a_group
 from reward_models.dvreward import DVReward, Score
 from reward_models.files.image_decoding import EncodedImage
 from reward_models.judges.openai import png_bytes
@@ -92,7 +93,7 @@ class RewardService:
                 f"the judge could not score the images of query {failed}, and a missing score must not become a reward: "
                 "the server's log says why; try again",
             )
-        rewards = [score.reward for score in scores]
+        rewards = [exact_in_a_group(score.reward) for score in scores]
         return RemoteRewardResponse(
             rewards=rewards,
             scores=rewards,

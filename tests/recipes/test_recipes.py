@@ -21,6 +21,8 @@ from alphagrpo_ext.models.contract import FAMILIES
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore
 from recipe_tools.recipe_arguments import RecipeParser
+from reward_models.dvreward import JudgeFailedError
+from reward_models.judges.shapes import ShapesJudge
 from support.recipe_modules import load_recipe, run_recipe
 
 
@@ -267,6 +269,29 @@ def test_generate_paints_prompts_without_questions_if_there_is_no_judge(
     assert "does not know these words, and reads each as an unknown one: 'Two' 'squares,'." in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"decompose_prompts\.py --input"):
         run_recipe(recipe, recipe.GenerationArguments, *given)
+
+
+def test_generate_stops_with_a_judge_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training does, beyond the share that may fail. Without a reward, no image is the best one."""
+
+    async def fail(self: ShapesJudge, image: Image.Image, questions: list[str]) -> list[None]:
+        return [None for _ in questions]
+
+    monkeypatch.setattr(ShapesJudge, "answer", fail)
+    recipe = load_recipe("generate")
+    options = ("--num_prompts", "2", "--num_rounds", "1", "--keep_best", "--output_dir", tmp_path)
+    with pytest.raises(JudgeFailedError, match="left 2 of 2 images without a score"):
+        run_recipe(recipe, recipe.GenerationArguments, *options)
+    run_recipe(recipe, recipe.GenerationArguments, *options, "--judge_max_failed_frac", "1.0")
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("wish", [("--keep_best",), ("--stop_reward", "0.9")])
+@pytest.mark.parametrize("source", [("--judge", "none"), ("--prompts", "a red circle")])
+def test_generate_needs_rewards_for_what_goes_by_them(source: tuple[str, ...], wish: tuple[str, ...]) -> None:
+    recipe = load_recipe("generate")
+    with pytest.raises(ValueError, match="keep_best and stop_reward go by rewards: give a judge"):
+        RecipeParser([recipe.GenerationArguments], "").parse_args_and_config(args=[*source, *wish])
 
 
 @pytest.mark.slow

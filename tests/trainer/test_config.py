@@ -169,6 +169,17 @@ def test_parser_reads_a_number_or_a_word(tmp_path: Path, source: str, given: str
         ({"image_steps_per_forward": "some"}, "image_steps_per_forward must be .*, but is 'some'"),
         ({"image_steps_per_forward": float("nan")}, "image_steps_per_forward must be .*, but is nan"),
         ({"max_completion_length": 0}, "max_completion_length, the longest thought, must be positive, but is 0"),
+        ({"loss_type": "grop"}, "loss_type must be one of grpo, .*, but is 'grop'"),
+        (
+            {"importance_sampling_level": "word"},
+            "importance_sampling_level must be one of token, sequence, but is 'word'",
+        ),
+        ({"scale_rewards": "std"}, "scale_rewards must be one of group, batch, none, but is 'std'"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation must be one of .*, but is 'sum'"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be at least 1, but is 0"),
+        ({"pad_to_multiple_of": -8}, "pad_to_multiple_of must be at least 1, but is -8"),
+        ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos must be positive, but is 0.0"),
+        ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be positive, but is 0.0"),
     ],
 )
 def test_bad_values_raise(make_config: Callable[..., AlphaGRPOConfig], settings: dict[str, Any], message: str) -> None:

@@ -246,6 +246,27 @@ def test_without_a_reward_of_its_image_a_text_is_not_praised_for_its_form() -> N
     assert not step.rewards.isnan().any()
 
 
+@pytest.mark.parametrize("rectification", ["minimum", "initial", "off"])
+def test_where_no_reward_of_images_counts_no_image_is_a_false_positive(rectification: str) -> None:
+    """A reward of weight 0 is a monitor, by which all images would be equally good."""
+    rewards, weights = torch.tensor([[0.5, 1.0], [0.7, 0.0]]), torch.tensor([0.0, 1.0])
+    initial = torch.tensor([[0.6], [0.6]])
+    options = {"rectification": rectification, "scale_rewards": "none"}
+    step, args = step_of(rewards, 2, [judge, form], weights, initial, "self_reflection", **options)
+    assert not step.is_false_positive.any()
+    assert step.initial_rewards.isnan().all()
+    output = {"advantages": torch.tensor([0.5, -0.5]), "tool_mask": torch.ones(2, 3)}
+    assert joint_advantages(step, output, [judge, form], weights, args)["advantages"].tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+def test_rewards_that_cancel_are_equal_up_to_their_own_rounding(scale_rewards: str) -> None:
+    """Each term is rounded, by more than the size of their sum would tell."""
+    large = torch.tensor([1000.1, 1000.2, 1000.3, 1000.7])
+    rewards = torch.stack([large, 0.25 - large], dim=1)
+    assert group_advantages(rewards, torch.ones(2), 4, scale_rewards).tolist() == [0.0] * 4
+
+
 def test_functions_for_some_prompts_each_train_theirs() -> None:
     rewards = torch.tensor([[0.1, NAN], [0.3, NAN], [NAN, 0.5], [NAN, 0.9]])
     step, _ = step_of(rewards, 2, [judge, judge], torch.ones(2))
@@ -264,8 +285,10 @@ def test_texts_that_follow_a_shared_thought_have_their_own_advantage() -> None:
     advantages = torch.tensor([-0.5, 0.25, 0.0, 0.5])
     one = [TextSegment([5, 6], sampled=True, role="assistant")]
     step.trajectories = [Trajectory(one)] * 4
-    assert share_advantages(advantages, step).tolist() == [-0.125, -0.125, 0.0, 0.5]
+    assert share_advantages(advantages, step, 2).tolist() == [-0.125, -0.125, 0.0, 0.5]
     step.trajectories = [Trajectory([*one, TextSegment([7] * (1 + i), sampled=True)]) for i in range(4)]
-    shared = share_advantages(advantages, step)
-    first, after = [-0.125, -0.125, 0.0, 0.5], advantages.tolist()
-    assert shared.tolist() == [[a, a, b, b, b, b] for a, b in zip(first, after, strict=True)]
+    # TRL pads the texts of four tokens after the thought further where it is told to.
+    for padding in (0, 2):
+        shared = share_advantages(advantages, step, 6 + padding)
+        first, after = [-0.125, -0.125, 0.0, 0.5], advantages.tolist()
+        assert shared.tolist() == [[a, a, *[b] * (4 + padding)] for a, b in zip(first, after, strict=True)]

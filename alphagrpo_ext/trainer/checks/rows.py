@@ -17,6 +17,7 @@ from alphagrpo_ext.messages import num_image_parts, prompt_text
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.config import RolloutConfig
+from alphagrpo_ext.rollout.context_room import check_trajectory_room
 from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.reward_functions import ARGUMENTS, reward_hooks
 from alphagrpo_ext.trainer.step import task_name
@@ -61,7 +62,7 @@ class RowCheck:
         if row.get("prompt") is None:
             raise ValueError(f"{where} has no 'prompt'; its columns are {list(row)}")
         try:
-            text = prompt_text(row["prompt"])
+            prompt_text(row["prompt"])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         has_image = row.get("image") is not None
@@ -72,14 +73,7 @@ class RowCheck:
                 f"{where} of task '{name}' has a prompt with {places} places for images, but the policy sees {num_seen}: give the "
                 f"row one image, in the column 'image', and a task that looks at it"
             )
-        config = self.configs[name]
-        positions = task.max_positions(row, self.processor, self.model, config)
-        if positions > self.model.max_positions:
-            raise ValueError(
-                f"{where} of task '{name}' can take {positions} positions, more than the model's {self.model.max_positions}: "
-                f"lower num_reflection_rounds ({task.num_reflection_rounds}) or max_completion_length "
-                f"({config.max_new_tokens}), or shorten the prompt ({text[:80]!r})"
-            )
+        check_trajectory_room(row, f"{where} of task '{name}'", task, self.processor, self.model, self.configs[name])
 
     def ignores_image(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has an image that its task does not look at."""

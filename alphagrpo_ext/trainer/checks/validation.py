@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftConfig, PeftModel
+from transformers import TrainerState
 
 from alphagrpo_ext.models.adapters import fit_adapter_config, freeze_parts
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
@@ -121,6 +122,8 @@ def check_not_empty(dataset: Any, name: str, least: int = 1) -> None:
         `ValueError`: If there are fewer.
     """
     if isinstance(dataset, Mapping):
+        if not dataset:
+            raise ValueError(f"{name} is a dict without a dataset: give None where nothing is evaluated")
         for key, member in dataset.items():
             check_not_empty(member, f"{name}[{key!r}]", least)
     elif hasattr(dataset, "__len__") and len(dataset) < least:
@@ -129,6 +132,36 @@ def check_not_empty(dataset: Any, name: str, least: int = 1) -> None:
         raise ValueError(
             f"{name} has {len(dataset)} rows, but a rollout takes {least} prompts, so nothing would be trained: lower "
             f"per_device_train_batch_size or steps_per_generation, or give more rows"
+        )
+
+
+def check_steps_done(state: TrainerState) -> None:
+    """Raise `ValueError` if a training has ended before its first step, as that of a stream that has too few rows."""
+    if not state.global_step:
+        cause = "train_dataset gave too few rows for one rollout" if state.max_steps else "max_steps is 0"
+        raise ValueError(f"nothing was trained: {cause}")
+
+
+def check_scores_found(metrics: Mapping[str, float]) -> None:
+    """Raise `ValueError` if an evaluation has met no row, as that of an empty stream."""
+    if not any(name.endswith("_loss") for name in metrics):
+        raise ValueError("nothing was evaluated: eval_dataset gave no row")
+
+
+def check_evaluation_groups(args: AlphaGRPOConfig) -> None:
+    """
+    Check that the samples that an evaluation paints at a time are whole groups, which TRL does for an `eval_strategy` alone.
+
+    Raises:
+        `ValueError`: If they are not.
+    """
+    name = "num_generations" if args.num_generations_eval is None else "num_generations_eval"
+    size, group = args.per_device_eval_batch_size * args.world_size, getattr(args, name)
+    if size % group:
+        raise ValueError(
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size}: an evaluation paints {size} samples at a time (that x "
+            f"{args.world_size} processes), and {name}={group} must divide them: change per_device_eval_batch_size, or set "
+            f"num_generations_eval, 1 for one image per prompt"
         )
 
 
@@ -267,6 +300,8 @@ def checked_datasets(
     """
     args.check_numbers()
     check_form(eval_dataset, "eval_dataset")
+    if args.eval_on_start and eval_dataset is not None:
+        check_evaluation_groups(args)
     check_not_empty(train_dataset, "train_dataset", args.generation_batch_size // args.num_generations)
     functions = listed(reward_funcs)
     named = named_datasets(train_dataset, eval_dataset)

@@ -20,10 +20,12 @@ from transformers.processing_utils import ProcessorMixin
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint
 from alphagrpo_ext.rollout.arguments import SamplingArguments
+from alphagrpo_ext.rollout.context_room import check_prompt_room
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
 from alphagrpo_ext.rollout.task import REFLECTION_TASK, TASKS
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from recipe_tools.benchmark_export.arguments import ExportArguments
+from recipe_tools.input_errors import checking_input
 from recipe_tools.processes import load_policy
 from reward_models.benchmarks import Benchmark, BenchmarkPrompt
 from reward_models.dvreward import DVReward, Score
@@ -248,8 +250,21 @@ def paint_missing(
     if jobs is None:
         return
     model, processor = load_policy(args.model_name_or_path, args.dtype)
-    painter = RolloutGenerator(model, processor, TASKS.get(benchmark.task)(think=args.think))
-    refiner = RolloutGenerator(model, processor, TASKS.get(REFLECTION_TASK)(think=True))
+    tasks = {
+        benchmark.task: TASKS.get(benchmark.task)(think=args.think),
+        REFLECTION_TASK: TASKS.get(REFLECTION_TASK)(think=True),
+    }
+    painter, refiner = (RolloutGenerator(model, processor, task) for task in tasks.values())
+    with checking_input():
+        for name in list(tasks)[: 2 if args.num_rounds else 1]:
+            # Edited images may be of many sizes, and are checked as they are painted unless one is given for all.
+            config = args.rollout(args.height or IMAGE_SIZE, args.width or IMAGE_SIZE, name)
+            named = (
+                (f"prompt {prompts[i].key!r}", {"prompt": prompts[i].prompt})
+                for i in range(len(prompts))
+                if i not in left_out
+            )
+            check_prompt_room(named, tasks[name], processor, model, config)
     with tqdm(total=share, desc="painted", disable=not state.is_main_process) as progress:
         while jobs:
             for job, images in zip(jobs, paint(painter, benchmark.task, refiner, jobs, args), strict=True):

@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
+from alphagrpo_ext.rollout.context_room import check_prompt_room
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
 from alphagrpo_ext.shapes.editing import editing_rows
@@ -76,7 +77,8 @@ def evaluate_model(
     policy = functools.cache(functools.partial(load_policy, name, args.dtype))
     configs = {stage.task: args.rollout(args.image_size, args.image_size, stage.task) for stage in stages}
     sizes = [config.size for config in configs.values()]
-    named_rows = {f"eval_file {args.eval_file}": rows.undecoded if isinstance(rows, PromptRows) else rows}
+    undecoded = rows.undecoded if isinstance(rows, PromptRows) else rows
+    named_rows = {f"eval_file {args.eval_file}": undecoded}
     checked_reward = functools.cache(checking_input()(lambda: args.make_checked_reward(named_rows, sizes, policy)))
     threshold = calibrated_threshold(name, policy, args) if args.calibrate_stop else args.stop_threshold
     settings = [
@@ -99,6 +101,9 @@ def evaluate_model(
                 own = args.threshold_of(model) if threshold is None else threshold
                 stopping = {"allow_stop": args.allow_stop, "stop_threshold": own}
                 task = TASKS.get(stage.task)(think=stage.think, **stopping)
+                with checking_input():
+                    named = ((f"row {i}", row) for i, row in enumerate(undecoded))
+                    check_prompt_room(named, task, processor, model, configs[stage.task])
                 evaluation = evaluate(
                     RolloutGenerator(model, processor, task),
                     rows,

@@ -134,6 +134,8 @@ def test_p_value_is_uniform_without_a_difference() -> None:
 def test_p_value_is_never_zero_and_one_without_differences() -> None:
     assert sign_flip_p_value(np.ones(100), num_flips=99) == pytest.approx(0.01)
     assert sign_flip_p_value(np.zeros(5)) == 1.0
+    # Differences of equal scores that were summed in another order.
+    assert sign_flip_p_value(np.full(20, 1e-17)) == 1.0
 
 
 def test_paired_difference_is_narrower_than_its_parts() -> None:

@@ -178,6 +178,46 @@ def test_an_evaluation_of_another_form_is_refused(make_trainer: MakeTrainer, giv
         trainer.evaluate(given)
 
 
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_a_stream_with_too_few_rows_is_no_training(make_trainer: MakeTrainer, num_rows: int) -> None:
+    features = Features({"prompt": Value("string")})
+    rows = [{"prompt": PROMPT}] * num_rows
+    stream = IterableDataset.from_generator(lambda: iter(rows), features=features)
+    two_groups = {"per_device_train_batch_size": 8, "num_generations": 4}
+    with pytest.raises(ValueError, match="nothing was trained: train_dataset gave too few rows for one rollout"):
+        make_trainer(datasets={"train_dataset": stream}, think=False, max_steps=2, **two_groups).train()
+
+
+def test_no_steps_are_no_training(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="nothing was trained: max_steps is 0"):
+        make_trainer(datasets={"train_dataset": dataset(PROMPT)}, think=False, max_steps=0).train()
+
+
+def test_no_rows_are_no_evaluation(make_trainer: MakeTrainer) -> None:
+    held = {"train_dataset": dataset(PROMPT)}
+    stream = IterableDataset.from_generator(lambda: iter([]), features=Features({"prompt": Value("string")}))
+    for held_out in (stream, {"hard": stream}):
+        with pytest.raises(ValueError, match="nothing was evaluated: eval_dataset gave no row"):
+            make_trainer(datasets=held, think=False).evaluate(held_out)
+    with pytest.raises(ValueError, match="eval_dataset is a dict without a dataset"):
+        make_trainer(datasets=held | {"eval_dataset": {}}, think=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_eval_batch_size": 3}, "per_device_eval_batch_size=3: .*num_generations=4 must divide"),
+        ({"num_generations_eval": 3}, "an evaluation paints 4 samples .*num_generations_eval=3 must divide"),
+    ],
+)
+def test_an_evaluation_has_whole_groups(make_trainer: MakeTrainer, settings: dict[str, int], message: str) -> None:
+    held = {"train_dataset": dataset(PROMPT), "eval_dataset": dataset(PROMPT)}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(datasets=held, **settings).evaluate()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(datasets=held, **settings, eval_on_start=True)
+
+
 def test_a_dataset_that_is_put_in_place_of_another_is_checked(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(datasets={"train_dataset": dataset(PROMPT), "eval_dataset": {"easy": dataset(PROMPT)}})
     assert "eval_easy_loss" in trainer.evaluate()
