@@ -116,6 +116,7 @@ def main(args: ExportArguments) -> None:
     with checking_input():
         label = args.model_label or model_label(args.model_name_or_path)
         benchmark: Benchmark = BENCHMARKS.get(args.benchmark)(label)
+        benchmark.check_num_images(args.num_images or benchmark.num_images)
         prompts = benchmark.prompts(args.prompts)
         if args.height is not None:
             benchmark.check_image_size(args.height, args.width)

@@ -103,6 +103,8 @@ class Benchmark(ABC):
     """Name of the policy's task in `TASKS`."""
     num_images: int = 1
     """Number of images per prompt in the benchmark's own protocol."""
+    max_images: int | None = None
+    """Most images per prompt that the scorer reads; `None` for any number."""
 
     def __init__(self, model_label: str) -> None:
         self.model_label = path_part(model_label, "model_label")
@@ -139,6 +141,22 @@ class Benchmark(ABC):
         Raises:
             `ValueError`: If the scorer cannot read images of this size. The default accepts every size.
         """
+
+    def check_num_images(self, num_images: int) -> None:
+        """
+        Check the number of images per prompt before any of them is painted.
+
+        Args:
+            num_images (`int`): Number of images per prompt.
+
+        Raises:
+            `ValueError`: If the scorer does not read as many.
+        """
+        if self.max_images is not None and num_images > self.max_images:
+            raise ValueError(
+                f"the scorer of {type(self).__name__} reads at most {self.max_images} images per prompt, but --num_images is "
+                f"{num_images}: give at most {self.max_images}"
+            )
 
     @abstractmethod
     def image_path(self, prompt: BenchmarkPrompt, sample: int) -> str:

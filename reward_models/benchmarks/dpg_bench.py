@@ -44,6 +44,7 @@ class DPGBench(Benchmark):
     """
 
     num_images = 4
+    max_images = 4
 
     def prompts(self, source: str) -> list[BenchmarkPrompt]:
         path = Path(source)

@@ -43,6 +43,7 @@ class GEditBench(Benchmark):
     """
 
     task = "image_editing"
+    max_images = 1
 
     def prompts(self, source: str) -> _GEditPrompts:
         try:

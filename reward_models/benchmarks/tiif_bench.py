@@ -50,6 +50,8 @@ class TIIFBench(Benchmark):
     is no are not scored, because in DVReward the right answer is yes.
     """
 
+    max_images = 1
+
     def prompts(self, source: str) -> list[BenchmarkPrompt]:
         files = source_files(source, "*.jsonl")
         questions = _read_questions(_questions_folder(files[0].parent))

@@ -36,6 +36,8 @@ class WISE(Benchmark):
     questions, decompose the prompts with `recipes/decompose_prompts.py`.
     """
 
+    max_images = 1
+
     def prompts(self, source: str) -> list[BenchmarkPrompt]:
         prompts = []
         for path in _prompt_files(source):

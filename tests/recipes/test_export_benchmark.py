@@ -279,9 +279,11 @@ def test_broken_rows_are_named_before_anything_is_painted_or_left_out(
 def test_images_that_the_scorer_cannot_read_are_refused_before_they_are_painted(tmp_path: Path) -> None:
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "stock1.txt").write_text("draw a red circle on a white background")
+    arguments = ("--benchmark", "dpg_bench", "--prompts", tmp_path / "prompts", "--height", "24", "--width", "48")
     with pytest.raises(ValueError, match="square tiles"):
-        arguments = ("--benchmark", "dpg_bench", "--prompts", tmp_path / "prompts", "--height", "24", "--width", "48")
         run(*arguments, "--output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match="at most 4 images per prompt, but --num_images is 5"):
+        run(*arguments[:4], "--num_images", "5", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -454,3 +454,15 @@ def test_prompts_that_are_not_there_are_named(tmp_path: Path, name: str) -> None
 def test_benchmarks_of_one_image_refuse_more(name: str) -> None:
     with pytest.raises(ValueError, match="one image per prompt"):
         make(name).image_path(BenchmarkPrompt("a/short_description/0", "a", "b"), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("dpg_bench", 4), ("gedit_bench", 1), ("geneval", None), ("tiif_bench", 1), ("wise", 1)]
+)
+def test_more_images_than_the_scorer_reads_are_refused(name: str, most: int | None) -> None:
+    benchmark = make(name)
+    benchmark.check_num_images(most or 100)
+    assert benchmark.max_images == most
+    if most is not None:
+        with pytest.raises(ValueError, match=f"at most {most} images per prompt, but --num_images is {most + 1}"):
+            benchmark.check_num_images(most + 1)
