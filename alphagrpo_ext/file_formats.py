@@ -45,6 +45,8 @@ def format_name(head: bytes) -> str | None:
     for signature, name in _SIGNATURES:
         if head.startswith(signature):
             return name
+    if head[257:262] == b"ustar":
+        return "a tar archive: extract it"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for signature, name in _MARKUP:
         if start.startswith(signature):

@@ -68,13 +68,17 @@ def read_text(path: Path) -> str:
     Read a text file in UTF-8.
 
     Raises:
-        `ValueError`: If it is not UTF-8. The message names the file.
+        `ValueError`: If it is not UTF-8, or if it holds a zero byte, which no text does. The message names the file.
     """
     try:
         # Line ends stay as they are, because a cell of a table may hold them.
-        return path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid UTF-8 ({error})") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"{path}, line {line}: the file holds a zero byte, so it is binary and not a text in UTF-8")
+    return text
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:

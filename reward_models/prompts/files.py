@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alphagrpo_ext.file_formats import HEAD_SIZE, format_name
-from alphagrpo_ext.files import read_json_lines
-from reward_models.prompts.tables import has_question_columns, read_table_rows, table_delimiter, table_kind
+from alphagrpo_ext.files import read_json_lines, read_text
+from reward_models.prompts.tables import (
+    check_no_header,
+    has_question_columns,
+    is_regular_table,
+    read_table_rows,
+    table_delimiter,
+    table_kind,
+)
 
 
 if TYPE_CHECKING:
@@ -29,15 +36,19 @@ _FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow
 FileKind = Literal["json lines", "json array", "parquet", "table", "text"]
 
 
-def file_kind(path: Path) -> FileKind:
+def file_kind(path: Path, prompt_column: str | None = None) -> FileKind:
     """
     Find the format of a file of prompts.
 
+    Args:
+        path (`Path`): The file.
+        prompt_column (`str`, *optional*): Name of the column of prompts in a table.
+
     Raises:
-        `ValueError`: If the file has another format. The message names the file and the format, and says what to do.
+        `ValueError`: If the file has another format, or is a text that begins with a header. The message names the file and the
+            format, and says what to do.
     """
-    with open(path, "rb") as file:
-        head = file.read(HEAD_SIZE)
+    head = _head(path)
     found = format_name(head)
     if found == "a Parquet file":
         return "parquet"
@@ -52,9 +63,34 @@ def file_kind(path: Path) -> FileKind:
         return "json array"
     if start.startswith((b"{", b"[")):
         return "json lines"
-    if path.suffix.lower() in (".csv", ".tsv") or table_delimiter(path) is not None:
+    if path.suffix.lower() in (".csv", ".tsv") or table_delimiter(path, prompt_column) is not None:
         return "table"
-    return "json lines" if path.suffix in (".jsonl", ".json") else "text"
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return "json lines"
+    check_no_header(path)
+    return "text"
+
+
+def read_plain_text(path: Path) -> str:
+    """
+    Read a text in UTF-8 whose lines end with a line feed, a carriage return, or both. In the result, they end with a line feed.
+
+    Raises:
+        `ValueError`: If it is no text in UTF-8. The message names the file.
+    """
+    return read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_one_prompt(path: Path) -> str:
+    """
+    Read a text file that holds one prompt.
+
+    Raises:
+        `ValueError`: If it is no text in UTF-8, or if it is a table of several prompts. The message names the file.
+    """
+    if file_kind(path) == "table" and is_regular_table(path):
+        raise ValueError(f"{path} is a table of prompts and not one prompt: give this file instead of its folder")
+    return read_plain_text(path)
 
 
 def is_dataset_name(source: str) -> bool:
@@ -99,7 +135,7 @@ def read_rows(path: Path, prompt_column: str | None = None) -> Iterator[tuple[st
         `ValueError`: If the file has another format or no column of questions, or at the first line that is not valid. The
             message names the file and the line.
     """
-    kind = file_kind(path)
+    kind = file_kind(path, prompt_column)
     if kind == "json array":
         for index, row in enumerate(json.loads(path.read_text(encoding="utf-8-sig"))):
             yield f"{path}, entry {index}", row
@@ -145,7 +181,7 @@ def read_saved_dataset(source: str) -> Dataset | None:
     """
     path = Path(source)
     is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-    if not is_saved and not (path.is_file() and file_kind(path) == "parquet"):
+    if not is_saved and not (path.is_file() and format_name(_head(path)) == "a Parquet file"):
         return None
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -175,6 +211,11 @@ def prompt_field(row: Any, where: str) -> Any:
         if isinstance(row, Mapping) and name in row:
             return row[name]
     raise ValueError(f"{where} has no field 'prompt'")
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD_SIZE)
 
 
 def _is_json_array(path: Path) -> bool:

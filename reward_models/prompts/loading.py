@@ -13,7 +13,6 @@ from typing import Any
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 from pyarrow import ArrowException
 
-from alphagrpo_ext.files import read_text
 from alphagrpo_ext.image_rows import RowImage, broken_images, refuse_broken_images, refuse_images_column
 from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.shapes.prompts import build_dataset
@@ -22,6 +21,8 @@ from reward_models.prompts.files import (
     file_kind,
     is_dataset_name,
     prompt_field,
+    read_one_prompt,
+    read_plain_text,
     read_rows,
     read_saved_dataset,
 )
@@ -134,7 +135,7 @@ def load_unjudged_prompts(file: str, skipped: list[str] | None = None, prompt_co
     path = Path(file)
     if _holds_texts(path):
         _refuse_column_of_text(file, prompt_column)
-        rows = [(str(text), {"prompt": _one_prompt(text)}) for text in sorted(path.glob("*.txt"))]
+        rows = [(str(text), {"prompt": read_one_prompt(text)}) for text in sorted(path.glob("*.txt"))]
         dataset = _columns_dataset(rows, file)
     elif (dataset := _dataset(file)) is not None:
         dataset = _with_prompt_column(dataset, file, prompt_column)
@@ -176,7 +177,7 @@ def has_questions(dataset: Dataset) -> bool:
 
 
 def _unjudged_rows(path: Path, prompt_column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    kind = file_kind(path)
+    kind = file_kind(path, prompt_column)
     if kind == "text":
         yield from ((where, {"prompt": line.strip()}) for where, line in _prompts_of_file(path, prompt_column))
         return
@@ -261,7 +262,8 @@ def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
             A file, a folder, or the name of a dataset with a column `prompt`, whose split `"train"` is loaded. The format of a
             file is found by its content: plain text with one prompt per line, JSON lines or a JSON array of texts or of objects
             with a field `prompt` or `Prompt`, CSV or TSV with a column `prompt` or `text` in any case, or Parquet. A folder holds
-            a saved dataset, or files `*.txt` of one prompt each, in alphabetical order. Text is in UTF-8.
+            a saved dataset, or files `*.txt` of one prompt each, in alphabetical order. Text is in UTF-8. A text whose first line
+            is the name of a column is refused.
         prompt_column (`str`, *optional*): Name of the column or field of prompts, if it has another one.
 
     Returns:
@@ -275,7 +277,7 @@ def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
     path = Path(source)
     if _holds_texts(path):
         _refuse_column_of_text(source, prompt_column)
-        found = [(str(file), _one_prompt(file)) for file in sorted(path.glob("*.txt"))]
+        found = [(str(file), read_one_prompt(file)) for file in sorted(path.glob("*.txt"))]
     elif (dataset := _dataset(source, folders=True)) is not None:
         dataset = _with_prompt_column(dataset, source, prompt_column)
         found = [(f"dataset {source}, row {index}", prompt) for index, prompt in enumerate(dataset["prompt"])]
@@ -288,12 +290,12 @@ def read_prompts(source: str, prompt_column: str | None = None) -> list[str]:
 
 
 def _prompts_of_file(path: Path, prompt_column: str | None) -> list[tuple[str, Any]]:
-    kind = file_kind(path)
+    kind = file_kind(path, prompt_column)
     if kind == "table":
         return read_prompt_column(path, prompt_column)
     if kind == "text":
         _refuse_column_of_text(str(path), prompt_column)
-        lines = enumerate(read_text(path).split("\n"), start=1)
+        lines = enumerate(read_plain_text(path).split("\n"), start=1)
         return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
     takes_texts = kind == "json array" and prompt_column is None
     return [
@@ -311,11 +313,6 @@ def _holds_texts(path: Path) -> bool:
     """Whether a path is a folder of files `*.txt`, and of nothing else."""
     files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
     return bool(files) and all(file.suffix == ".txt" for file in files if not file.name.startswith("."))
-
-
-def _one_prompt(file: Path) -> str:
-    file_kind(file)
-    return read_text(file).replace("\r\n", "\n")
 
 
 def _dataset(source: str, folders: bool = False) -> Dataset | None:

@@ -18,19 +18,64 @@ from reward_models.prompts.tags import TAGS
 
 PROMPT_COLUMNS = ("prompt", "text")
 """Names of the column of prompts in a table, in any case; the first that there is."""
+_HEADER_WORDS = {
+    *("prompt", "prompts", "text", "texts", "caption", "captions"),
+    *("description", "descriptions", "instruction", "instructions"),
+}
+"""What columns of prompts are called. A line that has one of them as a cell is taken for a header."""
 _DELIMITERS = {"\t": "TSV", ",": "CSV", ";": "CSV with semicolons"}
 _EXAMPLE = '[{"question": "is there a cat ?", "tag": "Existence"}]'
 
 
 def table_delimiter(path: Path, prompt_column: str | None = None) -> str | None:
-    """The delimiter of a table, if the file's first line is a header that names prompts."""
-    with open(path, "rb") as file:
-        line = file.readline(10_000).decode("utf-8-sig", errors="replace").strip("\r\n")
+    """
+    Find the delimiter of a table by the file's first line that is not blank.
+
+    Args:
+        path (`Path`): The file.
+        prompt_column (`str`, *optional*): Name of the column of prompts, in any case. It may be the only column.
+
+    Returns:
+        `str`: `None` if the line is not a header. It is one if one of its cells is `prompt_column` or in [`PROMPT_COLUMNS`], or if
+        one is another usual name of a column of prompts and all lines of the file have as many cells.
+    """
+    line = _first_line(path)
+    names = {*_column_names(prompt_column), *PROMPT_COLUMNS}
     for delimiter in _DELIMITERS:
-        cells = [cell.strip().strip('"').casefold() for cell in line.split(delimiter)]
-        if len(cells) > 1 and any(name in cells for name in _column_names(prompt_column)):
+        cells = _cell_names(line, delimiter)
+        if len(cells) > 1 and not names.isdisjoint(cells):
             return delimiter
-    return None
+    if prompt_column is not None and path.suffix.lower() != ".csv" and _cell_name(line) == _cell_name(prompt_column):
+        # Prompts of a single column hold commas without quotes, but no tabs.
+        return "\t"
+    return next((delimiter for delimiter in _DELIMITERS if _has_header_word(path, line, delimiter)), None)
+
+
+def is_regular_table(path: Path) -> bool:
+    """Whether a file has a header that names prompts, and as many cells in every other line."""
+    delimiter = table_delimiter(path)
+    return delimiter is not None and _has_equal_lines(path, delimiter)
+
+
+def check_no_header(path: Path) -> None:
+    """
+    Check that a text of one prompt per line does not begin with a header, which would be taken for a prompt.
+
+    Raises:
+        `ValueError`: If its first line that is not blank is the name of a column alone, or the header of a table in Markdown or
+            with other cells between `|`.
+    """
+    line = _first_line(path)
+    if _cell_name(line) in _HEADER_WORDS:
+        raise ValueError(
+            f"{path}: the first line {line[:80]!r} is the name of a column and not a prompt: --prompt_column {_cell_name(line)} "
+            f"reads the prompts below it"
+        )
+    if _has_header_word(path, line, "|"):
+        raise ValueError(
+            f"{path}: the first line {line[:80]!r} is the header of a table with '|' between its cells, which is not read: save the "
+            f"table as CSV or TSV. --prompt_column names its column of prompts"
+        )
 
 
 def table_kind(path: Path, prompt_column: str | None = None) -> str:
@@ -124,7 +169,7 @@ class _Table:
         text = io.StringIO(read_text(path), newline="")
         self._reader = csv.reader(text, delimiter=self.delimiter, strict=True)
         with self._errors():
-            self.header = next(self._reader, [])
+            self.header = next((cells for cells in self._reader if any(cell.strip() for cell in cells)), [])
         self.names = [cell.strip().casefold() for cell in self.header]
 
     def place(self, name: str) -> int:
@@ -164,6 +209,40 @@ class _Table:
             yield
         except csv.Error as error:
             raise ValueError(f"{self.path}, line {self._reader.line_num}: not a valid table ({error})") from error
+
+
+def _first_line(path: Path) -> str:
+    """The first line that is not blank, or its beginning if it is long."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        lines = iter(lambda: file.readline(10_000), "")
+        return next((line.strip("\n") for line in lines if line.strip()), "")
+
+
+def _cell_name(cell: str) -> str:
+    return cell.strip().strip('"').casefold()
+
+
+def _cell_names(line: str, delimiter: str) -> list[str]:
+    return [_cell_name(cell) for cell in line.split(delimiter)]
+
+
+def _has_header_word(path: Path, line: str, delimiter: str) -> bool:
+    """
+    Whether one of several cells of a file's first line is a usual name of a column of prompts, and all lines have as many cells.
+    The number of cells tells a table from prompts that hold commas.
+    """
+    cells = _cell_names(line, delimiter)
+    return len(cells) > 1 and not _HEADER_WORDS.isdisjoint(cells) and _has_equal_lines(path, delimiter)
+
+
+def _has_equal_lines(path: Path, delimiter: str) -> bool:
+    """Whether a file has several lines, and all that are not blank have as many cells."""
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
+    try:
+        counts = [len(cells) for cells in lines if any(cell.strip() for cell in cells)]
+    except csv.Error:
+        return False
+    return len(counts) > 1 and len(set(counts)) == 1
 
 
 def _column_names(prompt_column: str | None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shlex
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reward_models.arguments import PromptArguments
-from reward_models.prompts.loading import load_prompts, read_prompts
+from reward_models.prompts.loading import load_prompts, load_unjudged_prompts, read_prompts
 from reward_models.prompts.questions import from_row, load_records
 from reward_models.prompts.tags import QUALITY_TAGS, SEMANTIC_TAGS
 
@@ -176,6 +177,92 @@ def test_files_that_hold_no_questions_are_named(tmp_path: Path, content: str, me
     path.write_text(content)
     with pytest.raises(ValueError, match=f"prompts.txt: the file is .*{message}.*decompose_prompts.py"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "Prompts,Category\na cat,Colors\n",
+            r"without a column 'prompt' or 'text'; its first line is \['Prompts', 'Cat",
+        ),
+        (
+            'image\tCaption\na.jpg\t"a\ncat"\n',
+            r"its first line is \['image', 'Caption'\]. --prompt_column names another",
+        ),
+        ("id;instruction\r\n\r\n1;a cat, red\r\n", r"its first line is \['id', 'instruction'\]. --prompt_column"),
+        ("\n\nPrompts,Category\n\na cat,Colors\n", r"its first line is \['Prompts', 'Category'\]"),
+        ("prompt|category\na cat|x\n", "'prompt|category' is the header of a table with '|' .*save the table as CSV"),
+        ("| Prompt | Category |\n|---|---|\n| a cat | x |\n", "header of a table with '|' .*--prompt_column"),
+        ("prompt\na cat\n", "'prompt' is the name of a column and not a prompt: --prompt_column prompt reads"),
+        ('\n"Captions" \na cat\n', "is the name of a column and not a prompt: --prompt_column captions reads"),
+    ],
+)
+def test_a_header_in_a_text_is_no_prompt(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content.encode())
+    for read in (read_prompts, load_unjudged_prompts):
+        with pytest.raises(ValueError, match=rf"prompts.txt.*{message}"):
+            read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "column"),
+    [
+        ("Prompts,Category\na cat,Colors\na dog,Colors\n", "Prompts"),
+        ("\nimage_file\tBild\na.jpg\ta cat\nb.jpg\ta dog\n", "bild"),
+        ("Prompt\na cat\na dog\n", "prompt"),
+        ("Beschreibung\na cat\na dog", "Beschreibung"),
+        ("id,prompt\r1,a cat\r2,a dog\r", None),
+        ("\nprompt,x\na cat,1\na dog,1\n", None),
+        ("a cat\ra dog\r\n\r", None),
+    ],
+)
+def test_columns_and_lines_of_a_text_are_found(tmp_path: Path, content: str, column: str | None) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content.encode())
+    assert read_prompts(str(path), column) == ["a cat", "a dog"]
+    assert load_unjudged_prompts(str(path), prompt_column=column)["prompt"] == ["a cat", "a dog"]
+
+
+def test_rows_of_a_text_are_found_by_their_column(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "rows.txt", [{k: v for k, v in renamed(ROWS[0]).items() if k != "prompt"}], "\t")
+    assert [from_row(row) for row in load(path, prompt_column="caption")] == [from_row(ROWS[0])]
+
+
+def test_prompts_with_commas_are_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    for prompts in (
+        ["a photo, a caption, neon", "captions, in a comic", "a dog"],
+        ["a cat, red", "prompts, a sign"],
+        ["a prompt | neon", "a dog"],
+        ["the word prompt", "a dog"],
+    ):
+        path.write_text("\n".join(prompts))
+        assert read_prompts(str(path)) == prompts
+
+
+def test_a_table_among_texts_of_one_prompt_each_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a sign, text, neon\nand a cat")
+    assert read_prompts(str(tmp_path)) == ["a sign, text, neon\nand a cat"]
+    for content in ("Prompts,Category\na cat,Colors\n", "prompt\tcategory\na cat\tColors\n"):
+        (tmp_path / "b.txt").write_text(content)
+        for read in (read_prompts, load_unjudged_prompts):
+            with pytest.raises(ValueError, match="b.txt is a table of prompts and not one prompt: give this file"):
+                read(str(tmp_path))
+
+
+def test_bytes_that_are_no_text_are_no_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    for content in (b"a cat\na\0dog\n", b"prompt,x\na\0cat,1\n", b"a cat\n" * 1000 + b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"prompts.txt, line \d+: the file holds a zero byte"):
+            read_prompts(str(path))
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__, "a")
+    for read in (read_prompts, load):
+        with pytest.raises(ValueError, match="prompts.txt: the file is a tar archive: extract it"):
+            read(path)
 
 
 QUESTION_COLUMNS = ("semantic_questions", "quality_questions")
