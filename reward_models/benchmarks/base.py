@@ -17,6 +17,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
 
 def source_files(source: str, pattern: str) -> list[Path]:
     """
-    List a file, or the files of a folder that match a pattern, in alphabetical order.
+    List a file, or the files of a folder that match a pattern in any case, in alphabetical order.
 
     Raises:
         `FileNotFoundError`: If there are no files.
@@ -272,7 +273,8 @@ def source_files(source: str, pattern: str) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.glob(pattern) if file.is_file())
+    found = path.iterdir() if path.is_dir() else ()
+    files = sorted(file for file in found if fnmatchcase(file.name.lower(), pattern) and file.is_file())
     if not files:
         raise FileNotFoundError(f"there is no file {source}, nor a folder of that name with files {pattern}")
     return files

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from reward_models.benchmarks.base import (
     text_field,
 )
 from reward_models.files.image_files import load_image, save_image
+from reward_models.prompts.files import read_one_prompt
 from reward_models.prompts.questions import Question
+from reward_models.prompts.tables import read_texts
 
 
 CSV_NAME = "dpg_bench.csv"
@@ -34,9 +35,9 @@ class DPGBench(Benchmark):
     DPG-Bench (https://huggingface.co/papers/2403.05135).
 
     Prompts are the folder `dpg_bench/prompts` of https://github.com/TencentQQGYLab/ELLA, with one text file per prompt, or the
-    column `text` of the file `dpg_bench/dpg_bench.csv`. Questions are read from that file, with the columns `item_id`,
-    `category_broad`, `category_detailed` and `question_natural_language`; for a folder of prompts, the file is expected beside
-    the folder. The benchmark scores a question only if the questions in its column `dependency` are answered yes. DVReward has
+    column `text` of the file `dpg_bench/dpg_bench.csv`. A folder that holds `dpg_bench/prompts` or `prompts` stands for that
+    folder. Questions are read from the file, with the columns `item_id`, `category_broad`, `category_detailed` and
+    `question_natural_language`; for a folder of prompts, the file is expected beside the folder. The benchmark scores a question only if the questions in its column `dependency` are answered yes. DVReward has
     no such dependencies, so they are ignored.
 
     The images of a prompt are tiles of one file `<folder>/<item_id>.png`, as `compute_dpg_bench.py` reads them: two rows of two,
@@ -47,11 +48,13 @@ class DPGBench(Benchmark):
     max_images = 4
 
     def prompts(self, source: str) -> list[BenchmarkPrompt]:
-        path = Path(source)
-        if path.suffix == ".csv":
+        path = _source_path(Path(source))
+        if path.suffix.lower() == ".csv" and not path.is_dir():
             texts, questions = _read_csv(path)
+            if missing := [key for key in questions if key not in texts]:
+                raise ValueError(f"{path}: the column 'text' is blank in all rows of the items {missing[:20]}")
         else:
-            files = source_files(str(path / "prompts") if (path / "prompts").is_dir() else source, "*.txt")
+            files = source_files(str(path), "*.txt")
             texts = {file.stem: _read_text(file) for file in files}
             table = files[0].parent.parent / CSV_NAME
             questions = _read_csv(table)[1] if table.is_file() else {}
@@ -118,11 +121,17 @@ def _layout(num_images: int) -> tuple[int, int]:
     return min(num_images, 2), (num_images + 1) // 2
 
 
+def _source_path(path: Path) -> Path:
+    """The folder of prompts, if a folder above it is given, or the file or folder itself."""
+    if path.is_file() and path.suffix.lower() not in (".csv", ".txt"):
+        raise ValueError(f"{path}: DPG-Bench's prompts are {CSV_NAME}, or a folder of files *.txt or one of them")
+    # The repository has files *.txt, too, which are no prompts.
+    folders = (path / "dpg_bench" / "prompts", path / "prompts")
+    return next((folder for folder in folders if folder.is_dir()), path)
+
+
 def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not valid UTF-8 ({error})") from error
+    text = read_one_prompt(path).strip()
     if not text:
         raise ValueError(f"{path} has no prompt")
     return text
@@ -132,21 +141,16 @@ def _read_csv(path: Path) -> tuple[dict[str, str], dict[str, list[Question]]]:
     """Read prompts and questions, by item."""
     texts: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}, item {row.get('item_id')!r}"
-                key = text_field(row, "item_id", where)
-                if (row.get("text") or "").strip():
-                    texts.setdefault(key, row["text"].strip())
-                question = Question(text_field(row, "question_natural_language", where), _tag(row))
-                questions.setdefault(key, []).append(question)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, after line {reader.line_num}: not a table in UTF-8 ({error})") from error
+    for place, row in read_texts(path):
+        where = f"{place}, item {row.get('item_id')!r}"
+        key = text_field(row, "item_id", where)
+        if text := row.get("text"):
+            texts.setdefault(key, text)
+        question = Question(text_field(row, "question_natural_language", where), _tag(row))
+        questions.setdefault(key, []).append(question)
     return texts, questions
 
 
-def _tag(row: Mapping[str, str]) -> str:
-    broad, detailed = ((row.get(f"category_{name}") or "").strip().lower() for name in ("broad", "detailed"))
+def _tag(row: Mapping[str, str | None]) -> str:
+    broad, detailed = ((row.get(f"category_{name}") or "").lower() for name in ("broad", "detailed"))
     return _DETAILED_TAGS.get(detailed) or _BROAD_TAGS.get(broad, "Attribute")

@@ -89,7 +89,7 @@ def read_one_prompt(path: Path) -> str:
         `ValueError`: If it is no text in UTF-8, or if it is a table of several prompts. The message names the file.
     """
     if file_kind(path) == "table" and is_regular_table(path):
-        raise ValueError(f"{path} is a table of prompts and not one prompt: give this file instead of its folder")
+        raise ValueError(f"{path} is a table of prompts, but in a folder of texts each file holds one prompt")
     return read_plain_text(path)
 
 

@@ -151,13 +151,23 @@ def read_text_rows(path: Path, prompt_column: str | None = None) -> Iterator[tup
     """
     table = _Table(path, prompt_column)
     prompt = table.prompt_place(prompt_column)
-    # Names as they are written, because a reward function has them as its arguments.
-    names = [cell.strip() for cell in table.header]
-    for name in names:
-        table.place(name.casefold())
-    for where, cells in table.rows():
-        others = {name: cell.strip() or None for name, cell in zip(names, cells, strict=True) if name}
-        yield where, {**others, "prompt": cells[prompt]}
+    for where, cells, texts in table.texts():
+        yield where, {**texts, "prompt": cells[prompt]}
+
+
+def read_texts(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """
+    Read the rows of a CSV or TSV file that need not have a column of prompts.
+
+    Yields:
+        `tuple[str, dict[str, str | None]]`: The name of each row for error messages, and its cells by the names of the header. A
+            blank cell is `None`.
+
+    Raises:
+        `ValueError`: If a line has another number of cells than the header, or if a column is there twice.
+    """
+    for where, _, texts in _Table(path, None).texts():
+        yield where, texts
 
 
 class _Table:
@@ -202,6 +212,15 @@ class _Table:
                         f"{self.delimiter!r}"
                     )
                 yield where, cells
+
+    def texts(self) -> Iterator[tuple[str, list[str], dict[str, str | None]]]:
+        """The name of each row that is not blank, its cells, and its cells by name, `None` for a blank one."""
+        # Names as they are written, because a reward function has them as its arguments.
+        names = [cell.strip() for cell in self.header]
+        for name in names:
+            self.place(name.casefold())
+        for where, cells in self.rows():
+            yield where, cells, {name: cell.strip() or None for name, cell in zip(names, cells, strict=True) if name}
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -236,8 +236,57 @@ def test_dpg_bench_reads_the_folder_that_it_ships(tmp_path: Path) -> None:
     assert sorted(benchmark.texts(str(folder))) == ["a cat,\nand a dog", "a red cube", "two dogs, a wall"]
     assert benchmark.prompts(str(folder)) == benchmark.prompts(str(folder / "prompts"))
     (folder / "dpg_bench.csv").write_bytes(b"item_id,text,question_natural_language\n1,a,\xff?\n")
-    with pytest.raises(ValueError, match="dpg_bench.csv, after line .*: not a table in UTF-8"):
+    with pytest.raises(ValueError, match="dpg_bench.csv: not valid UTF-8"):
         benchmark.prompts(str(folder))
+
+
+def test_dpg_bench_finds_its_prompts_in_the_repository(tmp_path: Path) -> None:
+    folder, benchmark = write_dpg(tmp_path / "ELLA" / "dpg_bench"), make("dpg_bench")
+    for name in ("requirements.txt", "prompts.txt"):
+        (tmp_path / "ELLA" / name).write_text("torch\ntransformers\n")
+        (folder / name).write_text("torch\ntransformers\n")
+    expected = benchmark.prompts(str(folder / "prompts"))
+    for source in (folder, tmp_path / "ELLA"):
+        assert benchmark.prompts(str(source)) == expected
+    (folder / "prompts" / "9.TXT").write_text("a cow")
+    assert "a cow" in benchmark.texts(str(folder))
+
+
+def test_dpg_bench_takes_tables_and_texts_alone(tmp_path: Path) -> None:
+    folder, benchmark = write_dpg(tmp_path / "dpg_bench"), make("dpg_bench")
+    table = (folder / "dpg_bench.csv").read_text()
+    (folder / "dpg_bench.CSV").write_text(table)
+    assert benchmark.prompts(str(folder / "dpg_bench.CSV")) == benchmark.prompts(str(folder / "dpg_bench.csv"))
+    assert benchmark.texts(str(folder / "prompts" / "7.txt")) == ["two dogs, a wall"]
+    for name in ("dpg_bench.tsv", "readme.md", "prompts.json"):
+        (folder / name).write_text(table)
+        with pytest.raises(ValueError, match=f"{name}: DPG-Bench's prompts are dpg_bench.csv, or a folder"):
+            benchmark.prompts(str(folder / name))
+    (folder / "prompts" / "all.txt").write_text(table)
+    with pytest.raises(ValueError, match="all.txt is a table of prompts"):
+        benchmark.prompts(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            '9,"a cat",,1,0,entity,whole,,"Is there a cat?\n10,a dog,,1,0,entity,whole,,Is there a dog?',
+            "not a valid table",
+        ),
+        ('9,"a cat,,1,0,entity,whole,,"Is there a cat?"\n', "not a valid table"),
+        ("9,a cat, red,,1,0,entity,whole,,Is there a cat?", "line 7 has 10 cells, but the header has 9: quote"),
+        ("9,a cat,,1,0,entity,whole,Is there a cat?", "line 7 has 8 cells, but the header has 9"),
+        ("9, ,,1,0,entity,whole,,Is there a cat?", r"'text' is blank in all rows of the items \['9'\]"),
+        ("9,a cat,,1,0,entity,whole,, ", "line 7, item '9': 'question_natural_language' must be a text"),
+    ],
+)
+def test_dpg_bench_names_a_bad_row(tmp_path: Path, row: str, message: str) -> None:
+    path = write_dpg(tmp_path / "dpg_bench") / "dpg_bench.csv"
+    with path.open("a", newline="") as file:
+        file.write(row)
+    with pytest.raises(ValueError, match=f"dpg_bench.csv.*{message}"):
+        make("dpg_bench").prompts(str(path))
 
 
 def tiif_row(number: int) -> dict[str, Any]:

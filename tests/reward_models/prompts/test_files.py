@@ -248,7 +248,7 @@ def test_a_table_among_texts_of_one_prompt_each_is_named(tmp_path: Path) -> None
     for content in ("Prompts,Category\na cat,Colors\n", "prompt\tcategory\na cat\tColors\n"):
         (tmp_path / "b.txt").write_text(content)
         for read in (read_prompts, load_unjudged_prompts):
-            with pytest.raises(ValueError, match="b.txt is a table of prompts and not one prompt: give this file"):
+            with pytest.raises(ValueError, match="b.txt is a table of prompts, but .* each file holds one prompt"):
                 read(str(tmp_path))
 
 
