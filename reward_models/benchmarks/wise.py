@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from reward_models.benchmarks.base import (
@@ -19,6 +20,8 @@ from reward_models.benchmarks.base import (
 )
 
 
+logger = logging.getLogger(__name__)
+
 TOPICS = ("cultural_common_sense", "natural_science", "spatio-temporal_reasoning")
 
 
@@ -29,9 +32,10 @@ class WISE(Benchmark):
 
     Prompts are a folder of https://github.com/PKU-YuanGroup/WISE, or one of its files: a JSON array of
     `{"prompt_id", "Prompt", "Explanation", "Category", "Subcategory"}`. The folder is `data_verified`, or the `data` of the original
-    release. Read are the files of the benchmark's three topics, e.g. `natural_science_verified.json` or
-    `natural_science.json`. The same prompts in other words (`natural_science_rewrite.json`) or in one file (`merge.json`) are read
-    only if that file is named, or if the folder holds no other files. Images go where its `gpt_eval.py` looks,
+    release. Read is one file of each of the benchmark's three topics, e.g. `natural_science_verified.json` or
+    `natural_science.json`. If a topic has no file, all prompts are read from `merge.json`; without that file the topic is
+    warned of. The same prompts in other words (`natural_science_rewrite.json`) are read only if that file is named, or if the
+    folder holds no other files. Images go where its `gpt_eval.py` looks,
     `<folder>/<prompt_id>.png`, one image per prompt. The metadata has no yes/no questions. To score the images by
     questions, decompose the prompts with `recipes/decompose_prompts.py`.
     """
@@ -55,11 +59,18 @@ class WISE(Benchmark):
 
 def _prompt_files(source: str) -> list[Path]:
     """The files of a folder that hold each prompt once, or the file itself."""
-    files = {path.name: path for path in source_files(source, "*.json")}
-    for suffix in ("", "_verified"):
-        found = [files[name] for topic in TOPICS if (name := f"{topic}{suffix}.json") in files]
-        if found:
-            return found
-    if "merge.json" in files:
+    files = {path.name.lower(): path for path in source_files(source, "*.json")}
+    releases = [
+        {topic: files[name] for topic in TOPICS if (name := f"{topic}{suffix}.json") in files}
+        for suffix in ("_verified", "")
+    ]
+    # A topic that has a file of both releases is read from the one with more topics, or else from the first release.
+    found = {topic: path for release in sorted(releases, key=len) for topic, path in release.items()}
+    missing = [topic for topic in TOPICS if topic not in found]
+    if missing and "merge.json" in files:
         return [files["merge.json"]]
+    if found:
+        if missing and Path(source).is_dir():
+            logger.warning("%s has no files of the topics %s, whose prompts are not read.", source, ", ".join(missing))
+        return [found[topic] for topic in TOPICS if topic in found]
     return [path for name, path in files.items() if not name.endswith("_rewrite.json")] or list(files.values())
