@@ -46,8 +46,8 @@ class TIIFBench(Benchmark):
     counted from 0 in each file.
 
     Questions are read from the folder of the same name with `_eval_prompts` (`data/testmini_eval_prompts`) beside it, if it
-    exists: the line with the same `type` and number, with `yn_question_list` and `yn_answer_list`. Questions whose right answer
-    is no are not scored, because in DVReward the right answer is yes.
+    exists: the line with the same `type`, in any case, and number, with `yn_question_list` and `yn_answer_list`. Questions whose
+    right answer is no are not scored, because in DVReward the right answer is yes.
     """
 
     max_images = 1
@@ -65,7 +65,7 @@ class TIIFBench(Benchmark):
                             key=f"{dimension}/{wording}/{number}",
                             prompt=text_field(row, wording, where),
                             category=f"{dimension}/{wording.removesuffix('_description')}",
-                            questions=questions.get((dimension, number), ()),
+                            questions=questions.get((dimension.casefold(), number), ()),
                         )
                     )
         return checked_keys(prompts, source)
@@ -92,8 +92,8 @@ def _read_questions(folder: Path) -> dict[tuple[str, int], tuple[Question, ...]]
             asked, answers = (_texts(row, f"yn_{name}_list", where) for name in ("question", "answer"))
             if len(asked) != len(answers):
                 raise ValueError(f"{where}: {len(asked)} questions but {len(answers)} answers")
-            questions[dimension, number] = tuple(
-                Question(question, _tag(dimension), is_valid=answer.lower() == "yes")
+            questions[dimension.casefold(), number] = tuple(
+                Question(question, _tag(dimension), is_valid=_is_yes(answer, where))
                 for question, answer in zip(asked, answers, strict=True)
             )
     return questions
@@ -104,6 +104,13 @@ def _texts(row: dict[str, Any], name: str, where: str) -> Sequence[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
         raise ValueError(f"{where}: '{name}' must be a list of texts, got {str(values)[:100]}")
     return [value.strip() for value in values]
+
+
+def _is_yes(answer: str, where: str) -> bool:
+    word = answer.strip(" .!").casefold()
+    if word not in ("yes", "true", "no", "false"):
+        raise ValueError(f"{where}: an answer of 'yn_answer_list' must be yes or no, got {answer[:100]!r}")
+    return word in ("yes", "true")
 
 
 def _tag(dimension: str) -> str:

@@ -322,6 +322,23 @@ def test_tiif_bench_counts_lines_and_finds_its_questions(tmp_path: Path) -> None
     assert files(tmp_path / "out") == ["color+texture/my-model/long_description/1.png"]
 
 
+def test_tiif_bench_takes_answers_and_types_in_other_spellings(tmp_path: Path) -> None:
+    write_lines(tmp_path / "test_prompts" / "a.jsonl", [tiif_row(0)])
+    asked = {
+        "type": "Color+Texture",
+        "yn_question_list": list("abcd"),
+        "yn_answer_list": ["Yes.", "true", "No.", "NO"],
+    }
+    path = write_lines(tmp_path / "test_eval_prompts" / "a.jsonl", [asked])
+    for prompt in make("tiif_bench").prompts(str(tmp_path / "test_prompts")):
+        assert [question.is_valid for question in prompt.questions] == [True, True, False, False]
+    write_lines(path, [asked | {"yn_answer_list": ["yes", "no", "yes", "maybe"]}])
+    with pytest.raises(
+        ValueError, match="a.jsonl, line 1: an answer of 'yn_answer_list' must be yes or no, got 'maybe'"
+    ):
+        make("tiif_bench").prompts(str(tmp_path / "test_prompts"))
+
+
 def test_wise_reads_arrays_and_writes_a_file_an_id(tmp_path: Path) -> None:
     entry = {"Prompt": "Candy", "Explanation": "e", "Category": "Cultural knowledge", "Subcategory": "Festival"}
     (tmp_path / "data").mkdir()
@@ -391,6 +408,34 @@ def test_wise_reads_the_folder_of_its_verified_release(tmp_path: Path) -> None:
     assert [(p.key, p.prompt) for p in make("wise").prompts(str(data))] == expected
     (data / "merge.json").unlink()
     assert make("wise").texts(str(data)) == ["solution 9"]
+
+
+def test_wise_reads_each_topic_once_from_files_of_both_releases(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    write_wise(data / f"{WISE_TOPICS[0]}.json", "first", 1)
+    for place in (1, 2):
+        write_wise(data / f"{WISE_TOPICS[place]}_verified.JSON", "riddle", place + 1)
+    assert make("wise").texts(str(data)) == ["first 1", "riddle 2", "riddle 3"]
+    write_wise(data / f"{WISE_TOPICS[1]}.json", "first", 2)
+    write_wise(data / f"{WISE_TOPICS[0]}_verified.json", "riddle", 1)
+    assert make("wise").texts(str(data)) == ["riddle 1", "riddle 2", "riddle 3"]
+    assert not caplog.records
+
+
+def test_wise_reads_all_topics_or_warns_of_those_that_are_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    write_wise(data / f"{WISE_TOPICS[1]}.json", "riddle", 2)
+    write_wise(data / "merge.json", "riddle", 1, 2, 3)
+    assert make("wise").texts(str(data)) == ["riddle 1", "riddle 2", "riddle 3"]
+    assert make("wise").texts(str(data / f"{WISE_TOPICS[1]}.json")) == ["riddle 2"]
+    assert not caplog.records
+    (data / "merge.json").unlink()
+    assert make("wise").texts(str(data)) == ["riddle 2"]
+    assert f"{data} has no files of the topics {WISE_TOPICS[0]}, {WISE_TOPICS[2]}, whose prompts" in caplog.text
 
 
 def write_gedit(folder: Path, without: str = "", **changes: Any) -> Path:
