@@ -217,7 +217,7 @@ class _Table:
         """The name of each row that is not blank, its cells, and its cells by name, `None` for a blank one."""
         # Names as they are written, because a reward function has them as its arguments.
         names = [cell.strip() for cell in self.header]
-        for name in names:
+        for name in filter(None, names):
             self.place(name.casefold())
         for where, cells in self.rows():
             yield where, cells, {name: cell.strip() or None for name, cell in zip(names, cells, strict=True) if name}
@@ -231,10 +231,10 @@ class _Table:
 
 
 def _first_line(path: Path) -> str:
-    """The first line that is not blank, or its beginning if it is long."""
+    """The first line that is not blank and has not blank cells alone, or its beginning if it is long."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         lines = iter(lambda: file.readline(10_000), "")
-        return next((line.strip("\n") for line in lines if line.strip()), "")
+        return next((line.strip("\n") for line in lines if line.strip(" \t\n,;")), "")
 
 
 def _cell_name(cell: str) -> str:

@@ -257,6 +257,9 @@ def test_dpg_bench_takes_tables_and_texts_alone(tmp_path: Path) -> None:
     table = (folder / "dpg_bench.csv").read_text()
     (folder / "dpg_bench.CSV").write_text(table)
     assert benchmark.prompts(str(folder / "dpg_bench.CSV")) == benchmark.prompts(str(folder / "dpg_bench.csv"))
+    # Columns without a name, as spreadsheets write them.
+    (folder / "wide.csv").write_text("".join(f"{line},,\n" for line in table.splitlines()))
+    assert benchmark.prompts(str(folder / "wide.csv")) == benchmark.prompts(str(folder / "dpg_bench.csv"))
     assert benchmark.texts(str(folder / "prompts" / "7.txt")) == ["two dogs, a wall"]
     for name in ("dpg_bench.tsv", "readme.md", "prompts.json"):
         (folder / name).write_text(table)

@@ -214,7 +214,7 @@ def test_a_header_in_a_text_is_no_prompt(tmp_path: Path, content: str, message: 
         ("Prompt\na cat\na dog\n", "prompt"),
         ("Beschreibung\na cat\na dog", "Beschreibung"),
         ("id,prompt\r1,a cat\r2,a dog\r", None),
-        ("\nprompt,x\na cat,1\na dog,1\n", None),
+        ("\n,,\nprompt,x,\na cat,1,\na dog,1,\n", None),
         ("a cat\ra dog\r\n\r", None),
     ],
 )
