@@ -37,8 +37,8 @@ class DPGBench(Benchmark):
     Prompts are the folder `dpg_bench/prompts` of https://github.com/TencentQQGYLab/ELLA, with one text file per prompt, or the
     column `text` of the file `dpg_bench/dpg_bench.csv`. A folder that holds `dpg_bench/prompts` or `prompts` stands for that
     folder. Questions are read from the file, with the columns `item_id`, `category_broad`, `category_detailed` and
-    `question_natural_language`; for a folder of prompts, the file is expected beside the folder. The benchmark scores a question only if the questions in its column `dependency` are answered yes. DVReward has
-    no such dependencies, so they are ignored.
+    `question_natural_language`; for a folder of prompts, the file is expected beside the folder. The benchmark scores a question
+    only if the questions in its column `dependency` are answered yes. DVReward has no such dependencies, so they are ignored.
 
     The images of a prompt are tiles of one file `<folder>/<item_id>.png`, as `compute_dpg_bench.py` reads them: two rows of two,
     row by row. Its `--resolution` is the side of a tile, so images must be square, and its `--pic-num` is the number of images.
