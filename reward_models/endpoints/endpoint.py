@@ -357,8 +357,7 @@ class _Waits:
 
     def __call__(self, state: RetryCallState) -> float:
         backoff = self._backoff(state)
-        response = getattr(state.outcome.exception(), "response", None)
-        named = None if response is None else retry_after_seconds(response.headers, time.time())
+        named = requested_wait(state.outcome.exception())
         if named is None or named <= backoff:
             return backoff
         if named > self._left:
@@ -421,6 +420,12 @@ def is_transient(error: BaseException) -> bool:
             return False
         return error.status_code in _TRANSIENT_STATUS_CODES or error.status_code >= 500
     return isinstance(error, TimeoutError | APIConnectionError | InvalidAnswerError)
+
+
+def requested_wait(error: BaseException | None) -> float | None:
+    """Seconds that the server asks to wait before another try, by `Retry-After` of the response that is the error."""
+    response = getattr(error, "response", None)
+    return None if response is None else retry_after_seconds(response.headers, time.time())
 
 
 def _cause(error: BaseException) -> str:

@@ -5,22 +5,24 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import time
 from collections.abc import Awaitable, Callable
 
-from reward_models.endpoints.endpoint import OpenAIEndpoint, is_transient
+from reward_models.endpoints.endpoint import OpenAIEndpoint, is_transient, requested_wait
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
 
 
 PAUSES = (0.5, 1.0, 2.0)
-"""Seconds between the tries of a question whose failure may pass."""
+"""Seconds between the tries of a question whose failure may pass. Where the server asks to wait longer, that is the pause."""
 
 
 async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[object]], seconds: float) -> None:
     """
-    Ask until there is an answer, but not longer than some seconds. A refusal is final at once.
+    Ask until there is an answer, but not longer than some seconds. A refusal is final at once, and so is a wait that the server
+    asks for and that does not fit into this time.
 
     Args:
         endpoint ([`OpenAIEndpoint`]): The endpoint. While it is asked, its tries are neither repeated nor longer than `seconds`.
@@ -40,24 +42,45 @@ async def ask_in_time(endpoint: OpenAIEndpoint, ask: Callable[[], Awaitable[obje
         )
     end = time.monotonic() + seconds
     # The endpoint itself and not a copy, so that what it learns about the server is kept.
-    max_retries, timeout = endpoint.max_retries, endpoint.timeout
+    max_retries, timeout, max_wait = endpoint.max_retries, endpoint.timeout, endpoint.max_wait
     try:
-        endpoint.max_retries = 0
-        for num_asked, pause in enumerate((*PAUSES, math.inf), start=1):
+        # Waits are bounded here, by the time for all tries.
+        endpoint.max_retries, endpoint.max_wait = 0, math.inf
+        for num_asked in itertools.count(1):
             endpoint.timeout = max(round(end - time.monotonic(), 1), 0.1)
             try:
                 await ask()
                 return
             except Exception as error:
-                if time.monotonic() + pause >= end or not is_transient(error.__cause__ or error):
+                cause = error.__cause__ or error
+                wait = requested_wait(cause) if is_transient(cause) else None
+                pause = _pause(num_asked, wait)
+                if time.monotonic() + pause >= end or not is_transient(cause):
                     times = f" It was asked {num_asked} times." if num_asked > 1 else ""
-                    message = f"{str(error).removesuffix('.')}.{times}{_advice(error)}"
+                    message = f"{str(error).removesuffix('.')}.{_named(wait, seconds)}{times}{_advice(error)}"
                     # These say all that is known, and their own causes are hundreds of lines long.
                     is_explained = isinstance(error, EndpointError | InvalidAnswerError)
                     raise RuntimeError(message) from (None if is_explained else error)
             await asyncio.sleep(pause)
     finally:
-        endpoint.max_retries, endpoint.timeout = max_retries, timeout
+        endpoint.max_retries, endpoint.timeout, endpoint.max_wait = max_retries, timeout, max_wait
+
+
+def _pause(num_asked: int, wait: float | None) -> float:
+    """Seconds before the next try; infinite without one. `wait` is what the server asks for."""
+    if wait is None:
+        return PAUSES[num_asked - 1] if num_asked <= len(PAUSES) else math.inf
+    return max(wait, PAUSES[min(num_asked, len(PAUSES)) - 1])
+
+
+def _named(wait: float | None, seconds: float) -> str:
+    """Say which wait the server asks for, if any."""
+    fact = (
+        ""
+        if wait is None
+        else f" It asks to wait {wait:.0f} s, which does not fit into the {seconds:g} s of this check"
+    )
+    return f"{fact}: start again later." if fact else ""
 
 
 def _advice(error: Exception) -> str:

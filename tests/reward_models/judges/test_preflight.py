@@ -74,7 +74,10 @@ def test_path_without_v1(model: str | None) -> None:
         (Reply(b"<html>"), ["not JSON"]),
         (Reply(chat_body("Yes")), ["judge_binary"]),
         (Reply(chat_body("<", [("<think>", [("<think>", -0.001)])])), ["judge_extra_body"]),
-        (Reply({"error": {"message": "slow down"}}, 429, {"retry-after": "60"}), ["429 slow down"]),
+        (
+            Reply({"error": {"message": "slow down"}}, 429, {"retry-after": "60"}),
+            ["429 slow down", "asks to wait 60 s"],
+        ),
     ],
     ids=["model", "key", "loading", "page", "no log-probabilities", "thinks", "limit"],
 )
@@ -146,6 +149,28 @@ def test_what_passes_by_itself_is_waited_for() -> None:
     with scripted_endpoint(lambda body, number: GOOD if number == 2 else BUSY) as endpoint:
         check(OpenAIJudge(endpoint.url, "m", max_retries=0))
         assert len(endpoint.bodies) == 3
+
+
+def test_a_wait_that_the_endpoint_asks_for_is_kept_while_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dvreward, "PREFLIGHT_SECONDS", 2.0)
+    busy = Reply({}, 503, {"retry-after-ms": "150"})
+    # More tries than there are pauses, each after the wait.
+    with scripted_endpoint(lambda body, number: GOOD if number == 5 else busy) as endpoint:
+        start = time.monotonic()
+        judge = OpenAIJudge(endpoint.url, "m")
+        check(judge)
+        assert 0.75 <= time.monotonic() - start < 2.0
+        assert len(endpoint.bodies) == 6
+        assert judge.endpoint.max_wait == 300
+
+
+def test_a_wait_that_does_not_fit_is_named_at_once() -> None:
+    with scripted_endpoint(Reply({}, 429, {"retry-after": "3600, 3600"})) as endpoint:
+        cause = cause_of(OpenAIJudge(endpoint.url, "m"))
+        assert cause.endswith(
+            "It asks to wait 3600 s, which does not fit into the 10 s of this check: start again later."
+        )
+        assert len(endpoint.bodies) == 1
 
 
 def test_what_the_endpoint_refuses_is_learned_for_the_run() -> None:
