@@ -151,7 +151,7 @@ class OpenAIEndpoint:
             )
             return raw.content
 
-        def read_body(body: bytes) -> T:
+        async def read_body(body: bytes) -> T:
             return read(parse_body(body, ChatAnswers).choices[0])
 
         return await self._request("/chat/completions", send, read_body, request_fields(fields, extra_body))
@@ -168,7 +168,7 @@ class OpenAIEndpoint:
 
         Args:
             read (`Callable[[PaintedImages], T]`):
-                Extracts the result. An [`InvalidAnswerError`] that it raises is retried.
+                Extracts the result, in a thread. An [`InvalidAnswerError`] that it raises is retried.
             prompt (`str`):
                 Text of the request.
             extra_body (`Mapping[str, Any]`, *optional*):
@@ -184,8 +184,9 @@ class OpenAIEndpoint:
             raw = await client.images.with_raw_response.generate(prompt=prompt, extra_body=sent)
             return raw.content
 
-        def read_body(body: bytes) -> T:
-            return read(parse_body(body, PaintedImages))
+        async def read_body(body: bytes) -> T:
+            # Megabytes take a while to parse and decode, which would block the event loop.
+            return await asyncio.to_thread(lambda: read(parse_body(body, PaintedImages)))
 
         return await self._request(
             "/images/generations", send, read_body, request_fields({"model": self.model, **fields}, extra_body)
@@ -201,7 +202,7 @@ class OpenAIEndpoint:
         self,
         route: str,
         send: Callable[[AsyncOpenAI, dict[str, Any]], Awaitable[bytes]],
-        read: Callable[[bytes], T],
+        read: Callable[[bytes], Awaitable[T]],
         fields: dict[str, Any],
     ) -> T:
         """Send the fields to a route and read the body of the answer, with retries."""
@@ -231,7 +232,7 @@ class OpenAIEndpoint:
                         raise
                     # An answer shows that the endpoint had refused the field and not the rest of the request.
                     self._adopt(dialect)
-                    return read(body)
+                    return await read(body)
 
         retrying = AsyncRetrying(
             retry=retry_if_exception(is_transient),

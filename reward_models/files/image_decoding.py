@@ -21,6 +21,12 @@ from alphagrpo_ext.ranges import PositiveInt, check_ranges
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats that are decoded if the image is not trusted. Pillow supports more, and some of its decoders are little tested."""
 
+_WHITE_SPACE = b" \t\r\n"
+
+
+class OversizedImageError(ValueError):
+    """An image that is not trusted has more pixels than its limits allow."""
+
 
 @dataclass(frozen=True)
 class ImageLimits:
@@ -46,13 +52,17 @@ class ImageLimits:
         Check the size of an image in pixels.
 
         Raises:
-            `ValueError`: If the image is too large.
+            [`OversizedImageError`]: If the image is too large.
         """
         if max(width, height) > self.max_side or width * height > self.max_pixels:
-            raise ValueError(
+            raise OversizedImageError(
                 f"the image has {width} x {height} pixels, more than {self.max_side} along a side or "
-                f"{self.max_pixels} in all: send a smaller one"
+                f"{self.max_pixels} in all"
             )
+
+    def including(self, width: int, height: int) -> ImageLimits:
+        """Return these limits, raised as far as an image of this size needs."""
+        return ImageLimits(max(self.max_side, width, height), max(self.max_pixels, width * height))
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,8 @@ class EncodedImage:
                 the user's own.
 
         Raises:
-            `ValueError`: If it is not an image in such a format, or if the image is too large.
+            [`OversizedImageError`]: If the image is too large.
+            `ValueError`: If it is not an image in such a format.
         """
         formats = None if limits is None else IMAGE_FORMATS
         with open_image(data, formats) as image:
@@ -94,18 +105,18 @@ class EncodedImage:
         Check an image file that is encoded in base64.
 
         Args:
-            text (`str`): The file in base64, with or without the prefix of a data URL.
+            text (`str`): The file in base64, with or without the prefix of a data URL. It may be broken into lines.
             limits ([`ImageLimits`]): Size limits.
 
         Raises:
-            `ValueError`: If the text is not base64, or as in [`from_bytes`].
+            [`OversizedImageError`] or `ValueError`: As in [`from_bytes`], and if the text is not base64.
         """
         if text.startswith("data:"):
             header, _, text = text.partition(",")
             if not header.endswith(";base64"):
                 raise ValueError("the data URL must hold base64: data:image/png;base64,...")
         try:
-            data = base64.b64decode(text, validate=True)
+            data = base64.b64decode(text.encode("ascii").translate(None, _WHITE_SPACE), validate=True)
         except ValueError as error:
             raise ValueError(f"the image is not base64 ({error})") from error
         return cls.from_bytes(data, limits)

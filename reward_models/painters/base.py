@@ -13,6 +13,7 @@ from PIL import Image
 
 from alphagrpo_ext.ranges import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat, check_ranges
 from alphagrpo_ext.registry import Registry
+from reward_models.files.image_decoding import ImageLimits
 
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ class PainterArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        # Of images that an endpoint sends. The server has limits of its own.
+        self.image_limits = ImageLimits()
 
     def make_painter(self) -> Painter | None:
         """

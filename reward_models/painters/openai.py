@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from reward_models.endpoints.answers import PaintedImages
 from reward_models.endpoints.endpoint import OpenAIEndpoint, parse_extra_body
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
-from reward_models.files.image_decoding import EncodedImage, ImageLimits
+from reward_models.files.image_decoding import EncodedImage, ImageLimits, OversizedImageError
 from reward_models.painters.base import (
     DEFAULT_PAINTER_MODEL,
     PAINTERS,
@@ -43,9 +44,11 @@ class OpenAIPainter(Painter):
         endpoint ([`OpenAIEndpoint`]):
             The endpoint. If it has no `model`, the server chooses one.
         height, width (`int`, *optional*, defaults to `1024`):
-            Requested size, in pixels. An image of another size is accepted within the default [`ImageLimits`].
+            Requested size, in pixels. An image of another size is accepted within `limits`.
         extra_body (`dict`, *optional*):
             Further fields of a request. `None` as a value leaves a field out.
+        limits ([`ImageLimits`], *optional*):
+            Size limits of an image that the endpoint sends. They are raised as far as the requested size needs.
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -57,11 +60,13 @@ class OpenAIPainter(Painter):
     height: int = 1024
     width: int = 1024
     extra_body: dict[str, Any] | None = None
+    limits: ImageLimits = ImageLimits()
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        self.limits = self.limits.including(self.width, self.height)
 
     @classmethod
     def from_arguments(cls, args: PainterArguments) -> OpenAIPainter:
@@ -76,7 +81,7 @@ class OpenAIPainter(Painter):
             max_answer_bytes=args.painter_max_answer_bytes,
         )
         extra_body = parse_extra_body("painter_extra_body", args.painter_extra_body)
-        return cls(endpoint, args.image_height, args.image_width, extra_body)
+        return cls(endpoint, args.image_height, args.image_width, extra_body, args.image_limits)
 
     async def paint(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         tasks = [asyncio.create_task(self._paint_one(request, index)) for index, request in enumerate(requests)]
@@ -92,8 +97,8 @@ class OpenAIPainter(Painter):
 
     async def _paint_one(self, request: ImageRequest, index: int) -> Image.Image:
         try:
-            encoded = await self.endpoint.paint(
-                _read_base64,
+            return await self.endpoint.paint(
+                partial(_read_image, limits=self.limits),
                 endpoint_prompt(request),
                 n=1,
                 size=f"{self.width}x{self.height}",
@@ -105,16 +110,23 @@ class OpenAIPainter(Painter):
             raise kind(f"request {index}: {error}") from error
         except InvalidAnswerError as error:
             raise PaintError(f"request {index}: {error}") from error
-        try:
-            return await asyncio.to_thread(lambda: EncodedImage.from_base64(encoded, ImageLimits()).decode())
-        except ValueError as error:
-            raise PaintError(f"request {index}: from the images endpoint: {error}") from error
+        except OversizedImageError as error:
+            # The next image would be as large, and might cost money.
+            raise PaintError(
+                f"request {index}: from the images endpoint: {error}: ask for a smaller one (image_height and image_width), or "
+                "raise the server's max_image_side and max_image_pixels"
+            ) from error
 
 
-def _read_base64(answer: PaintedImages) -> str:
+def _read_image(answer: PaintedImages, limits: ImageLimits) -> Image.Image:
     if not answer.data or not answer.data[0].b64_json:
         raise InvalidAnswerError("the images endpoint sent no b64_json; it must support that response_format")
-    return answer.data[0].b64_json
+    try:
+        return EncodedImage.from_base64(answer.data[0].b64_json, limits).decode()
+    except OversizedImageError:
+        raise
+    except ValueError as error:
+        raise InvalidAnswerError(f"the images endpoint sent an image that cannot be read: {error}") from error
 
 
 def endpoint_prompt(request: ImageRequest) -> str:

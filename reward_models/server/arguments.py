@@ -11,7 +11,7 @@ from typing import Annotated
 
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from reward_models.arguments import RewardArguments
-from reward_models.files.image_decoding import ImageLimits
+from reward_models.files.image_decoding import ImageLimits, OversizedImageError
 from reward_models.painters.base import PainterArguments
 
 
@@ -82,6 +82,16 @@ class ServerArguments(RewardArguments, PainterArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.image_limits = ImageLimits(self.max_image_side, self.max_image_pixels)
+        if self.painter == "none":
+            return
+        try:
+            self.image_limits.check(self.image_width, self.image_height)
+        except OversizedImageError as error:
+            # Clients send painted images to `/score`.
+            raise ValueError(
+                f"image_width={self.image_width} and image_height={self.image_height} are more than the server takes itself: "
+                f"raise max_image_side={self.max_image_side} or max_image_pixels={self.max_image_pixels}, or paint smaller images"
+            ) from error
 
     @property
     def connection_limit(self) -> int:

@@ -13,7 +13,7 @@ from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.reward_client.json_values import has_more_values
 from alphagrpo_ext.reward_client.thought import extract_thought
 from reward_models.endpoints.structured_output import check_unicode
-from reward_models.files.image_decoding import EncodedImage
+from reward_models.files.image_decoding import EncodedImage, OversizedImageError
 from reward_models.painters.base import ImageRequest
 from reward_models.prompts.questions import PromptRecord, from_row
 from reward_models.prompts.tags import TAGS
@@ -88,7 +88,12 @@ def _check_length(name: str, entries: list[Any], maximum: int) -> None:
 
 def _read_image(text: str, limits: ServerArguments, where: str) -> EncodedImage:
     with _errors_name(where):
-        return EncodedImage.from_base64(text, limits.image_limits)
+        try:
+            return EncodedImage.from_base64(text, limits.image_limits)
+        except OversizedImageError as error:
+            raise ValueError(
+                f"{error}: send a smaller one, or start the server with larger --max_image_side and --max_image_pixels"
+            ) from error
 
 
 def _read_label(label: str, limits: ServerArguments, where: str) -> PromptRecord:

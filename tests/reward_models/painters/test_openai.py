@@ -24,6 +24,7 @@ from reward_models.painters.base import (
     UnpaintableError,
 )
 from reward_models.painters.openai import OpenAIPainter, endpoint_prompt
+from reward_models.server.arguments import ServerArguments
 from support.loopback import serve
 
 
@@ -123,6 +124,58 @@ def test_openai_painter_tries_again_after_faults_that_pass(endpoint: ImagesEndpo
     (image,) = paint(OpenAIPainter(OpenAIEndpoint(url, "brush"), height=2, width=2), ImageRequest("abc"))
     assert image[0, 0, 0] == 3
     assert len(endpoint.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"created": 0, "data": [{"b64_json": "!!!!"}]},
+        {"created": 0, "data": [{"b64_json": None}]},
+        {"created": 0, "data": []},
+        images_of(b"hello"),
+        images_of(png(Image.effect_noise((64, 64), 90))[:-30]),
+    ],
+    ids=["not base64", "null", "empty", "no image", "cut off"],
+)
+def test_an_image_that_cannot_be_read_is_asked_for_again(endpoint: ImagesEndpoint, url: str, fault: Any) -> None:
+    endpoint.faults = [(200, fault)]
+    (image,) = paint(
+        OpenAIPainter(OpenAIEndpoint(url, "brush", max_retries=1), height=2, width=2), ImageRequest("abc")
+    )
+    assert image[0, 0, 0] == 3
+    assert len(endpoint.bodies) == 2
+
+
+def test_base64_may_be_broken_into_lines(endpoint: ImagesEndpoint, url: str) -> None:
+    lines = base64.encodebytes(png(Image.effect_noise((64, 64), 90))).decode().replace("\n", " \r\n")
+    endpoint.faults = [(200, {"created": 0, "data": [{"b64_json": lines}]})]
+    (image,) = paint(
+        OpenAIPainter(OpenAIEndpoint(url, "brush", max_retries=0), height=2, width=2), ImageRequest("abc")
+    )
+    assert image.shape == (64, 64, 3)
+
+
+def test_an_image_of_the_requested_size_is_never_too_large(endpoint: ImagesEndpoint, url: str) -> None:
+    arguments = PainterArguments(
+        painter="openai", painter_model="brush", painter_base_url=url, image_height=1, image_width=4098
+    )
+    assert paint(arguments.make_painter(), ImageRequest("abc"))[0].shape == (1, 4098, 3)
+    # 2,304 x 2,304 is within the side alone.
+    limits = replace(arguments, image_height=2304, image_width=2304).make_painter().limits
+    assert (limits.max_side, limits.max_pixels) == (4096, 2304 * 2304)
+
+
+def test_a_larger_image_is_paid_for_once_and_accepted_within_the_limits_of_the_server(
+    endpoint: ImagesEndpoint, url: str
+) -> None:
+    large = images_of(png(Image.new("RGB", (5000, 2))))
+    arguments = ServerArguments(painter="openai", painter_model="brush", painter_base_url=url)
+    endpoint.faults = [(200, large)]
+    with pytest.raises(PaintError, match="5000 x 2 pixels, more than 4096 along a side.*image_height.*max_image_side"):
+        paint(arguments.make_painter(), ImageRequest("abc"))
+    assert len(endpoint.bodies) == 1
+    endpoint.faults = [(200, large)]
+    assert paint(replace(arguments, max_image_side=5000).make_painter(), ImageRequest("abc"))[0].shape == (2, 5000, 3)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ from support.server_samples import KEY, SAMPLE, ScenePainter, metric, running, w
         ({"max_body_bytes": 0}, "max_body_bytes must be at least 1"),
         ({"max_queue": 0}, "max_queue must be at least 1"),
         ({"max_image_side": 0}, "max_image_side must be at least 1"),
+        (
+            {"painter": "openai", "image_height": 2304, "image_width": 2304},
+            "image_width=2304 and image_height=2304 .*: raise max_image_side=4096 or max_image_pixels=4194304",
+        ),
         ({"max_connections": 0}, "max_connections must be at least 1"),
         ({"request_timeout": 0.0}, "request_timeout must be positive"),
         ({"request_timeout": float("nan")}, "request_timeout must be positive, but is nan"),
