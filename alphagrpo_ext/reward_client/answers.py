@@ -19,6 +19,10 @@ class RewardServerError(RuntimeError):
     """The reward server did not return what was asked for. The message says why and what to do."""
 
 
+class UnreadableAnswerError(RewardServerError):
+    """An answer is damaged or cut off. Another try may succeed."""
+
+
 class BoundedAnswer:
     """
     The body of an answer while it arrives.
@@ -55,7 +59,8 @@ class BoundedAnswer:
         Return the answer with its decompressed body.
 
         Raises:
-            [`RewardServerError`]: If the body is too large or cannot be decompressed.
+            [`UnreadableAnswerError`]: If the body cannot be decompressed.
+            [`RewardServerError`]: If it is too large.
         """
         import httpx
 
@@ -65,7 +70,7 @@ class BoundedAnswer:
         except OversizedBodyError as error:
             raise self._too_large() from error
         except DecompressionError as error:
-            raise RewardServerError(
+            raise UnreadableAnswerError(
                 f"{self._response.url} sent an answer that {error}: a proxy may be in between"
             ) from error
         headers = [(name, value) for name, value in self._response.headers.items() if name not in _BODY_HEADERS]

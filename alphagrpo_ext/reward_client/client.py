@@ -17,16 +17,17 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alphagrpo_ext.images import open_image, read_image, to_rgb
-from alphagrpo_ext.reward_client.answers import RewardServerError, send, send_async
+from alphagrpo_ext.reward_client.answers import RewardServerError, UnreadableAnswerError, send, send_async
 from alphagrpo_ext.reward_client.compression import ACCEPTED_ENCODINGS
 from alphagrpo_ext.reward_client.json_values import has_more_values
 from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     import httpx
     from tenacity import RetryCallState
 
+
+T = TypeVar("T")
 
 TRANSIENT_STATUS_CODES = (408, 425, 429)
 """Status codes below 500 that a later attempt may not get."""
@@ -109,12 +112,27 @@ class ImageScore:
         }
 
 
+_UnitNumber = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class _ScoreFields(BaseModel):
+    """A score as the server sends it."""
+
+    # Answers stay tuples, which are lists in JSON. Strict numbers are neither texts nor booleans.
+    model_config = ConfigDict(strict=True)
+
+    reward: _UnitNumber | None
+    semantic: Annotated[tuple[_UnitNumber | None, ...], Field(strict=False)]
+    quality: Annotated[tuple[_UnitNumber | None, ...], Field(strict=False)]
+    strict_pass: bool | None
+
+
 class RewardClient:
     """
     Client of the reward server for threads, any number of which may share it.
 
-    A request is repeated after connections that fail or time out and after the status codes 408, 425, 429 and 500 or above;
-    see [`retry_policy`].
+    A request is repeated after connections that fail or time out, after the status codes 408, 425, 429 and 500 or above, and
+    after answers that are damaged or cut off; see [`retry_policy`].
 
     Args:
         config ([`ClientSettings`]): URL, key, limits and number of retries.
@@ -133,7 +151,9 @@ class RewardClient:
         Raises:
             [`RewardServerError`]: If the server is out of reach, refuses, or sends an unexpected answer.
         """
-        return read_images(self._post("generate", generate_body(requests)), len(requests))
+        return self._post(
+            "generate", generate_body(requests), lambda response: read_images(response, len(requests), self.config)
+        )
 
     def score(self, images: Sequence[Image.Image], labels: Sequence[Label]) -> list[ImageScore]:
         """
@@ -143,16 +163,22 @@ class RewardClient:
             [`RewardServerError`]: As for [`RewardClient.generate`], and if an image could not be scored. A missing score never
                 becomes a reward.
         """
-        return read_scores(self._post("score", score_body(images, labels)), len(images))
+        return self._post(
+            "score", score_body(images, labels), lambda response: read_scores(response, labels, self.config)
+        )
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
 
-    def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+    def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response], T]) -> T:
         from tenacity import Retrying
 
-        return Retrying(**retry_policy(self.config))(send, self._http, self.config, path, body)
+        def attempt() -> T | httpx.Response:
+            response = send(self._http, self.config, path, body)
+            return read(response) if response.is_success else response
+
+        return Retrying(**retry_policy(self.config))(attempt)
 
 
 class AsyncRewardClient:
@@ -171,13 +197,12 @@ class AsyncRewardClient:
         """Like [`RewardClient.generate`]."""
         # Compression takes milliseconds, which would block the event loop.
         body = await asyncio.to_thread(generate_body, requests)
-        response = await self._post("generate", body)
-        return await asyncio.to_thread(read_images, response, len(requests))
+        return await self._post("generate", body, lambda response: read_images(response, len(requests), self.config))
 
     async def score(self, images: Sequence[Image.Image], labels: Sequence[Label]) -> list[ImageScore]:
         """Like [`RewardClient.score`]."""
         body = await asyncio.to_thread(score_body, images, labels)
-        return read_scores(await self._post("score", body), len(images))
+        return await self._post("score", body, lambda response: read_scores(response, labels, self.config))
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
@@ -185,7 +210,7 @@ class AsyncRewardClient:
         if pool is not None:
             await pool.aclose()
 
-    async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+    async def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response], T]) -> T:
         import httpx
         from tenacity import AsyncRetrying
 
@@ -193,7 +218,13 @@ class AsyncRewardClient:
         if loop not in self._pools:
             self._pools[loop] = httpx.AsyncClient(**_http_options(self.config))
         pool = self._pools[loop]
-        return await AsyncRetrying(**retry_policy(self.config))(send_async, pool, self.config, path, body)
+
+        async def attempt() -> T | httpx.Response:
+            response = await send_async(pool, self.config, path, body)
+            # Images take milliseconds to decode, which would block the event loop.
+            return await asyncio.to_thread(read, response) if response.is_success else response
+
+        return await AsyncRetrying(**retry_policy(self.config))(attempt)
 
 
 def parse_label(label: str) -> Label:
@@ -251,40 +282,61 @@ def score_body(images: Sequence[Image.Image], labels: Sequence[Label]) -> dict[s
     }
 
 
-def read_images(response: httpx.Response, count: int) -> list[Image.Image]:
+def read_images(response: httpx.Response, count: int, config: ClientSettings) -> list[Image.Image]:
     """
     Read the images in the answer to `POST /generate`.
 
     Raises:
-        [`RewardServerError`]: If there are not `count` of them.
+        [`UnreadableAnswerError`]: If the answer is damaged or cut off.
+        [`RewardServerError`]: If there are not `count` images in it.
     """
     try:
-        return [decode_image(data) for data in _read_list(response, "images", count)]
+        return [decode_image(data) for data in _read_list(response, "images", count, config)]
     except (OSError, ValueError, TypeError) as error:
         raise RewardServerError(f"{response.url} sent an image that cannot be read: {error}") from error
 
 
-def read_scores(response: httpx.Response, count: int) -> list[ImageScore]:
+def read_scores(response: httpx.Response, labels: Sequence[Label], config: ClientSettings) -> list[ImageScore]:
     """
     Read the scores in the answer to `POST /score`.
 
     Raises:
-        [`RewardServerError`]: If there are not `count` of them, or an image could not be scored.
+        [`UnreadableAnswerError`]: If the answer is damaged or cut off.
+        [`RewardServerError`]: If there is not one per label, an image could not be scored, a number is not in [0, 1], or there is
+            not one answer per valid question.
     """
-    scores = []
-    for index, item in enumerate(_read_list(response, "scores", count)):
-        try:
-            reward, strict_pass = item["reward"], item["strict_pass"]
-            semantic, quality = tuple(item["semantic"]), tuple(item["quality"])
-        except (KeyError, TypeError) as error:
-            raise RewardServerError(f"{response.url} sent a score that cannot be read: {item!r}") from error
-        if reward is None or not math.isfinite(reward):
+    items = _read_list(response, "scores", len(labels), config)
+    return [
+        _read_score(item, label, str(response.url), index)
+        for index, (item, label) in enumerate(zip(items, labels, strict=True))
+    ]
+
+
+def _read_score(item: Any, label: Label, address: str, index: int) -> ImageScore:
+    try:
+        score = _ScoreFields.model_validate(item)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, ("scores", index, *first["loc"])))
+        raise RewardServerError(
+            f"{address} sent a score that cannot be read, field '{place}': {first['msg']}, but is "
+            f"{ascii(first['input'])[:200]}"
+        ) from error
+    if score.reward is None:
+        raise RewardServerError(
+            f"{address} could not score image {index}, and a missing score must not become a reward: see "
+            "the server's log for what its judge said"
+        )
+    if score.strict_pass is None:
+        raise RewardServerError(f"{address} sent a score that cannot be read: image {index} has no strict_pass")
+    for name in ("semantic", "quality"):
+        questions = [q for q in getattr(label, f"{name}_questions") if q.get("is_valid") is not False]
+        if len(getattr(score, name)) != len(questions):
             raise RewardServerError(
-                f"{response.url} could not score image {index}, and a missing score must not become a reward: see "
-                "the server's log for what its judge said"
+                f"{address} sent a score that cannot be read: image {index} has {len(getattr(score, name))} {name} answers, "
+                f"but {len(questions)} valid {name}_questions"
             )
-        scores.append(ImageScore(float(reward), semantic, quality, bool(strict_pass)))
-    return scores
+    return ImageScore(score.reward, score.semantic, score.quality, score.strict_pass)
 
 
 def encode_image(image: Image.Image) -> str:
@@ -311,7 +363,9 @@ def retry_policy(config: ClientSettings) -> dict[str, Any]:
     """
     Arguments of tenacity's `Retrying` and `AsyncRetrying`.
 
-    A failed attempt is repeated up to `config.max_retries` times, unless the server refused the request itself. The pause is an
+    An attempt returns what was read from a successful answer, or the [`httpx.Response`] of another. An attempt that failed, or
+    whose answer is damaged or cut off, is repeated up to `config.max_retries` times, unless the server refused the request
+    itself. The pause is an
     exponential back-off or what the server asks for (see [`retry_after_seconds`]) but at most `config.timeout`, whichever is
     longer. After the last attempt a [`RewardServerError`] is raised.
     """
@@ -319,8 +373,8 @@ def retry_policy(config: ClientSettings) -> dict[str, Any]:
     from tenacity import retry_if_exception_type, retry_if_result, stop_after_attempt, stop_any
 
     return {
-        "retry": retry_if_exception_type(httpx.TransportError)
-        | retry_if_result(lambda response: not response.is_success),
+        "retry": retry_if_exception_type((httpx.TransportError, UnreadableAnswerError))
+        | retry_if_result(lambda result: isinstance(result, httpx.Response)),
         "stop": stop_any(_is_refused, stop_after_attempt(config.max_retries + 1)),
         "wait": partial(_seconds_to_wait, config),
         "retry_error_callback": partial(_give_up, config),
@@ -350,38 +404,42 @@ def _seconds_to_wait(config: ClientSettings, state: RetryCallState) -> float:
 
 
 def _give_up(config: ClientSettings, state: RetryCallState) -> NoReturn:
-    server = f"the reward server at {config.server_url} ({variable('server_url')})"
+    server = f"the reward server at {config.server_url} ({config.setting_name('server_url')})"
     attempts = f"after {state.attempt_number} {'try' if state.attempt_number == 1 else 'tries'}"
     response = _failed_response(state)
     if response is None:
         error = state.outcome.exception()
+        if isinstance(error, UnreadableAnswerError):
+            raise RewardServerError(f"{error} ({attempts})") from error
         raise RewardServerError(f"{server} {_explain_transport(error, attempts, config)}") from error
     answer = f"{response.status_code} {attempts}: {response.text[:500]}"
-    raise RewardServerError(f"{server} {_explain_status(response)} ({answer})")
+    raise RewardServerError(f"{server} {_explain_status(response, config)} ({answer})")
 
 
 def _explain_transport(error: BaseException, attempts: str, config: ClientSettings) -> str:
     import httpx
 
     if isinstance(error, httpx.TimeoutException):
-        return (
-            f"did not answer in {config.timeout} s {attempts}: raise {variable('timeout')}, or send it fewer requests"
-        )
+        return f"did not answer in {config.timeout} s {attempts}: raise {config.setting_name('timeout')}, or send it fewer requests"
     return (
         f"is out of reach {attempts} ({type(error).__name__}: {error}): start it with `python -m reward_models.server`, or set "
-        "the variable to its URL"
+        f"{config.setting_name('server_url')} to its URL"
     )
 
 
-def _explain_status(response: httpx.Response) -> str:
+def _explain_status(response: httpx.Response, config: ClientSettings) -> str:
+    address = config.setting_name("server_url")
     if response.status_code in (401, 403):
         return f"refused the key: set {variable('server_key')} to the server's own"
     if response.status_code == 429:
-        return f"is too busy: lower {variable('max_concurrency')} or raise {variable('max_retries')}"
+        return f"is too busy: lower {config.setting_name('max_concurrency')} or raise {config.setting_name('max_retries')}"
     if response.is_redirect:
-        return f"is at another address, {response.headers.get('location')}: set {variable('server_url')} to it"
+        return f"is at another address, {response.headers.get('location')}: set {address} to it"
     if response.status_code in (404, 405):
-        return f"has no route {response.url.path}, so it is probably not the reward server: check {variable('server_url')}"
+        return (
+            f"has no route {response.url.path}, so it is probably not the reward server, or its address has a path too many: "
+            f"check {address}"
+        )
     if response.status_code >= 500 and response.status_code not in PERMANENT_STATUS_CODES:
         return "failed, see its log"
     return f"refused a request to {response.url.path}"
@@ -405,15 +463,17 @@ def _http_options(config: ClientSettings) -> dict[str, Any]:
     }
 
 
-def _read_list(response: httpx.Response, name: str, count: int) -> list[Any]:
+def _read_list(response: httpx.Response, name: str, count: int, config: ClientSettings) -> list[Any]:
     if has_more_values(response.content, _MAX_VALUES + _MAX_VALUES_PER_ITEM * count):
         raise RewardServerError(f"{response.url} sent an answer with far more values than {count} {name} have")
     try:
         items = response.json()[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RewardServerError(
+        # A web page is what another server answers. Other text that is not JSON may be an answer that was cut off.
+        is_cut = isinstance(error, ValueError) and not response.content.lstrip().startswith(b"<")
+        raise (UnreadableAnswerError if is_cut else RewardServerError)(
             f"{response.url} did not answer with '{name}', so it is probably not the reward server; check "
-            f"{variable('server_url')} (it sent {response.text[:200]!r})"
+            f"{config.setting_name('server_url')} (it sent {response.text[:200]!r})"
         ) from error
     if not isinstance(items, list) or len(items) != count:
         raise RewardServerError(f"{response.url} must send {count} {name}, but sent {str(items)[:200]}")

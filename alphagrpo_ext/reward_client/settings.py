@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, StringConstraints, ValidationError, model_validator
@@ -70,7 +70,12 @@ class ClientSettings(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             # Not chained: Pydantic's own message would print a key.
-            raise ValueError("; ".join(map(describe_error, error.errors()))) from None
+            raise ValueError("; ".join(describe_error(part, self.setting_name) for part in error.errors())) from None
+
+    @classmethod
+    def setting_name(cls, field: str) -> str:
+        """What messages call a field: the name by which a user sets it, here its environment variable."""
+        return variable(field)
 
     @model_validator(mode="before")
     @classmethod
@@ -102,8 +107,8 @@ def check_spelling(fields: Iterable[str]) -> None:
                 raise ValueError(f"there is no environment variable {name}; did you mean {similar[0]}?")
 
 
-def describe_error(error: Mapping[str, Any]) -> str:
-    """One of Pydantic's errors in a sentence that names the environment variable."""
+def describe_error(error: Mapping[str, Any], setting_name: Callable[[str], str]) -> str:
+    """One of Pydantic's errors in a sentence that names the setting."""
     name = str(error["loc"][0])
     expected = {
         "bool_parsing": "must be true or false",
@@ -111,4 +116,4 @@ def describe_error(error: Mapping[str, Any]) -> str:
     }
     rule = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
     value = "" if name == "server_key" else f", but is {error['input']!r}"
-    return f"{variable(name)} {expected.get(error['type'], rule)}{value}"
+    return f"{setting_name(name)} {expected.get(error['type'], rule)}{value}"

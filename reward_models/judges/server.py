@@ -21,6 +21,20 @@ from reward_models.prompts.tags import SEMANTIC_TAGS
 # The server passes only the questions to its judge. Prompt and tag have to be valid, but do not matter.
 _PROMPT, _TAG = "an image", SEMANTIC_TAGS[0]
 _PREFLIGHT_RETRIES = 2
+_ARGUMENTS = {
+    "server_url": "judge_base_url",
+    "timeout": "judge_timeout",
+    "max_retries": "judge_max_retries",
+    "max_concurrency": "judge_max_concurrency",
+}
+
+
+class JudgeClientSettings(ClientSettings):
+    """Settings of the client of a judge, which come from the judge's arguments."""
+
+    @classmethod
+    def setting_name(cls, field: str) -> str:
+        return _ARGUMENTS.get(field) or super().setting_name(field)
 
 
 @JUDGES.register("server")
@@ -48,7 +62,7 @@ class ServerJudge(Judge):
     is_light = True
 
     def __init__(self, base_url: str, max_concurrency: int = 64, timeout: float = 60.0, max_retries: int = 8) -> None:
-        config = ClientSettings(
+        config = JudgeClientSettings(
             server_url=base_url.rstrip("/"),
             server_key=os.environ.get(variable("server_key"), "").strip() or None,
             timeout=timeout,
@@ -82,10 +96,8 @@ class ServerJudge(Judge):
                 await client.score([image], [label])
         except TimeoutError as error:
             raise RewardServerError(
-                f"the reward server at {settings.server_url} did not answer in {seconds} s"
+                f"the reward server at {settings.server_url} (judge_base_url) did not answer in {seconds} s"
             ) from error
-        except RewardServerError as error:
-            raise RewardServerError(f"{error}. For a judge, the address is judge_base_url and has no path") from error
         finally:
             await client.aclose()
 

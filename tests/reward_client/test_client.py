@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import math
 import socket
@@ -18,6 +19,7 @@ from PIL import Image
 from alphagrpo_ext.reward_client import client
 from alphagrpo_ext.reward_client.client import (
     AsyncRewardClient,
+    Label,
     PaintRequest,
     RewardClient,
     RewardServerError,
@@ -168,6 +170,79 @@ def test_missing_score_is_never_a_reward(ask, server, example, score: Any, messa
     server.faults.append((200, {}, {"scores": [score]}))
     with pytest.raises(RewardServerError, match=message):
         ask(server.url, "score", [server.paint("")], [example.label])
+
+
+SOUND = {"reward": 0.5, "semantic": [0.25, None], "quality": [1], "strict_pass": False}
+LABEL = Label(
+    "p",
+    [{"question": "a?", "tag": "Count"}, {"question": "b?", "is_valid": False}, {"question": "c?", "is_valid": None}],
+    [{"question": "d?", "tag": "Aesthetics", "is_valid": True}],
+)
+
+
+def test_a_sound_score_is_read(ask, server) -> None:
+    server.faults.append((200, {}, {"scores": [SOUND]}))
+    (score,) = ask(server.url, "score", [server.paint("")], [LABEL])
+    assert score == client.ImageScore(0.5, (0.25, None), (1.0,), False)
+
+
+@pytest.mark.parametrize("value", ["0.5", [0.5], True, 7.0, -1, {}, 10**400])
+@pytest.mark.parametrize("field", ["reward", "semantic.1"])
+def test_a_number_must_be_a_probability(ask, server, field: str, value: Any) -> None:
+    score = SOUND | ({"reward": value} if field == "reward" else {"semantic": [0.5, value]})
+    server.faults.append((200, {}, {"scores": [score]}))
+    with pytest.raises(RewardServerError, match=rf"{server.url}/score sent a score .*'scores\.0\.{field}'"):
+        ask(server.url, "score", [server.paint("")], [LABEL])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"semantic": "abc"}, "'scores.0.semantic'"),
+        ({"semantic": None}, "'scores.0.semantic'"),
+        ({"semantic": [0.5]}, "image 0 has 1 semantic answers, but 2 valid semantic_questions"),
+        ({"quality": []}, "image 0 has 0 quality answers, but 1 valid quality_questions"),
+        ({"strict_pass": None}, "image 0 has no strict_pass"),
+        ({"strict_pass": 1}, "'scores.0.strict_pass'"),
+    ],
+)
+def test_answers_must_be_those_to_the_questions(ask, server, changes: dict[str, Any], message: str) -> None:
+    server.faults.append((200, {}, {"scores": [SOUND | changes]}))
+    with pytest.raises(RewardServerError, match=f"{server.url}/score sent a score that cannot be read.*{message}"):
+        ask(server.url, "score", [server.paint("")], [LABEL])
+
+
+@pytest.mark.parametrize("method", ["generate", "score"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_json_has_no_number_without_a_value(ask, server, method: str, number: float) -> None:
+    body = json.dumps({"scores": [SOUND | {"reward": number}], "images": [number]}).encode()
+    server.faults.append((200, {}, body))
+    arguments = ([PaintRequest("a")],) if method == "generate" else ([server.paint("")], [LABEL])
+    with pytest.raises(RewardServerError, match="cannot be read"):
+        ask(server.url, method, *arguments)
+
+
+@pytest.mark.parametrize("body", [b"", b'{"scores": [{"rew', b'{"scores": "\xff', b"upstream went away"])
+def test_an_answer_that_was_cut_off_is_asked_for_again(ask, server, body: bytes) -> None:
+    server.faults.extend([(200, {}, body), (200, {}, {"scores": [SOUND]})])
+    (score,) = ask(server.url, "score", [server.paint("")], [LABEL])
+    assert score.reward == 0.5 and len(server.requests) == 2
+    server.faults.extend([(200, {}, body)] * 2)
+    with pytest.raises(RewardServerError, match=r"did not answer with 'scores'.*\(after 2 tries\)"):
+        ask(server.url, "score", [server.paint("")], [LABEL], max_retries=1)
+
+
+def test_a_damaged_compressed_answer_is_asked_for_again(ask, server) -> None:
+    server.faults.append((200, {"content-encoding": "gzip"}, gzip.compress(b"{}")[:-9]))
+    assert len(ask(server.url, "generate", [PaintRequest("a")])) == 1
+
+
+def test_a_web_page_is_another_servers(ask, server) -> None:
+    server.faults.append((200, {}, b" <html>welcome</html>"))
+    with pytest.raises(RewardServerError, match="probably not the reward server; check ALPHAGRPO_SERVER_URL"):
+        ask(server.url, "generate", [PaintRequest("a")])
+    assert len(server.requests) == 1
 
 
 def test_no_more_requests_at_once_than_allowed(make_server) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
 
@@ -38,7 +38,8 @@ PACKAGE = Path(client.__file__).parents[1] / "openrlhf"
 class RewardServer:
     """
     The reward server's protocol around a painter that draws the scene which a thought plans, and gray where it plans none.
-    Its judge is the real one of the shapes world. `faults` are answered first: status, headers and body.
+    Its judge is the real one of the shapes world. `faults` are answered first: status, headers and body, as bytes or as what
+    JSON encodes.
     """
 
     key: str | None = None
@@ -54,7 +55,7 @@ class RewardServer:
         scene = parse_thought(text or "")
         return Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "gray") if scene is None else render(scene)
 
-    async def answer(self, request: Request) -> JSONResponse:
+    async def answer(self, request: Request) -> Response:
         body, path = await request.json(), request.url.path
         self.requests.append((path, body))
         self.running += 1
@@ -65,7 +66,8 @@ class RewardServer:
                 return JSONResponse({"detail": "wrong key"}, 401)
             if self.faults:
                 status, headers, content = self.faults.popleft()
-                return JSONResponse(content, status, headers)
+                kind = Response if isinstance(content, bytes) else JSONResponse
+                return kind(content, status, headers)
             return JSONResponse(await {"/generate": self.generate, "/score": self.score}[path](body))
         finally:
             self.running -= 1

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from PIL import Image
 
 from alphagrpo_ext.reward_client.client import RewardServerError
 from alphagrpo_ext.shapes.judge import answer_questions
@@ -91,6 +92,25 @@ def test_a_wrong_key_is_a_missing_reward(server: LoopbackServer, monkeypatch: py
 def test_needs_to_know_where_the_server_is() -> None:
     with pytest.raises(ValueError, match="judge_base_url"):
         RewardArguments(judge="server").make_reward()
+
+
+def test_errors_name_the_arguments_of_the_judge(server: LoopbackServer) -> None:
+    async def error_of(judge: ServerJudge) -> str:
+        try:
+            with pytest.raises(RewardServerError) as caught:
+                await judge.answer(Image.new("RGB", (24, 24)), ["is there a red circle ?"])
+            return str(caught.value)
+        finally:
+            await judge.aclose()
+
+    errors = [
+        asyncio.run(error_of(ServerJudge("http://127.0.0.1:9", max_retries=0))),
+        asyncio.run(error_of(ServerJudge(f"{server.url}/v1", max_retries=0))),
+    ]
+    with pytest.raises(ValueError, match="judge_base_url must start with http") as caught:
+        ServerJudge("localhost:8001")
+    for error in (*errors, str(caught.value)):
+        assert "judge_base_url" in error and "ALPHAGRPO_" not in error
 
 
 def test_preflight_asks_about_an_image_of_the_size_that_is_painted(
