@@ -3,6 +3,9 @@
 """
 What an endpoint sends, read strictly: the size of a body is bounded before and after decompression, and fields that are read
 have the types of OpenAI's protocol. The official client bounds nothing and checks no type.
+
+A value that may not matter, such as the log-probability of a token that is neither yes nor no, makes no answer unreadable. If
+it has another type, it is read as a missing one, which is refused where it does matter.
 """
 
 from __future__ import annotations
@@ -11,9 +14,17 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from alphagrpo_ext.reward_client.compression import DecompressionError, OversizedBodyError, decompress
 from alphagrpo_ext.reward_client.json_values import has_more_values
@@ -30,17 +41,29 @@ class EndpointAnswer(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
+def _missing_if_mistyped(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        return None
+
+
+_Text = Annotated[str | None, WrapValidator(_missing_if_mistyped)]
+_Number = Annotated[float | None, WrapValidator(_missing_if_mistyped)]
+
+
 class Candidate(EndpointAnswer):
-    """A token and its log-probability, which may be missing, NaN or infinite."""
+    """A token and its log-probability. Both may be missing, and the number may be NaN or infinite."""
 
-    token: str
-    logprob: float | None = None
+    token: _Text = None
+    logprob: _Number = None
 
 
-class AnswerToken(Candidate):
+class AnswerToken(EndpointAnswer):
     """A token of an answer, with the likeliest candidates for its place."""
 
-    top_logprobs: list[Candidate] | None = None
+    token: str
+    top_logprobs: list[Annotated[Candidate | None, WrapValidator(_missing_if_mistyped)]] | None = None
 
 
 class LogProbabilities(EndpointAnswer):
@@ -49,18 +72,26 @@ class LogProbabilities(EndpointAnswer):
     content: list[AnswerToken] | None = None
 
 
+def _joined_parts(content: Any) -> Any:
+    """The text of a message, which some servers send in parts, as requests do. Other parts hold thoughts or images."""
+    if not isinstance(content, list):
+        return content
+    parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(text for text in parts if isinstance(text, str))
+
+
 class ChatMessage(EndpointAnswer):
     """Text of an answer."""
 
-    content: str | None = None
-    refusal: str | None = None
+    content: Annotated[_Text, BeforeValidator(_joined_parts)] = None
+    refusal: _Text = None
 
 
 class ChatChoice(EndpointAnswer):
     """One answer of a chat completion."""
 
     message: ChatMessage
-    finish_reason: str | None = None
+    finish_reason: _Text = None
     logprobs: LogProbabilities | None = None
 
 

@@ -232,7 +232,9 @@ class OpenAIJudge(Judge):
                 f"the endpoint sent no candidates (top_logprobs) for {first.token!r}; {_NO_LOG_PROBS}"
             )
         try:
-            reading = read_yes_no((candidate.token, candidate.logprob) for candidate in first.top_logprobs)
+            reading = read_yes_no(
+                (candidate.token or "", candidate.logprob) for candidate in first.top_logprobs if candidate
+            )
         except ValueError as error:
             raise InvalidAnswerError(str(error)) from error
         if begins_with_thought(text) or reading.answer(self.min_answer_mass) is None:

@@ -134,6 +134,39 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     return body
 
 
+def first_token(body: dict[str, Any]) -> dict[str, Any]:
+    return body["choices"][0]["logprobs"]["content"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: first_token(body)["top_logprobs"].append({"token": None, "logprob": -9.0, "bytes": [255]}),
+        lambda body: first_token(body)["top_logprobs"].append({"logprob": -9.0}),
+        lambda body: first_token(body)["top_logprobs"].append(None),
+        lambda body: first_token(body)["top_logprobs"].append({"token": "x", "logprob": "-inf"}),
+        lambda body: first_token(body)["top_logprobs"].append({"token": "x", "logprob": 10**400}),
+        lambda body: first_token(body).update(logprob="x"),
+        lambda body: body["choices"][0]["logprobs"]["content"].append({"token": ".", "logprob": "x"}),
+        lambda body: body["choices"][0]["message"].update(content=[{"type": "text", "text": "Yes"}]),
+        lambda body: body["choices"][0]["message"].update(content=5, refusal={"a": 1}),
+        lambda body: body["choices"][0].update(finish_reason=1),
+    ],
+)
+def test_what_does_not_matter_costs_no_answer(answer_to: AnswerTo, change: Callable[[dict[str, Any]], Any]) -> None:
+    answer, _, endpoint = answer_to(changed(change))
+    assert answer == pytest.approx(P_YES)
+    assert len(endpoint.bodies) == 1
+
+
+@pytest.mark.parametrize("value", [None, "-0.1", True, 10**400, [], math.nan])
+def test_what_is_no_number_is_never_a_yes_or_no(answer_to: AnswerTo, value: Any) -> None:
+    for word in (" yes", "NO"):
+        body = changed(lambda body: first_token(body)["top_logprobs"].append({"token": word, "logprob": value}))  # noqa: B023
+        answer, judge, _ = answer_to(body)
+        assert answer is None and f"the log-probability of '{word}'" in judge.last_failure
+
+
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
@@ -192,9 +225,13 @@ def test_the_minimum_is_a_setting(answer_to: AnswerTo) -> None:
         ("No, there is none", 0.0),
         ("No idea, I cannot tell", None),
         (None, None),
+        ([{"type": "text", "text": "**"}, {"type": "text", "text": "No**"}], 0.0),
+        ([{"type": "thinking", "thinking": "Yes"}, {"type": "text", "text": "No"}], 0.0),
+        ([{"type": "text", "text": None}, "Yes"], None),
+        (5, None),
     ],
 )
-def test_binary_answers_stand_alone(answer_to: AnswerTo, text: str | None, expected: float | None) -> None:
+def test_binary_answers_stand_alone(answer_to: AnswerTo, text: Any, expected: float | None) -> None:
     answer, judge, _ = answer_to(chat_body(text), binary=True)
     assert answer == expected
     assert judge.take_answer_mass() is None
