@@ -10,7 +10,7 @@ than are asked for. Which ones is in no document that a program could read, but 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ IMAGE_OPTIONS = frozenset({"response_format", "n"})
 _LOWER_CANDIDATES = (10, 5, 3, 2)
 """Numbers of candidates to try where a refusal names no limit. With one, P(yes) could only be 0 or 1."""
 
-_LIMIT_WORDS = r"(?:\b(?:max\w*|most|up\s+to|limit\w*|equal\s+to|exceed\w*|above|over|and)|<=|≤)"
+_LIMIT_WORDS = r"(?:\b(?:max\w*|most|up\s+to|limit\w*|equal\s+to|exceed\w*|above|over|and)|<=|≤|>)"
 # A prompt that is too long is refused with the names of fields that are all right.
 _OTHER_REASONS = re.compile(r"context (?:length|window|size)|input tokens|prompt is too long", re.IGNORECASE)
 
@@ -99,6 +99,24 @@ class Dialect:
                 return replace(self, left_out=self.left_out | {name})
         return None
 
+    def learn_stated_limit(self, sent: Mapping[str, Any], message: str, param: str | None) -> Dialect | None:
+        """
+        Find out from a failure that may be no refusal how the endpoint would take a request. Such a failure may quote the whole
+        request, so that the fields it names may be all right. Only a limit of `top_logprobs` that it states counts.
+
+        Args:
+            sent, message, param: As in [`learn`].
+
+        Returns:
+            `Dialect` or `None`: As from [`learn`].
+        """
+        asked = sent.get("top_logprobs")
+        is_named = "top_logprobs" in _named_fields(sent, message, param)
+        if not is_named or not isinstance(asked, int) or _OTHER_REASONS.search(message):
+            return None
+        limit = _stated_limit(asked, message)
+        return None if limit is None else replace(self, max_top_logprobs=limit)
+
 
 def request_fields(fields: Mapping[str, Any], extra_body: Mapping[str, Any] | None) -> dict[str, Any]:
     """
@@ -117,26 +135,37 @@ def request_fields(fields: Mapping[str, Any], extra_body: Mapping[str, Any] | No
 
 def _named_fields(sent: Mapping[str, Any], message: str, param: str | None) -> list[str]:
     """Fields that a refusal names, the likeliest first."""
+    param = next((name for name in sent if _plain(name) == _plain(param or "")), None)
     found = {}
     for name in sent:
-        # In prose a letter may be anything.
-        pattern = rf"(?<!\w){name}(?!\w)" if len(name) > 1 else rf"['\"`]{name}['\"`]"
+        # Some servers write names in camel case. In prose a letter may be anything.
+        spelling = re.escape(name).replace("_", "_?")
+        pattern = rf"(?<!\w){spelling}(?!\w)" if len(name) > 1 else rf"['\"`]{spelling}['\"`]"
         match = re.search(pattern, message, re.IGNORECASE)
         if match:
             found[name] = match.start()
     by_place = sorted(found, key=found.__getitem__)
-    return [param, *(name for name in by_place if name != param)] if param in sent else by_place
+    return by_place if param is None else [param, *(name for name in by_place if name != param)]
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def _lower_limit(asked: Any, message: str, is_named: bool) -> int | None:
     """Number of candidates to try next. It is less than what was asked for, so a series of refusals ends."""
     if not isinstance(asked, int):
         return None
-    behind_words = re.findall(rf"{_LIMIT_WORDS}\D{{0,24}}(\d+)", message, re.IGNORECASE)
-    for numbers in (behind_words, re.findall(r"\d+", message)):
-        limits = [int(number) for number in numbers if len(number) < 4 and 2 <= int(number) < asked]
-        if limits:
-            return max(limits)
-    if not is_named:
-        return None
+    limit = _stated_limit(asked, message) or _largest_limit(asked, re.findall(r"\d+", message))
+    if limit is not None or not is_named:
+        return limit
     return next((limit for limit in _LOWER_CANDIDATES if limit < asked), None)
+
+
+def _stated_limit(asked: int, message: str) -> int | None:
+    """Number of candidates that a message calls the limit, if it is less than what was asked for."""
+    return _largest_limit(asked, re.findall(rf"{_LIMIT_WORDS}\D{{0,24}}(\d+)", message, re.IGNORECASE))
+
+
+def _largest_limit(asked: int, numbers: Sequence[str]) -> int | None:
+    return max((int(n) for n in numbers if len(n) < 4 and 2 <= int(n) < asked), default=None)

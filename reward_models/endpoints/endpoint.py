@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 OPENAI_URL = "https://api.openai.com/v1"
 _TRANSIENT_STATUS_CODES = (408, 409, 425, 429)
 _REFUSED_FIELD_STATUS_CODES = (400, 422)
+# Some servers answer with these where they should refuse a field.
+_MISTAKEN_STATUS_CODES = (403, 413, 500)
 # A list of models only improves a message.
 _SECONDS_FOR_MODELS = 5.0
 
@@ -253,9 +255,12 @@ class OpenAIEndpoint:
     def _learned(
         self, dialect: Dialect, sent: dict[str, Any], error: APIStatusError, options: frozenset[str]
     ) -> Dialect:
-        if error.status_code in _REFUSED_FIELD_STATUS_CODES:
+        if error.status_code in _REFUSED_FIELD_STATUS_CODES + _MISTAKEN_STATUS_CODES:
             message, param = server_message(error.body)
-            learned = dialect.learn(sent, message, param, options)
+            if error.status_code in _MISTAKEN_STATUS_CODES:
+                learned = dialect.learn_stated_limit(sent, message, param)
+            else:
+                learned = dialect.learn(sent, message, param, options)
             if learned is not None:
                 return learned
         raise error

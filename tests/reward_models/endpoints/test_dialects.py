@@ -64,6 +64,42 @@ def test_a_named_limit_is_kept(message: str, param: str | None, limit: int) -> N
         assert sent == {**FIELDS, "top_logprobs": limit}
 
 
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [("topLogprobs must be <= 5", None), ("at most 5", "topLogprobs"), ("TOP_LOGPROBS > 5", None)],
+)
+def test_names_in_another_spelling_are_known(message: str, param: str | None) -> None:
+    for dialect in (
+        Dialect().learn(FIELDS, message, param, CHAT_OPTIONS),
+        Dialect().learn_stated_limit(FIELDS, message, param),
+    ):
+        assert dialect == Dialect(max_top_logprobs=5)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "failed at temperature 0, top_logprobs 20",
+        "'temperature' is at most 5",
+        "top_logprobs failed",
+        "use max_completion_tokens in place of max_tokens",
+    ],
+)
+def test_a_failure_teaches_nothing_but_a_limit_that_it_states(message: str) -> None:
+    assert Dialect().learn_stated_limit(FIELDS, message, None) is None
+
+
+@pytest.mark.parametrize("status", [403, 413, 500])
+def test_a_limit_is_learned_from_a_status_code_by_mistake(status: int) -> None:
+    def answer(body: dict[str, Any], number: int) -> Reply:
+        is_refused = body["top_logprobs"] > 5
+        return refusal("top_logprobs must be at most 5", status=status) if is_refused else Reply(chat_body())
+
+    with scripted_endpoint(answer) as stub:
+        assert complete(OpenAIEndpoint(stub.url, "judge", max_retries=0), 1) == ["Yes"]
+    assert [body["top_logprobs"] for body in stub.bodies] == [20, 5]
+
+
 @pytest.mark.parametrize("limit", [2, 3, 4, 5, 8, 10, 19])
 def test_a_limit_that_is_not_named_is_found(limit: int) -> None:
     sent = learn_all(lambda sent: ("top_logprobs is too large", None) if sent["top_logprobs"] > limit else None)
