@@ -230,6 +230,7 @@ class OpenAIEndpoint:
                         continue
                     except APIConnectionError as error:
                         if isinstance(error.__cause__, InvalidAnswerError):
+                            error.__cause__.address = str(error.request.url)
                             raise error.__cause__ from None
                         raise
                     # An answer shows that the endpoint had refused the field and not the rest of the request.
@@ -283,13 +284,14 @@ class OpenAIEndpoint:
 
         base_url = without_password(str(client.base_url)).rstrip("/")
         request = None if not isinstance(error, APIStatusError | APIConnectionError) else error.request
-        address = base_url + route if request is None else without_password(str(request.url))
+        asked = getattr(error, "address", None) if request is None else str(request.url)
+        address = base_url + route if asked is None else without_password(asked)
         times = "1 try" if tries == 1 else f"{tries} tries"
         wait = "" if refused_wait is None else f". It asks to wait {refused_wait:.0f} s, more than max_wait allows"
         if isinstance(error, APIStatusError):
             message = status_message(error)
             served = await self._other_models(client, error.status_code, message)
-            hint = wait or status_hint(error.status_code, message, base_url, served)
+            hint = wait or status_hint(error.status_code, message, base_url, route, served)
             text = self._without_key(f"{address} answered {message} ({times}){hint}")
             return EndpointError(text, f"HTTP status {error.status_code}", error.status_code)
         if isinstance(error, TimeoutError | APITimeoutError):
@@ -299,7 +301,7 @@ class OpenAIEndpoint:
             return EndpointError(self._without_key(text), type(error).__name__)
         if isinstance(error, InvalidAnswerError):
             # A web page is what another address of the server answers.
-            hint = status_hint(404, "", base_url, None) if "is not JSON" in str(error) else ""
+            hint = status_hint(404, "", base_url, route) if "is not JSON" in str(error) else ""
             return InvalidAnswerError(self._without_key(f"{address} ({times}): {error}{hint}"))
         return error
 
@@ -396,8 +398,12 @@ def parse_extra_body(argument: str, value: dict[str, Any] | str | None) -> dict[
 
 
 async def _served_models(client: AsyncOpenAI) -> list[str]:
-    raw = await client.models.with_raw_response.list()
-    return [model.id for model in parse_body(raw.content, ServedModels).data]
+    try:
+        raw = await client.models.with_raw_response.list()
+        return [model.id for model in parse_body(raw.content, ServedModels).data]
+    except InvalidAnswerError as error:
+        error.address = f"{str(client.base_url).rstrip('/')}/models"
+        raise
 
 
 def _checked_url(url: str) -> str:

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 
 class InvalidAnswerError(ValueError):
-    """The endpoint answered, but not with what was asked for. Another try may succeed."""
+    """
+    The endpoint answered, but not with what was asked for. Another try may succeed.
+
+    Attributes:
+        address (`str`, *optional*): Where the answer came from. `None` stands for the route of the request.
+    """
+
+    address: str | None = None
 
 
 class EndpointError(RuntimeError):
@@ -97,7 +104,9 @@ def server_message(body: Any) -> tuple[str, str | None]:
     return _shortened(str(body)), None
 
 
-def status_hint(status_code: int, message: str, base_url: str, served_models: list[str] | None) -> str:
+def status_hint(
+    status_code: int, message: str, base_url: str, route: str, served_models: list[str] | None = None
+) -> str:
     """
     Say what to change after a refusal, or nothing.
 
@@ -105,6 +114,7 @@ def status_hint(status_code: int, message: str, base_url: str, served_models: li
         status_code (`int`): Status code of the refusal.
         message (`str`): The server's message.
         base_url (`str`): The address of the endpoint.
+        route (`str`): The route that was asked, e.g. `"/chat/completions"`.
         served_models (`list[str]`, *optional*): Models that the endpoint serves if the asked one is not among them.
     """
     if served_models is not None:
@@ -114,7 +124,7 @@ def status_hint(status_code: int, message: str, base_url: str, served_models: li
     if status_code in (404, 405) and "/v1" not in urlsplit(base_url).path:
         return f". The address has no /v1: try {base_url.rstrip('/')}/v1"
     if status_code in (404, 405) and "model" not in message.lower():
-        return ". Check the address: it must end where /chat/completions begins"
+        return f". Check the address: it must end where {route} begins"
     return ""
 
 

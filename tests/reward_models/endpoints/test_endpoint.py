@@ -165,6 +165,26 @@ def test_a_missing_v1_is_named(stub: ScriptedEndpoint) -> None:
         assert message.startswith(f"{stub.root}/") and message.endswith(f"The address has no /v1: try {stub.root}/v1")
 
 
+@pytest.mark.parametrize("body", [b"<html>", b" " * 2000], ids=["page", "large"])
+def test_an_unreadable_list_of_models_is_not_called_a_completion(stub: ScriptedEndpoint, body: bytes) -> None:
+    stub.models = Reply(body)
+    message = error_of(OpenAIEndpoint(stub.url, max_retries=0, max_answer_bytes=1000))
+    assert message.startswith(f"{stub.url}/models (1 try): the answer is ")
+
+
+def test_the_route_that_was_asked_is_named(stub: ScriptedEndpoint) -> None:
+    async def paint(endpoint: OpenAIEndpoint) -> None:
+        try:
+            await endpoint.paint(lambda answer: answer, "a cat")
+        finally:
+            await endpoint.aclose()
+
+    stub.answer = lambda body, number: Reply({"error": {"message": "Not Found"}}, 404)
+    with pytest.raises(EndpointError, match="it must end where /images/generations begins"):
+        asyncio.run(paint(OpenAIEndpoint(stub.url, "judge")))
+    assert "it must end where /chat/completions begins" in error_of(OpenAIEndpoint(stub.url, "judge"))
+
+
 @pytest.mark.parametrize("names", [[], ["a", "b"]])
 def test_a_model_must_be_named_where_several_are_served(stub: ScriptedEndpoint, names: list[str]) -> None:
     stub.models = Reply({"data": [{"id": name} for name in names]})
