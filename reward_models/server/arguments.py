@@ -47,11 +47,15 @@ class ServerArguments(RewardArguments, PainterArguments):
     )
     max_image_side: PositiveInt = field(
         default=ImageLimits.max_side,
-        metadata={"help": "Largest width and height of an image in a request, in pixels; a larger one gets 422."},
+        metadata={
+            "help": "Largest width and height of an image in a request, in pixels; a larger one gets 422. No larger one is painted."
+        },
     )
     max_image_pixels: PositiveInt = field(
         default=ImageLimits.max_pixels,
-        metadata={"help": "Largest number of pixels of an image in a request; a larger one gets 422."},
+        metadata={
+            "help": "Largest number of pixels of an image in a request; a larger one gets 422. No larger one is painted."
+        },
     )
     max_items: PositiveInt = field(default=64, metadata={"help": "Largest number of items per request; more get 422."})
     max_questions: PositiveInt = field(
