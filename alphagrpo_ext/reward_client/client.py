@@ -118,12 +118,12 @@ _UnitNumber = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 class _ScoreFields(BaseModel):
     """A score as the server sends it."""
 
-    # Answers stay tuples, which are lists in JSON. Strict numbers are neither texts nor booleans.
+    # So numbers are neither texts nor booleans.
     model_config = ConfigDict(strict=True)
 
     reward: _UnitNumber | None
-    semantic: Annotated[tuple[_UnitNumber | None, ...], Field(strict=False)]
-    quality: Annotated[tuple[_UnitNumber | None, ...], Field(strict=False)]
+    semantic: list[_UnitNumber | None]
+    quality: list[_UnitNumber | None]
     strict_pass: bool | None
 
 
@@ -336,7 +336,7 @@ def _read_score(item: Any, label: Label, address: str, index: int) -> ImageScore
                 f"{address} sent a score that cannot be read: image {index} has {len(getattr(score, name))} {name} answers, "
                 f"but {len(questions)} valid {name}_questions"
             )
-    return ImageScore(score.reward, score.semantic, score.quality, score.strict_pass)
+    return ImageScore(score.reward, tuple(score.semantic), tuple(score.quality), score.strict_pass)
 
 
 def encode_image(image: Image.Image) -> str:

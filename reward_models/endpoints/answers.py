@@ -83,7 +83,7 @@ def _joined_parts(content: Any) -> Any:
 class ChatMessage(EndpointAnswer):
     """Text of an answer."""
 
-    content: Annotated[_Text, BeforeValidator(_joined_parts)] = None
+    content: Annotated[str | None, BeforeValidator(_joined_parts)] = None
     refusal: _Text = None
 
 

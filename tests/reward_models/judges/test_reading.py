@@ -149,7 +149,7 @@ def first_token(body: dict[str, Any]) -> dict[str, Any]:
         lambda body: first_token(body).update(logprob="x"),
         lambda body: body["choices"][0]["logprobs"]["content"].append({"token": ".", "logprob": "x"}),
         lambda body: body["choices"][0]["message"].update(content=[{"type": "text", "text": "Yes"}]),
-        lambda body: body["choices"][0]["message"].update(content=5, refusal={"a": 1}),
+        lambda body: body["choices"][0]["message"].update(refusal={"a": 1}),
         lambda body: body["choices"][0].update(finish_reason=1),
     ],
 )
