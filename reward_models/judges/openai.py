@@ -26,6 +26,7 @@ from reward_models.endpoints.answers import ChatChoice
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError, ThrottledWarning
 from reward_models.endpoints.preflight import ask_in_time
+from reward_models.endpoints.thoughts import begins_with_thought
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, PREFLIGHT_QUESTION, Judge
 from reward_models.judges.yes_no import (
@@ -33,7 +34,6 @@ from reward_models.judges.yes_no import (
     QUESTION_PROMPT,
     YesNo,
     answer_start,
-    begins_with_thought,
     check_min_answer_mass,
     read_plain_answer,
     read_yes_no,

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from alphagrpo_ext.ranges import check_number
+from reward_models.endpoints.thoughts import THOUGHT_NAME, end_of_thought
 
 
 QUESTION_PROMPT = (
@@ -39,14 +40,14 @@ _LARGEST_LOG_PROB = 0.01
 _SURROUNDING = " \t\r\n.,;:!?'\"`*_()[]{}<>-|\u2581\u0120\u010a\u201c\u201d\u2018\u2019"
 _SPACES = str.maketrans("\u2581\u0120\u010a", "  \n")
 
-_THOUGHT = r"(?:think|thinking|thoughts?|reasoning|reason|analysis|reflection|scratchpad)\b"
-_END_OF_THOUGHT = re.compile(rf"<\s*/\s*{_THOUGHT}[^<>]*>|\[/think\]", re.IGNORECASE)
-_BEGIN_OF_THOUGHT = re.compile(rf"[\s\"'`*]*(?:<\s*{_THOUGHT}|\[think\])", re.IGNORECASE)
+LONGEST_LEAD = 1000
+"""Number of characters, behind a finished thought, that are looked at for an answer. It begins with its word."""
+
 # What may precede an answer: tags and special tokens, boxes, a label such as "Answer:", punctuation and space.
 _LEAD = re.compile(
     rf"""(?:
-        <(?!\s*/?\s*(?:(?:yes|no)\b|{_THOUGHT}))[^<>]{{1,64}}>
-      | \[(?!/?(?:yes|no|think)\])/?[a-z_]{{2,32}}\]
+        <(?!\s*(?:/\s*)?(?:yes|no)\b|{THOUGHT_NAME})[^<>]{{1,64}}>
+      | \[(?!/?(?:yes|no)\]|{THOUGHT_NAME})/?[a-z_]{{2,32}}\]
       | \\(?:boxed|text|textbf|mathrm|[(\[])
       | (?:(?:the|my|final|correct|short)\s+)*answer["'`*_\s]*(?:\bis\b|[:=\u2013-])
       | [\s{re.escape(_SURROUNDING)}\#$=~/\\\u2013\u2014\u2022\u00ab\u00bb\ufffd]
@@ -111,13 +112,8 @@ def answer_start(text: str) -> int:
     "Answer:", punctuation and space. Without such a word that is the end of the text.
     """
     text = text.translate(_SPACES)
-    thoughts = [match.end() for match in _END_OF_THOUGHT.finditer(text)]
-    return _LEAD.match(text, thoughts[-1] if thoughts else 0).end()
-
-
-def begins_with_thought(text: str) -> bool:
-    """Whether a text begins with a thought that does not end in it."""
-    return _BEGIN_OF_THOUGHT.match(text) is not None and _END_OF_THOUGHT.search(text) is None
+    start = end_of_thought(text)
+    return _LEAD.match(text, start, start + LONGEST_LEAD).end()
 
 
 def read_plain_answer(text: str) -> float | None:
@@ -126,7 +122,7 @@ def read_plain_answer(text: str) -> float | None:
     "**No**" and "No, there is none" are answers, "No idea" and "Yes and no" are not.
     """
     text = text.translate(_SPACES)
-    answer = text[answer_start(text) :]
+    answer = text[answer_start(text) :][:LONGEST_LEAD]
     match = _PLAIN_ANSWER.match(answer)
     both = _BOTH.match(answer)
     if match is None or (both is not None and both[1].lower() != both[2].lower()):

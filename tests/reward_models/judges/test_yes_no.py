@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -189,9 +190,57 @@ def test_words_that_only_begin_like_an_answer_are_none(lead: str, text: str) -> 
     assert read_plain_answer(lead + text) is None
 
 
-@pytest.mark.parametrize("text", ["<think>", "<think>No", "<think>\nYes, that", "<thinking>yes", "[THINK]no", "<"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>",
+        "<think>No",
+        "<think>\nYes, that",
+        "<thinking>yes",
+        "[THINK]no",
+        "<seed:think>No, wait",
+        "<|START_THINKING|>No, wait",
+        "<\uff5cbegin\u2581of\u2581thinking\uff5c>No, wait",
+        "[REASONING] No, wait",
+        "<answer><inner_thought>No, wait",
+        "<think>Maybe</think><cot>No, wait",
+        "<",
+    ],
+)
 def test_a_thought_that_has_not_ended_is_no_answer(text: str) -> None:
     assert read_plain_answer(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<" + " " * 100_000,
+        " " * 100_000,
+        "yes" + "*" * 100_000 + "x",
+        "yes" + " <a>" * 25_000 + "x",
+        "yes " + "- " * 50_000 + "x",
+        "yes " + "and " * 25_000,
+        "answer" + " *" * 50_000,
+        ("<" + " " * 60) * 1_600,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_long_answer_takes_linear_time(text: str) -> None:
+    started = time.perf_counter()
+    read_plain_answer(text)
+    # It takes hundredths of a second, and would take minutes if every place looked through the rest of the text.
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("tag", ["<think>", "<seed:think>", "<|START_THINKING|>", "[REASONING]"])
+def test_a_local_judge_does_not_read_on_behind_the_tag_of_a_thought(tag: str) -> None:
+    # It continues where what was written is all lead.
+    assert answer_start(tag) < len(tag)
+    assert answer_start("<answer>") == len("<answer>")
+
+
+def test_an_answer_behind_a_long_thought_is_read() -> None:
+    assert read_plain_answer(f"<think>{'No, wait. ' * 2_000}</think>\n\nYes.") == 1.0
 
 
 @given(st.text(max_size=200))
