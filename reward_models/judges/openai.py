@@ -236,7 +236,7 @@ class OpenAIJudge(Judge):
                 (candidate.token or "", candidate.logprob) for candidate in first.top_logprobs if candidate
             )
         except ValueError as error:
-            raise InvalidAnswerError(str(error)) from error
+            raise InvalidAnswerError(f"{error}; an endpoint that sends no sound ones needs judge_binary") from error
         if begins_with_thought(text) or reading.answer(self.min_answer_mass) is None:
             raise InvalidAnswerError(
                 f"yes and no hold {reading.mass:.2g} of the probability of the first word, but must hold "

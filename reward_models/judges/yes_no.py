@@ -35,6 +35,8 @@ DEFAULT_MIN_ANSWER_MASS = 0.5
 _ROUNDING = 1e-6
 # Some engines round log-probabilities, so that a certain token's may be slightly above 0.
 _LARGEST_LOG_PROB = 0.01
+# The sum of probabilities that are rounded so.
+_LARGEST_MASS = 1.02
 
 # Spaces, punctuation, and the characters that tokenizers write for a space or a line break.
 _SURROUNDING = " \t\r\n.,;:!?'\"`*_()[]{}<>-|\u2581\u0120\u010a\u201c\u201d\u2018\u2019"
@@ -137,13 +139,15 @@ def read_yes_no(log_probs: Iterable[tuple[str, float | None]]) -> YesNo:
     Args:
         log_probs (`Iterable[tuple[str, float | None]]`):
             Candidates for a token: text and log-probability. What an engine did not consider has one of -9999, which adds
-            nothing. Candidates that are neither a yes nor a no do not matter.
+            nothing. Candidates that are neither a yes nor a no do not matter. One that is listed twice counts once.
 
     Raises:
-        `ValueError`: If the log-probability of a yes or no is missing, NaN, infinite or positive.
+        `ValueError`: If the log-probability of a yes or no is missing, NaN, infinite or positive, or yes and no together are
+            more probable than 1.
     """
     masses: dict[bool, list[float]] = {True: [], False: []}
-    for token, log_prob in log_probs:
+    # Some engines list the token that was written a second time.
+    for token, log_prob in dict.fromkeys(log_probs):
         word = read_word(token)
         if word is None:
             continue
@@ -152,6 +156,11 @@ def read_yes_no(log_probs: Iterable[tuple[str, float | None]]) -> YesNo:
         masses[word].append(math.exp(log_prob))
     yes, no = math.fsum(masses[True]), math.fsum(masses[False])
     mass = yes + no
+    if mass > _LARGEST_MASS:
+        raise ValueError(
+            f"yes and no have probabilities of {yes:.3g} and {no:.3g}, which is more than 1 together: the log-probabilities are "
+            f"those of no distribution"
+        )
     return YesNo(yes / mass if mass > 0 else math.nan, min(mass, 1.0))
 
 
@@ -168,8 +177,8 @@ def yes_probability(
             Smallest `p_yes + p_no` of an answer, in [0, 1].
 
     Returns:
-        `float` or `None`: P(yes) in [0, 1]; `None` if yes and no hold too little of the probability, or the log-probability of
-        one of them is missing, NaN, infinite or positive.
+        `float` or `None`: P(yes) in [0, 1]; `None` if yes and no hold too little of the probability or more than all of it, or
+        the log-probability of one of them is missing, NaN, infinite or positive.
     """
     try:
         return read_yes_no(log_probs).answer(min_answer_mass)

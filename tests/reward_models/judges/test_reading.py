@@ -110,6 +110,7 @@ def test_the_first_word_is_read(answer_to: AnswerTo, lead: list[str], word: str)
         [("Yes", [("Yes", math.log(0.2)), ("No", math.log(0.2))])],
         [("Yes", [("Yes", math.nan), ("No", -1.0)])],
         [("Yes", [("Yes", -0.1), ("No", math.inf)])],
+        [("Yes", [("Yes", 0.0), ("No", 0.0)])],
         [("Yes", [("Yes", None), ("No", None)])],
         [("Yes", [("Yes", "-0.1"), ("No", -2.0)])],
         [("Yes", [("Yes", True), ("No", -2.0)])],

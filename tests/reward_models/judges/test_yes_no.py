@@ -15,6 +15,7 @@ from reward_models.judges.yes_no import (
     answer_start,
     check_min_answer_mass,
     read_plain_answer,
+    read_yes_no,
     yes_no_of_logits,
     yes_probability,
     yes_probability_of_logits,
@@ -69,6 +70,25 @@ def test_what_an_engine_did_not_consider_adds_nothing(
     case: tuple[list[tuple[str, float]], float, float], token: str
 ) -> None:
     assert yes_probability([*case[0], (token, -9999.0)]) == yes_probability(case[0])
+
+
+@given(distributions(), st.data())
+def test_a_candidate_that_is_listed_twice_counts_once(
+    case: tuple[list[tuple[str, float]], float, float], data: st.DataObject
+) -> None:
+    repeated = data.draw(st.lists(st.sampled_from(case[0]))) if case[0] else []
+    assert yes_probability([*case[0], *repeated], 0.3) == yes_probability(case[0], 0.3)
+
+
+@pytest.mark.parametrize(("yes", "no"), [(0.0, 0.0), (math.log(0.9), math.log(0.6)), (0.0, math.log(0.03))])
+def test_more_than_all_of_the_probability_is_no_answer(yes: float, no: float) -> None:
+    with pytest.raises(ValueError, match="more than 1 together"):
+        read_yes_no([("Yes", yes), ("No", no)])
+    assert yes_probability([("Yes", yes), ("No", no)]) is None
+
+
+def test_rounded_log_probabilities_may_be_a_little_above_1() -> None:
+    assert yes_probability([("Yes", 0.009), ("No", -5.0)]) == pytest.approx(1 / (1 + math.exp(-5.009)))
 
 
 @pytest.mark.parametrize(
