@@ -81,10 +81,12 @@ def _joined_parts(content: Any) -> Any:
 
 
 class ChatMessage(EndpointAnswer):
-    """Text of an answer."""
+    """Text of an answer. Servers that take a thought out of it send that in a field of its own, which has two names."""
 
     content: Annotated[str | None, BeforeValidator(_joined_parts)] = None
     refusal: _Text = None
+    reasoning_content: Any = None
+    reasoning: Any = None
 
 
 class ChatChoice(EndpointAnswer):

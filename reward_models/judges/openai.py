@@ -35,7 +35,9 @@ from reward_models.judges.yes_no import (
     YesNo,
     answer_start,
     check_min_answer_mass,
+    is_other_than_its_token,
     read_plain_answer,
+    read_word,
     read_yes_no,
 )
 
@@ -217,6 +219,9 @@ class OpenAIJudge(Judge):
             raise
 
     def _read_probability(self, choice: ChatChoice) -> YesNo:
+        message = choice.message
+        if not (message.content or "").strip() and (message.reasoning_content or message.reasoning):
+            raise InvalidAnswerError(f"the answer is a thought without a text ({choice.finish_reason}); {_THINKING}")
         tokens = (choice.logprobs.content if choice.logprobs is not None else None) or []
         if not tokens:
             raise InvalidAnswerError(f"the endpoint sent no log-probabilities; {_NO_LOG_PROBS}")
@@ -241,6 +246,12 @@ class OpenAIJudge(Judge):
             raise InvalidAnswerError(
                 f"yes and no hold {reading.mass:.2g} of the probability of the first word, but must hold "
                 f"judge_min_answer_mass={self.min_answer_mass:g}: the answer is {text[:100]!r}; {_THINKING}"
+            )
+        # The text and not the tokens, which some engines list without the spaces between them.
+        written = message.content or text
+        if read_word(first.token) is not None and is_other_than_its_token(written):
+            raise InvalidAnswerError(
+                f"the answer begins with {first.token!r}, but is neither yes nor no: {written[:100]!r}"
             )
         return reading
 

@@ -68,6 +68,9 @@ _PLAIN_ANSWER = re.compile(
         )""",
     re.IGNORECASE | re.VERBOSE,
 )
+# "Note" only begins like an answer, "Yes and no" is none. "Yes, no cat is there" and "No idea" may be, by the question.
+_OTHER_WORD = re.compile(r"(?:yes|no)[^\W_]", re.IGNORECASE)
+_UNDECIDED = re.compile(r"(yes|no)\W{0,8}(?:/|\W(?:and|or)\W)\W{0,8}(?!\1)(?:yes|no)\b", re.IGNORECASE)
 _BOTH = re.compile(r"(yes|no)\W+(?:(?:and|or|but|also|maybe)\W+)*(yes|no)\b", re.IGNORECASE)
 
 
@@ -116,6 +119,16 @@ def answer_start(text: str) -> int:
     text = text.translate(_SPACES)
     start = end_of_thought(text)
     return _LEAD.match(text, start, start + LONGEST_LEAD).end()
+
+
+def is_other_than_its_token(text: str) -> bool:
+    """
+    Whether an answer whose first token is yes or no is neither, so that the probability of the token says nothing: the token only
+    begins another word, such as "Note", or both words follow each other, as in "Yes and no".
+    """
+    text = text.translate(_SPACES)
+    answer = text[answer_start(text) :][:LONGEST_LEAD]
+    return _OTHER_WORD.match(answer) is not None or _UNDECIDED.match(answer) is not None
 
 
 def read_plain_answer(text: str) -> float | None:

@@ -129,6 +129,54 @@ def test_anything_else_is_asked_again_and_then_no_answer(answer_to: AnswerTo, to
     assert judge.take_answer_mass() is None
 
 
+def spoken(*tokens: str, content: str | None = None, **message: Any) -> dict[str, Any]:
+    """An answer whose first token is surely the one that was written."""
+    body = chat_body("".join(tokens) if content is None else content, [(tokens[0], SURE), *map(other, tokens[1:])])
+    body["choices"][0]["message"] |= message
+    return body
+
+
+@pytest.mark.parametrize(
+    ("body", "cause"),
+    [
+        (spoken("Yes", "terday"), "begins with 'Yes', but is neither yes nor no: 'Yesterday'"),
+        (spoken("No", "te", " that"), "neither yes nor no"),
+        (spoken("Yes", " and", " no"), "neither yes nor no"),
+        (spoken("Yes", "/", "No"), "neither yes nor no"),
+        (spoken("Yes", " wait", reasoning_content="Yes wait", content=""), "a thought without a text"),
+        (spoken("Yes", " wait", reasoning="Yes wait", content="\n"), "a thought without a text"),
+    ],
+    ids=str,
+)
+def test_the_probability_of_a_token_that_is_no_answer_does_not_count(
+    answer_to: AnswerTo, body: dict[str, Any], cause: str
+) -> None:
+    answer, judge, _ = answer_to(body)
+    assert answer is None
+    assert cause in judge.last_failure
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        spoken("Yes", ",", " no", " cat", " is", " there"),
+        spoken("Yes", " cat", " is", " there"),
+        spoken("Yes", " and", " Yes"),
+        spoken("Yes.", "It", " is"),
+        # Some engines list the tokens of a sentence without its spaces.
+        spoken("Yes", "there", "is", content="Yes there is"),
+        spoken("Yes", reasoning_content="It is.", content="Yes"),
+        spoken("Yes", reasoning={"effort": None}),
+        # What was written need not be a yes or no, if these hold enough of the probability together.
+        chat_body("None", [("None", SURE)]),
+        chat_body(None, [("Yes", SURE)]),
+    ],
+    ids=str,
+)
+def test_an_answer_may_go_on_behind_its_word(answer_to: AnswerTo, body: dict[str, Any]) -> None:
+    assert answer_to(body)[0] == pytest.approx(P_YES)
+
+
 def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     body = chat_body(tokens=[("Yes", SURE)])
     change(body)
