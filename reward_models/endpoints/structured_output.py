@@ -16,9 +16,15 @@ from alphagrpo_ext.ranges import NonNegativeFloat, PositiveInt, check_ranges
 from reward_models.endpoints.answers import ChatChoice
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError, describe_mismatch
+from reward_models.endpoints.thoughts import end_of_thought
 
 
 logger = logging.getLogger(__name__)
+
+MAX_STARTS = 1000
+"""Number of opening braces in an answer at which an object is looked for. Formulas and drafts before it have dozens."""
+MAX_READS = 8
+"""How many times the length of an answer is read in the search. Each opening brace may begin an object that is damaged at its end."""
 
 _REFUSAL_STATUS_CODES = (400, 404, 422)
 
@@ -158,17 +164,24 @@ class StructuredChat:
 
 
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the outermost JSON objects in a text, in order, whatever text is around them."""
+    """
+    Yield the outermost JSON objects in a text, in order, whatever text is around them. The search ends after [`MAX_STARTS`] opening
+    braces, or [`MAX_READS`] times the length of the text.
+    """
     # A reasoning model may think aloud first, often in drafts of the answer.
-    text = text.rpartition("</think>")[2]
+    text = text[end_of_thought(text) :]
     # Models write line breaks into strings without escaping them.
     decoder = json.JSONDecoder(strict=False)
-    position = text.find("{")
-    while position != -1:
+    position, left = text.find("{"), MAX_READS * len(text)
+    for _ in range(MAX_STARTS):
+        if position == -1 or left < 0:
+            return
         try:
             value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
             end = position + 1
+            # Where nothing says how far it got, it got to the end.
+            left -= getattr(error, "pos", len(text)) - position
         else:
             yield value
         position = text.find("{", end)
