@@ -17,6 +17,9 @@ from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.ranges import check_number
 from alphagrpo_ext.registry import Registry
 from alphagrpo_ext.shapes.text import is_reflection
+from reward_models.dvreward import JudgeFailedError
+from reward_models.endpoints.errors import ThrottledWarning
+from reward_models.endpoints.preflight import ask_in_time
 from reward_models.endpoints.structured_output import StructuredAnswer, StructuredChat
 
 
@@ -122,6 +125,8 @@ Reflection:
 Answer with one JSON object and nothing else. Its fields, all true or false:
 {fields}"""
 
+_PREFLIGHT_REFLECTION = ("a red circle", "The request was a red circle, but the circle is blue. Paint it red.")
+
 
 class ReflectionStructure:
     """
@@ -131,6 +136,9 @@ class ReflectionStructure:
     Args:
         chat ([`~reward_models.endpoints.structured_output.StructuredChat`]): The language model.
         max_concurrency (`int`, *optional*, defaults to `64`): Largest number of reflections that are judged concurrently.
+        max_failed_frac (`float`, *optional*, defaults to `0.5`):
+            Share of a batch's reflections that may stay without a verdict, in [0, 1]. If more do, the reward function raises
+            [`~reward_models.dvreward.JudgeFailedError`].
         name (`str`, *optional*, defaults to `"reflection_structure"`): Name of the reward function.
 
     Example:
@@ -141,12 +149,23 @@ class ReflectionStructure:
     """
 
     text_only = True
+    always_applies = True
+    """Every sample that wrote a text has a reflection, so a missing reward of it is a failure of the language model."""
 
-    def __init__(self, chat: StructuredChat, max_concurrency: int = 64, name: str = "reflection_structure") -> None:
+    def __init__(
+        self,
+        chat: StructuredChat,
+        max_concurrency: int = 64,
+        max_failed_frac: float = 0.5,
+        name: str = "reflection_structure",
+    ) -> None:
         check_number("max_concurrency", max_concurrency, "[1, inf)")
+        check_number("max_failed_frac", max_failed_frac, "[0, 1]")
         self.chat = chat
         self.max_concurrency = max_concurrency
+        self.max_failed_frac = max_failed_frac
         self.__name__ = name
+        self._failure_log = ThrottledWarning(logger)
 
     async def __call__(
         self,
@@ -157,20 +176,57 @@ class ReflectionStructure:
     ) -> list[float | None]:
         slots = asyncio.Semaphore(self.max_concurrency)
 
-        async def judge_sample(prompt: Any, written: list[str]) -> float | None:
-            shares = await asyncio.gather(*(self._judge(prompt_text(prompt), text, slots) for text in written))
-            return fmean(shares) if shares and None not in shares else None
+        async def judge_sample(prompt: Any, written: list[str]) -> list[float | Exception]:
+            return await asyncio.gather(*(self._judge(prompt_text(prompt), text, slots) for text in written))
 
-        return await asyncio.gather(*map(judge_sample, prompts, written_texts(completions, texts)))
+        samples = await asyncio.gather(*map(judge_sample, prompts, written_texts(completions, texts)))
+        self._check_failures([share for shares in samples for share in shares])
+        return [
+            fmean(shares) if shares and not any(isinstance(share, Exception) for share in shares) else None
+            for shares in samples
+        ]
 
-    async def _judge(self, prompt: str, reflection: str, slots: asyncio.Semaphore) -> float | None:
+    async def preflight(self, height: int = 64, width: int = 64) -> None:
+        """
+        Check before a run that the language model judges, by one reflection. It may think first, so it has the time of a request.
+
+        Args:
+            height, width (`int`, *optional*, defaults to `64`): Size of images, which does not matter here.
+
+        Raises:
+            [`~reward_models.dvreward.JudgeFailedError`]: If there is no verdict. The message says what to change.
+        """
+        endpoint = self.chat.endpoint
+        try:
+            await ask_in_time(endpoint, lambda: self._ask(*_PREFLIGHT_REFLECTION), endpoint.timeout)
+        except Exception as error:
+            raise JudgeFailedError(
+                f"the language model of the reward '{self.__name__}' gives no verdict, so nothing was started: {error}"
+            ) from error
+        finally:
+            await self.chat.aclose()
+
+    async def _judge(self, prompt: str, reflection: str, slots: asyncio.Semaphore) -> float | Exception:
+        """The share of a reflection, or why it has none."""
+        async with slots:
+            try:
+                verdict = await self._ask(prompt, reflection)
+            except Exception as error:
+                self._failure_log.warn(f"a reflection could not be judged and gets no reward: {error}")
+                return error
+        properties = ReflectionVerdict.model_fields
+        return fmean(getattr(verdict, name) == getattr(WANTED_VERDICT, name) for name in properties)
+
+    async def _ask(self, prompt: str, reflection: str) -> ReflectionVerdict:
         properties = ReflectionVerdict.model_fields
         fields = "\n".join(f"- {name}: {field.description}" for name, field in properties.items())
         request = _VERDICT_REQUEST.format(prompt=prompt, reflection=reflection, fields=fields)
-        async with slots:
-            try:
-                verdict = await self.chat.ask(request, ReflectionVerdict)
-            except Exception as error:
-                logger.warning("a reflection could not be judged and gets no reward: %s", error)
-                return None
-        return fmean(getattr(verdict, name) == getattr(WANTED_VERDICT, name) for name in properties)
+        return await self.chat.ask(request, ReflectionVerdict)
+
+    def _check_failures(self, shares: Sequence[float | Exception]) -> None:
+        errors = [share for share in shares if isinstance(share, Exception)]
+        if len(errors) > self.max_failed_frac * len(shares):
+            raise JudgeFailedError(
+                f"the reward '{self.__name__}' has no verdict on {len(errors)} of {len(shares)} reflections, more than its "
+                f"max_failed_frac={self.max_failed_frac} allows ({errors[-1]})"
+            ) from errors[-1]

@@ -306,14 +306,15 @@ def judge_step(
 
     A sample with a missing reward is not trained on, neither its text nor its image: all its rewards become NaN, before
     anything is summed. A sample with an image needs the reward of at least one function that judges images. Such functions owe
-    nothing to a sample without one, as that of a task that paints nothing.
+    nothing to a sample without one, as that of a task that paints nothing, and those of texts nothing to a sample that wrote none.
 
     Args:
         step ([`RolloutStep`]): Its trajectories are sampled.
         rewards (`torch.Tensor` of shape `(samples of all processes, functions)`): What the functions gave.
         functions (`Sequence[Callable]`), weights (`torch.Tensor` of shape `(functions,)`):
-            All functions and their weights. A function with a true attribute `always_applies` owes every sample a reward, if it
-            judges images every one with an image; others owe none to a group of which they judged no sample.
+            All functions and their weights. A function with a true attribute `always_applies` owes a reward to every sample with
+            an image, if it judges images, and else to every one with a text; others owe none to a group of which they judged no
+            sample.
         tasks (`Mapping[str, Task]`): The tasks of the rows by name.
         args ([`AlphaGRPOConfig`]): `rectification`, one of [`RECTIFICATIONS`].
         accelerator ([`~accelerate.Accelerator`]): Gathers what is known of this process alone.
@@ -339,8 +340,9 @@ def judge_step(
         is_judged = ~painted[:, None] & ~initial.isnan()
         rewards = rewards.clone()
         rewards[:, is_image] = torch.where(is_judged, initial, rewards[:, is_image])
-    has_image = accelerator.gather(torch.tensor([t.result is not None for t in step.trajectories], device=device))
-    owed = always & (has_image[:, None] | ~is_image)
+    made = [[t.result is not None, bool(t.sampled_texts)] for t in step.trajectories]
+    has_image, has_text = accelerator.gather(torch.tensor(made, device=device)).T
+    owed = always & torch.where(is_image, has_image[:, None], has_text[:, None])
     is_missing = missing_rewards(rewards, owed, step.group_size) & (weights != 0)
     needed = is_image & (weights != 0)
     is_unjudged = has_image & needed.any() & rewards[:, needed].isnan().all(dim=1)

@@ -9,6 +9,11 @@ from trl.trainer.utils import get_callable_name
 
 from alphagrpo_ext.shapes.prompts import sample_scene, sample_spec, sample_violation
 from alphagrpo_ext.shapes.text import reflection, repair
+from alphagrpo_ext.trainer.reward_functions import preflight_rewards
+from reward_models.dvreward import JudgeFailedError
+from reward_models.endpoints import preflight
+from reward_models.endpoints.endpoint import OpenAIEndpoint
+from reward_models.endpoints.structured_output import StructuredChat
 from reward_models.format import (
     FORMATS,
     WANTED_VERDICT,
@@ -17,6 +22,7 @@ from reward_models.format import (
     ShapesReflectionFormat,
     ThinkFormat,
 )
+from support.chat_stub import chat_stub
 
 
 @pytest.mark.parametrize(
@@ -110,15 +116,41 @@ def test_reflection_structure_is_the_share_of_what_is_wanted() -> None:
             "vague": json.dumps(GOOD | {"commands_fix": None}),
         }
     )
-    reward = ReflectionStructure(chat, max_concurrency=2)
+    reward = ReflectionStructure(chat, max_concurrency=2, max_failed_frac=0.8)
     prompts = ["a cat", [{"role": "user", "content": "a dog"}], "a cat", "a cat", "a cat"]
     completions = ["good", [{"role": "assistant", "content": "rambling"}], "broken", "unlucky", "vague"]
     rewards = asyncio.run(reward(prompts=prompts, completions=completions, trainer_state=None))
     assert rewards == [1.0, pytest.approx(0.6), None, None, None]
     assert "Request:\na dog\n" in chat.requests[1]
-    assert reward.text_only
+    assert reward.text_only and reward.always_applies
     turns = asyncio.run(reward(prompts=["a cat"] * 2, completions=[""] * 2, texts=[["good", "rambling"], []]))
     assert turns == [pytest.approx(0.8), None]
+
+
+def test_a_language_model_that_fails_stops_the_run_and_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    chat = Scripted({"good": json.dumps(GOOD), "unlucky": ConnectionError("no route")})
+    reward = ReflectionStructure(chat)
+    half = ["good", "unlucky"] * 3
+    assert asyncio.run(reward(["a cat"] * 6, half)) == [1.0, None] * 3
+    with pytest.raises(JudgeFailedError, match="no verdict on 4 of 6 reflections, .* max_failed_frac=0.5 .*no route"):
+        asyncio.run(reward(["a cat"] * 6, [*half[1:], "unlucky"]))
+    assert len(caplog.records) == 1
+    assert asyncio.run(reward(["a cat"], [""], texts=[[]])) == [None]
+    with pytest.raises(ValueError, match="max_failed_frac"):
+        ReflectionStructure(chat, max_failed_frac=1.5)
+
+
+def test_reflection_structure_asks_one_question_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "PAUSES", (0.01,))
+    with chat_stub(lambda request: GOOD) as stub:
+        preflight_rewards([ReflectionStructure(StructuredChat(OpenAIEndpoint(stub.url, "stub")))], 8, 8)
+        assert len(stub.requests) == 1
+        stub.answer = lambda request: "I cannot judge."
+        reward = ReflectionStructure(StructuredChat(OpenAIEndpoint(stub.url, "stub")), name="structure")
+        with pytest.raises(JudgeFailedError, match=r"'structure' gives no verdict, so nothing was started: .*no JSON"):
+            preflight_rewards([reward], 8, 8)
+    with pytest.raises(JudgeFailedError, match=f"{stub.url}/chat/completions cannot be reached"):
+        preflight_rewards([reward], 8, 8)
 
 
 @pytest.mark.parametrize(

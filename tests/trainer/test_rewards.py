@@ -176,6 +176,7 @@ def step_of(
     weights: torch.Tensor,
     initial: torch.Tensor | None = None,
     task: str = "reasoning_t2i",
+    texts: Sequence[TextSegment] = (),
     **options: Any,
 ) -> tuple[RolloutStep, AlphaGRPOConfig]:
     """A rollout of one process with given rewards, judged."""
@@ -183,7 +184,7 @@ def step_of(
     image = ImageSegment(torch.zeros(1, 1), (1, 1), sampled=True)
     rows = [{"prompt": "x", "task": task}] * len(rewards)
     step = RolloutStep(
-        rows, {task: args.train_rollout(0)}, 0, 0, 0, size, trajectories=[Trajectory([image])] * len(rows)
+        rows, {task: args.train_rollout(0)}, 0, 0, 0, size, trajectories=[Trajectory([*texts, image])] * len(rows)
     )
     if initial is not None:
         step.initial_scores = initial
@@ -265,6 +266,18 @@ def test_rewards_that_cancel_are_equal_up_to_their_own_rounding(scale_rewards: s
     large = torch.tensor([1000.1, 1000.2, 1000.3, 1000.7])
     rewards = torch.stack([large, 0.25 - large], dim=1)
     assert group_advantages(rewards, torch.ones(2), 4, scale_rewards).tolist() == [0.0] * 4
+
+
+def test_a_function_of_texts_that_always_applies_owes_every_written_text_a_reward() -> None:
+    def structure(completions: Any) -> None: ...
+
+    structure.text_only = structure.always_applies = True
+    rewards = torch.tensor([[0.2, NAN], [0.8, NAN]])
+    step, _ = step_of(rewards, 2, [judge, structure], torch.ones(2), texts=[TextSegment([5], sampled=True)])
+    assert step.rewards.isnan().all()
+    # It has nothing to say of a task without texts, which is trained with the other rewards.
+    step, _ = step_of(rewards, 2, [judge, structure], torch.ones(2))
+    assert step.rewards[:, 0].tolist() == pytest.approx([0.2, 0.8])
 
 
 def test_functions_for_some_prompts_each_train_theirs() -> None:
