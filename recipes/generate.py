@@ -174,9 +174,9 @@ def main(args: GenerationArguments) -> None:
     # Here, so that `--help` does not import models.
     from tqdm import tqdm
 
+    from alphagrpo_ext.rollout.readable_prompts import unknown_words, unknown_words_warning
     from alphagrpo_ext.rollout.refinement import check_refinement_room, refine
     from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK
-    from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
     from recipe_tools.processes import limit_threads, load_policy
 
     limit_threads()

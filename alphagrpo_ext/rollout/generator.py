@@ -31,9 +31,9 @@ from alphagrpo_ext.models.contract import Cache, UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.finite import is_finite, names_not_finite
 from alphagrpo_ext.models.pixels import image_to_tensor, tensor_to_image
 from alphagrpo_ext.rollout.config import RolloutConfig
-from alphagrpo_ext.rollout.context_room import check_prompt_room
 from alphagrpo_ext.rollout.denoising import denoise
 from alphagrpo_ext.rollout.merged_adapters import merged_adapters
+from alphagrpo_ext.rollout.readable_prompts import check_prompt_room
 from alphagrpo_ext.rollout.task import Task, prompt_text
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment, Trajectory
 

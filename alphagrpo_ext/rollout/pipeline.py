@@ -30,11 +30,11 @@ from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.models.saving import save_model
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.pipeline_inputs import as_images, as_prompts, refuse_unknown_names, whole_number
+from alphagrpo_ext.rollout.readable_prompts import unknown_words, unknown_words_warning
 from alphagrpo_ext.rollout.refinement import Refinement, refine
 from alphagrpo_ext.rollout.settings import SETTING_NAMES, TaskSettings, check_setting, resolve_settings
 from alphagrpo_ext.rollout.stopping import STOP_THRESHOLD
 from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
-from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
 
 
 logger = logging.getLogger(__name__)

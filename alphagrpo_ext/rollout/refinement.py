@@ -16,8 +16,8 @@ from PIL import Image
 
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.rollout.config import RolloutConfig
-from alphagrpo_ext.rollout.context_room import check_prompt_room
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
+from alphagrpo_ext.rollout.readable_prompts import check_prompt_room
 from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS, Task
 
 

@@ -31,8 +31,8 @@ from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore, write_report
 from alphagrpo_ext.rollout.generator import RolloutGenerator
+from alphagrpo_ext.rollout.readable_prompts import unknown_words, unknown_words_warning
 from alphagrpo_ext.rollout.task import ANSWERING_TASK, PAINTING_TASK, TASKS
-from alphagrpo_ext.rollout.vocabulary import unknown_words, unknown_words_warning
 from alphagrpo_ext.trainer.callbacks.console import ConsoleCallback, LastLogCallback, banner
 from alphagrpo_ext.trainer.callbacks.json_lines import JsonLinesCallback
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig

@@ -17,7 +17,7 @@ from alphagrpo_ext.messages import num_image_parts, prompt_text
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.registry import UnknownNameError
 from alphagrpo_ext.rollout.config import RolloutConfig
-from alphagrpo_ext.rollout.context_room import check_trajectory_room
+from alphagrpo_ext.rollout.readable_prompts import check_trajectory_room
 from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.reward_functions import ARGUMENTS, reward_hooks
 from alphagrpo_ext.trainer.step import task_name

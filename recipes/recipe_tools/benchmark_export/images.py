@@ -20,8 +20,8 @@ from transformers.processing_utils import ProcessorMixin
 from alphagrpo_ext.files import write_text
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint
 from alphagrpo_ext.rollout.arguments import SamplingArguments
-from alphagrpo_ext.rollout.context_room import check_prompt_room
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
+from alphagrpo_ext.rollout.readable_prompts import check_prompt_room
 from alphagrpo_ext.rollout.task import REFLECTION_TASK, TASKS
 from alphagrpo_ext.shapes.scene import IMAGE_SIZE
 from recipe_tools.benchmark_export.arguments import ExportArguments

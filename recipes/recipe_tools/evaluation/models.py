@@ -18,8 +18,8 @@ from accelerate import PartialState
 
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
-from alphagrpo_ext.rollout.context_room import check_prompt_room
 from alphagrpo_ext.rollout.generator import RolloutGenerator
+from alphagrpo_ext.rollout.readable_prompts import check_prompt_room
 from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK, TASKS
 from alphagrpo_ext.shapes.editing import editing_rows
 from recipe_tools.evaluation.arguments import EvaluationArguments

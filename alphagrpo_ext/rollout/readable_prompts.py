@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Room in the context of a model for all that a row becomes: its prompt, thoughts and images. Beyond its context a model has learned
-nothing, and what it writes and paints means nothing.
+What of prompts a model cannot read: words that it does not know, and what its context does not hold.
+
+A small model, such as the packaged one, has a vocabulary of whole words. Beyond its context a model has learned nothing, and what
+it writes and paints means nothing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -74,3 +77,35 @@ def check_prompt_room(
                 f"{where} needs at least {positions} positions, more than the model's {model.max_positions}: shorten the prompt "
                 f"({prompt_text(row['prompt'])[:80]!r}), or paint smaller images"
             )
+
+
+def unknown_words(prompts: Iterable[Any], processor: UnifiedProcessor) -> list[str]:
+    """
+    Words that a model's tokenizer does not know, each once, in order. A tokenizer without an unknown token knows all words.
+
+    Args:
+        prompts (`Iterable[Any]`): Prompts, as [`~alphagrpo_ext.messages.prompt_text`] reads them.
+        processor ([`UnifiedProcessor`]): The model's processor.
+    """
+    tokenizer = processor.tokenizer
+    if tokenizer.unk_token_id is None:
+        return []
+    words = dict.fromkeys(word for prompt in prompts for word in prompt_text(prompt).split())
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
+
+
+def unknown_words_warning(words: Iterable[str], processor: UnifiedProcessor) -> str:
+    """
+    What to tell the user about words that a model does not know.
+
+    Args:
+        words (`Iterable[str]`): What [`unknown_words`] returned, at least one word.
+        processor ([`UnifiedProcessor`]): The model's processor.
+    """
+    spelled = {word: " ".join(re.findall(r"\w+|[^\w\s]", word.lower())) for word in words}
+    text = f"The model does not know these words, and reads each as an unknown one: {' '.join(map(repr, spelled))}."
+    known = {word: other for word, other in spelled.items() if not unknown_words([other], processor)}
+    if known:
+        examples = ", ".join(f"{other!r} for {word!r}" for word, other in list(known.items())[:3])
+        text += f" It reads lower case, with blanks around punctuation: write {examples}."
+    return text
