@@ -144,15 +144,17 @@ def read_text_rows(path: Path, prompt_column: str | None = None) -> Iterator[tup
 
     Yields:
         `tuple[str, dict[str, str | None]]`: The name of each row for error messages, and its cells by the names of the header.
-            The prompt has the name `prompt`; a blank cell is `None`.
+            The prompt has the name `prompt` instead of its own; a blank cell is `None`.
 
     Raises:
         `ValueError`: As in [`read_prompt_column`], or if a column is there twice.
     """
     table = _Table(path, prompt_column)
-    prompt = table.prompt_place(prompt_column)
+    place = table.prompt_place(prompt_column)
+    own_name = table.header[place].strip()
     for where, cells, texts in table.texts():
-        yield where, {**texts, "prompt": cells[prompt]}
+        others = {name: text for name, text in texts.items() if name != own_name}
+        yield where, {**others, "prompt": cells[place]}
 
 
 def read_texts(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:

@@ -103,6 +103,18 @@ def test_the_column_of_a_table_may_have_another_name(tmp_path: Path, delimiter: 
         read_prompts(str(path), "caption")
 
 
+def test_a_column_of_prompts_gets_its_new_name_in_every_format(tmp_path: Path) -> None:
+    """The old one may be that of something else which a reward function gets."""
+    rows = [{"prompts": "a cat", "Category": "animals"}, {"prompts": "a dog", "Category": "animals"}]
+    (tmp_path / "rows.csv").write_text("prompts,Category\na cat,animals\na dog,animals\n")
+    (tmp_path / "rows.txt").write_text("prompts\tCategory\na cat\tanimals\na dog\tanimals\n")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    expected = [{"prompt": row["prompts"], "Category": "animals"} for row in rows]
+    for path in sorted(tmp_path.iterdir()):
+        assert list(load_unjudged_prompts(str(path), prompt_column="prompts")) == expected, path.name
+
+
 @pytest.mark.parametrize("name", ["my prompts.jsonl", "rows.parquet", "saved", "table.csv", "text.txt"])
 @pytest.mark.parametrize("column", ["prompt", "caption"])
 def test_prompts_without_questions_are_sent_to_the_recipe_that_makes_some(
