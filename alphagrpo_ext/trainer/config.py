@@ -28,6 +28,7 @@ from alphagrpo_ext.ranges import (
     PositiveInt,
     PositiveUnitFloat,
     UnitFloat,
+    check_number,
     check_ranges,
     number_or_word,
 )
@@ -695,6 +696,7 @@ class AlphaGRPOConfig(GRPOConfig):
     def check_numbers(self) -> None:
         """Raise `ValueError` at the first number that is not finite or out of its range; the message names the field."""
         check_ranges(self, INHERITED_RANGES)
+        _check_optimizer_numbers(self.optim_args)
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -881,3 +883,21 @@ class AlphaGRPOConfig(GRPOConfig):
         rollout = RolloutConfig.from_settings(settings, batch_size=self.rollout_batch_size)
         # Without a bound in the settings, there is none; `from_settings` would take its default.
         return replace(rollout, max_new_tokens=self.max_completion_length)
+
+
+def _check_optimizer_numbers(optim_args: str | None) -> None:
+    """
+    Check `optim_args` as Transformers reads it: pairs of a name and a number or a word, with commas between them.
+
+    Raises:
+        `ValueError`: If a part is no such pair, or a number is not finite.
+    """
+    for part in optim_args.replace(" ", "").split(",") if optim_args else ():
+        name, equals, value = part.partition("=")
+        if not equals or "=" in value:
+            raise ValueError(f"optim_args must be pairs such as 'name=value,name=value', but has {part!r}")
+        try:
+            number = float(value)
+        except ValueError:
+            continue
+        check_number(f"{name} in optim_args", number)

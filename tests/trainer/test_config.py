@@ -180,11 +180,21 @@ def test_parser_reads_a_number_or_a_word(tmp_path: Path, source: str, given: str
         ({"pad_to_multiple_of": -8}, "pad_to_multiple_of must be at least 1, but is -8"),
         ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos must be positive, but is 0.0"),
         ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be positive, but is 0.0"),
+        ({"optim_args": "eps=nan"}, "eps in optim_args must be a finite number, but is nan"),
+        ({"optim_args": "rank=8, update_proj_gap=1e999"}, "update_proj_gap in optim_args must be .*, but is inf"),
+        ({"optim_args": "betas=(0.9,nan)"}, r"optim_args must be .*name=value.*, but has 'nan\)'"),
+        ({"optim_args": "0.9"}, "optim_args must be .*name=value.*, but has '0.9'"),
+        ({"optim_args": "a=1=2"}, "optim_args must be .*name=value.*, but has 'a=1=2'"),
     ],
 )
 def test_bad_values_raise(make_config: Callable[..., AlphaGRPOConfig], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(**settings)
+
+
+def test_words_and_finite_numbers_are_arguments_of_an_optimizer(make_config: Callable[..., AlphaGRPOConfig]) -> None:
+    arguments = "momentum=0.9, nesterov=true,proj_type=std"
+    assert make_config(optim="sgd", optim_args=arguments).optim_args == arguments
 
 
 @pytest.mark.invariant
