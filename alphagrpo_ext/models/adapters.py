@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from alphagrpo_ext.files import write_text
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.finite import check_finite_weights
 from alphagrpo_ext.models.model_card import CardContent, base_license, write_model_card
-from alphagrpo_ext.models.preflight import read_json
+from alphagrpo_ext.models.preflight import check_field_ranges, check_finite_numbers, read_json
 from alphagrpo_ext.models.saving import staged_folder
 from alphagrpo_ext.models.weight_files import check_weight_file, read_shapes, shape_differences, summarize
 
@@ -34,6 +34,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PACKAGED_CHECKPOINTS = {"bagel-shapes": Path(__file__).parents[1] / "shapes" / "checkpoint"}
 """Folders of the checkpoints that come with the package, by the names that load them on every machine."""
 _PACKAGED_LICENSE = "apache-2.0"
+# With an alpha of 0 an adapter would have no effect.
+_RANK_RANGE, _ALPHA_RANGE, _DROPOUT_RANGE = "[1, inf)", "(0, inf)", "[0, 1)"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -90,6 +92,35 @@ def finish_adapter(folder: str | Path) -> None:
         write_text(path, json.dumps({**config, "base_model_name_or_path": packaged}, indent=2, sort_keys=True))
 
 
+def check_adapter_numbers(config: PeftConfig, source: str | Path) -> None:
+    """
+    Check the numbers of an adapter's configuration: all are finite, and those of a LoRA are in their ranges. Other types have fields
+    of the same names with another meaning.
+
+    Args:
+        config ([`~peft.PeftConfig`]): The configuration.
+        source (`str` or `Path`): Where it comes from, for messages.
+
+    Raises:
+        `ValueError`: If a number is not in its range, or if the type learns a prompt; the message names field and source.
+    """
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{source} is a {type(config).__name__}, which learns a prompt for a language model and has no place in a unified "
+            f"model: take a type that adapts layers, e.g. LoraConfig"
+        )
+    values = config.to_dict()
+    if isinstance(config, LoraConfig):
+        whole, others = {"r": _RANK_RANGE}, {"lora_alpha": _ALPHA_RANGE, "lora_dropout": _DROPOUT_RANGE}
+        check_field_ranges(values, whole, others, "", source, takes_none=False)
+        alphas = values["alpha_pattern"] or {}
+        check_field_ranges(alphas, {}, dict.fromkeys(alphas, _ALPHA_RANGE), "alpha_pattern", source, False)
+        # In that of AdaLoRA are the ranks that it has kept.
+        ranks = {} if isinstance(config, AdaLoraConfig) else values["rank_pattern"] or {}
+        check_field_ranges(ranks, dict.fromkeys(ranks, _RANK_RANGE), {}, "rank_pattern", source, False)
+    check_finite_numbers(values, source)
+
+
 def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """
     Check that an adapter fits a model, which is not changed.
@@ -100,9 +131,8 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
 
     Raises:
         `FileNotFoundError`: If a file is missing; the message names it.
-        `ValueError`: If a file is truncated, or if names or shapes do not match. PEFT alone would only warn, and leave
-        missing
-            weights at their initial values.
+        `ValueError`: If a file is truncated, if a number of the configuration is out of its range, or if names or shapes do not
+            match. PEFT alone would only warn, and leave missing weights at their initial values.
     """
     if isinstance(model, PeftModel):
         raise ValueError("the model has an adapter already: merge it first (merge_and_unload)")
@@ -113,6 +143,7 @@ def check_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     shapes = read_shapes(folder / ADAPTER_WEIGHTS)
     check_weight_file(folder / ADAPTER_WEIGHTS)
     peft_config = PeftConfig.from_pretrained(str(folder))
+    check_adapter_numbers(peft_config, folder / ADAPTER_CONFIG)
     # Without this, PEFT warns if the base model was moved.
     peft_config.base_model_name_or_path = None
     try:

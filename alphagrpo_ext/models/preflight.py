@@ -106,16 +106,22 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source
 
 
 def check_field_ranges(
-    fields: Mapping[str, Any], whole: Mapping[str, str], others: Mapping[str, str], part: str, source: Path
+    fields: Mapping[str, Any],
+    whole: Mapping[str, str],
+    others: Mapping[str, str],
+    part: str,
+    source: str | Path,
+    takes_none: bool = True,
 ) -> None:
     """
-    Check the numbers of a part of a configuration. A field that is missing or `None` is left to its default.
+    Check the numbers of a part of a configuration. A field that is missing is left to its default.
 
     Args:
         fields (`Mapping[str, Any]`): The part.
         whole, others (`Mapping[str, str]`): Intervals of whole and of other numbers by name, as [`check_number`] reads them.
         part (`str`): Name of the part for messages; empty for the configuration itself.
-        source (`Path`): Its file for messages.
+        source (`str` or `Path`): Its file for messages.
+        takes_none (`bool`, *optional*, defaults to `True`): Whether `None` is left to a default as well.
 
     Raises:
         `ValueError`: If a value is no such number or outside of its interval; the message names field and file.
@@ -124,7 +130,7 @@ def check_field_ranges(
     for is_whole, ranges in ((True, whole), (False, others)):
         for name, interval in ranges.items():
             value = fields.get(name)
-            if value is None:
+            if value is None and (takes_none or name not in fields):
                 continue
             if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
                 kind = "whole number" if is_whole else "number"

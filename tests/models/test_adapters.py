@@ -11,10 +11,26 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 
-from alphagrpo_ext.models.adapters import adapter_base, fit_adapter_config, freeze_parts, load_adapter, save_adapter
+from alphagrpo_ext.models.adapters import (
+    adapter_base,
+    check_adapter_numbers,
+    fit_adapter_config,
+    freeze_parts,
+    load_adapter,
+    save_adapter,
+)
 from alphagrpo_ext.models.bagel import LORA_TARGET_MODULES, BagelModel
 from alphagrpo_ext.models.bagel.checkpoint import load_released, save_released
 from alphagrpo_ext.models.loading import load_model, load_processor
@@ -138,6 +154,47 @@ def test_missing_base_is_named(adapter, tmp_path):
     path.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="has no base_model_name_or_path"):
         load_model(adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lora_alpha", float("nan"), "must be positive, but is nan"),
+        ("lora_alpha", float("inf"), "must be positive, but is inf"),
+        ("lora_alpha", 0, "must be positive, but is 0"),
+        ("lora_alpha", -4, "must be positive, but is -4"),
+        ("lora_alpha", "4", "must be a number, but is '4'"),
+        ("lora_dropout", 1.0, r"must be in \[0, 1\), but is 1.0"),
+        ("r", 2.5, "must be a whole number, but is 2.5"),
+        ("r", "2", "must be a whole number, but is '2'"),
+        ("r", None, "must be a whole number, but is None"),
+        ("alpha_pattern.q_proj", float("nan"), "must be positive, but is nan"),
+        ("rank_pattern.q_proj", 2.5, "must be a whole number, but is 2.5"),
+        ("qalora_group_size", float("nan"), "must be a finite number, but is nan"),
+    ],
+)
+def test_impossible_number_of_a_configuration_is_named(golden, adapter, name, value, message):
+    path = adapter / "adapter_config.json"
+    field, _, key = name.partition(".")
+    entry = {key: value} if key else value
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: entry}))
+    with pytest.raises(ValueError, match=f"^{name} in {path} {message}"):
+        load_adapter(load_released(golden.checkpoint)[0], adapter)
+
+
+def test_alpha_that_is_not_whole_loads(golden, adapter):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 0.5, "alpha_pattern": {"q_proj": 1.5}}))
+    assert load_adapter(load_released(golden.checkpoint)[0], adapter).peft_config["default"].lora_alpha == 0.5
+
+
+def test_types_of_adapters_have_fields_of_their_own():
+    for config in (OFTConfig(oft_block_size=4), IA3Config(), LoHaConfig(), AdaLoraConfig(total_step=9)):
+        check_adapter_numbers(config, "peft_config")
+    with pytest.raises(ValueError, match="^eps in peft_config must be a finite number"):
+        check_adapter_numbers(OFTConfig(oft_block_size=4, eps=float("nan")), "peft_config")
+    with pytest.raises(ValueError, match="^peft_config is a PromptTuningConfig, which learns a prompt"):
+        check_adapter_numbers(PromptTuningConfig(num_virtual_tokens=4), "peft_config")
 
 
 def test_adapter_of_the_packaged_model_names_it(tmp_path):

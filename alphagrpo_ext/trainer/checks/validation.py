@@ -15,9 +15,8 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import TrainerState
 
-from alphagrpo_ext.models.adapters import fit_adapter_config, freeze_parts
+from alphagrpo_ext.models.adapters import check_adapter_numbers, fit_adapter_config, freeze_parts
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
-from alphagrpo_ext.ranges import check_ranges
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.task import TASKS, Task
 from alphagrpo_ext.trainer.checks.rows import (
@@ -43,10 +42,6 @@ from alphagrpo_ext.trainer.step import rollout_configs
 logger = logging.getLogger(__name__)
 
 
-ADAPTER_RANGES = {"r": "[1, inf)", "lora_alpha": "(0, inf)", "lora_dropout": "[0, 1)"}
-"""Ranges of numbers of PEFT's configurations. With an alpha of 0 an adapter would have no effect."""
-
-
 def freeze_for_training(
     model: UnifiedModel, peft_config: PeftConfig | None, args: AlphaGRPOConfig
 ) -> PeftConfig | None:
@@ -55,7 +50,7 @@ def freeze_for_training(
         model.family.freeze_vision_tower(model)
     if peft_config is None:
         return None
-    check_ranges(peft_config, ADAPTER_RANGES)
+    check_adapter_numbers(peft_config, "peft_config")
     fitted = fit_adapter_config(peft_config, model, args.lora_targets, not args.freeze_vision_tower)
     # True is PEFT's default; any other value was chosen.
     if args.lora_init == "gaussian" and getattr(fitted, "init_lora_weights", None) is True:

@@ -227,7 +227,7 @@ class TestNothingToTrain:
         "settings", [{"lora_dropout": math.nan}, {"lora_alpha": math.nan}, {"lora_alpha": 0}], ids=str
     )
     def test_adapter_without_effect(self, make_trainer: MakeTrainer, settings: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=f"^{next(iter(settings))} must be"):
+        with pytest.raises(ValueError, match=f"^{next(iter(settings))} in peft_config must be"):
             make_trainer(arguments={"peft_config": LoraConfig(target_modules=["q_proj"], **settings)})
 
     def test_frozen_model(self, make_trainer: MakeTrainer, make_shapes_bagel: Callable[[], Any]) -> None:
