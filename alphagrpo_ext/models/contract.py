@@ -29,7 +29,13 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.processing_utils import ProcessorMixin
 
 from alphagrpo_ext.flow.guidance import GuidanceConfig
-from alphagrpo_ext.models.preflight import check_finite_numbers, check_saved_model, check_vocabulary, read_json
+from alphagrpo_ext.models.preflight import (
+    check_finite_numbers,
+    check_processor_file,
+    check_saved_model,
+    check_vocabulary,
+    read_json,
+)
 from alphagrpo_ext.models.weight_files import summarize
 from alphagrpo_ext.models.work import WorkCounter
 from alphagrpo_ext.registry import Registry
@@ -529,6 +535,9 @@ class UnifiedProcessor(ABC):
     )
     """What the request adds where a reflection may end without painting, so that it has one of the two verdicts."""
 
+    number_ranges: ClassVar[Mapping[str, str]] = {}
+    """Intervals of the whole numbers among its settings, by name, as [`~alphagrpo_ext.ranges.check_number`] reads them."""
+
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
@@ -771,7 +780,13 @@ class Family(ABC):
         return self.model_class.config_class.from_pretrained(path, revision=revision)
 
     def load_processor(self, path: str, revision: str | None = None) -> ProcessorMixin:
-        """Load the processor alone, from a `path` as for [`Family.load`]."""
+        """
+        Load the processor alone, from a `path` as for [`Family.load`].
+
+        Raises:
+            `ValueError`: If a number of its file is out of its range; the message names field and file.
+        """
+        check_processor_file(Path(path) / "processor_config.json", self.processor_class.number_ranges)
         return self.processor_class.from_pretrained(path, revision=revision)
 
     def lora_target_modules(self, preset: str) -> str:

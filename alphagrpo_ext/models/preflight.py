@@ -105,6 +105,21 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source
         )
 
 
+def check_processor_file(path: Path, ranges: Mapping[str, str]) -> None:
+    """
+    Check the whole numbers in a processor's file before a processor is made from it. Without the file, all have their defaults.
+
+    Args:
+        path (`Path`): The file.
+        ranges (`Mapping[str, str]`): Intervals of the numbers by name.
+
+    Raises:
+        `ValueError`: If a value is no such number or outside of its interval; the message names field and file.
+    """
+    if path.exists():
+        check_field_ranges(read_json(path), ranges, {}, "", path, takes_none=False)
+
+
 def check_field_ranges(
     fields: Mapping[str, Any],
     whole: Mapping[str, str],

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from alphagrpo_ext.models.adapters import save_adapter
 from alphagrpo_ext.models.bagel.checkpoint import save_released
 from alphagrpo_ext.models.bagel.configuration_bagel import FLOAT_RANGES, LORA_TARGET_MODULES, WHOLE_RANGES
+from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
 from alphagrpo_ext.models.finite import check_finite_weights, is_finite, names_not_finite
-from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model
+from alphagrpo_ext.models.loading import PACKAGED_CHECKPOINTS, load_model, load_processor
 from alphagrpo_ext.models.saving import save_model
 
 
@@ -136,6 +137,25 @@ def test_released_configuration_is_checked(tmp_path: Path, golden: Any, file: st
     edit_json(folder / file, "", name, value)
     with pytest.raises(ValueError, match=rf"{name} in .*{file}"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("name", BagelProcessor.number_ranges)
+def test_impossible_number_of_a_processor_is_named(saved: Path, name: str) -> None:
+    tokenizer = load_processor(saved).tokenizer
+    for value in (math.nan, math.inf, "24", -1, 12.5, True, None):
+        edit_json(saved / "processor_config.json", "", name, value)
+        with pytest.raises(ValueError, match=f"^{name} in {saved / 'processor_config.json'} must .*but is {value!r}"):
+            load_processor(saved)
+        with pytest.raises(ValueError, match=f"^{name} in BagelProcessor must .*but is {value!r}"):
+            BagelProcessor(tokenizer, **{name: value})
+
+
+def test_processor_of_a_released_folder_is_checked(saved: Path, tmp_path: Path, golden: Any) -> None:
+    folder = Path(shutil.copytree(golden.checkpoint, tmp_path / "released"))
+    shutil.copy(saved / "processor_config.json", folder)
+    edit_json(folder / "processor_config.json", "", "vit_stride", math.nan)
+    with pytest.raises(ValueError, match=f"^vit_stride in {folder / 'processor_config.json'} must be .*but is nan"):
+        load_processor(folder)
 
 
 def test_tokenizer_beyond_the_vocabulary_is_named(saved: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from alphagrpo_ext.models.bagel.configuration_bagel import FLUX_VAE_CONFIG, BagelConfig, check_bagel_values
 from alphagrpo_ext.models.bagel.modeling_bagel import BagelModel
 from alphagrpo_ext.models.bagel.processing_bagel import BagelProcessor
-from alphagrpo_ext.models.preflight import check_vocabulary, read_json
+from alphagrpo_ext.models.preflight import check_processor_file, check_vocabulary, read_json
 from alphagrpo_ext.models.saving import staged_folder, state_bytes
 from alphagrpo_ext.models.weight_files import (
     check_weight_file,
@@ -272,6 +272,7 @@ def _read_state(
 def load_released_processor(folder: Path) -> BagelProcessor:
     # `save_released` adds this file to the layout, so that prompts and sizes are kept.
     if (folder / PROCESSOR_CONFIG).exists():
+        check_processor_file(folder / PROCESSOR_CONFIG, BagelProcessor.number_ranges)
         return BagelProcessor.from_pretrained(folder)
     return BagelProcessor(tokenizer=AutoTokenizer.from_pretrained(folder))
 

@@ -16,6 +16,7 @@ from alphagrpo_ext.images import to_rgb
 from alphagrpo_ext.models.bagel.guidance import branch_context
 from alphagrpo_ext.models.contract import UnifiedProcessor
 from alphagrpo_ext.models.pixels import image_to_tensor
+from alphagrpo_ext.models.preflight import check_field_ranges
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
 
@@ -77,7 +78,15 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
             Limits of the resize of every input image.
         vit_max_size, vit_min_size, vit_stride (`int`, *optional*, defaults to `980`, `224`, `14`):
             Limits of the second resize, for the vision tower.
+
+    Raises:
+        `ValueError`: If a limit is no whole number, or not positive; only the smallest sizes may be 0.
     """
+
+    number_ranges = {
+        **dict.fromkeys(("vae_max_size", "vae_stride", "vit_max_size", "vit_stride"), "[1, inf)"),
+        **dict.fromkeys(("vae_min_size", "vit_min_size"), "[0, inf)"),
+    }
 
     def __init__(
         self,
@@ -103,6 +112,7 @@ class BagelProcessor(ProcessorMixin, UnifiedProcessor):
         self.keep_verdict, self.repaint_verdict = keep_verdict, repaint_verdict
         self.vae_max_size, self.vae_min_size, self.vae_stride = vae_max_size, vae_min_size, vae_stride
         self.vit_max_size, self.vit_min_size, self.vit_stride = vit_max_size, vit_min_size, vit_stride
+        check_field_ranges(vars(self), self.number_ranges, {}, "", type(self).__name__, takes_none=False)
         super().__init__(tokenizer, **kwargs)
 
     def encode_text(self, text: str) -> list[int]:

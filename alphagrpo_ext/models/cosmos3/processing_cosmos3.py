@@ -18,6 +18,8 @@ from alphagrpo_ext.models.contract import UnifiedProcessor
 from alphagrpo_ext.models.cosmos3.chat_template import THOUGHT_END, opened_thought
 from alphagrpo_ext.models.cosmos3.vision import MAX_PIXELS, MIN_PIXELS
 from alphagrpo_ext.models.pixels import image_to_tensor
+from alphagrpo_ext.models.preflight import check_field_ranges
+from alphagrpo_ext.ranges import check_number
 from alphagrpo_ext.trajectory import ImageSegment, Segment, TextSegment
 
 
@@ -74,9 +76,17 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         max_image_size (`int`, *optional*, defaults to `1024`): Longest side of an input image, in pixels.
         image_stride, vision_stride (`int`, *optional*, defaults to `32`):
             Pixels per latent token and per token of the vision tower. Sides of images are multiples of them.
+
+    Raises:
+        `ValueError`: If there is no such `thought_context`, if a size is no whole number or not positive (only `min_pixels` may
+            be 0), or if `max_image_size` is less than `image_stride`.
     """
 
     thought_contexts = ("in_place", "rewrite")
+    number_ranges = {
+        "min_pixels": "[0, inf)",
+        **dict.fromkeys(("max_pixels", "max_image_size", "image_stride", "vision_stride"), "[1, inf)"),
+    }
 
     def __init__(
         self,
@@ -116,6 +126,8 @@ class Cosmos3Processor(ProcessorMixin, UnifiedProcessor):
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.max_image_size = max_image_size
         self.image_stride, self.vision_stride = image_stride, vision_stride
+        check_field_ranges(vars(self), self.number_ranges, {}, "", type(self).__name__, takes_none=False)
+        check_number(f"max_image_size in {type(self).__name__}", max_image_size, f"[{image_stride}, inf)")
         super().__init__(tokenizer, **kwargs)
 
     def decode_sampled(self, texts: Sequence[TextSegment]) -> str:

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from alphagrpo_ext.models.cosmos3 import Cosmos3Processor
 from alphagrpo_ext.models.cosmos3.released import checkpoint
 from alphagrpo_ext.models.cosmos3.released.checkpoint import (
     load_cosmos3,
@@ -110,6 +111,17 @@ def test_a_folder_goes_through_ours_to_both_libraries(
         for path in (folder, tmp_path / "saved")
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", Cosmos3Processor.number_ranges)
+def test_impossible_number_of_a_saved_processor_is_named(damaged: Callable[..., Path], name: str) -> None:
+    folder = damaged()
+    for value in (float("nan"), "24", -1, 12.5, None):
+        (folder / checkpoint.PROCESSOR_SETTINGS).write_text(json.dumps({name: value}))
+        with pytest.raises(
+            ValueError, match=f"^{name} in {folder / checkpoint.PROCESSOR_SETTINGS} must .* is {value!r}"
+        ):
+            load_cosmos3_processor(folder)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -275,6 +287,11 @@ CONFIGS = {
     "deviations": ("vae/config.json", {"latents_std": [0.0] * 16}, "latents_std .* positive"),
     "token": ("config.json", {"image_token_id": 5}, "image_token_id=5 .* differs from 261"),
     "pixels": ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.5]}, "image_mean"),
+    "areas": (
+        "preprocessor_config.json",
+        {"size": {"shortest_edge": -1, "longest_edge": 9}},
+        "min_pixels in .*preprocessor_config.json must not be negative, but is -1",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,18 @@ class TestProcessor:
             case.processor.with_thought_context("rewritten")
         with pytest.raises(ValueError, match="must be one of in_place, rewrite, but is 'on'"):
             Cosmos3Processor(make_tiny_tokenizer("omni"), thought_context="on")
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"vision_stride": float("nan")}, "vision_stride in Cosmos3Processor must be a whole number, but is nan"),
+            ({"max_pixels": 0}, "max_pixels in Cosmos3Processor must be at least 1, but is 0"),
+            ({"max_image_size": 31}, "max_image_size in Cosmos3Processor must be at least 32, but is 31"),
+        ],
+    )
+    def test_impossible_sizes_are_refused(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Cosmos3Processor(make_tiny_tokenizer("omni"), **settings)
 
     @pytest.mark.parametrize(
         ("size", "expected"), [((40, 50), (32, 64)), ((3000, 1000), (1024, 352)), ((10, 2000), (32, 1024))]

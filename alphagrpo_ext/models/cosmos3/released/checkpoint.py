@@ -32,7 +32,7 @@ from alphagrpo_ext.models.cosmos3.released.configs import (
     write_configs,
     write_json,
 )
-from alphagrpo_ext.models.preflight import check_vocabulary, read_json
+from alphagrpo_ext.models.preflight import check_field_ranges, check_processor_file, check_vocabulary, read_json
 from alphagrpo_ext.models.saving import staged_folder, state_bytes
 from alphagrpo_ext.models.weight_files import (
     DTYPE_NAMES,
@@ -296,6 +296,7 @@ def load_cosmos3_processor(folder: str | Path) -> Cosmos3Processor:
     folder = Path(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
     if (folder / PROCESSOR_SETTINGS).exists():
+        check_processor_file(folder / PROCESSOR_SETTINGS, Cosmos3Processor.number_ranges)
         return Cosmos3Processor(tokenizer=tokenizer, **read_json(folder / PROCESSOR_SETTINGS))
     config = read_configs(folder, tokenizer)
     settings = {
@@ -318,6 +319,7 @@ def _image_areas(path: Path) -> dict[str, int]:
         "min_pixels": size.get("shortest_edge", values.get("min_pixels")),
         "max_pixels": size.get("longest_edge", values.get("max_pixels")),
     }
+    check_field_ranges(areas, Cosmos3Processor.number_ranges, {}, "", path)
     return {name: area for name, area in areas.items() if area is not None}
 
 
