@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Identity of a checkpoint: a fingerprint of its files, and a label that can name a folder."""
+"""
+Identity of a checkpoint: a fingerprint of its files, and a label that can name a folder. Identity of a model and a processor that
+are loaded: digests of what they hold, wherever it came from.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
 
 from alphagrpo_ext.models.adapters import adapter_base, is_adapter
 from alphagrpo_ext.models.loading import resolve_model_path
+
+
+_NUM_SAMPLED = 64
 
 
 def checkpoint_fingerprint(model_name_or_path: str | Path) -> tuple[str, ...]:
@@ -39,3 +50,48 @@ def model_label(model_name_or_path: str) -> str:
     if label == model_name_or_path:
         return label
     return f"{label or 'model'}-{hashlib.sha256(model_name_or_path.encode()).hexdigest()[:8]}"
+
+
+def weights_digest(model: torch.nn.Module, reference: torch.nn.Module | None = None) -> str:
+    """
+    Digest of the weights that training does not change, from the shape and a few values of each: the frozen ones of a policy,
+    and those of its reference. A checkpoint does not restore all of them.
+    """
+    digest = xxhash.xxh3_64()
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    for name, parameter in [*frozen, *(reference.named_parameters() if reference is not None else ())]:
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        # What is offloaded by Accelerate has no values here.
+        if parameter.is_meta:
+            continue
+        values = parameter.detach()
+        values = values.to_local() if hasattr(values, "to_local") else values
+        values = values.reshape(-1)[:: max(1, values.numel() // _NUM_SAMPLED)].double().cpu()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def frozen_model_settings(model: torch.nn.Module, processor: Any) -> dict[str, str]:
+    """
+    Digests of what the answers of a frozen model to texts depend on.
+
+    Args:
+        model (`torch.nn.Module`): The model. Weights that are trained are left out.
+        processor (`ProcessorMixin`): Its processor.
+    """
+    return {"weights": weights_digest(model), **_text_digests(processor)}
+
+
+def processor_settings(processor: Any) -> dict[str, Any]:
+    """The settings of a policy's processor, its texts among them, and digests of its chat template and its vocabulary."""
+    return {**processor.to_dict(), **_text_digests(processor)}
+
+
+def _text_digests(processor: Any) -> dict[str, str]:
+    tokenizer = processor.tokenizer
+    # A processor that was saved has the tokenizer's template as its own.
+    templates = {
+        json.dumps(part.chat_template) for part in (processor, tokenizer) if getattr(part, "chat_template", None)
+    }
+    parts = {"chat_template": sorted(templates), "vocabulary": sorted(tokenizer.get_vocab().items())}
+    return {name: xxhash.xxh3_64_hexdigest(json.dumps(part, default=str).encode()) for name, part in parts.items()}

@@ -88,7 +88,9 @@ def _facts(trainer: GRPOTrainer, model: Any) -> dict[str, Any]:
 
 
 def _reward(name: str, function: Any) -> str:
-    settings: Mapping[str, Any] = reward_attribute(function, "run_settings", {})
+    run_settings: Mapping[str, Any] = reward_attribute(function, "run_settings", {})
+    # Prompts and digests are not for a line of a table.
+    settings = {key: value for key, value in run_settings.items() if key != "reward_model"}
     return f"{name} ({', '.join(f'{key}: {value}' for key, value in settings.items())})" if settings else name
 
 

@@ -30,7 +30,7 @@ def test_every_saved_folder_says_how_to_load_it(
         assert f'pipe("{trainer.train_dataset[0]["prompt"]}")' in card.content
         for text in (
             "bagel-shapes, trained for the task `reasoning_t2i`",
-            "dvreward (judge: ShapesJudge",
+            "dvreward (judge: ShapesJudge, aggregation: geometric)",
             "pip install",
         ):
             assert text in card.content

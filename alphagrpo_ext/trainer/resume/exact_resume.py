@@ -209,6 +209,7 @@ class ExactResume(TrainerCallback):
             given = given_settings(
                 model=trainer.accelerator.unwrap_model(trainer.model),
                 reference=trainer.ref_model,
+                processor=trainer.processing_class,
                 train_dataset=trainer.train_dataset,
                 reward_funcs=trainer.reward_funcs,
                 reward_names=trainer.reward_func_names,

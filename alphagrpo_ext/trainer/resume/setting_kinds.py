@@ -87,7 +87,9 @@ _LOCAL = """
     vllm_server_host vllm_server_port vllm_server_timeout vllm_tensor_parallel_size
 """
 # What a trainer is given beside its configuration; see `settings.py`.
-_CONSTRUCTOR = "model.frozen_weights model.dtype peft_config train_dataset reward_funcs sharding"
+_CONSTRUCTOR = """
+    model.frozen_weights model.dtype peft_config processing_class train_dataset reward_funcs reward_model sharding
+"""
 _NAMED = "model.name"
 
 SETTING_KINDS: dict[str, SettingKind] = {

@@ -18,13 +18,13 @@ import xxhash
 from peft import PeftConfig, PeftModel
 
 from alphagrpo_ext.files import write_text
+from alphagrpo_ext.models.fingerprint import processor_settings, weights_digest
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trainer.resume.setting_kinds import SAVED_RATE_SCHEDULERS, SETTING_KINDS, SettingKind
 from alphagrpo_ext.trainer.reward_functions import reward_attribute
 
 
 SETTINGS_NAME = "settings.json"
-_NUM_SAMPLED = 64
 # What PEFT notes about where an adapter comes from and what it is used for now.
 _ADAPTER_NOTES = ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping", "task_type")
 
@@ -86,6 +86,7 @@ def config_settings(args: AlphaGRPOConfig) -> dict[str, Any]:
 def given_settings(
     model: torch.nn.Module,
     reference: torch.nn.Module | None,
+    processor: Any,
     train_dataset: Any,
     reward_funcs: Sequence[Any],
     reward_names: Sequence[str],
@@ -97,23 +98,30 @@ def given_settings(
     Args:
         model (`torch.nn.Module`): The policy, not wrapped, before training.
         reference (`torch.nn.Module`, *optional*): Its reference model.
+        processor ([`UnifiedProcessor`]): Its processor.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Training prompts.
         reward_funcs (`Sequence`):
-            Reward functions. The attribute `run_settings` of one, a dictionary, belongs to the settings of the run.
+            Reward functions. The attribute `run_settings` of one, a dictionary, belongs to the settings of the run. Its entry
+            `reward_model`, a dictionary as well, has the settings of a model that the function asks.
         reward_names (`Sequence[str]`): Their names.
         sharding (`str`): How parameters are distributed.
     """
     policy = model.get_base_model() if isinstance(model, PeftModel) else model
+    rewards = [
+        (name, plain(reward_attribute(function, "run_settings", {})))
+        for name, function in zip(reward_names, reward_funcs, strict=True)
+    ]
+    # An entry of its own, so that a checkpoint of an earlier version, which has none, is compared by the rest.
+    asked = {name: settings.pop("reward_model", {}) for name, settings in rewards}
     return {
         "model.name": getattr(policy.config, "_name_or_path", ""),
         "model.dtype": str(next(policy.parameters()).dtype),
         "peft_config": _adapters(model),
         "model.frozen_weights": weights_digest(model, reference),
+        "processing_class": plain(processor_settings(processor)),
         "train_dataset": dataset_identity(train_dataset),
-        "reward_funcs": [
-            {"name": name, **plain(reward_attribute(function, "run_settings", {}))}
-            for name, function in zip(reward_names, reward_funcs, strict=True)
-        ],
+        "reward_funcs": [{"name": name, **settings} for name, settings in rewards],
+        "reward_model": {name: settings for name, settings in asked.items() if settings},
         "sharding": sharding,
     }
 
@@ -126,22 +134,6 @@ def _adapters(model: torch.nn.Module) -> Any:
         return {name: plain(value) for name, value in config.to_dict().items() if name not in _ADAPTER_NOTES}
 
     return {name: kept(config) for name, config in model.peft_config.items()}
-
-
-def weights_digest(model: torch.nn.Module, reference: torch.nn.Module | None) -> str:
-    """
-    Digest of the weights that training does not change, from the shape and a few values of each: the frozen ones of a policy,
-    and those of its reference. A checkpoint does not restore all of them.
-    """
-    digest = xxhash.xxh3_64()
-    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    for name, parameter in [*frozen, *(reference.named_parameters() if reference is not None else ())]:
-        values = parameter.detach()
-        values = values.to_local() if hasattr(values, "to_local") else values
-        values = values.reshape(-1)[:: max(1, values.numel() // _NUM_SAMPLED)].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def dataset_identity(dataset: Any) -> str:

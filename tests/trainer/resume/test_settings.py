@@ -2,6 +2,8 @@
 
 """A run resumes with the settings that it had; what may change is applied and said, what may not is refused."""
 
+import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -15,7 +17,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
-from alphagrpo_ext.models.bagel import BagelModel
+from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.shapes.prompts import build_dataset
 from alphagrpo_ext.trainer import AlphaGRPOConfig, AlphaGRPOTrainer
 from alphagrpo_ext.trainer.resume.checkpoint_folder import write_manifest
@@ -154,6 +156,48 @@ def test_what_the_trainer_is_given_cannot_change(
     # The same things, made anew.
     same = make("again", max_steps=2, model=make_shapes_bagel(), datasets={"train_dataset": rows})
     same.train(resume_from_checkpoint=str(run_folder / "checkpoint-1"))
+
+
+def test_another_model_behind_a_reward_is_refused(make: MakeTrainer) -> None:
+    trainer = make(
+        "judged", max_steps=1, reward_funcs=Bright({"scale": 2, "reward_model": {"model": "a", "mass": 0.5}})
+    )
+    trainer.train()
+    checkpoint = str(Path(trainer.args.output_dir) / "checkpoint-1")
+    other = Bright({"scale": 2, "reward_model": {"model": "b", "mass": 0.5}})
+    message = "reward_model was {'brightness': {'model': 'a'}} and is {'brightness': {'model': 'b'}}. Resume"
+    with pytest.raises(ChangedSettingsError, match=f"cannot change: {message}"):
+        make("again", max_steps=2, reward_funcs=other).train(resume_from_checkpoint=checkpoint)
+    make("again", max_steps=2, reward_funcs=trainer.reward_funcs).train(resume_from_checkpoint=checkpoint)
+
+
+def test_other_texts_of_a_processor_are_refused(
+    make: MakeTrainer, run_folder: Path, shapes_processor: BagelProcessor
+) -> None:
+    checkpoint = str(run_folder / "checkpoint-1")
+    changed = copy.deepcopy(shapes_processor)
+    changed.reflection_prompt = "repaint {prompt}"
+    changed.tokenizer.add_tokens(["purple"])
+    message = "processing_class was {'reflection_prompt': .*'vocabulary': .*} and is {'reflection_prompt': 'repaint {prompt}'"
+    with pytest.raises(ChangedSettingsError, match=message):
+        make("again", processing_class=changed).train(resume_from_checkpoint=checkpoint)
+    # As the checkpoint holds it.
+    kept = BagelProcessor.from_pretrained(checkpoint)
+    make("again", max_steps=2, processing_class=kept).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_holds(make: MakeTrainer) -> None:
+    judged = Bright({"scale": 2, "reward_model": {"model": "a"}})
+    trainer = make("judged", max_steps=1, reward_funcs=judged)
+    trainer.train()
+    folder = Path(trainer.args.output_dir) / "checkpoint-1"
+    settings = json.loads((folder / "settings.json").read_text())
+    del settings["reward_model"], settings["processing_class"]
+    (folder / "settings.json").write_text(json.dumps(settings))
+    write_manifest(folder, step=1, num_processes=1)
+    make("again", max_steps=2, reward_funcs=judged).train(resume_from_checkpoint=str(folder))
+    with pytest.raises(ChangedSettingsError, match="reward_funcs was"):
+        make("again", reward_funcs=Bright({"scale": 3})).train(resume_from_checkpoint=str(folder))
 
 
 def test_another_adapter_is_refused(make: MakeTrainer) -> None:
@@ -304,5 +348,7 @@ def test_identity_of_rows_does_not_depend_on_how_they_are_held(tmp_path: Path) -
 
 
 def test_a_reward_says_what_it_depends_on() -> None:
-    assert DVReward("shapes").run_settings == {"judge": "ShapesJudge", "aggregation": "geometric"}
+    assert DVReward("shapes").run_settings == {"judge": "ShapesJudge", "aggregation": "geometric", "reward_model": {}}
+    asked = DVReward("openai", base_url="http://localhost:8000/v1", model="judge").run_settings["reward_model"]
+    assert (asked["model"], asked["min_answer_mass"]) == ("judge", 0.5)
     assert DVReward("shapes", aggregation="mean").run_settings["aggregation"] == "mean"
