@@ -166,7 +166,11 @@ class DVReward:
     @property
     def run_settings(self) -> dict[str, Any]:
         """What a reward depends on, which a run that resumes keeps as it was."""
-        return {"judge": type(self.judge).__name__, "aggregation": self.aggregation}
+        return {
+            "judge": type(self.judge).__name__,
+            "aggregation": self.aggregation,
+            "reward_model": self.judge.run_settings,
+        }
 
     async def __call__(
         self,

@@ -167,6 +167,11 @@ class ReflectionStructure:
         self.__name__ = name
         self._failure_log = ThrottledWarning(logger)
 
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        """What a reward depends on, which a run that resumes keeps as it was."""
+        return {"reward_model": {**self.chat.run_settings, "prompt": _verdict_request("{prompt}", "{reflection}")}}
+
     async def __call__(
         self,
         prompts: Sequence[Any],
@@ -218,10 +223,7 @@ class ReflectionStructure:
         return fmean(getattr(verdict, name) == getattr(WANTED_VERDICT, name) for name in properties)
 
     async def _ask(self, prompt: str, reflection: str) -> ReflectionVerdict:
-        properties = ReflectionVerdict.model_fields
-        fields = "\n".join(f"- {name}: {field.description}" for name, field in properties.items())
-        request = _VERDICT_REQUEST.format(prompt=prompt, reflection=reflection, fields=fields)
-        return await self.chat.ask(request, ReflectionVerdict)
+        return await self.chat.ask(_verdict_request(prompt, reflection), ReflectionVerdict)
 
     def _check_failures(self, shares: Sequence[float | Exception]) -> None:
         errors = [share for share in shares if isinstance(share, Exception)]
@@ -230,3 +232,8 @@ class ReflectionStructure:
                 f"the reward '{self.__name__}' has no verdict on {len(errors)} of {len(shares)} reflections, more than its "
                 f"max_failed_frac={self.max_failed_frac} allows ({errors[-1]})"
             ) from errors[-1]
+
+
+def _verdict_request(prompt: str, reflection: str) -> str:
+    fields = "\n".join(f"- {name}: {field.description}" for name, field in ReflectionVerdict.model_fields.items())
+    return _VERDICT_REQUEST.format(prompt=prompt, reflection=reflection, fields=fields)

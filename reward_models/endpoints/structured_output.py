@@ -16,6 +16,7 @@ from alphagrpo_ext.ranges import NonNegativeFloat, PositiveInt, check_ranges
 from reward_models.endpoints.answers import ChatChoice
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError, describe_mismatch
+from reward_models.endpoints.kept_settings import kept_settings
 from reward_models.endpoints.thoughts import end_of_thought
 
 
@@ -92,6 +93,13 @@ class StructuredChat:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        # As it was given: an endpoint without a name of a model learns one from the first answer.
+        self._named_model = self.endpoint.model
+
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        """What the answers depend on beside the request, without a key or an address."""
+        return kept_settings(self._named_model, self.extra_body, temperature=self.temperature)
 
     async def ask(
         self,

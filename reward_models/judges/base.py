@@ -66,6 +66,14 @@ class Judge(ABC):
         """
         return cls()
 
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        """
+        What the answers depend on, which a run that resumes keeps as it was. It goes into checkpoints, so it holds no key. What may
+        change is left out, e.g. an address. The default names nothing.
+        """
+        return {}
+
     @abstractmethod
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         """

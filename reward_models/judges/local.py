@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from alphagrpo_ext.models.fingerprint import frozen_model_settings
 from alphagrpo_ext.ranges import check_number
 from reward_models.judges.base import Judge
 from reward_models.judges.yes_no import (
@@ -51,6 +52,10 @@ class LocalJudge(Judge):
         self.batch_size = batch_size
         self.min_answer_mass = min_answer_mass
         self.yes_ids, self.no_ids = yes_no_token_ids(processor.tokenizer)
+
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        return {**frozen_model_settings(self.model, self.processor), "min_answer_mass": self.min_answer_mass}
 
     @abstractmethod
     def readings(self, image: Image.Image, questions: Sequence[str]) -> list[YesNo]:

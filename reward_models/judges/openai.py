@@ -25,6 +25,7 @@ from alphagrpo_ext.images import to_rgb
 from reward_models.endpoints.answers import ChatChoice
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError, ThrottledWarning
+from reward_models.endpoints.kept_settings import kept_settings
 from reward_models.endpoints.preflight import ask_in_time
 from reward_models.endpoints.thoughts import begins_with_thought
 from reward_models.judges.arguments import JudgeArguments
@@ -142,6 +143,16 @@ class OpenAIJudge(Judge):
             timeout=args.judge_timeout,
             max_retries=args.judge_max_retries,
             max_answer_bytes=args.judge_max_answer_bytes,
+        )
+
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        return kept_settings(
+            self.endpoint.model,
+            self.extra_body,
+            prompt=QUESTION_PROMPT,
+            binary=self.binary,
+            min_answer_mass=self.min_answer_mass,
         )
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:

@@ -39,7 +39,9 @@ class PolicyJudge(LocalJudge):
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> PolicyJudge:
         if args.judge_model is not None:
             model, processor = load_model(args.judge_model)
-            model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+            model.requires_grad_(False).to(
+                torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+            ).eval()
         elif policy is not None:
             model, processor = policy
         else:

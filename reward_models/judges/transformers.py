@@ -68,7 +68,7 @@ class TransformersJudge(LocalJudge):
         batch_size: int = 32,
         min_answer_mass: float = DEFAULT_MIN_ANSWER_MASS,
     ) -> None:
-        super().__init__(model.eval(), processor, batch_size, min_answer_mass)
+        super().__init__(model.requires_grad_(False).eval(), processor, batch_size, min_answer_mass)
         # None until two questions about an image have been answered in both ways.
         self._shares_prefix: bool | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
@@ -81,6 +81,10 @@ class TransformersJudge(LocalJudge):
         model = AutoModelForImageTextToText.from_pretrained(args.judge_model, dtype="auto")
         model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         return cls(model, processor, args.judge_batch_size, args.judge_min_answer_mass)
+
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        return {**super().run_settings, "prompt": QUESTION_PROMPT}
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         loop = asyncio.get_running_loop()

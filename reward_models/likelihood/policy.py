@@ -17,6 +17,7 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from alphagrpo_ext.models.adapters import adapters_switched_off, base_name
+from alphagrpo_ext.models.fingerprint import frozen_model_settings
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.trajectory import Segment, TextSegment
 from reward_models.likelihood.arguments import LikelihoodArguments
@@ -66,7 +67,9 @@ class PolicyScorer(LikelihoodScorer):
     def from_arguments(cls, args: LikelihoodArguments, policy: PolicyLoader | None = None) -> PolicyScorer:
         if args.likelihood_model is not None:
             model, processor = load_model(args.likelihood_model)
-            model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+            model.requires_grad_(False).to(
+                torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+            ).eval()
         elif policy is not None:
             model, processor = policy()
         else:
@@ -78,7 +81,9 @@ class PolicyScorer(LikelihoodScorer):
 
     @property
     def run_settings(self) -> dict[str, Any]:
-        return {**super().run_settings, "model": base_name(self.model)[0], "context": self.context}
+        reward_model = frozen_model_settings(self.model, self.processor)
+        own = {"model": base_name(self.model)[0], "context": self.context, "reward_model": reward_model}
+        return {**super().run_settings, **own}
 
     def encode(self, text: str) -> list[int]:
         return self.processor.text_segment(text).token_ids

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
+from alphagrpo_ext.models.fingerprint import frozen_model_settings
 from reward_models.likelihood.arguments import LikelihoodArguments
 from reward_models.likelihood.base import LIKELIHOOD_SCORERS, LikelihoodScorer, PolicyLoader
 
@@ -63,7 +64,8 @@ class TransformersScorer(LikelihoodScorer):
 
     @property
     def run_settings(self) -> dict[str, Any]:
-        return {**super().run_settings, "model": self.model.config._name_or_path}
+        reward_model = frozen_model_settings(self.model, self.processor)
+        return {**super().run_settings, "model": self.model.config._name_or_path, "reward_model": reward_model}
 
     @torch.inference_mode()
     def answer_log_probs(self, images: Sequence[Image.Image], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:

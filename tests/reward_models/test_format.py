@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from typing import Any
 
 import pytest
 from trl.trainer.utils import get_callable_name
@@ -165,3 +166,19 @@ def test_reflection_structure_asks_one_question_before_a_run(monkeypatch: pytest
 def test_verdicts_are_read_strictly(answer: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReflectionVerdict.model_validate_json(answer)
+
+
+def test_a_run_keeps_which_model_judges_reflections() -> None:
+    def kept(model: str | None = "judge", url: str = "http://a/v1", **settings: Any) -> dict[str, Any]:
+        reward = ReflectionStructure(StructuredChat(OpenAIEndpoint(url, model, api_key="sk-secret"), **settings))
+        return reward.run_settings["reward_model"]
+
+    first = kept()
+    assert first["model"] == "judge" and "The text says what the request asks for." in first["prompt"]
+    assert "sk-secret" not in str(first) and first == kept(url="http://b/v1", max_tokens=9)
+    for changed in ({"model": "other"}, {"temperature": 1.0}, {"extra_body": {"seed": 1}}):
+        assert kept(**changed) != first
+    chat = StructuredChat(OpenAIEndpoint("http://a/v1"))
+    # What it learns from the first answer.
+    chat.endpoint.model = "judge"
+    assert ReflectionStructure(chat).run_settings["reward_model"]["model"] is None

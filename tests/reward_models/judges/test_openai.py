@@ -2,11 +2,13 @@
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import psutil
@@ -265,3 +267,25 @@ def test_a_batch_survives_an_endpoint_that_misbehaves() -> None:
     assert num_missing < 0.05 * len(images) * len(QUESTIONS)
     assert threading.active_count() <= num_threads + 1
     assert len(os.listdir("/proc/self/fd")) < 200
+
+
+def test_a_run_keeps_what_answers_depend_on_and_no_key() -> None:
+    def kept(url: str = "http://a/v1", **settings: Any) -> dict[str, Any]:
+        # As a checkpoint keeps it.
+        return json.loads(
+            json.dumps(OpenAIJudge(url, **{"model": "judge", "api_key": "sk-secret", **settings}).run_settings)
+        )
+
+    body = {"temperature": 0.5, "chat_template_kwargs": {"enable_thinking": False}, "metadata": ["Bearer sk-secret"]}
+    first = kept(extra_body=body)
+    assert "sk-secret" not in json.dumps(first) and "http" not in json.dumps(first)
+    assert first["extra_body"]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert first == kept("http://b/v1", extra_body=body, timeout=1.0, max_retries=0, image_first=True, api_key="other")
+    for changed in (
+        {"model": "other"},
+        {"min_answer_mass": 0.0},
+        {"binary": True},
+        {"extra_body": body | {"temperature": 1.0}},
+        {"extra_body": body | {"metadata": ["Bearer other"]}},
+    ):
+        assert kept(**{"extra_body": body, **changed}) != first

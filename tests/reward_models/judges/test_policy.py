@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import asyncio
+import copy
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from alphagrpo_ext.flow.guidance import GuidanceConfig
 from alphagrpo_ext.models.bagel import BagelModel, BagelProcessor
 from alphagrpo_ext.models.bagel.generation import feed_tokens, prefill_sequences
 from alphagrpo_ext.models.bagel.layout import BagelSequence
+from alphagrpo_ext.models.fingerprint import weights_digest
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.rollout import TASKS, RolloutConfig, RolloutGenerator
 from alphagrpo_ext.rollout.denoising import DenoisingConfig
@@ -98,6 +100,9 @@ def test_a_named_model_judges_in_the_place_of_the_policy(packaged: tuple[BagelMo
     judge = RewardArguments(judge="policy", judge_model="bagel-shapes").make_reward(packaged).judge
     own = {parameter.data_ptr() for parameter in judge.model.parameters()}
     assert not judge.model.training
+    # A run keeps a digest of frozen weights: those of the policy change.
+    assert judge.run_settings["weights"] == weights_digest(copy.deepcopy(packaged[0]).requires_grad_(False))
+    assert judge.run_settings["weights"] != PolicyJudge(*packaged).run_settings["weights"]
     # Nothing is shared, so training the policy leaves the judge as it is.
     assert not own & {parameter.data_ptr() for parameter in packaged[0].parameters()}
     blank, questions = Image.new("RGB", (24, 24), "white"), ["is the background white ?"]

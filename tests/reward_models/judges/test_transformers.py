@@ -3,6 +3,7 @@
 """A real vision-language model class, tiny and with random weights: LLaVA, whose processor needs no torchvision."""
 
 import asyncio
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,15 @@ def test_the_minimum_of_the_mass_is_checked(
 ) -> None:
     with pytest.raises(ValueError, match="min_answer_mass must be in"):
         TransformersJudge(*vlm, min_answer_mass=value)
+
+
+def test_a_run_keeps_which_model_judges(vlm: tuple[LlavaForConditionalGeneration, LlavaProcessor]) -> None:
+    kept = TransformersJudge(*vlm).run_settings
+    assert kept["prompt"] == QUESTION_PROMPT and kept["min_answer_mass"] == 0.5
+    model, processor = copy.deepcopy(vlm)
+    assert TransformersJudge(model, processor, batch_size=1).run_settings == kept
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0].add_(1e-3)
+    processor.chat_template += " "
+    now = TransformersJudge(model, processor).run_settings
+    assert [name for name in kept if kept[name] != now[name]] == ["weights", "chat_template"]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from alphagrpo_ext.models.fingerprint import frozen_model_settings
 from reward_models.likelihood.arguments import LikelihoodArguments
 from reward_models.likelihood.reward import LikelihoodReward
 from reward_models.likelihood.transformers import TransformersScorer
@@ -60,11 +61,13 @@ def test_a_scorer_is_loaded_by_name(vlm: tuple[LlavaForConditionalGeneration, Ll
     arguments = LikelihoodArguments("transformers", str(tmp_path), likelihood_tokens="content")
     reward = LikelihoodReward.from_arguments(arguments)
     assert not any(parameter.requires_grad for parameter in reward.scorer.model.parameters())
+    digests = frozen_model_settings(model.requires_grad_(False), processor)
     assert reward.run_settings == {
         "scorer": "TransformersScorer",
         "instruction": "Describe the image.",
         "model": str(tmp_path),
         "tokens": "content",
+        "reward_model": digests,
     }
     (image,) = make_images(1)
     ids = processor.tokenizer.encode("a cat", add_special_tokens=False)
