@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from alphagrpo_ext.files import write_text
 from benchmark_parts.arguments import BenchmarkArguments
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 
 
@@ -54,14 +55,11 @@ def save_tables(tables: list[ResultTable], args: BenchmarkArguments, path: Path)
     write_text(path, json.dumps(result, indent=2) + "\n")
 
 
-def main(args: BenchmarkArguments) -> list[ResultTable]:
-    # Here, so that `--help` does not import models and trainers.
+def measure_parts(args: BenchmarkArguments) -> list[ResultTable]:
+    """Measure all parts for all sizes, and save and print their tables."""
     from benchmark_parts.measurements import MEASUREMENTS
-    from benchmark_parts.timing import keep_freed_memory
 
-    keep_freed_memory()
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     tables: dict[str, ResultTable] = {}
     for name in args.sizes:
         for part in args.parts:
@@ -75,6 +73,18 @@ def main(args: BenchmarkArguments) -> list[ResultTable]:
     return list(tables.values())
 
 
+def main(args: BenchmarkArguments) -> list[ResultTable]:
+    # Here, so that `--help` does not import models and trainers.
+    from alphagrpo_ext.trainer.resume.sole_writer import sole_writer
+    from benchmark_parts.timing import keep_freed_memory
+
+    keep_freed_memory()
+    with sole_writer(args.output_dir):
+        return measure_parts(args)
+
+
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([BenchmarkArguments], __doc__).parse_args_and_config()
-    main(arguments)
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([BenchmarkArguments], __doc__).parse_args_and_config()
+        main(arguments)

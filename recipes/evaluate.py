@@ -42,37 +42,32 @@ from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 
 
-def evaluate_questions(args: EvaluationArguments) -> None:
+def evaluate_questions(args: EvaluationArguments, is_main: bool) -> None:
     """Evaluate the answers of all models, and print and save how many are right."""
     from recipe_tools.evaluation.answers import evaluate_answers, load_questions, save_answers
-    from recipe_tools.processes import end_processes, print_skipped, start_processes
+    from recipe_tools.processes import print_skipped
     from reward_models.evaluation.settings_digest import settings_digest
 
-    state = start_processes()
     skipped: list[str] | None = [] if args.skip_broken_rows else None
     with checking_input():
         rows = load_questions(args.eval_file, args.num_eval_prompts, skipped)
     digest = settings_digest(rows)
     models = dict.fromkeys(args.models)
     answers = [answer for name in models for answer in evaluate_answers(name, rows, digest, args)]
-    if state.is_main_process:
+    if is_main:
         print(f"\n{save_answers(Path(args.output_dir), answers, asdict(args))}")
         print_skipped(skipped)
         print(f"\nevaluation.json and samples.jsonl: {args.output_dir}")
-    end_processes()
 
 
-def main(args: EvaluationArguments) -> None:
-    if args.task == ANSWERING:
-        return evaluate_questions(args)
-    # Here, so that `--help` does not import models.
+def evaluate_images(args: EvaluationArguments, is_main: bool) -> None:
+    """Evaluate the images of all models, and print and save their scores."""
     from recipe_tools.evaluation.models import evaluate_model, load_rows, print_rounds
-    from recipe_tools.processes import end_processes, print_skipped, start_processes
+    from recipe_tools.processes import print_skipped
     from reward_models.evaluation.results import save_results
     from reward_models.evaluation.settings_digest import settings_digest
     from reward_models.prompts.questions import from_row
 
-    state = start_processes()
     skipped: list[str] | None = [] if args.skip_broken_rows else None
     with checking_input():
         rows = load_rows(args.task, args.eval_file, args.num_eval_prompts, skipped)
@@ -80,14 +75,23 @@ def main(args: EvaluationArguments) -> None:
     rows_digest = settings_digest(rows)
     models = list(dict.fromkeys(args.models))
     results = [entry for name in models for entry in evaluate_model(name, stages, rows, rows_digest, args)]
-    if state.is_main_process:
+    if is_main:
         records = [from_row(row, where=f"row {index}") for index, row in enumerate(rows)]
         settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
         print(f"\n{save_results(Path(args.output_dir), results, records, settings)}")
         print_rounds(results)
         print_skipped(skipped)
         print(f"\nevaluation.json, summary.csv, samples.jsonl and images: {args.output_dir}")
-    end_processes()
+
+
+def main(args: EvaluationArguments) -> None:
+    # Here, so that `--help` does not import models.
+    from recipe_tools.processes import sole_processes
+
+    # From beginning to end, because another evaluation would replace the stages that this one has finished.
+    with sole_processes(args.output_dir) as state:
+        evaluate = evaluate_questions if args.task == ANSWERING else evaluate_images
+        evaluate(args, state.is_main_process)
 
 
 if __name__ == "__main__":

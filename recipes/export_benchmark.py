@@ -40,6 +40,8 @@ from recipe_tools.recipe_arguments import RecipeParser
 
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from reward_models.benchmarks import Benchmark, BenchmarkPrompt
     from reward_models.dvreward import DVReward
     from reward_models.prompts.questions import PromptRecord
@@ -105,14 +107,13 @@ def list_broken_rows(broken: Mapping[int, str], args: ExportArguments) -> str:
     return "\n".join([f"{len(broken)} rows of {args.prompts} cannot be read:", *lines])
 
 
-def main(args: ExportArguments) -> None:
-    # Here, so that `--help` does not import models.
+def export_images(args: ExportArguments, state: PartialState) -> None:
+    """Paint what is missing of a benchmark, and score it if there is a judge."""
     from alphagrpo_ext.models.fingerprint import model_label
     from recipe_tools.benchmark_export.images import claim_folder, find_broken_rows, paint_missing
-    from recipe_tools.processes import end_processes, print_skipped, start_processes
+    from recipe_tools.processes import print_skipped
     from reward_models.benchmarks import BENCHMARKS
 
-    state = start_processes()
     with checking_input():
         label = args.model_label or model_label(args.model_name_or_path)
         benchmark: Benchmark = BENCHMARKS.get(args.benchmark)(label)
@@ -138,7 +139,14 @@ def main(args: ExportArguments) -> None:
         if args.judge != "none":
             score_images(benchmark, asked, len(prompts) - len(broken), reward, args)
         print_skipped(list(broken.values()))
-    end_processes()
+
+
+def main(args: ExportArguments) -> None:
+    # Here, so that `--help` does not import models.
+    from recipe_tools.processes import sole_processes
+
+    with sole_processes(args.output_dir) as state:
+        export_images(args, state)
 
 
 if __name__ == "__main__":

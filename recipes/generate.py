@@ -147,6 +147,7 @@ def save_refinements(
 
     from alphagrpo_ext.messages import prompt_text
     from recipe_tools.contact_sheet import contact_sheet
+    from reward_models.files.image_files import save_image
 
     lines, sheet = [], []
     blank = Image.new("RGB", refinements[0].steps[0].image.size, "white")
@@ -154,7 +155,7 @@ def save_refinements(
         steps, tiles = [], []
         for turn, step in enumerate(refinement.steps):
             name = f"{index:04d}_round{turn}.png"
-            step.image.save(output_dir / name)
+            save_image(step.image, output_dir / name)
             is_best = step.reward is not None and step is refinement.best
             steps.append({"image": name, "text": step.text, "reward": step.reward, "best": is_best})
             label = "" if step.reward is None else f"reward {step.reward:.2f}"
@@ -166,20 +167,19 @@ def save_refinements(
         text = shown.text if refinement.verdict is None else refinement.verdict
         sheet.append((f"{prompt_text(row['prompt'])}\n\n{text}", tiles))
     headers = ["painted", *(f"round {turn}" for turn in range(1, num_rounds + 1))]
-    contact_sheet(sheet, headers, caption_width=420).save(output_dir / "contact_sheet.png")
+    save_image(contact_sheet(sheet, headers, caption_width=420), output_dir / "contact_sheet.png")
     write_text(output_dir / "samples.jsonl", "\n".join(lines) + "\n")
 
 
-def main(args: GenerationArguments) -> None:
-    # Here, so that `--help` does not import models.
+def generate_images(args: GenerationArguments, is_main: bool) -> None:
+    """Paint and refine all prompts, and save images and texts."""
     from tqdm import tqdm
 
     from alphagrpo_ext.rollout.readable_prompts import unknown_words, unknown_words_warning
     from alphagrpo_ext.rollout.refinement import check_refinement_room, refine
     from alphagrpo_ext.rollout.task import PAINTING_TASK, REFLECTION_TASK
-    from recipe_tools.processes import limit_threads, load_policy
+    from recipe_tools.processes import load_policy
 
-    limit_threads()
     rows = load_prompt_rows(args)
     configs = {name: args.rollout(args.height, args.width, name) for name in (PAINTING_TASK, REFLECTION_TASK)}
     policy = functools.cache(functools.partial(load_policy, args.model_name_or_path, args.dtype))
@@ -194,8 +194,6 @@ def main(args: GenerationArguments) -> None:
         check_refinement_room(model, processor, rows, configs, args.num_rounds, args.think)
     if words := unknown_words((row["prompt"] for row in rows), processor):
         print(unknown_words_warning(words, processor))
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     refinements = []
     for start in tqdm(range(0, len(rows), args.batch_size), desc="prompts"):
         refinements += refine(
@@ -212,8 +210,17 @@ def main(args: GenerationArguments) -> None:
             allow_stop=args.allow_stop,
             stop_threshold=args.threshold_of(model),
         )
-    save_refinements(refinements, rows, output_dir, args.num_rounds, args.keep_best)
-    print(f"{len(rows)} prompts: images, samples.jsonl and contact_sheet.png in {output_dir}")
+    if is_main:
+        save_refinements(refinements, rows, Path(args.output_dir), args.num_rounds, args.keep_best)
+        print(f"{len(rows)} prompts: images, samples.jsonl and contact_sheet.png in {args.output_dir}")
+
+
+def main(args: GenerationArguments) -> None:
+    # Here, so that `--help` does not import models.
+    from recipe_tools.processes import sole_processes
+
+    with sole_processes(args.output_dir) as state:
+        generate_images(args, state.is_main_process)
 
 
 if __name__ == "__main__":

@@ -130,13 +130,15 @@ def main(args: GPUCheckArguments) -> int:
     # Here, so that `--help` does not import models.
     with checking_input():
         device = find_device(args.device)
+    from alphagrpo_ext.trainer.resume.sole_writer import sole_writer
     from gpu_check_parts.results import ResultFile
 
-    with checking_input():
-        file = ResultFile(args, environment(device))
-    passed = run_parts(file, device, args)
+    with sole_writer(args.output_dir):
+        with checking_input():
+            file = ResultFile(args, environment(device))
+        passed = run_parts(file, device, args)
+        file.save_markdown()
     verdict = "everything passed" if passed else "not everything passed; the same command repeats what has not"
-    file.save_markdown()
     print(f"{file.to_markdown()}\n\n{verdict}: {file.path}")
     return 0 if passed else 1
 

@@ -25,15 +25,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from recipe_tools.input_errors import checking_input, input_errors_in_a_line
 from recipe_tools.recipe_arguments import RecipeParser
 from recipe_tools.shapes_pretraining.arguments import PretrainingArguments
 
 
-def main(args: PretrainingArguments) -> None:
-    # Here, so that `--help` does not import models.
-    import torch
+if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def pretrain(args: PretrainingArguments, accelerator: Accelerator) -> None:
+    """Go through all stages that are not finished, and save the model."""
     from accelerate.utils import set_seed
 
     from alphagrpo_ext.models.attention.choice import choose_attention
@@ -48,11 +52,8 @@ def main(args: PretrainingArguments) -> None:
         train_stage,
     )
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
     set_seed(args.seed)
     family = SHAPES_FAMILIES.get(args.family)()
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     processor = family.build_processor()
     if args.init_from is None:
         model = train_painter(family, processor, accelerator, args)
@@ -67,9 +68,24 @@ def main(args: PretrainingArguments) -> None:
     if accelerator.is_main_process:
         export(Path(args.output_dir), model, processor, args)
     accelerator.wait_for_everyone()
+
+
+def main(args: PretrainingArguments) -> None:
+    # Here, so that `--help` does not import models.
+    import torch
+    from accelerate import Accelerator
+
+    from alphagrpo_ext.trainer.resume.sole_writer import sole_writer
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
+    with sole_writer(args.output_dir):
+        pretrain(args, accelerator)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    (arguments,) = RecipeParser([PretrainingArguments], __doc__).parse_args_and_config()
-    main(arguments)
+    with input_errors_in_a_line():
+        with checking_input():
+            (arguments,) = RecipeParser([PretrainingArguments], __doc__).parse_args_and_config()
+        main(arguments)

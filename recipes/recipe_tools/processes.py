@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -14,6 +16,7 @@ from transformers.processing_utils import ProcessorMixin
 from alphagrpo_ext.models.attention.choice import choose_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.trainer.resume.sole_writer import sole_writer
 
 
 def limit_threads() -> None:
@@ -28,11 +31,24 @@ def limit_threads() -> None:
         print("Each process computes in one thread; set OMP_NUM_THREADS for more.", flush=True)
 
 
-def start_processes() -> PartialState:
-    """Connect the processes of a recipe that does not train; a trainer does this itself."""
+@contextmanager
+def sole_processes(output_dir: str | Path) -> Iterator[PartialState]:
+    """
+    Connect the processes of a recipe that does not train, as a trainer does itself, keep other runs from writing to its output folder
+    during the block, and disconnect them.
+
+    Args:
+        output_dir (`str` or `Path`): The folder. It is created.
+
+    Raises:
+        [`~alphagrpo_ext.files.FolderInUseError`]: In all processes, if another run holds the folder.
+    """
     limit_threads()
     # On a machine without an accelerator, processes find each other only if they are told to use the CPU.
-    return PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    with sole_writer(output_dir):
+        yield state
+    end_processes()
 
 
 def load_policy(name: str, dtype: str) -> tuple[UnifiedModel, ProcessorMixin]:

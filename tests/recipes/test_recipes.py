@@ -17,12 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from trl import TrlParser
 
+from alphagrpo_ext.files import FolderInUseError, FolderLock
 from alphagrpo_ext.models.contract import FAMILIES
 from alphagrpo_ext.models.loading import load_model
 from alphagrpo_ext.report import ReportStore
+from recipe_tools.processes import sole_processes
 from recipe_tools.recipe_arguments import RecipeParser
 from reward_models.dvreward import JudgeFailedError
 from reward_models.judges.shapes import ShapesJudge
+from support.locked_folder import another_process
 from support.recipe_modules import load_recipe, run_recipe
 
 
@@ -120,6 +123,37 @@ def test_memory_of_the_packaged_model_is_estimated(capsys: pytest.CaptureFixture
     # In GiB, a model of 2 million parameters.
     assert values[-1] == pytest.approx(sum(values[:-1]), rel=0.01)
     assert 0.01 < values[-1] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options"),
+    [
+        ("benchmark", "BenchmarkArguments", ()),
+        ("evaluate", "EvaluationArguments", ("--models", "bagel-shapes")),
+        ("evaluate", "EvaluationArguments", ("--models", "bagel-shapes", "--task", "visual_question_answering")),
+        ("export_benchmark", "ExportArguments", ("--benchmark", "geneval", "--prompts", "prompts.jsonl")),
+        ("generate", "GenerationArguments", ()),
+        ("gpu_check", "GPUCheckArguments", ("--device", "cpu")),
+        ("pretrain_shapes", "PretrainingArguments", ()),
+    ],
+)
+def test_a_folder_that_another_process_writes_to_is_left_alone(
+    name: str, arguments: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FolderLock, "patience", 0.0)
+    recipe = load_recipe(name)
+    with another_process(tmp_path) as process:
+        with pytest.raises(FolderInUseError, match=f"{tmp_path} is being written to by process {process.pid}"):
+            run_recipe(recipe, getattr(recipe, arguments), *options, "--output_dir", tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [FolderLock.name]
+
+
+def test_processes_of_a_recipe_hold_its_folder_to_the_end(tmp_path: Path) -> None:
+    with sole_processes(tmp_path / "out") as state:
+        assert state.is_main_process
+        assert (tmp_path / "out" / FolderLock.name).exists()
+    # Nothing was written.
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

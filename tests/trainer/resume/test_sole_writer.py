@@ -8,8 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,11 @@ import pytest
 from alphagrpo_ext.files import FolderInUseError, FolderLock
 from alphagrpo_ext.trainer import AlphaGRPOTrainer
 from alphagrpo_ext.trainer.resume.sole_writer import sole_writer, writes_alone
+from support.locked_folder import another_process
 
 
 ROOT = Path(__file__).parents[3]
 MakeTrainer = Callable[..., AlphaGRPOTrainer]
-
-
-@contextmanager
-def another_process(folder: Path) -> Iterator[subprocess.Popen]:
-    """A process that holds the lock of a folder."""
-    code = "import sys; from alphagrpo_ext.files import FolderLock; FolderLock(sys.argv[1]).acquire()"
-    code += "; print('locked', flush=True); sys.stdin.read()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, folder],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout.readline() == "locked\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_trainer_is_refused_while_another_process_writes(make: MakeTrainer) -> None:
