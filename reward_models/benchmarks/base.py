@@ -25,7 +25,7 @@ from PIL import Image
 
 from alphagrpo_ext.registry import Registry
 from reward_models.files.image_decoding import EncodedImage
-from reward_models.files.image_files import load_image, save_image
+from reward_models.files.image_files import is_whole_image, load_image, save_image
 from reward_models.prompts.questions import PromptRecord, Question
 
 
@@ -174,14 +174,14 @@ class Benchmark(ABC):
 
     def missing(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[int]:
         """
-        The indices of the images of a prompt that do not exist yet.
+        The indices of the images of a prompt that do not exist yet, or are damaged.
 
         Args:
             folder (`Path`): The folder of the benchmark.
             prompt ([`BenchmarkPrompt`]): The prompt.
             num_images (`int`): Number of images of the prompt.
         """
-        return [i for i in range(num_images) if not (folder / self.image_path(prompt, i)).exists()]
+        return [i for i in range(num_images) if not is_whole_image(folder / self.image_path(prompt, i))]
 
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
         """
@@ -190,7 +190,7 @@ class Benchmark(ABC):
         Args:
             folder (`Path`): The folder of the benchmark.
             prompt ([`BenchmarkPrompt`]): The prompt.
-            images (`Mapping[int, PIL.Image.Image]`): The images that did not exist, by index.
+            images (`Mapping[int, PIL.Image.Image]`): The images that were missing, by index.
         """
         for sample, image in images.items():
             save_image(image, folder / self.image_path(prompt, sample))

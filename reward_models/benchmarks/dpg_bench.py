@@ -18,7 +18,7 @@ from reward_models.benchmarks.base import (
     source_files,
     text_field,
 )
-from reward_models.files.image_files import load_image, save_image
+from reward_models.files.image_files import is_whole_image, load_image, save_image
 from reward_models.prompts.files import read_one_prompt
 from reward_models.prompts.questions import Question
 from reward_models.prompts.tables import read_texts
@@ -78,7 +78,7 @@ class DPGBench(Benchmark):
 
     def missing(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[int]:
         # All images of a prompt are in one file.
-        return [] if (folder / self.image_path(prompt, 0)).exists() else list(range(num_images))
+        return [] if is_whole_image(folder / self.image_path(prompt, 0)) else list(range(num_images))
 
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
         for image in images.values():

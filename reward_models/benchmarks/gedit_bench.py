@@ -21,7 +21,7 @@ from reward_models.benchmarks.base import (
     text_field,
 )
 from reward_models.files.image_decoding import EncodedImage
-from reward_models.files.image_files import save_image
+from reward_models.files.image_files import is_whole_image, save_image
 
 
 _TEXTS = ("task_type", "instruction_language", "key", "instruction")
@@ -61,10 +61,18 @@ class GEditBench(Benchmark):
         check_single_image("GEdit-Bench", sample)
         return f"{self.model_label}/fullset/{prompt.key}.png"
 
+    def missing(self, folder: Path, prompt: BenchmarkPrompt, num_images: int) -> list[int]:
+        # The original is written with the image.
+        has_original = is_whole_image(self._original_path(folder, prompt))
+        return super().missing(folder, prompt, num_images) if has_original else list(range(num_images))
+
     def save(self, folder: Path, prompt: BenchmarkPrompt, images: Mapping[int, Image.Image]) -> None:
         original = prompt.original or prompt.image
-        save_image(original.decode(), folder / self.model_label / "fullset" / f"{prompt.key}_SRCIMG.png")
+        save_image(original.decode(), self._original_path(folder, prompt))
         super().save(folder, prompt, images)
+
+    def _original_path(self, folder: Path, prompt: BenchmarkPrompt) -> Path:
+        return folder / self.model_label / "fullset" / f"{prompt.key}_SRCIMG.png"
 
 
 class _GEditPrompts(Sequence[BenchmarkPrompt]):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from alphagrpo_ext.files import JsonLinesFile, read_json_lines, write_text
 from reward_models.evaluation.samples import EvaluatedSample, Evaluation, gather_samples
-from reward_models.files.image_files import save_image
+from reward_models.files.image_files import is_whole_image, save_image
 
 
 logger = logging.getLogger(__name__)
@@ -131,8 +130,8 @@ class EvaluationStore(JsonLinesFile):
             start = row["start"]
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{where} is not a batch of an evaluation ({error!r}): delete {self.folder}") from error
-        # If an image has been deleted, its batch is painted again.
-        if all(os.path.exists(sample.image_file) for sample in samples):
+        # If an image has been deleted or damaged, its batch is painted again.
+        if _have_images(samples):
             self._batches[start] = samples
 
     def _has_other_settings(self) -> bool:
@@ -177,7 +176,7 @@ def load_evaluations(folder: Path, digest: str) -> list[Evaluation] | None:
         digest (`str`): Digest of the settings that the evaluations must have been made with.
 
     Returns:
-        `list[Evaluation]`: `None` if there are none, or if they were made with other settings.
+        `list[Evaluation]`: `None` if there are none, if they were made with other settings, or if an image is missing or damaged.
     """
     if not (folder / INDEX_NAME).is_file():
         return None
@@ -188,9 +187,16 @@ def load_evaluations(folder: Path, digest: str) -> list[Evaluation] | None:
     evaluations = []
     for entry in index["evaluations"]:
         samples = [EvaluatedSample.from_row(row, folder) for row in entry["samples"]]
+        if not _have_images(samples):
+            return None
         samples = [replace(sample, image=sample.load_image(), image_file=None) for sample in samples]
         evaluations.append(Evaluation(samples, entry["round"]))
     return evaluations
+
+
+def _have_images(samples: Sequence[EvaluatedSample]) -> bool:
+    """Whether the files of all images are there and whole. Every damaged one is named in a warning."""
+    return sum(is_whole_image(Path(sample.image_file)) for sample in samples) == len(samples)
 
 
 def evaluate_once(

@@ -43,7 +43,7 @@ class MissingImages:
     Args:
         index (`int`): Position of the prompt in the benchmark.
         prompt ([`BenchmarkPrompt`]): The prompt.
-        samples (`list[int]`): Numbers of its images that do not exist yet.
+        samples (`list[int]`): Numbers of its images that do not exist yet, or are damaged.
     """
 
     index: int
@@ -82,7 +82,7 @@ def claim_folder(
             continue
         prompt = prompts[index]
         content = settings_digest(prompt.prompt, prompt.metadata, prompt.image and prompt.image.data)
-        is_painted = len(benchmark.missing(folder, prompt, num_images)) < num_images
+        is_painted = any((folder / benchmark.image_path(prompt, sample)).exists() for sample in range(num_images))
         if is_painted and painted.get(prompt.key, content) != content:
             raise ValueError(
                 f"the images of {prompt.key!r} in {args.output_dir} are of another prompt than the one that {args.prompts} has now: "

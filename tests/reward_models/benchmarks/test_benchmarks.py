@@ -48,13 +48,20 @@ def files(folder: Path) -> list[str]:
 def paint_and_load(
     benchmark: Benchmark, prompt: BenchmarkPrompt, folder: Path, num_images: int, size: tuple[int, int] = (8, 6)
 ) -> None:
-    """Images are missing, then there, then read as they were written."""
+    """Images are missing, then there, then read as they were written, and missing again where a file is damaged."""
     assert benchmark.missing(folder, prompt, num_images) == list(range(num_images))
     images = {i: noise(i, size) for i in range(num_images)}
     benchmark.save(folder, prompt, images)
     assert benchmark.missing(folder, prompt, num_images) == []
     loaded = benchmark.load(folder, prompt, num_images)
     assert [image.tobytes() for image in loaded] == [images[i].tobytes() for i in range(num_images)]
+    for path in folder.rglob("*.png"):
+        content = path.read_bytes()
+        for damaged in (b"", content[: len(content) // 2]):
+            path.write_bytes(damaged)
+            assert benchmark.missing(folder, prompt, num_images)
+        path.write_bytes(content)
+    assert benchmark.missing(folder, prompt, num_images) == []
 
 
 def test_names_are_known_and_labels_are_names_of_folders() -> None:

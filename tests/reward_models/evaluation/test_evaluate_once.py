@@ -64,6 +64,18 @@ def test_unfinished_folder_is_not_taken(tmp_path: Path) -> None:
     assert len(list((tmp_path / "kept").iterdir())) == 1 + 4
 
 
+def test_an_evaluation_whose_image_is_damaged_or_missing_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_evaluations(tmp_path, "digest", [evaluation(0.5)])
+    damaged = tmp_path / "0-1-1.png"
+    damaged.write_bytes(damaged.read_bytes()[:80])
+    assert load_evaluations(tmp_path, "digest") is None
+    assert str(damaged) in caplog.text
+    damaged.unlink()
+    assert load_evaluations(tmp_path, "digest") is None
+
+
 def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     image = Image.new("RGB", (2, 2))
     sample = EvaluatedSample(0, 1, "all", "a", "b", image, 0.5, True, (0.1 + 0.2, None), (1.0,))

@@ -136,6 +136,21 @@ def test_image_that_was_deleted_is_painted_again(
     assert pixels(result) == pixels(whole[0])
 
 
+def test_images_that_were_damaged_are_painted_again(
+    generator: RolloutGenerator, whole: tuple[Evaluation, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(generator, tmp_path)
+    half, empty = tmp_path / "0-0.png", tmp_path / "0-1.png"
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    empty.write_bytes(b"")
+    result, num_painted = run(generator, tmp_path)
+    # Both are of one batch.
+    assert num_painted == 1
+    assert pixels(result) == pixels(whole[0])
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [str(half), str(empty)]
+    assert run(generator, tmp_path)[1] == 0
+
+
 def test_other_settings_begin_anew(
     generator: RolloutGenerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
