@@ -26,7 +26,8 @@ python recipes/decompose_prompts.py --benchmark wise --input WISE/data_verified 
 
 `--dry_run` prints the questions of three prompts and writes nothing. The output has one line per prompt. It grows in the order in
 which answers come, and is put into the order of the input at the end. The same command continues a run that was stopped, and tries
-the prompts again that failed, which are listed in `<output>.failed.jsonl`. The exit code is 0 if no prompt failed.
+the prompts again that failed, which are listed in `<output>.failed.jsonl`. Another decomposer or model is refused, by what
+`<output>.decomposer.json` says of the first. The exit code is 0 if no prompt failed.
 """
 
 from __future__ import annotations
@@ -225,6 +226,11 @@ def extend(records: RecordFile, decomposer: Decomposer, prompts: list[str], args
     """Decompose the prompts that have no record yet, and return the exit code."""
     from reward_models.prompts.loading import FAILED_SUFFIX
 
+    def claim() -> None:
+        with checking_input():
+            records.claim({"decomposer": args.decomposer, **decomposer.settings()})
+
+    claim()
     failed = FailedFile(records.path.with_name(records.path.name + FAILED_SUFFIX))
     todo = [prompt for prompt in prompts if prompt not in records.prompts]
     num_before, failures = len(records.prompts), []
@@ -232,6 +238,9 @@ def extend(records: RecordFile, decomposer: Decomposer, prompts: list[str], args
     with tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc="prompts", unit="prompt") as progress:
 
         def keep(record: PromptRecord) -> None:
+            if len(records.prompts) == num_before:
+                # By now it is known which model answers.
+                claim()
             records.append(record)
             failed.failures.pop(record.prompt, None)
             progress.update()

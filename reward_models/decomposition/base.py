@@ -128,6 +128,13 @@ class Decomposer(ABC):
         """
         return cls()
 
+    def settings(self) -> dict[str, str | None]:
+        """
+        What the questions depend on besides the prompt, by name; `None` for what is not known before the first answer. A file of
+        records has those of one decomposer with one set of settings. The default has none.
+        """
+        return {}
+
     @abstractmethod
     async def decompose(self, prompt: str) -> PromptRecord:
         """

@@ -30,6 +30,9 @@ class HolisticDecomposer(Decomposer):
     def from_arguments(cls, args: DecomposerArguments) -> HolisticDecomposer:
         return cls(args.holistic_template)
 
+    def settings(self) -> dict[str, str | None]:
+        return {"holistic_template": self.template}
+
     async def decompose(self, prompt: str) -> PromptRecord:
         if not prompt.strip():
             raise DecompositionError("empty prompt", "there is nothing to ask about")

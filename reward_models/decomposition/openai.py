@@ -9,7 +9,12 @@ from dataclasses import replace
 
 from reward_models.decomposition.answers import CRITERIA, Facts, QualityQuestions, Verdict, Verdicts
 from reward_models.decomposition.base import DECOMPOSERS, Decomposer, DecomposerArguments, DecompositionError
-from reward_models.decomposition.requests import facts_request, quality_request, verification_request
+from reward_models.decomposition.requests import (
+    facts_request,
+    quality_request,
+    requests_version,
+    verification_request,
+)
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import InvalidAnswerError
 from reward_models.endpoints.structured_output import StructuredChat
@@ -42,6 +47,10 @@ class OpenAIDecomposer(Decomposer):
             max_answer_bytes=args.max_answer_bytes,
         )
         return cls(StructuredChat(endpoint, args.max_tokens or None, args.temperature, args.extra_body))
+
+    def settings(self) -> dict[str, str | None]:
+        model = (self.chat.extra_body or {}).get("model", self.chat.endpoint.model)
+        return {"model": model, "version of the requests": requests_version()}
 
     async def decompose(self, prompt: str) -> PromptRecord:
         if not prompt.strip():

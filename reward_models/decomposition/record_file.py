@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alphagrpo_ext.files import JsonLinesFile, atomic_path
+from alphagrpo_ext.files import JsonLinesFile, atomic_path, write_text
 from reward_models.prompts.questions import PromptRecord, from_row
+
+
+ORIGIN_SUFFIX = ".decomposer.json"
+"""What a file of records is called with, for the file beside it that says what made them."""
 
 
 class RecordFile(JsonLinesFile):
@@ -32,6 +36,32 @@ class RecordFile(JsonLinesFile):
         record = from_row(row, where)
         if isinstance(record.prompt, str):
             self.prompts.add(record.prompt)
+
+    def claim(self, origin: Mapping[str, str | None]) -> None:
+        """
+        Keep in `<path>.decomposer.json` what makes the records of this file. A file whose records came without it may have any.
+        Call it while the file is open.
+
+        Args:
+            origin (`Mapping[str, str | None]`): The decomposer and its settings by name; `None` for what is not known yet.
+
+        Raises:
+            `ValueError`: If something else made the records that the file holds. The message names what differs.
+        """
+        path = self.path.with_name(self.path.name + ORIGIN_SUFFIX)
+        has_records = self.path.stat().st_size > 0
+        if has_records and not path.exists():
+            return
+        kept = json.loads(path.read_text(encoding="utf-8")) if has_records else {}
+        known = {name: value for name, value in origin.items() if value is not None}
+        for name, value in known.items():
+            if kept.get(name, value) != value:
+                raise ValueError(
+                    f"{self.path} holds questions that were made with {name} {kept[name]!r}, and this run has {value!r}: name another "
+                    f"output, or remove the file"
+                )
+        if kept != {**kept, **known}:
+            write_text(path, json.dumps({**kept, **known}, indent=2) + "\n")
 
     def append(self, record: PromptRecord) -> None:
         """Write a record."""

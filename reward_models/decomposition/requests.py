@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -210,3 +211,9 @@ def verification_request(prompt: str, questions: Sequence[Question]) -> str:
     """Return the request to check numbered questions against the `CRITERIA`. Its answer is [`Verdicts`]."""
     asked = f"Prompt: {_to_json(prompt)}\nQuestions:\n{_numbered(questions)}"
     return f"{_VERIFICATION_INSTRUCTION}\n\n{asked}\n{_CLOSING}"
+
+
+def requests_version() -> str:
+    """A digest of the requests, which differs if their words do."""
+    requests = (facts_request(""), quality_request(""), verification_request("", ()))
+    return hashlib.sha256("\n".join(requests).encode()).hexdigest()[:16]

@@ -102,7 +102,8 @@ def test_prompts_from_a_file_are_decomposed_once_each(tmp_path: Path) -> None:
         assert {request.prompt for request in stub.requests} == {"a dog"}
     assert prompts_in(output) == ["two cats", "ein Käfer 🐈", "a dog"]
     assert "1 records added" in printed
-    assert set(tmp_path.iterdir()) == {prompts, output, output.with_name("questions.jsonl.lock")}
+    beside = {output.with_name(f"questions.jsonl{ending}") for ending in (".lock", ".decomposer.json")}
+    assert set(tmp_path.iterdir()) == {prompts, output, *beside}
     for line in output.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         assert list(row) == ["prompt", "semantic_questions", "quality_questions"]
@@ -221,6 +222,31 @@ def test_two_runs_cannot_write_to_one_file(tmp_path: Path) -> None:
         assert output.read_bytes() == b""
     run("--output", output, "--limit", "5")
     assert len(prompts_in(output)) == 5
+
+
+def test_questions_of_two_decomposers_are_not_mixed(tmp_path: Path) -> None:
+    output = tmp_path / "q.jsonl"
+    run("--output", output, "--limit", "3")
+    before = output.read_bytes()
+    printed = run("--output", output, "--limit", "5", "--decomposer", "holistic", code=2)
+    assert f"{output} holds questions that were made with decomposer 'shapes', and this run has 'holistic'" in printed
+    assert output.read_bytes() == before
+    # A file of an earlier version does not say what made it.
+    (tmp_path / "q.jsonl.decomposer.json").unlink()
+    assert "2 records added" in run("--output", output, "--limit", "5", "--decomposer", "holistic")
+    assert not (tmp_path / "q.jsonl.decomposer.json").exists()
+
+
+def test_questions_of_two_models_are_not_mixed(tmp_path: Path) -> None:
+    prompts, output = write_prompts(tmp_path / "prompts.txt", ["a cat"]), tmp_path / "q.jsonl"
+    with chat_stub() as stub:
+        arguments = ("--input", prompts, "--output", output, "--base_url", stub.url)
+        # The only model that is served.
+        run(*arguments)
+        write_prompts(prompts, ["a cat", "a dog"])
+        assert "with model 'stub', and this run has 'other'" in run(*arguments, "--model", "other", code=2)
+        run(*arguments, "--model", "stub")
+    assert prompts_in(output) == ["a cat", "a dog"]
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -59,3 +59,29 @@ def test_records_are_put_into_the_order_of_prompts(tmp_path: Path) -> None:
     assert path.stat().st_ino == before
     write(path, "d")
     assert [entry.prompt for entry in load_records(path)] == [*expected, "d"]
+
+
+def test_records_of_another_origin_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    with RecordFile(path) as records:
+        # Nothing is in the file yet.
+        records.claim({"decomposer": "shapes"})
+        records.claim({"decomposer": "openai", "model": None})
+        records.claim({"decomposer": "openai", "model": "a"})
+        records.append(record("a"))
+        records.claim({"decomposer": "openai", "model": None})
+    with RecordFile(path) as records:
+        records.claim({"decomposer": "openai", "model": "a"})
+        with pytest.raises(ValueError, match="questions.jsonl holds .* with model 'a', and this run has 'b'"):
+            records.claim({"decomposer": "openai", "model": "b"})
+        with pytest.raises(ValueError, match="with decomposer 'openai', and this run has 'shapes'"):
+            records.claim({"decomposer": "shapes"})
+
+
+def test_records_without_an_origin_are_anybodys(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    write(path, "a")
+    with RecordFile(path) as records:
+        records.claim({"decomposer": "shapes"})
+        records.append(record("b"))
+    assert [file.name for file in tmp_path.glob("*.json")] == []
