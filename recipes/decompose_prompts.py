@@ -43,6 +43,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alphagrpo_ext.files import atomic_path, read_json_lines
+from alphagrpo_ext.printable import printable
 from alphagrpo_ext.ranges import PositiveInt
 from alphagrpo_ext.shapes.prompts import prompt_rows
 from recipe_tools.input_errors import checking_input, input_errors_in_a_line
@@ -205,7 +206,9 @@ def failure_table(failures: Iterable[Failure]) -> str:
     lines = [f"{'failed':>7}  {'reason':<32}  example"]
     for reason, count in Counter(failure.reason for failure in failures).most_common():
         example = examples[reason]
-        lines.append(f"{count:>7}  {reason:<32}  {example.prompt[:40]!r}: {' '.join(example.detail.split())[:160]}")
+        lines.append(
+            f"{count:>7}  {reason:<32}  {example.prompt[:40]!r}: {printable(' '.join(example.detail.split()))[:160]}"
+        )
     return "\n".join(lines)
 
 

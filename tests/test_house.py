@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("alphagrpo_ext", "reward_models", "recipes")
 # Data flows down this list, and a module imports only from its own place or from above.
 LAYERS = (
-    ("alphagrpo_ext.file_formats", "alphagrpo_ext.ranges"),
+    ("alphagrpo_ext.file_formats", "alphagrpo_ext.printable", "alphagrpo_ext.ranges"),
     ("alphagrpo_ext.images", "alphagrpo_ext.trajectory", "alphagrpo_ext.registry", "alphagrpo_ext.files"),
     ("alphagrpo_ext.messages", "alphagrpo_ext.image_rows"),
     ("alphagrpo_ext.flow", "alphagrpo_ext.reward_client"),

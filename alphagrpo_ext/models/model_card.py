@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from alphagrpo_ext.files import write_text
+from alphagrpo_ext.printable import printable
 
 
 _TITLE = "AlphaGRPO: Unlocking Self-Reflective Multimodal Generation in UMMs via Decompositional Verifiable Reward"
@@ -98,7 +99,7 @@ class CardContent:
         license (`str`, *optional*): Licence of the base model, an identifier of the Hub, e.g. `"apache-2.0"`.
         prompt (`str`, *optional*): A prompt for the example.
         call_settings (`str`, *optional*): Further arguments of the example's call, e.g. `", num_rounds=1"`.
-        facts (`Mapping[str, object]`, *optional*): Settings to list.
+        facts (`Mapping[str, object]`, *optional*): Settings to list, each on one line.
         command (`str`, *optional*): Command line of the run.
         table (`str`, *optional*): Scores of an evaluation, as text.
         compared (`str`, *optional*): The two values of an arrow in the table.
@@ -152,13 +153,13 @@ def write_model_card(
     text = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        card=card,
+        card=replace(card, facts={name: printable(str(value)) for name, value in card.facts.items()}),
         name=path.rstrip("/").rpartition("/")[2],
         path=_quoted(path),
         prompt=_quoted(card.prompt),
         citation=PAPER["citation"],
     )
-    write_text(folder / CARD_NAME, str(text))
+    write_text(folder / CARD_NAME, printable(str(text), keep="\n"))
 
 
 def base_license(base_folder: str | Path) -> str | None:

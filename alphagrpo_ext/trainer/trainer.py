@@ -32,7 +32,7 @@ from alphagrpo_ext.objectives.base import OBJECTIVES
 from alphagrpo_ext.rollout.generator import RolloutGenerator
 from alphagrpo_ext.trainer import reference as references
 from alphagrpo_ext.trainer import run_card, upstream
-from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images
+from alphagrpo_ext.trainer.callbacks.completion_logs import completion_images, printable_completions
 from alphagrpo_ext.trainer.callbacks.own_callbacks import own_callbacks
 from alphagrpo_ext.trainer.callbacks.rollout_event import announce_rollout
 from alphagrpo_ext.trainer.checks.finite_steps import FiniteSteps, check_trained_weights
@@ -195,6 +195,10 @@ class AlphaGRPOTrainer(GRPOTrainer):
         """Add values to the next log of training or of evaluation, which averages them."""
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        with printable_completions():
+            super().log(logs, start_time)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         is_training = self.model.training

@@ -89,6 +89,7 @@ SEAMS: tuple[Seam, ...] = (
         )
         + ("_tag_names",),
         create_model_card="model_name, dataset_name, tags",
+        log="logs, start_time",
         training_step="model, inputs, num_items_in_batch",
         _generate_and_score_completions="inputs",
         _calculate_rewards="inputs, prompts, completions, completion_ids_list",
@@ -97,6 +98,10 @@ SEAMS: tuple[Seam, ...] = (
         _compute_loss="model, inputs",
         _get_train_sampler="dataset",
         _save_checkpoint="model, trial",
+    ),
+    *_seams(
+        "trl.trainer.grpo_trainer",
+        print_prompt_completions_sample="prompts, completions, rewards, advantages, step, num_samples, extra",
     ),
     *_seams(
         "transformers.Trainer",

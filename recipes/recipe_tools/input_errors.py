@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from alphagrpo_ext.files import FileInUseError, FolderInUseError
+from alphagrpo_ext.printable import printable
 from reward_models.dvreward import JudgeFailedError
 
 
@@ -47,7 +48,8 @@ def input_errors_in_a_line() -> Iterator[None]:
         sys.stdout.flush()
         # A message of another library may have several lines, of which each counts.
         kind = type(error).__name__
-        message = f"{error} ({kind})" if str(error) else kind
+        # It may quote what a file holds.
+        message = printable(f"{error} ({kind})" if str(error) else kind, keep="\n")
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(EXIT_STATUS)
 

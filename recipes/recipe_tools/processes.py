@@ -16,6 +16,7 @@ from transformers.processing_utils import ProcessorMixin
 from alphagrpo_ext.models.attention.choice import choose_attention
 from alphagrpo_ext.models.contract import UnifiedModel
 from alphagrpo_ext.models.loading import load_model
+from alphagrpo_ext.printable import printable
 from alphagrpo_ext.trainer.resume.sole_writer import sole_writer
 
 
@@ -70,4 +71,6 @@ def end_processes() -> None:
 def print_skipped(skipped: Sequence[str] | None) -> None:
     """Print which rows `--skip_broken_rows` left out, if it is given, and what is broken about each."""
     if skipped:
-        print("\n".join(("", "Rows that were left out, because their image cannot be read:", *skipped)))
+        print(
+            "\n".join(("", "Rows that were left out, because their image cannot be read:", *map(printable, skipped)))
+        )

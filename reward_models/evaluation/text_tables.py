@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from alphagrpo_ext.printable import printable
 from alphagrpo_ext.report.records import REWARD_TOLERANCE
 from reward_models.evaluation.comparisons import ModelComparison
 from reward_models.evaluation.samples import CategoryScore, EvaluatedSample, Evaluation, named_categories
@@ -113,7 +114,7 @@ def _ruled(title: str, header: str, parts: Sequence[str], total: str) -> str:
 
 def _row_start(name: str, estimate: Estimate) -> str:
     mark = FEW_PROMPTS_MARK if has_few_prompts(estimate) else ""
-    return f"{_shorten(name, 23):<24}{f'{estimate.num_prompts}{mark}':>8}{estimate.num_samples:>7}"
+    return f"{_shorten(printable(name), 23):<24}{f'{estimate.num_prompts}{mark}':>8}{estimate.num_samples:>7}"
 
 
 def has_few_prompts(estimate: Estimate) -> bool:
@@ -161,7 +162,7 @@ def comparison_table(before: Evaluation, after: Evaluation) -> str:
     rule = "-" * len(header)
     groups = named_categories(before.samples)
     lines = [
-        f"{name:<20}{f'{old.num_samples}{_few_prompts_mark(samples)}':>6}{_change(old, new)}"
+        f"{printable(name):<20}{f'{old.num_samples}{_few_prompts_mark(samples)}':>6}{_change(old, new)}"
         for name, samples, old, new in [
             *((name, samples, before.categories[name], after.categories[name]) for name, samples in groups.items()),
             ("all", before.samples, before.total, after.total),

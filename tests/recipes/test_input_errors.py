@@ -23,6 +23,9 @@ def test_errors_of_input_end_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: 
             raise error
         assert stop.value.code == 2
         assert capsys.readouterr().err == f"some_recipe.py: error: row 3 is bad ({type(error).__name__})\n"
+    with pytest.raises(SystemExit), input_errors_in_a_line(), checking_input():
+        raise ValueError("'a\x1b[2Jcat'\nis bad")
+    assert capsys.readouterr().err == "some_recipe.py: error: 'a [2Jcat'\nis bad (ValueError)\n"
     # A judge may also fail later.
     with pytest.raises(SystemExit), input_errors_in_a_line():
         raise JudgeFailedError("no answer")

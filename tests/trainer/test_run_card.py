@@ -50,7 +50,12 @@ def test_card_of_a_run_takes_what_its_caller_adds(
 ) -> None:
     trainer = make_trainer(task="self_reflection", num_reflection_rounds=2, hub_model_id="me/model")
     trainer.model.config._name_or_path = "someone/base"
-    trainer.card_details = {"table": "all 1 -> 2", "command": "accelerate launch x.py"}
+    trainer.card_details = {
+        "table": "all 1 -> 2",
+        "command": "accelerate launch x.py",
+        "prompt": "a circle\x1b[31m\u2028# Circle",
+        "facts": {"rewards": "good\n# Evil"},
+    }
     trainer.create_model_card(dataset_name="me/prompts", tags="mine")
     card = ModelCard.load(tmp_path / "README.md")
     for text in (
@@ -59,6 +64,9 @@ def test_card_of_a_run_takes_what_its_caller_adds(
         "all 1 -> 2",
         "*strict pass* is",
         "accelerate launch x.py",
+        # What a prompt or the name of a reward holds neither steers a terminal nor begins a line.
+        'pipe("a circle [31m # Circle"',
+        "- rewards: good # Evil\n",
     ):
         assert text in card.content
     assert card.data.base_model == "someone/base"

@@ -2,23 +2,26 @@
 
 """
 Completion logs for trackers that TRL's table of completions does not reach: TRL sends none to TensorBoard, and wandb keeps
-only the word "Image" of the images in a cell.
+only the word "Image" of the images in a cell. And that table on the terminal, which prompts and completions cannot steer.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, WandbCallback
+from trl.trainer import grpo_trainer
 
 from alphagrpo_ext.images import to_rgb
 from alphagrpo_ext.messages import prompt_text
+from alphagrpo_ext.printable import printable, printable_parts
 from alphagrpo_ext.trainer.config import AlphaGRPOConfig
 from alphagrpo_ext.trajectory import ImageSegment, Trajectory
 
@@ -105,6 +108,22 @@ def completions_callbacks(callbacks: Sequence[TrainerCallback], table: Mapping[s
     return result
 
 
+@contextmanager
+def printable_completions() -> Iterator[None]:
+    """Have TRL print its table of completions without characters that steer a terminal. The files that it writes keep them."""
+    show = grpo_trainer.print_prompt_completions_sample
+
+    def show_printable(prompts, completions, rewards, advantages, step, num_samples=None, extra=None) -> None:
+        prompts, completions, rewards, extra = map(printable_parts, (list(prompts), list(completions), rewards, extra))
+        show(prompts, completions, rewards, advantages, step, num_samples, extra)
+
+    grpo_trainer.print_prompt_completions_sample = show_printable
+    try:
+        yield
+    finally:
+        grpo_trainer.print_prompt_completions_sample = show
+
+
 def completion_images(trajectories: Sequence[Trajectory]) -> list[list[Image.Image]]:
     """Return the images of each trajectory, given and painted, in their order."""
     return [
@@ -139,6 +158,6 @@ def _row(cells: Sequence[Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else printable(str(value), keep="\n")
     text = re.sub(r"[\\`*_\[\]|]", r"\\\g<0>", html.escape(text, quote=False))
     return "<br>".join(text.split("\n"))

@@ -19,6 +19,7 @@ from alphagrpo_ext.files import JsonLinesFile, write_text
 from alphagrpo_ext.messages import prompt_text
 from alphagrpo_ext.models.contract import UnifiedModel, UnifiedProcessor
 from alphagrpo_ext.models.fingerprint import checkpoint_fingerprint, model_label
+from alphagrpo_ext.printable import printable
 from alphagrpo_ext.rollout.config import RolloutConfig
 from alphagrpo_ext.rollout.generator import RolloutGenerator, sample_generator
 from alphagrpo_ext.rollout.task import ANSWERING_TASK, TASKS
@@ -189,7 +190,7 @@ def save_answers(output_dir: Path, answers: Sequence[EvaluatedAnswer], settings:
                 )
                 shown = "" if change is None else format_interval(change, "+.1f", scale=100)
                 table.append(
-                    f"{category:<24}{len(chosen):>7}{format_interval(accuracy, '.1%'):>25}{shown:>28}".rstrip()
+                    f"{printable(category):<24}{len(chosen):>7}{format_interval(accuracy, '.1%'):>25}{shown:>28}".rstrip()
                 )
             first = first or own
     text = json.dumps({"settings": settings, "accuracies": results}, indent=2, default=str)

@@ -145,6 +145,26 @@ def test_a_tag_that_both_sides_have_is_told_with_its_side(tmp_path: Path) -> Non
     assert "[Count]" in score_table(score_evaluation(BASELINE, RECORDS))
 
 
+def test_categories_cannot_steer_a_terminal_or_add_rows() -> None:
+    names = ("\x1b]0;title\x07\x1b[2J", "all\nall 9 9 1.000")
+    old, new = (
+        Evaluation([EvaluatedSample(i, 0, name, "a", "", None, value, True, (value,)) for i, name in enumerate(names)])
+        for value in (0.5, 0.6)
+    )
+    evaluations = [NamedEvaluation("base", "direct", old), NamedEvaluation("trained", "direct", new)]
+    records = [PromptRecord("a", (Question("Is it?", "Count"),), ())] * 2
+    tables = [
+        score_table(score_evaluation(evaluations[0], records)),
+        difference_table(compare_models(*evaluations, records)),
+        comparison_table(old, new),
+    ]
+    for table in tables:
+        assert all(line.isprintable() for line in table.split("\n"))
+        assert " ]0;title" in table
+        assert sum(line.startswith("all") for line in table.split("\n")) == 2
+        assert "all all 9 9" in table
+
+
 def test_comparison_of_other_samples_is_refused() -> None:
     fewer = replace(TRAINED, evaluation=Evaluation(NEW.samples[:-1]))
     with pytest.raises(ValueError, match="base and trained were evaluated on other prompts"):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -89,6 +90,7 @@ def test_wandb_gets_images_and_table(
         ("a | b", "a \\| b"),
         ("<img src=x>", "&lt;img src=x&gt;"),
         ("one\ntwo", "one<br>two"),
+        ("one\rtwo\x1b[0m", "one two \\[0m"),
         ("`code` [link](x)", "\\`code\\` \\[link\\](x)"),
         (0.123456, "0.1235"),
         (None, "None"),
@@ -96,3 +98,26 @@ def test_wandb_gets_images_and_table(
 )
 def test_cells_are_text(value: str | float | None, expected: str) -> None:
     assert markdown_table({"column": [value]}).split("\n")[-1] == f"| {expected} |"
+
+
+def test_the_table_on_the_terminal_cannot_steer_it(
+    make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reward(completions: list[str], log_extra: Callable, **kwargs: object) -> list[float]:
+        log_extra("note", ["\x1b[2Jnote"] * len(completions))
+        return [0.5] * len(completions)
+
+    trainer = make_trainer(reward_funcs=reward, log_completions=True, max_steps=1)
+    trainer.train()
+    trainer._logs["prompt"].append("a\x1b]0;title\x07 circle")
+    for name in ("completion", "advantages"):
+        trainer._logs[name].append(trainer._logs[name][0])
+    for values in (*trainer._logs["rewards"].values(), *trainer._logs["extra"].values()):
+        values.append(values[0])
+    trainer.log({})
+    printed = capsys.readouterr().out
+    assert "[2Jnote" in printed and "]0;title" in printed.replace("\n", "")
+    assert not {"\x1b", "\x07"} & set(printed)
+    # Data stay as they are.
+    (file,) = (tmp_path / "completions").glob("completions_00001.parquet")
+    assert "a\x1b]0;title\x07 circle" in set(pd.read_parquet(file)["prompt"])
