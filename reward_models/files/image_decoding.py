@@ -22,6 +22,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats that are decoded if the image is not trusted. Pillow supports more, and some of its decoders are little tested."""
 
 _WHITE_SPACE = b" \t\r\n"
+_MAX_HEADER_LENGTH = 100
+"""Largest number of characters of a data URL before its comma."""
 
 
 class OversizedImageError(ValueError):
@@ -112,9 +114,11 @@ class EncodedImage:
             [`OversizedImageError`] or `ValueError`: As in [`from_bytes`], and if the text is not base64.
         """
         if text.startswith("data:"):
-            header, _, text = text.partition(",")
-            if not header.endswith(";base64"):
-                raise ValueError("the data URL must hold base64: data:image/png;base64,...")
+            end = text.find(",", 0, _MAX_HEADER_LENGTH + 1)
+            header = text[: max(end, 0)]
+            if not (header.isascii() and header.endswith(";base64")):
+                raise ValueError("the data URL must hold base64 after a short header: data:image/png;base64,...")
+            text = text[end + 1 :]
         try:
             data = base64.b64decode(text.encode("ascii").translate(None, _WHITE_SPACE), validate=True)
         except ValueError as error:

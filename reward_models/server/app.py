@@ -11,7 +11,7 @@ The reward server as an ASGI application.
 
 A request passes these checks in order. If the environment variable `ALPHAGRPO_SERVER_KEY` is set, every request except
 `GET /health` must send that key as `Authorization: Bearer <key>` (else 401). A `POST` then needs a place in the queue (429),
-must finish before the deadline (504), and may have neither too many bytes nor too many JSON values (413). Only then is the
+must finish before the deadline (504), and may have neither too many bytes, also as texts in memory, nor too many JSON values (413). Only then is the
 body parsed (422). What a judge's or painter's endpoint says is logged and not sent to clients.
 [`~reward_models.server.arguments.ServerArguments`] holds the limits. An error has the form `{"detail": "..."}`.
 

@@ -30,7 +30,8 @@ class ServerArguments(RewardArguments, PainterArguments):
     and the limits; the help text of a field describes it.
 
     The limits bound the memory. The server holds at most `max_queue` bodies of `max_body_bytes`. A body is parsed only if it
-    holds about as many values as `max_items` and `max_questions` need. A file of a few kilobytes
+    holds about as many values as `max_items` and `max_questions` need, and takes at most `max_body_bytes` if each character of a
+    text that is not ASCII counts four. A file of a few kilobytes
     can decode to megabytes, so an image is decoded only when its turn comes: at most 64 images are decoded for the judge,
     and for the painter those of the requests that it works on (one for the policy, 16 for an endpoint).
     """
@@ -43,7 +44,10 @@ class ServerArguments(RewardArguments, PainterArguments):
     )
     port: Annotated[int, "[0, 65535]"] = field(default=8001, metadata={"help": "Port to listen at."})
     max_body_bytes: PositiveInt = field(
-        default=2**25, metadata={"help": "Largest body of a request; a larger one gets 413."}
+        default=2**25,
+        metadata={
+            "help": "Largest body of a request; a larger one gets 413. Each character of a text that is not ASCII counts four bytes."
+        },
     )
     max_image_side: PositiveInt = field(
         default=ImageLimits.max_side,

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphagrpo_ext.reward_client.json_values import has_more_values
+from alphagrpo_ext.reward_client.json_values import has_more_values, size_in_memory
 
 
 VALUES = st.recursive(
@@ -40,3 +40,29 @@ def test_the_count_of_values_bounds_their_number(value: Any, ascii_only: bool) -
 def test_what_precedes_an_error_is_counted(value: Any, end: str) -> None:
     number = count_values(value)
     assert has_more_values((json.dumps([value, value])[:-1] + end).encode(), number // 4 - 1)
+
+
+def size_of_texts(value: Any) -> int:
+    """Bytes of all characters of the texts of a value, as Python keeps them."""
+    if isinstance(value, str):
+        widest = max(map(ord, value), default=0)
+        return len(value) * (1 if widest < 0x100 else 2 if widest < 0x10000 else 4)
+    if isinstance(value, list):
+        return sum(map(size_of_texts, value))
+    if isinstance(value, dict):
+        return sum(size_of_texts(key) + size_of_texts(entry) for key, entry in value.items())
+    return 0
+
+
+@settings(deadline=None, database=None, derandomize=True, max_examples=300)
+@given(value=VALUES, ascii_only=st.booleans())
+def test_size_in_memory_bounds_that_of_texts(value: Any, ascii_only: bool) -> None:
+    assert size_in_memory(json.dumps(value, ensure_ascii=ascii_only).encode()) >= size_of_texts(value)
+
+
+def test_one_wide_character_makes_its_own_text_wide_alone() -> None:
+    ascii_text = json.dumps(["a" * 100, {"key": 'b"\\'}])
+    assert size_in_memory(ascii_text.encode()) == len(ascii_text)
+    for character in ("\U0001f600", "\\u0100"):
+        size = size_in_memory(f'["{"a" * 100}", "{character}bc"]'.encode())
+        assert size == 100 + 4 * 3 + len("[, ]")

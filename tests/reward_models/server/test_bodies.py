@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import tracemalloc
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from reward_models.server.protocol import MAX_TEXT_LENGTH
-from support.server_samples import JSON, SAMPLE, refusal
+from support.server_samples import JSON, SAMPLE, encode, refusal
 
 
 NUM_BYTES = 900_000
@@ -116,3 +117,37 @@ def test_length_of_a_text_is_bounded(shapes: httpx.Client, path: str, changes: d
     item = {"/score": SAMPLE.score_item(), "/generate": {"prompt": "x"}, "/get_reward": SAMPLE.reward_body()}[path]
     body = item | changes if path == "/get_reward" else {"items": [item | changes]}
     assert message in refusal(shapes.post(path, json=body), 422)
+
+
+@pytest.mark.parametrize("character", ["\U0001f600", "\\ud83d\\ude00", "\u0100"])
+@pytest.mark.parametrize("field", ["image", "unknown"])
+def test_a_text_that_takes_more_memory_than_a_body_may_is_refused(
+    plain: httpx.Client, field: str, character: str
+) -> None:
+    ballast = character + "a" * 60_000
+    body = grown(json.dumps({"items": [SAMPLE.score_item()]}), '"prompt"', '""').replace("ballast", field)
+    body = body.replace(f'"{field}": ""', f'"{field}": "{ballast}"').encode()
+    assert "counts four" in refusal(plain.post("/score", content=body, headers=JSON), 413)
+
+
+def test_a_wide_prompt_does_not_make_the_image_wide(shapes: httpx.Client) -> None:
+    # Bytes after the end of an image are no part of it.
+    image = base64.b64encode(base64.b64decode(encode(SAMPLE.right)) + bytes(NUM_BYTES)).decode()
+    item = SAMPLE.score_item() | {"image": image, "prompt": f"{SAMPLE.record['prompt']} \U0001f600"}
+    body = json.dumps({"items": [item]}, ensure_ascii=False).encode()
+    tracemalloc.start()
+    try:
+        response = shapes.post("/score", content=body, headers=JSON)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert response.status_code == 200
+    assert peak < 6 * len(body)
+
+
+def test_a_broken_body_that_is_not_ascii_is_explained(plain: httpx.Client) -> None:
+    for body in ('{"items": "Käfer', "[" * 10_000 + '"Käfer"'):
+        assert "the body is not JSON" in refusal(plain.post("/score", content=body.encode(), headers=JSON), 422)
+    body = json.dumps({"items": [SAMPLE.score_item() | {"prompt": "ein Käfer"}]}, ensure_ascii=False)
+    response = plain.post("/score", content=body.encode("utf-8-sig"), headers=JSON)
+    assert response.status_code == 200

@@ -20,6 +20,11 @@ from support.server_samples import JSON, SAMPLE, encode, refusal
         ({"image": ""}, "items[0].image: the image is not a readable PNG, JPEG, WEBP file"),
         ({"image": "?"}, "items[0].image: the image is not base64"),
         ({"image": "data:image/png,x"}, "items[0].image: the data URL must hold base64"),
+        (
+            {"image": f"data:{'a' * 100};base64,{encode(SAMPLE.right)}"},
+            "items[0].image: the data URL must hold base64",
+        ),
+        ({"image": f"data:\u0100;base64,{encode(SAMPLE.right)}"}, "items[0].image: the data URL must hold base64"),
         ({"image": encode(SAMPLE.right, "GIF")}, "items[0].image: the image is not a readable PNG, JPEG, WEBP file"),
         ({"image": encode(SAMPLE.right, "BMP")}, "items[0].image: the image is not a readable PNG, JPEG, WEBP file"),
         ({"image": encode(SAMPLE.right)[:80]}, "items[0].image: the image cannot be decoded"),
