@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from alphagrpo_ext.reward_client.compression import DecompressionError, OversizedBodyError, decompress
-from alphagrpo_ext.reward_client.settings import ClientSettings, variable
+from alphagrpo_ext.reward_client.settings import ClientSettings
 
 
 if TYPE_CHECKING:
@@ -29,14 +29,13 @@ class BoundedAnswer:
 
     Args:
         response (`httpx.Response`): The answer, of which only the head has been read.
-        config ([`ClientSettings`]): Its `max_answer_bytes` and `timeout` are the bounds.
+        config ([`ClientSettings`]): Its `max_answer_bytes` is the bound.
     """
 
     def __init__(self, response: httpx.Response, config: ClientSettings) -> None:
         self._response = response
         self._config = config
         self._body = bytearray()
-        self._end = time.monotonic() + config.timeout
 
     def add(self, part: bytes) -> None:
         """
@@ -44,15 +43,10 @@ class BoundedAnswer:
 
         Raises:
             [`RewardServerError`]: If the body is too large.
-            `httpx.ReadTimeout`: If it takes too long.
         """
-        import httpx
-
         self._body += part
         if len(self._body) > self._config.max_answer_bytes:
             raise self._too_large()
-        if time.monotonic() > self._end:
-            raise httpx.ReadTimeout("the answer arrives too slowly", request=self._response.request)
 
     def complete(self) -> httpx.Response:
         """
@@ -81,40 +75,36 @@ class BoundedAnswer:
     def _too_large(self) -> RewardServerError:
         return RewardServerError(
             f"{self._response.url} sent an answer (status {self._response.status_code}) of more than "
-            f"{self._config.max_answer_bytes} bytes: raise {variable('max_answer_bytes')}, or ask for fewer images at once"
+            f"{self._config.max_answer_bytes} bytes: raise {self._config.setting_name('max_answer_bytes')}, or ask for fewer images at once"
         )
 
 
 _BODY_HEADERS = ("content-encoding", "content-length", "transfer-encoding")
 
 
-def send(http: httpx.Client, config: ClientSettings, path: str, body: dict[str, Any]) -> httpx.Response:
+async def send(http: httpx.AsyncClient, config: ClientSettings, path: str, body: dict[str, Any]) -> httpx.Response:
     """
     Send a request and read its answer.
 
     Args:
-        http (`httpx.Client`): The connections.
-        config ([`ClientSettings`]): The bounds.
+        http (`httpx.AsyncClient`): The connections.
+        config ([`ClientSettings`]): The bounds. `timeout` is that of the whole try, from connecting to the last byte.
         path (`str`): The route.
         body (`dict[str, Any]`): The body, which is sent as JSON.
 
     Raises:
-        `httpx.TransportError`: If there is no answer.
+        `httpx.TransportError`: If there is no answer in time.
         [`RewardServerError`]: If the answer is too large or cannot be decompressed.
     """
-    with http.stream("POST", path, json=body) as response:
-        answer = BoundedAnswer(response, config)
-        for part in response.iter_raw():
-            answer.add(part)
-        return answer.complete()
+    import httpx
 
-
-async def send_async(
-    http: httpx.AsyncClient, config: ClientSettings, path: str, body: dict[str, Any]
-) -> httpx.Response:
-    """Like [`send`], in an event loop."""
-    async with http.stream("POST", path, json=body) as response:
-        answer = BoundedAnswer(response, config)
-        async for part in response.aiter_raw():
-            answer.add(part)
-        return answer.complete()
+    try:
+        # The limits of httpx begin anew at every byte, also at those of a header.
+        async with asyncio.timeout(config.timeout), http.stream("POST", path, json=body) as response:
+            answer = BoundedAnswer(response, config)
+            async for part in response.aiter_raw():
+                answer.add(part)
+    except TimeoutError as error:
+        raise httpx.ReadTimeout("the answer arrives too slowly") from error
+    # Megabytes take milliseconds, which would block the event loop.
+    return await asyncio.to_thread(answer.complete)

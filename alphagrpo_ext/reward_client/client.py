@@ -3,8 +3,8 @@
 """
 Clients of the reward server, which paints and judges images: one for threads and one for event loops.
 
-OpenRLHF calls its reward file in threads and its agents in event loops, so both exist. They share everything but the call that
-sends a request: request bodies, checks of answers, connection limits and the retry policy are functions of this module.
+OpenRLHF calls its reward file in threads and its agents in event loops, so both exist. The one for threads runs the other in an
+event loop of its own, because only there a try has a deadline: a socket's limits begin anew at every byte.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import io
 import json
 import math
 import random
+import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -27,7 +29,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alphagrpo_ext.images import open_image, read_image, to_rgb
-from alphagrpo_ext.reward_client.answers import RewardServerError, UnreadableAnswerError, send, send_async
+from alphagrpo_ext.reward_client.answers import RewardServerError, UnreadableAnswerError, send
 from alphagrpo_ext.reward_client.compression import ACCEPTED_ENCODINGS
 from alphagrpo_ext.reward_client.json_values import has_more_values
 from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
@@ -139,10 +141,11 @@ class RewardClient:
     """
 
     def __init__(self, config: ClientSettings) -> None:
-        import httpx
-
         self.config = config
-        self._http = httpx.Client(**_http_options(config))
+        self._client = AsyncRewardClient(config)
+        self._lock = threading.Lock()
+        self._thread: _LoopThread | None = None
+        self._stop: weakref.finalize | None = None
 
     def generate(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
         """
@@ -151,9 +154,7 @@ class RewardClient:
         Raises:
             [`RewardServerError`]: If the server is out of reach, refuses, or sends an unexpected answer.
         """
-        return self._post(
-            "generate", generate_body(requests), lambda response: read_images(response, len(requests), self.config)
-        )
+        return self._run(self._client.generate(requests))
 
     def score(self, images: Sequence[Image.Image], labels: Sequence[Label]) -> list[ImageScore]:
         """
@@ -163,22 +164,48 @@ class RewardClient:
             [`RewardServerError`]: As for [`RewardClient.generate`], and if an image could not be scored. A missing score never
                 becomes a reward.
         """
-        return self._post(
-            "score", score_body(images, labels), lambda response: read_scores(response, labels, self.config)
-        )
+        return self._run(self._client.score(images, labels))
 
     def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
+        """Close the connections. A later request opens new ones."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if thread is not None and thread.is_alive():
+                asyncio.run_coroutine_threadsafe(self._client.aclose(), thread.loop).result()
+                self._stop()
 
-    def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response], T]) -> T:
-        from tenacity import Retrying
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        with self._lock:
+            # A process that was forked has no threads.
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = _LoopThread()
+                self._stop = weakref.finalize(self, self._thread.stop)
+            future = asyncio.run_coroutine_threadsafe(work, self._thread.loop)
+        try:
+            return future.result()
+        except BaseException:
+            # An interrupted caller waits for no answer.
+            future.cancel()
+            raise
 
-        def attempt() -> T | httpx.Response:
-            response = send(self._http, self.config, path, body)
-            return read(response) if response.is_success else response
 
-        return Retrying(**retry_policy(self.config))(attempt)
+class _LoopThread(threading.Thread):
+    """A thread with a running event loop. It ends with the process."""
+
+    def __init__(self) -> None:
+        super().__init__(name="reward client", daemon=True)
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self.loop = self._runner.get_loop()
+        self.start()
+
+    def run(self) -> None:
+        # What still runs when the loop stops is cancelled.
+        with self._runner:
+            self.loop.run_forever()
+
+    def stop(self) -> None:
+        """Stop the loop. This must be called once: a second call would disturb the end."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
 
 class AsyncRewardClient:
@@ -191,7 +218,9 @@ class AsyncRewardClient:
 
     def __init__(self, config: ClientSettings) -> None:
         self.config = config
-        self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
+        self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, asyncio.Semaphore]] = (
+            WeakKeyDictionary()
+        )
 
     async def generate(self, requests: Sequence[PaintRequest]) -> list[Image.Image]:
         """Like [`RewardClient.generate`]."""
@@ -208,7 +237,7 @@ class AsyncRewardClient:
         """Close the connections of the running event loop."""
         pool = self._pools.pop(asyncio.get_running_loop(), None)
         if pool is not None:
-            await pool.aclose()
+            await pool[0].aclose()
 
     async def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response], T]) -> T:
         import httpx
@@ -216,11 +245,14 @@ class AsyncRewardClient:
 
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            self._pools[loop] = httpx.AsyncClient(**_http_options(self.config))
-        pool = self._pools[loop]
+            http = httpx.AsyncClient(**_http_options(self.config))
+            self._pools[loop] = (http, asyncio.Semaphore(self.config.max_concurrency))
+        http, slots = self._pools[loop]
 
         async def attempt() -> T | httpx.Response:
-            response = await send_async(pool, self.config, path, body)
+            # Requests that wait for a free slot are a queue, so they do not time out.
+            async with slots:
+                response = await send(http, self.config, path, body)
             # Images take milliseconds to decode, which would block the event loop.
             return await asyncio.to_thread(read, response) if response.is_success else response
 
@@ -361,7 +393,7 @@ def decode_image(data: str) -> Image.Image:
 
 def retry_policy(config: ClientSettings) -> dict[str, Any]:
     """
-    Arguments of tenacity's `Retrying` and `AsyncRetrying`.
+    Arguments of tenacity's `AsyncRetrying`.
 
     An attempt returns what was read from a successful answer, or the [`httpx.Response`] of another. An attempt that failed, or
     whose answer is damaged or cut off, is repeated up to `config.max_retries` times, unless the server refused the request
@@ -455,8 +487,8 @@ def _http_options(config: ClientSettings) -> dict[str, Any]:
             "Accept-Encoding": ACCEPTED_ENCODINGS,
             **({} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}),
         },
-        # Requests that wait for a free connection are a queue, so they do not time out.
-        "timeout": httpx.Timeout(config.timeout, pool=None),
+        # The whole try has a deadline; see `send`.
+        "timeout": None,
         "limits": httpx.Limits(
             max_connections=config.max_concurrency, max_keepalive_connections=config.max_concurrency
         ),

@@ -26,6 +26,7 @@ _ARGUMENTS = {
     "timeout": "judge_timeout",
     "max_retries": "judge_max_retries",
     "max_concurrency": "judge_max_concurrency",
+    "max_answer_bytes": "judge_max_answer_bytes",
 }
 
 
@@ -53,6 +54,8 @@ class ServerJudge(Judge):
             Seconds for one try of a request.
         max_retries (`int`, *optional*, defaults to `8`):
             Further tries of a request.
+        max_answer_bytes (`int`, *optional*, defaults to `1048576`):
+            Largest size of an answer, as it is sent and after decompression.
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -61,13 +64,21 @@ class ServerJudge(Judge):
 
     is_light = True
 
-    def __init__(self, base_url: str, max_concurrency: int = 64, timeout: float = 60.0, max_retries: int = 8) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        max_concurrency: int = 64,
+        timeout: float = 60.0,
+        max_retries: int = 8,
+        max_answer_bytes: int = 2**20,
+    ) -> None:
         config = JudgeClientSettings(
             server_url=base_url.rstrip("/"),
             server_key=os.environ.get(variable("server_key"), "").strip() or None,
             timeout=timeout,
             max_retries=max_retries,
             max_concurrency=max_concurrency,
+            max_answer_bytes=max_answer_bytes,
         )
         self.client = AsyncRewardClient(config)
 
@@ -75,7 +86,13 @@ class ServerJudge(Judge):
     def from_arguments(cls, args: JudgeArguments, policy: Any = None) -> ServerJudge:
         if not args.judge_base_url:
             raise ValueError("the judge 'server' needs judge_base_url, e.g. http://localhost:8001")
-        return cls(args.judge_base_url, args.judge_max_concurrency, args.judge_timeout, args.judge_max_retries)
+        return cls(
+            args.judge_base_url,
+            args.judge_max_concurrency,
+            args.judge_timeout,
+            args.judge_max_retries,
+            args.judge_max_answer_bytes,
+        )
 
     async def answer(self, image: Image.Image, questions: Sequence[str]) -> list[float | None]:
         label = Label(_PROMPT, [{"question": question, "tag": _TAG} for question in questions], [])

@@ -31,20 +31,21 @@ Say = Callable[..., str]
 
 @pytest.fixture
 def say() -> Iterator[Say]:
-    """Starts a server that gives one answer to everything, and returns its URL."""
+    """Starts a server that gives one answer to everything, with a head unless it has one, and returns its URL."""
     servers: list[ThreadingHTTPServer] = []
 
-    def start(parts: Iterable[bytes] | bytes, **headers: str) -> str:
+    def start(parts: Iterable[bytes] | bytes, has_head: bool = False, **headers: str) -> str:
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_: Any) -> None:
                 pass
 
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["content-length"]))
-                self.send_response(200)
-                for name, value in headers.items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.end_headers()
+                if not has_head:
+                    self.send_response(200)
+                    for name, value in headers.items():
+                        self.send_header(name.replace("_", "-"), value)
+                    self.end_headers()
                 with contextlib.suppress(OSError):
                     for part in [parts] if isinstance(parts, bytes) else parts:
                         self.wfile.write(part)
@@ -106,15 +107,17 @@ def test_answer_that_cannot_be_decompressed_is_named(ask, say: Say, answer: byte
         ask(say(answer, content_encoding=encoding), "generate", [PaintRequest("a")])
 
 
-def test_answer_that_drips_is_left_after_the_deadline(ask, say: Say) -> None:
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nx: "], ids=["body", "head"])
+def test_answer_that_drips_is_left_after_the_deadline(ask, say: Say, begin: bytes) -> None:
     def drip() -> Iterator[bytes]:
+        yield begin
         for _ in range(600):
             yield b" "
             time.sleep(0.05)
 
     start = time.monotonic()
     with pytest.raises(RewardServerError, match="did not answer in 0.4 s after 1 try"):
-        ask(say(drip()), "generate", [PaintRequest("a")], timeout=0.4, max_retries=0)
+        ask(say(drip(), has_head=begin != b""), "generate", [PaintRequest("a")], timeout=0.4, max_retries=0)
     assert time.monotonic() - start < 10
 
 

@@ -257,6 +257,64 @@ def test_no_more_requests_at_once_than_allowed(make_server) -> None:
     assert len(server.requests) == 12 and server.peak == 3
 
 
+def test_time_in_the_queue_is_not_that_of_a_try(make_server) -> None:
+    server = make_server(delay=0.4)
+    config = ClientSettings(server_url=server.url, max_concurrency=1, max_retries=0, timeout=1.5)
+
+    async def many() -> None:
+        reward_client = AsyncRewardClient(config)
+        await asyncio.gather(*(reward_client.generate([PaintRequest(str(i))]) for i in range(5)))
+        await reward_client.aclose()
+
+    asyncio.run(many())
+    assert len(server.requests) == 5
+
+
+def test_closed_client_ends_its_thread_and_opens_a_new_one(server) -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "reward client"]
+
+    reward_client = RewardClient(ClientSettings(server_url=server.url))
+    reward_client.close()
+    before = threads()
+    for _ in range(2):
+        assert len(reward_client.generate([PaintRequest("a")])) == 1
+        (own,) = set(threads()) - set(before)
+        reward_client.close()
+        own.join(timeout=60)
+        assert not own.is_alive()
+
+
+def test_calls_end_when_another_thread_closes_the_client() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        reward_client = RewardClient(ClientSettings(server_url=url, max_retries=0))
+        ended: list[str] = []
+
+        def call() -> None:
+            try:
+                reward_client.generate([PaintRequest("a")])
+            except BaseException as error:
+                ended.append(type(error).__name__)
+
+        caller = threading.Thread(target=call, daemon=True)
+        caller.start()
+        with listener.accept()[0]:
+            reward_client.close()
+            caller.join(timeout=10)
+        assert len(ended) == 1
+
+
+def test_client_of_threads_works_inside_an_event_loop(server) -> None:
+    reward_client = RewardClient(ClientSettings(server_url=server.url))
+
+    async def generate() -> list[Image.Image]:
+        return reward_client.generate([PaintRequest("a")])
+
+    assert len(asyncio.run(generate())) == 1
+    reward_client.close()
+
+
 def test_threads_share_a_client_and_loops_do_too(server, example) -> None:
     config = ClientSettings(server_url=server.url)
     shared = RewardClient(config)

@@ -113,6 +113,16 @@ def test_errors_name_the_arguments_of_the_judge(server: LoopbackServer) -> None:
         assert "judge_base_url" in error and "ALPHAGRPO_" not in error
 
 
+def test_answers_are_bounded_by_the_judges_argument(server: LoopbackServer) -> None:
+    arguments = RewardArguments(
+        judge="server", judge_base_url=server.url, judge_max_retries=0, judge_max_answer_bytes=20
+    )
+    reward = arguments.make_reward()
+    assert isinstance(reward, DVReward)
+    with pytest.raises(JudgeFailedError, match="of more than 20 bytes: raise judge_max_answer_bytes"):
+        asyncio.run(reward.preflight(24, 24))
+
+
 def test_preflight_asks_about_an_image_of_the_size_that_is_painted(
     server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
