@@ -17,6 +17,7 @@ from collections.abc import AsyncIterable, Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +29,7 @@ from pydantic import (
 
 from alphagrpo_ext.reward_client.compression import DecompressionError, OversizedBodyError, decompress
 from alphagrpo_ext.reward_client.json_values import has_more_values
+from alphagrpo_ext.reward_client.server_texts import shortened
 from reward_models.endpoints.errors import InvalidAnswerError, describe_mismatch, server_message
 
 
@@ -48,7 +50,12 @@ def _missing_if_mistyped(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
         return None
 
 
+def _shortened(text: str | None) -> str | None:
+    return None if text is None else shortened(text)
+
+
 _Text = Annotated[str | None, WrapValidator(_missing_if_mistyped)]
+_ShownText = Annotated[str | None, AfterValidator(_shortened), WrapValidator(_missing_if_mistyped)]
 _Number = Annotated[float | None, WrapValidator(_missing_if_mistyped)]
 
 
@@ -84,7 +91,7 @@ class ChatMessage(EndpointAnswer):
     """Text of an answer. Servers that take a thought out of it send that in a field of its own, which has two names."""
 
     content: Annotated[str | None, BeforeValidator(_joined_parts)] = None
-    refusal: _Text = None
+    refusal: _ShownText = None
     reasoning_content: Any = None
     reasoning: Any = None
 
@@ -93,7 +100,7 @@ class ChatChoice(EndpointAnswer):
     """One answer of a chat completion."""
 
     message: ChatMessage
-    finish_reason: _Text = None
+    finish_reason: _ShownText = None
     logprobs: LogProbabilities | None = None
 
 
@@ -163,7 +170,7 @@ def bounded_body(max_bytes: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
         holds more than [`MAX_VALUES`], that is damaged, or that is compressed in a way that was not asked for.
     """
 
-    async def hook(response: Any) -> None:
+    async def read(response: Any) -> None:
         declared = response.headers.get("content-length", "")
         if re.fullmatch("[0-9]{1,20}", declared) and int(declared) > max_bytes:
             raise _too_large(max_bytes)
@@ -178,6 +185,14 @@ def bounded_body(max_bytes: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
         complete = type(response)(response.status_code, content=body).stream
         await response.stream.aclose()
         response.stream = complete
+
+    async def hook(response: Any) -> None:
+        try:
+            await read(response)
+        except InvalidAnswerError as error:
+            # A redirect may have led to another address than the one asked.
+            error.address = str(response.request.url)
+            raise
 
     return hook
 

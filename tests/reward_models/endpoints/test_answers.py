@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_models.endpoints.answers import _decompress
+from reward_models.endpoints.answers import ChatChoice, _decompress
 from reward_models.endpoints.endpoint import OpenAIEndpoint
 from reward_models.endpoints.errors import EndpointError, InvalidAnswerError
 from support.scripted_endpoint import Reply, ScriptedEndpoint, chat_body, scripted_endpoint
@@ -159,6 +159,14 @@ def test_a_bomb_neither_takes_memory_nor_blocks_the_event_loop(stub: ScriptedEnd
     asyncio.run(run())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
     assert max(gaps) < 1.0
+
+
+def test_refusals_and_reasons_are_shortened() -> None:
+    choice = ChatChoice.model_validate(
+        {"message": {"refusal": "\x1b[2Jno\n" + "x" * 5000}, "finish_reason": "\x07stop"}
+    )
+    assert choice.message.refusal.startswith("[2Jno xxx") and len(choice.message.refusal) == 500
+    assert choice.finish_reason == "stop"
 
 
 def test_the_models_of_an_endpoint_are_bounded_too(stub: ScriptedEndpoint) -> None:

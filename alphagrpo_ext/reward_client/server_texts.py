@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Texts of servers, as messages repeat them."""
+
+from __future__ import annotations
+
+
+def shortened(text: str, length: int = 500) -> str:
+    """Return the beginning of a text on one line. What a server sends must not steer a terminal or break a log file."""
+    printable = "".join(character if character.isprintable() else " " for character in text[: 4 * length])
+    return " ".join(printable.split())[:length]
