@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from alphagrpo_ext.reward_client.addresses import without_password
 from alphagrpo_ext.reward_client.compression import DecompressionError, OversizedBodyError, decompress
 from alphagrpo_ext.reward_client.settings import ClientSettings
 
@@ -65,7 +66,7 @@ class BoundedAnswer:
             raise self._too_large() from error
         except DecompressionError as error:
             raise UnreadableAnswerError(
-                f"{self._response.url} sent an answer that {error}: a proxy may be in between"
+                f"{without_password(str(self._response.url))} sent an answer that {error}: a proxy may be in between"
             ) from error
         headers = [(name, value) for name, value in self._response.headers.items() if name not in _BODY_HEADERS]
         return httpx.Response(
@@ -74,7 +75,7 @@ class BoundedAnswer:
 
     def _too_large(self) -> RewardServerError:
         return RewardServerError(
-            f"{self._response.url} sent an answer (status {self._response.status_code}) of more than "
+            f"{without_password(str(self._response.url))} sent an answer (status {self._response.status_code}) of more than "
             f"{self._config.max_answer_bytes} bytes: raise {self._config.setting_name('max_answer_bytes')}, or ask for fewer images at once"
         )
 

@@ -29,10 +29,13 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alphagrpo_ext.images import open_image, read_image, to_rgb
+from alphagrpo_ext.reward_client.addresses import without_password
 from alphagrpo_ext.reward_client.answers import RewardServerError, UnreadableAnswerError, send
 from alphagrpo_ext.reward_client.compression import ACCEPTED_ENCODINGS
+from alphagrpo_ext.reward_client.connection_variables import describe_unmade_client, proxy_hint
 from alphagrpo_ext.reward_client.json_values import has_more_values
 from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
+from alphagrpo_ext.reward_client.server_texts import shortened
 from alphagrpo_ext.reward_client.settings import ClientSettings, variable
 
 
@@ -214,10 +217,12 @@ class AsyncRewardClient:
 
     Args:
         config ([`ClientSettings`]): URL, key, limits and number of retries.
+        max_seconds (`float`, *optional*): No try begins later than this after a request's first.
     """
 
-    def __init__(self, config: ClientSettings) -> None:
+    def __init__(self, config: ClientSettings, max_seconds: float | None = None) -> None:
         self.config = config
+        self.max_seconds = max_seconds
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, asyncio.Semaphore]] = (
             WeakKeyDictionary()
         )
@@ -240,13 +245,11 @@ class AsyncRewardClient:
             await pool[0].aclose()
 
     async def _post(self, path: str, body: dict[str, Any], read: Callable[[httpx.Response], T]) -> T:
-        import httpx
         from tenacity import AsyncRetrying
 
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            http = httpx.AsyncClient(**_http_options(self.config))
-            self._pools[loop] = (http, asyncio.Semaphore(self.config.max_concurrency))
+            self._pools[loop] = (_make_http(self.config), asyncio.Semaphore(self.config.max_concurrency))
         http, slots = self._pools[loop]
 
         async def attempt() -> T | httpx.Response:
@@ -256,7 +259,7 @@ class AsyncRewardClient:
             # Images take milliseconds to decode, which would block the event loop.
             return await asyncio.to_thread(read, response) if response.is_success else response
 
-        return await AsyncRetrying(**retry_policy(self.config))(attempt)
+        return await AsyncRetrying(**retry_policy(self.config, self.max_seconds))(attempt)
 
 
 def parse_label(label: str) -> Label:
@@ -325,7 +328,7 @@ def read_images(response: httpx.Response, count: int, config: ClientSettings) ->
     try:
         return [decode_image(data) for data in _read_list(response, "images", count, config)]
     except (OSError, ValueError, TypeError) as error:
-        raise RewardServerError(f"{response.url} sent an image that cannot be read: {error}") from error
+        raise RewardServerError(f"{_address(response)} sent an image that cannot be read: {error}") from error
 
 
 def read_scores(response: httpx.Response, labels: Sequence[Label], config: ClientSettings) -> list[ImageScore]:
@@ -339,7 +342,7 @@ def read_scores(response: httpx.Response, labels: Sequence[Label], config: Clien
     """
     items = _read_list(response, "scores", len(labels), config)
     return [
-        _read_score(item, label, str(response.url), index)
+        _read_score(item, label, _address(response), index)
         for index, (item, label) in enumerate(zip(items, labels, strict=True))
     ]
 
@@ -391,23 +394,23 @@ def decode_image(data: str) -> Image.Image:
         return read_image(image)
 
 
-def retry_policy(config: ClientSettings) -> dict[str, Any]:
+def retry_policy(config: ClientSettings, max_seconds: float | None = None) -> dict[str, Any]:
     """
     Arguments of tenacity's `AsyncRetrying`.
 
     An attempt returns what was read from a successful answer, or the [`httpx.Response`] of another. An attempt that failed, or
-    whose answer is damaged or cut off, is repeated up to `config.max_retries` times, unless the server refused the request
-    itself. The pause is an
-    exponential back-off or what the server asks for (see [`retry_after_seconds`]) but at most `config.timeout`, whichever is
-    longer. After the last attempt a [`RewardServerError`] is raised.
+    whose answer is damaged or cut off, is repeated up to `config.max_retries` times and in the first `max_seconds`, unless the
+    server refused the request itself. The pause is an exponential back-off or what the server asks for (see
+    [`retry_after_seconds`]) but at most `config.timeout`, whichever is longer. After the last attempt a [`RewardServerError`] is raised.
     """
     import httpx
-    from tenacity import retry_if_exception_type, retry_if_result, stop_after_attempt, stop_any
+    from tenacity import retry_if_exception_type, retry_if_result, stop_after_attempt, stop_any, stop_before_delay
 
+    latest = math.inf if max_seconds is None else max_seconds
     return {
         "retry": retry_if_exception_type((httpx.TransportError, UnreadableAnswerError))
         | retry_if_result(lambda result: isinstance(result, httpx.Response)),
-        "stop": stop_any(_is_refused, stop_after_attempt(config.max_retries + 1)),
+        "stop": stop_any(_is_refused, stop_after_attempt(config.max_retries + 1), stop_before_delay(latest)),
         "wait": partial(_seconds_to_wait, config),
         "retry_error_callback": partial(_give_up, config),
     }
@@ -436,7 +439,7 @@ def _seconds_to_wait(config: ClientSettings, state: RetryCallState) -> float:
 
 
 def _give_up(config: ClientSettings, state: RetryCallState) -> NoReturn:
-    server = f"the reward server at {config.server_url} ({config.setting_name('server_url')})"
+    server = _named(config)
     attempts = f"after {state.attempt_number} {'try' if state.attempt_number == 1 else 'tries'}"
     response = _failed_response(state)
     if response is None:
@@ -444,18 +447,24 @@ def _give_up(config: ClientSettings, state: RetryCallState) -> NoReturn:
         if isinstance(error, UnreadableAnswerError):
             raise RewardServerError(f"{error} ({attempts})") from error
         raise RewardServerError(f"{server} {_explain_transport(error, attempts, config)}") from error
-    answer = f"{response.status_code} {attempts}: {response.text[:500]}"
-    raise RewardServerError(f"{server} {_explain_status(response, config)} ({answer})")
+    answer = f"{response.status_code} {attempts}: {shortened(response.text)}"
+    wait = retry_after_seconds(response.headers, time.time())
+    asked = f". It asks to wait {wait:.0f} s" if wait else ""
+    raise RewardServerError(f"{server} {_explain_status(response, config)} ({answer}){asked}")
 
 
 def _explain_transport(error: BaseException, attempts: str, config: ClientSettings) -> str:
     import httpx
 
+    proxy = proxy_hint(config.server_url)
     if isinstance(error, httpx.TimeoutException):
-        return f"did not answer in {config.timeout} s {attempts}: raise {config.setting_name('timeout')}, or send it fewer requests"
+        return (
+            f"did not answer in {config.timeout} s {attempts}: raise {config.setting_name('timeout')}, or send it fewer "
+            f"requests{proxy}"
+        )
     return (
         f"is out of reach {attempts} ({type(error).__name__}: {error}): start it with `python -m reward_models.server`, or set "
-        f"{config.setting_name('server_url')} to its URL"
+        f"{config.setting_name('server_url')} to its URL{proxy}"
     )
 
 
@@ -475,6 +484,23 @@ def _explain_status(response: httpx.Response, config: ClientSettings) -> str:
     if response.status_code >= 500 and response.status_code not in PERMANENT_STATUS_CODES:
         return "failed, see its log"
     return f"refused a request to {response.url.path}"
+
+
+def _named(config: ClientSettings) -> str:
+    return f"the reward server at {without_password(config.server_url)} ({config.setting_name('server_url')})"
+
+
+def _address(response: httpx.Response) -> str:
+    return without_password(str(response.url))
+
+
+def _make_http(config: ClientSettings) -> httpx.AsyncClient:
+    import httpx
+
+    try:
+        return httpx.AsyncClient(**_http_options(config))
+    except Exception as error:
+        raise RewardServerError(f"{_named(config)} cannot be asked: {describe_unmade_client(error)}") from error
 
 
 def _http_options(config: ClientSettings) -> dict[str, Any]:
@@ -497,18 +523,18 @@ def _http_options(config: ClientSettings) -> dict[str, Any]:
 
 def _read_list(response: httpx.Response, name: str, count: int, config: ClientSettings) -> list[Any]:
     if has_more_values(response.content, _MAX_VALUES + _MAX_VALUES_PER_ITEM * count):
-        raise RewardServerError(f"{response.url} sent an answer with far more values than {count} {name} have")
+        raise RewardServerError(f"{_address(response)} sent an answer with far more values than {count} {name} have")
     try:
         items = response.json()[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         # A web page is what another server answers. Other text that is not JSON may be an answer that was cut off.
         is_cut = isinstance(error, ValueError) and not response.content.lstrip().startswith(b"<")
         raise (UnreadableAnswerError if is_cut else RewardServerError)(
-            f"{response.url} did not answer with '{name}', so it is probably not the reward server; check "
+            f"{_address(response)} did not answer with '{name}', so it is probably not the reward server; check "
             f"{config.setting_name('server_url')} (it sent {response.text[:200]!r})"
         ) from error
     if not isinstance(items, list) or len(items) != count:
-        raise RewardServerError(f"{response.url} must send {count} {name}, but sent {str(items)[:200]}")
+        raise RewardServerError(f"{_address(response)} must send {count} {name}, but sent {ascii(items)[:200]}")
     return items
 
 

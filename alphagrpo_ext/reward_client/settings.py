@@ -14,15 +14,34 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, Field, SecretStr, StringConstraints, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from alphagrpo_ext.reward_client.addresses import is_header_text, is_http_address, without_password
 
 
 PREFIX = "ALPHAGRPO_"
 # A misspelt name is at least this similar to the right one. Variables of other programs are less similar.
 SIMILARITY = 0.85
 
-ServerURL = Annotated[str, StringConstraints(strip_whitespace=True)]
+
+def _checked_address(url: str) -> str:
+    if not is_http_address(url):
+        raise ValueError("must be http:// or https:// and a host, perhaps with a port of at most 65535 and a path")
+    return url
+
+
+def _checked_key(key: SecretStr) -> SecretStr:
+    value = key.get_secret_value().strip()
+    if not is_header_text(value):
+        raise ValueError("must consist of printable ASCII characters, since it is sent in a header")
+    return SecretStr(value)
+
+
+ServerURL = Annotated[
+    str, StringConstraints(strip_whitespace=True, pattern="^https?://"), AfterValidator(_checked_address)
+]
+ServerKey = Annotated[SecretStr, AfterValidator(_checked_key)]
 
 
 class ClientSettings(BaseSettings):
@@ -56,8 +75,8 @@ class ClientSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    server_url: ServerURL = Field("http://127.0.0.1:8001", pattern="^https?://")
-    server_key: SecretStr | None = None
+    server_url: ServerURL = "http://127.0.0.1:8001"
+    server_key: ServerKey | None = None
     timeout: float = Field(180.0, gt=0, allow_inf_nan=False)
     max_retries: int = Field(10, ge=0)
     max_concurrency: int = Field(8, ge=1)
@@ -115,5 +134,6 @@ def describe_error(error: Mapping[str, Any], setting_name: Callable[[str], str])
         "string_pattern_mismatch": "must start with http:// or https://",
     }
     rule = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    value = "" if name == "server_key" else f", but is {error['input']!r}"
+    shown = without_password(str(error["input"])) if name == "server_url" else error["input"]
+    value = "" if name == "server_key" else f", but is {shown!r}"
     return f"{setting_name(name)} {expected.get(error['type'], rule)}{value}"

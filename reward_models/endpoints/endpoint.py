@@ -11,6 +11,7 @@ that cannot be read as final. Bodies are read by [`bounded_body`] and [`parse_bo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -20,12 +21,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from alphagrpo_ext.files import require_extra
 from alphagrpo_ext.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
+from alphagrpo_ext.reward_client.addresses import is_header_text, is_http_address, without_password
 from alphagrpo_ext.reward_client.compression import ACCEPTED_ENCODINGS
+from alphagrpo_ext.reward_client.connection_variables import describe_unmade_client, proxy_hint
 from alphagrpo_ext.reward_client.retry_after import retry_after_seconds
 from reward_models.endpoints.answers import (
     ChatAnswers,
@@ -41,15 +43,15 @@ from reward_models.endpoints.errors import (
     InvalidAnswerError,
     ThrottledWarning,
     innermost_message,
+    listed_models,
     server_message,
     status_hint,
     status_message,
-    without_password,
 )
 
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
     from tenacity import RetryCallState
 
 
@@ -230,7 +232,6 @@ class OpenAIEndpoint:
                         continue
                     except APIConnectionError as error:
                         if isinstance(error.__cause__, InvalidAnswerError):
-                            error.__cause__.address = str(error.request.url)
                             raise error.__cause__ from None
                         raise
                     # An answer shows that the endpoint had refused the field and not the rest of the request.
@@ -283,8 +284,7 @@ class OpenAIEndpoint:
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         base_url = without_password(str(client.base_url)).rstrip("/")
-        request = None if not isinstance(error, APIStatusError | APIConnectionError) else error.request
-        asked = getattr(error, "address", None) if request is None else str(request.url)
+        asked = _asked_url(error)
         address = base_url + route if asked is None else without_password(asked)
         times = "1 try" if tries == 1 else f"{tries} tries"
         wait = "" if refused_wait is None else f". It asks to wait {refused_wait:.0f} s, more than max_wait allows"
@@ -295,9 +295,10 @@ class OpenAIEndpoint:
             text = self._without_key(f"{address} answered {message} ({times}){hint}")
             return EndpointError(text, f"HTTP status {error.status_code}", error.status_code)
         if isinstance(error, TimeoutError | APITimeoutError):
-            return EndpointError(f"{address} did not answer in {self.timeout} s ({times})", "timeout")
+            text = f"{address} did not answer in {self.timeout} s ({times}){proxy_hint(address)}"
+            return EndpointError(text, "timeout")
         if isinstance(error, APIConnectionError):
-            text = f"{address} cannot be reached ({times}): {innermost_message(error)}"
+            text = f"{address} cannot be reached ({times}): {innermost_message(error)}{proxy_hint(address)}"
             return EndpointError(self._without_key(text), type(error).__name__)
         if isinstance(error, InvalidAnswerError):
             # A web page is what another address of the server answers.
@@ -310,7 +311,7 @@ class OpenAIEndpoint:
             names = await _served_models(client)
             if len(names) != 1:
                 raise EndpointError(
-                    f"{without_password(str(client.base_url))} serves {len(names)} models ({', '.join(names[:20])}): "
+                    f"{without_password(str(client.base_url))} serves {len(names)} models ({listed_models(names)}): "
                     "name one of them",
                     "no model named",
                 )
@@ -329,17 +330,17 @@ class OpenAIEndpoint:
         return None if self.model in names else names
 
     def _connection(self) -> tuple[AsyncOpenAI, asyncio.Semaphore]:
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+        from openai import AsyncOpenAI
 
         loop = asyncio.get_running_loop()
         if loop not in self._connections:
             client = AsyncOpenAI(
-                base_url=_checked_url(self.base_url or os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL),
-                api_key=self._key() or "EMPTY",  # The client insists on a key.
+                base_url=_checked_url((self.base_url or os.environ.get("OPENAI_BASE_URL", "")).strip() or OPENAI_URL),
+                api_key=self._checked_key() or "EMPTY",  # The client insists on a key.
                 timeout=self.timeout,
                 max_retries=0,
                 default_headers={"Accept-Encoding": ACCEPTED_ENCODINGS},
-                http_client=DefaultAsyncHttpxClient(event_hooks={"response": [bounded_body(self.max_answer_bytes)]}),
+                http_client=_http_client(self.max_answer_bytes),
             )
             self._connections[loop] = (client, asyncio.Semaphore(self.max_concurrency))
         return self._connections[loop]
@@ -347,9 +348,21 @@ class OpenAIEndpoint:
     def _key(self) -> str:
         return (self.api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
 
+    def _checked_key(self) -> str:
+        key = self._key()
+        if not is_header_text(key):
+            source = "api_key" if self.api_key else "the environment variable OPENAI_API_KEY"
+            raise EndpointError(
+                f"{source} must consist of printable ASCII characters, since it is sent in a header", "malformed key"
+            )
+        return key
+
     def _without_key(self, text: str) -> str:
-        """Servers repeat a wrong key in their messages."""
-        return text.replace(self._key(), "***") if len(self._key()) > 4 else text
+        """Servers repeat a wrong key in their messages, and messages may quote it as Python does."""
+        key = self._key()
+        for form in (key, repr(key)[1:-1]) if len(key) > 4 else ():
+            text = text.replace(form, "***")
+        return text
 
 
 class _Waits:
@@ -406,15 +419,33 @@ async def _served_models(client: AsyncOpenAI) -> list[str]:
         raise
 
 
-def _checked_url(url: str) -> str:
+def _http_client(max_bytes: int) -> DefaultAsyncHttpxClient:
+    from openai import DefaultAsyncHttpxClient
+
     try:
-        parts = urlsplit(url)
-        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_valid = False
-    if not is_valid:
+        return DefaultAsyncHttpxClient(event_hooks={"response": [bounded_body(max_bytes)]})
+    except Exception as error:
+        text = f"no endpoint can be asked: {describe_unmade_client(error)}"
+        raise EndpointError(text, "malformed environment") from error
+
+
+def _asked_url(error: Exception) -> str | None:
+    """The address that was asked last, which a redirect may have named; `None` if the error does not say."""
+    from openai import APIConnectionError, APIStatusError
+
+    if isinstance(error, APIConnectionError):
+        # Its own request is the first one.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            return str(error.__cause__.request.url)
+    if isinstance(error, APIConnectionError | APIStatusError):
+        return str(error.request.url)
+    return getattr(error, "address", None)
+
+
+def _checked_url(url: str) -> str:
+    if not is_http_address(url):
         url = re.sub(r"[^/@]*@", "", url)
-        advice = "" if "://" in url else f": try http://{url}"
+        advice = " (a port is a number from 1 to 65535)" if "://" in url else f": try http://{url}"
         raise EndpointError(
             f"the address of the endpoint must begin with the scheme http:// or https:// and a host, but is {url!r}{advice}",
             "malformed address",

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
+
+from alphagrpo_ext.reward_client.server_texts import shortened
 
 
 if TYPE_CHECKING:
@@ -89,19 +92,19 @@ def server_message(body: Any) -> tuple[str, str | None]:
     """
     if isinstance(body, list) and body:
         parts = [server_message(part) for part in body[:8]]
-        return _shortened("; ".join(text for text, _ in parts)), next((name for _, name in parts if name), None)
+        return shortened("; ".join(text for text, _ in parts)), next((name for _, name in parts if name), None)
     if not isinstance(body, dict):
-        return _shortened(str(body or "")), None
+        return shortened(str(body or "")), None
     # The body of a FastAPI server names the place of an error as a list. What it repeats of the request is left out.
     place = body.get("loc")
     if isinstance(place, list | tuple) and place:
-        return _shortened(f"{'.'.join(map(str, place))}: {body.get('msg')}"), str(place[-1])
+        return shortened(f"{'.'.join(map(str, place))}: {body.get('msg')}"), str(place[-1])
     param = body.get("param")
     for name in ("error", "message", "detail", "msg"):
         if body.get(name):
             text, inner = server_message(body[name])
             return text, param if isinstance(param, str) and param else inner
-    return _shortened(str(body)), None
+    return shortened(str(body)), None
 
 
 def status_hint(
@@ -118,7 +121,7 @@ def status_hint(
         served_models (`list[str]`, *optional*): Models that the endpoint serves if the asked one is not among them.
     """
     if served_models is not None:
-        return f". It serves {', '.join(served_models[:20]) or 'no model'}: name one of them"
+        return f". It serves {listed_models(served_models) or 'no model'}: name one of them"
     if status_code in (401, 403):
         return ". Set the environment variable OPENAI_API_KEY to a key of this endpoint"
     if status_code in (404, 405) and "/v1" not in urlsplit(base_url).path:
@@ -128,9 +131,14 @@ def status_hint(
     return ""
 
 
+def listed_models(names: Sequence[str]) -> str:
+    """The first 20 names of models that an endpoint serves, each shortened."""
+    return ", ".join(shortened(name, 100) for name in names[:20])
+
+
 def status_message(error: APIStatusError) -> str:
     """Return what the server said with a status code."""
-    message = server_message(error.body)[0] or _shortened(error.response.text) or error.response.reason_phrase
+    message = server_message(error.body)[0] or shortened(error.response.text) or error.response.reason_phrase
     return f"{error.status_code} {message}".strip()
 
 
@@ -145,15 +153,3 @@ def innermost_message(error: BaseException) -> str:
         current = current.__cause__ or current.__context__
     # Between the first and the last are copies of either.
     return texts[0] if len(texts) == 1 else f"{texts[0]} ({texts[-1]})"
-
-
-def without_password(url: str) -> str:
-    """Return a URL without user, password and query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else url
-
-
-def _shortened(text: str) -> str:
-    # What a server sends must not steer a terminal or break a log file.
-    printable = "".join(character if character.isprintable() else " " for character in text[:2000])
-    return " ".join(printable.split())[:500]

@@ -87,6 +87,8 @@ def _advice(error: Exception) -> str:
     """What to change where there was no answer at all. A refusal comes with its own advice."""
     if getattr(error, "status_code", None) is not None or isinstance(error, InvalidAnswerError):
         return ""
+    if getattr(error, "reason", None) in ("malformed key", "malformed environment"):
+        return ""
     if "WRONG_VERSION_NUMBER" in str(error):
         return " The server does not speak HTTPS: begin judge_base_url with http://."
     return " Check judge_base_url, and that the server runs and has loaded its model."

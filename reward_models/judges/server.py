@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
+from alphagrpo_ext.reward_client.addresses import without_password
 from alphagrpo_ext.reward_client.client import AsyncRewardClient, Label, RewardServerError
-from alphagrpo_ext.reward_client.settings import ClientSettings, variable
+from alphagrpo_ext.reward_client.settings import ClientSettings
 from reward_models.judges.arguments import JudgeArguments
 from reward_models.judges.base import JUDGES, PREFLIGHT_QUESTION, Judge
 from reward_models.prompts.tags import SEMANTIC_TAGS
@@ -73,8 +73,7 @@ class ServerJudge(Judge):
         max_answer_bytes: int = 2**20,
     ) -> None:
         config = JudgeClientSettings(
-            server_url=base_url.rstrip("/"),
-            server_key=os.environ.get(variable("server_key"), "").strip() or None,
+            server_url=base_url,
             timeout=timeout,
             max_retries=max_retries,
             max_concurrency=max_concurrency,
@@ -106,14 +105,14 @@ class ServerJudge(Judge):
     async def preflight(self, image: Image.Image, seconds: float) -> None:
         # Few tries, so that the time is enough for all of them where the server refuses or is out of reach.
         settings = self.client.config.model_copy(update={"timeout": seconds, "max_retries": _PREFLIGHT_RETRIES})
-        client = AsyncRewardClient(settings)
+        client = AsyncRewardClient(settings, max_seconds=seconds)
         label = Label(_PROMPT, [{"question": PREFLIGHT_QUESTION, "tag": _TAG}], [])
         try:
             async with asyncio.timeout(seconds):
                 await client.score([image], [label])
         except TimeoutError as error:
             raise RewardServerError(
-                f"the reward server at {settings.server_url} (judge_base_url) did not answer in {seconds} s"
+                f"the reward server at {without_password(settings.server_url)} (judge_base_url) did not answer in {seconds} s"
             ) from error
         finally:
             await client.aclose()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alphagrpo_ext.ranges import NonNegativeInt, PositiveFloat, PositiveInt
+from alphagrpo_ext.reward_client.addresses import is_header_text
 from reward_models.arguments import RewardArguments
 from reward_models.files.image_decoding import ImageLimits, OversizedImageError
 from reward_models.painters.base import PainterArguments
@@ -125,9 +126,13 @@ def server_key(host: str) -> str | None:
         host (`str`): Address to listen at.
 
     Raises:
-        `ValueError`: If there is no key and other machines can reach the address.
+        `ValueError`: If there is no key and other machines can reach the address, or if no client could send the key.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip() or None
+    if key is not None and not is_header_text(key):
+        raise ValueError(
+            f"{KEY_VARIABLE} must consist of printable ASCII characters, since clients send it in a header"
+        )
     if key is None and not is_loopback(host):
         raise ValueError(
             f"other machines can reach host {host}: set {KEY_VARIABLE} to a key that clients must send, or "

@@ -238,6 +238,22 @@ def test_a_damaged_compressed_answer_is_asked_for_again(ask, server) -> None:
     assert len(ask(server.url, "generate", [PaintRequest("a")])) == 1
 
 
+def test_texts_of_a_server_are_shortened(ask, server) -> None:
+    server.faults.append((400, {}, b"\x1b[2Jbad\n" + b"x" * 5000))
+    with pytest.raises(RewardServerError, match=r"\(400 after 1 try: \[2Jbad x+\)$") as caught:
+        ask(server.url, "generate", [PaintRequest("a")])
+    assert len(str(caught.value)) < 800
+
+
+def test_password_of_the_address_is_not_printed(ask, server) -> None:
+    url = server.url.replace("http://", "http://user:secret@")
+    for answer in ((400, {}, {}), (200, {}, b"<html>"), (200, {}, {"images": []})):
+        server.faults.append(answer)
+        with pytest.raises(RewardServerError, match=server.url) as caught:
+            ask(url, "generate", [PaintRequest("a")])
+        assert "secret" not in str(caught.value)
+
+
 def test_a_web_page_is_another_servers(ask, server) -> None:
     server.faults.append((200, {}, b" <html>welcome</html>"))
     with pytest.raises(RewardServerError, match="probably not the reward server; check ALPHAGRPO_SERVER_URL"):

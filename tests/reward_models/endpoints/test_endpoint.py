@@ -192,8 +192,41 @@ def test_a_model_must_be_named_where_several_are_served(stub: ScriptedEndpoint, 
     assert stub.bodies == []
 
 
+def test_names_of_models_are_shortened(stub: ScriptedEndpoint) -> None:
+    name = "\x1b[2J" + "x" * 5000
+    stub.models = Reply({"data": [{"id": name}, {"id": "b"}]})
+    stub.answer = lambda body, number: Reply({"error": {"message": "model not found"}}, 404)
+    for endpoint in (OpenAIEndpoint(stub.url), OpenAIEndpoint(stub.url, "judge")):
+        message = error_of(endpoint)
+        assert re.search(r"\[2Jx+, b\)?: name one of them$", message)
+        assert "\x1b" not in message and len(message) < 400
+
+
+def test_address_that_a_redirect_led_to_is_named(stub: ScriptedEndpoint) -> None:
+    stub.answer = lambda body, number: Reply({}, 307, {"Location": "http://127.0.0.1:9/v1/elsewhere"})
+    message = error_of(OpenAIEndpoint(stub.url, "judge", max_retries=0))
+    assert message.startswith("http://127.0.0.1:9/v1/elsewhere cannot be reached")
+
+
+def test_proxy_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
+    message = error_of(OpenAIEndpoint("http://judge.example/v1", "judge", max_retries=0))
+    assert "Requests go through the proxy http://127.0.0.1:9: check" in message and "secret" not in message
+
+
+@pytest.mark.parametrize("quote", [str, repr])
+def test_key_is_not_printed_in_either_form(stub: ScriptedEndpoint, quote: Callable[[str], str]) -> None:
+    key = "sk-\\12345'6"
+    stub.answer = lambda body, number: Reply({"error": {"message": f"wrong key {quote(key)}"}}, 401)
+    message = error_of(OpenAIEndpoint(stub.url, "judge", key))
+    assert "12345" not in message and "***" in message
+
+
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:80/v1", "localhost:80/v1", "ftp://a/v1", "http://", "//a/v1", "http://a:b/v1"]
+    "url",
+    ["127.0.0.1:80/v1", "localhost:80/v1", "ftp://a/v1", "http://", "//a/v1", "http://a:b/v1", "http://a:99999/v1"],
 )
 def test_an_address_without_scheme_or_host_fails_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.perf_counter()

@@ -193,6 +193,27 @@ def test_reward_server_that_refuses_the_key_or_has_another_path(scripted: Script
     assert "404" in cause and "has a path too many: check judge_base_url" in cause
 
 
+def test_reward_server_that_asks_for_a_long_wait() -> None:
+    with scripted_endpoint(Reply({"detail": "busy"}, 429, {"Retry-After": "3600"})) as endpoint:
+        cause = cause_of(ServerJudge(endpoint.url))
+        assert "is too busy" in cause and cause.endswith("It asks to wait 3600 s")
+        assert len(endpoint.bodies) == 1
+
+
+@pytest.mark.parametrize("key", ["k\u00e4se-key", "first\nsecond"])
+def test_key_that_cannot_be_sent_is_named_and_not_printed(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    cause = cause_of(OpenAIJudge("http://127.0.0.1:9/v1", "m"))
+    assert cause.endswith("OPENAI_API_KEY must consist of printable ASCII characters, since it is sent in a header.")
+    assert key[:3] not in cause
+
+
+def test_certificates_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such.pem")
+    cause = cause_of(OpenAIJudge("http://127.0.0.1:9/v1", "m"))
+    assert cause.endswith("check the environment variable SSL_CERT_FILE='/no/such.pem'.")
+
+
 @pytest.fixture
 def scripted() -> Iterator[ScriptedEndpoint]:
     with scripted_endpoint(Reply({"detail": "wrong key"}, 401)) as endpoint:

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from reward_models.server.app import create_app
-from reward_models.server.arguments import KEY_VARIABLE, ServerArguments, is_loopback
+from reward_models.server.arguments import KEY_VARIABLE, ServerArguments, is_loopback, server_key
 from support.server_samples import JSON, KEY, SAMPLE, ScenePainter, refusal, running
 
 
@@ -41,6 +41,13 @@ def test_key_is_checked_before_a_body_is_measured_or_read(monkeypatch: pytest.Mo
         headers = JSON | {"authorization": f"Bearer {KEY}"}
         assert client.post("/score", content=b"x" * 1001, headers=headers).status_code == 413
         assert client.post("/score", content=b"{", headers=headers).status_code == 422
+
+
+def test_key_that_no_client_can_send_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "k\u00e4se-key")
+    with pytest.raises(ValueError, match=f"{KEY_VARIABLE} must consist of printable ASCII") as caught:
+        server_key("127.0.0.1")
+    assert "se-key" not in str(caught.value)
 
 
 def test_without_a_key_nobody_is_asked_for_one(plain: httpx.Client) -> None:
