@@ -21,6 +21,7 @@ from trl import GRPOConfig
 
 from alphagrpo_ext.ranges import NonNegativeFloat, PositiveInt, UnitFloat, check_number, check_ranges, in_range
 from alphagrpo_ext.trainer.config import INHERITED_RANGES, AlphaGRPOConfig
+from reward_models.endpoints.endpoint import OpenAIEndpoint
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
 REQUIRED: dict[str, dict[str, Any]] = {
     "AlphaGRPOConfig": {"output_dir": "unused", "report_to": "none", "use_cpu": True},
     "RolloutConfig": {"height": 24, "width": 24},
-    "StructuredChat": {"endpoint": None},
+    "StructuredChat": {"endpoint": OpenAIEndpoint("http://127.0.0.1:1/v1", "m")},
     "OpenAIJudge": {"endpoint": None},
     "ExportArguments": {"prompts": "prompts.jsonl"},
     "ConversionArguments": {"model_name_or_path": "bagel-shapes", "layout": "released", "output_dir": "unused"},
