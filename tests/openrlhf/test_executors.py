@@ -28,6 +28,7 @@ import pytest
 import torch
 
 from alphagrpo_ext.openrlhf.environment import PluginConfig
+from alphagrpo_ext.openrlhf.group_rewards import exact_in_a_group
 from alphagrpo_ext.reward_client.client import PaintRequest, RewardClient
 
 
@@ -272,11 +273,12 @@ def test_reward_is_that_of_the_last_image(smollm, server, example, load_agent, r
 
     better, worse = run(example.wrong, example.repair), run(example.right, example.wrong)
     logs = better["extra_logs"]
-    assert better["reward"] == pytest.approx(logs["final_reward"]) and better["scores"] == logs["final_reward"]
+    # The changes of all turns add up exactly.
+    assert better["reward"] == better["scores"] == exact_in_a_group(logs["final_reward"])
     assert logs["improved"] == logs["strict_pass"] == 1.0 and logs["initial_reward"] < logs["final_reward"]
     assert worse["extra_logs"]["improved"] == 0.0
     expected = 0.0 if rectification == "minimum" else worse["extra_logs"]["final_reward"]
-    assert worse["reward"] == pytest.approx(expected, abs=1e-12)
+    assert worse["reward"] == exact_in_a_group(expected)
 
 
 def test_without_a_round_the_first_image_counts(smollm, server, example, load_agent) -> None:
@@ -284,7 +286,7 @@ def test_without_a_round_the_first_image_counts(smollm, server, example, load_ag
     executor = load_agent(policy_sees_images="false", num_reflection_rounds=0, rectification="minimum")
     engine = ScriptedEngine(tokenizer, example.wrong)
     result = execute(executor, engine, prompt_of(tokenizer, "Plan it."), example.label)
-    assert result["reward"] == pytest.approx(result["extra_logs"]["final_reward"]) and result["reward"] > 0
+    assert result["reward"] == exact_in_a_group(result["extra_logs"]["final_reward"]) > 0
 
 
 def test_two_rounds_refine_twice(smollm, server, example, load_agent) -> None:
@@ -294,8 +296,7 @@ def test_two_rounds_refine_twice(smollm, server, example, load_agent) -> None:
     result = execute(executor, engine, prompt_of(tokenizer, "Plan it."), example.label, max_length=1024)
     assert len(result["action_ranges"]) == 3
     assert thoughts(server) == [example.wrong, "nothing is wrong", example.repair]
-    assert result["reward"] == pytest.approx(result["extra_logs"]["final_reward"])
-    assert result["reward"] > 0.9
+    assert result["reward"] == exact_in_a_group(result["extra_logs"]["final_reward"]) > 0.9
 
 
 @pytest.mark.parametrize("rectification", ["minimum", "off"])
@@ -313,7 +314,7 @@ def test_episode_without_room_for_a_reflection_is_worth_its_only_image(
     assert engine.calls[0][1] == 20
     initial = result["extra_logs"]["initial_reward"]
     assert 0.0 < initial == result["extra_logs"]["final_reward"]
-    assert result["reward"] == (0.0 if rectification == "minimum" else initial)
+    assert result["reward"] == (0.0 if rectification == "minimum" else exact_in_a_group(initial))
 
 
 def test_group_shares_nothing(engine, server, example, load_agent) -> None:
@@ -473,5 +474,5 @@ def test_episode_with_the_real_server(real_server: str, smollm, example, load_ag
     # One seed, one episode; the first image does not depend on the reflection, and the second does.
     assert logs[0] == logs[1]
     assert logs[0]["initial_reward"] == logs[2]["initial_reward"]
-    assert results[0]["reward"] == pytest.approx(logs[0]["final_reward"])
+    assert results[0]["reward"] == exact_in_a_group(logs[0]["final_reward"])
     assert logs[0]["final_reward"] != logs[2]["final_reward"]
