@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-What of prompts a model cannot read: words that it does not know, and what its context does not hold.
+Parts of prompts that a model cannot read: words that it does not know, and what its context does not hold.
 
 A small model, such as the packaged one, has a vocabulary of whole words. Beyond its context a model has learned nothing, and what
 it writes and paints means nothing.
@@ -30,7 +30,7 @@ def check_trajectory_room(
 ) -> None:
     """
     Check that a row fits into the model's context with the longest texts that the policy may write. Training asks for this, because
-    it would learn from all of them.
+    it would learn from those texts, too.
 
     Args:
         row (`Mapping[str, Any]`): The row. Its image is not decoded.
@@ -60,7 +60,7 @@ def check_prompt_room(
 ) -> None:
     """
     Check that prompts and images of rows fit into the model's context, with texts of a single token. Most texts are much shorter
-    than the longest one, so that more is not asked for where nothing is trained.
+    than the longest one, so only this is checked where nothing is trained.
 
     Args:
         rows (`Iterable[tuple[str, Mapping[str, Any]]]`): Rows, each with its name for messages. Images are not decoded.

@@ -262,6 +262,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [prompts]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_file_that_can_be_gone_on_with(tmp_path: Path) -> None:
     def slow_answer(request: ChatRequest) -> Any:
         time.sleep(0.2)

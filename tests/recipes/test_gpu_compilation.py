@@ -151,7 +151,8 @@ def test_generated_code_agrees(name: str) -> None:
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param("bagel-shapes", marks=pytest.mark.slow), "cosmos3-shapes"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bagel-shapes", "cosmos3-shapes"])
 def test_ways_to_denoise_are_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "size_config", shallow_config)
     *partial, result = check_denoising(name, CPU, arguments())

@@ -158,6 +158,7 @@ def test_estimate_of_a_cosmos3_of_100_million_parameters(variant: str, settings:
     assert estimate.total == pytest.approx(measure(mid_size_cosmos3(variant), settings), rel=0.25)
 
 
+@pytest.mark.slow
 def test_counts() -> None:
     config = tiny_config()
     lora = estimate_memory(config, TINY)
@@ -186,6 +187,7 @@ def test_counts() -> None:
     assert generation.gradients == lora.gradients // 2
 
 
+@pytest.mark.slow
 def test_what_saves_memory_and_what_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(num_layers=3)
 
@@ -208,7 +210,7 @@ def test_what_saves_memory_and_what_takes_it(monkeypatch: pytest.MonkeyPatch) ->
     assert activations(autocast=True) < base
 
 
-@pytest.mark.parametrize("variant", ["omni", "edge"])
+@pytest.mark.parametrize("variant", [pytest.param("omni", marks=pytest.mark.slow), "edge"])
 def test_cosmos3_takes_memory_where_bagel_does(variant: str) -> None:
     config = tiny_cosmos3(variant)
     settings = replace(COSMOS3, sde_window_size=2)

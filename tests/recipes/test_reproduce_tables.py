@@ -371,6 +371,7 @@ def test_released_algorithm_has_the_batch_of_the_others(tmp_path: Path, monkeypa
     }
 
 
+@pytest.mark.slow
 def test_curve_of_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     The policy is evaluated before, on the way and after, and seconds are those of steps alone. A run that is stopped goes on from its
@@ -417,6 +418,7 @@ def test_curve_of_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(0 <= point.strict_pass_rate <= 1 and 0 <= point.reward <= 1 for point in points)
 
 
+@pytest.mark.slow
 def test_costs_of_objectives_are_those_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_costs, "OTHER_OBJECTIVES", {"awm_fast": OTHER_OBJECTIVES["awm_fast"]})
     run = plan_in(tmp_path).objective_costs()

@@ -104,7 +104,7 @@ def test_gzip_bomb_costs_no_more_memory_than_the_bound(ask, say: Say) -> None:
 )
 def test_answer_that_cannot_be_decompressed_is_named(ask, say: Say, answer: bytes, encoding: str, reason: str) -> None:
     with pytest.raises(RewardServerError, match=f"{reason}.*a proxy may be in between"):
-        ask(say(answer, content_encoding=encoding), "generate", [PaintRequest("a")])
+        ask(say(answer, content_encoding=encoding), "generate", [PaintRequest("a")], max_retries=0)
 
 
 @pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nx: "], ids=["body", "head"])

@@ -3,8 +3,8 @@
 """
 The packed forward of whole trajectories: log-probabilities of sampled texts and velocities of sampled images.
 
-With `image_steps_per_forward`, the trained steps of a window are split over several forwards. All but the last one are
-followed by their own backward, so that the activations of one part are in memory at a time. The gradients add up to the
+With `image_steps_per_forward`, the trained steps of a window are split over several forwards. Each is followed by its backward,
+the last one by the trainer's own, so that the activations of one part are in memory at a time. The gradients add up to the
 gradient of one forward.
 
 Contexts run once, in a forward before all parts. What noised latents read of them, e.g. keys and values, is cut off from
@@ -15,8 +15,8 @@ and backward, from which all parameters can be reached. Two cases run contexts a
 of the model that those of another do not.
 
 A trajectory may have ended without painting. Where no trajectory of a batch painted, a stand-in of one token with as many
-steps takes the place of images; see [`with_stand_in`]. So every process runs the same forwards over the same parts of the
-model, and adds the same parameters to its graph.
+steps as a window takes the place of images; see [`with_stand_in`]. So every process runs the same forwards over the same parts
+of the model, and uses the same parameters.
 """
 
 from __future__ import annotations

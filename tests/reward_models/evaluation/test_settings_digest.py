@@ -13,6 +13,7 @@ from alphagrpo_ext.shapes.editing import editing_rows
 from reward_models.evaluation.settings_digest import settings_digest
 
 
+@pytest.mark.slow
 def test_digest_of_images_is_the_same_in_every_process() -> None:
     code = "from alphagrpo_ext.shapes.editing import editing_rows\n"
     code += "from reward_models.evaluation.settings_digest import settings_digest\n"

@@ -46,6 +46,7 @@ def agreement(judge: PolicyJudge, images: list[Image.Image], questions: list[lis
     return area_under_roc(answers, [answer >= 0.5 for of_image in truth for answer in of_image])
 
 
+@pytest.mark.slow
 def test_agrees_with_the_pixel_judge_on_rendered_images(packaged: tuple[BagelModel, BagelProcessor]) -> None:
     rng = random.Random(0)
     images, questions = [], []

@@ -47,7 +47,11 @@ def assert_same_run(actual: AlphaGRPOTrainer, expected: AlphaGRPOTrainer) -> Non
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, id="accumulation"),
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+            id="accumulation",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"num_iterations": 2, "steps_per_generation": 2}, id="buffered"),
         pytest.param(
             {"gradient_accumulation_steps": 2, "steps_per_generation": 1}, id="two rollouts a step", marks=LOW_PRIORITY
@@ -58,6 +62,7 @@ def assert_same_run(actual: AlphaGRPOTrainer, expected: AlphaGRPOTrainer) -> Non
         pytest.param(
             {"image_objective": "diffusion_nft", "think": False, "num_iterations": 2, "steps_per_generation": 2},
             id="noised copies, buffered",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             {
