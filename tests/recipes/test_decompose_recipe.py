@@ -237,6 +237,7 @@ def test_questions_of_two_decomposers_are_not_mixed(tmp_path: Path) -> None:
     assert not (tmp_path / "q.jsonl.decomposer.json").exists()
 
 
+@pytest.mark.slow
 def test_questions_of_two_models_are_not_mixed(tmp_path: Path) -> None:
     prompts, output = write_prompts(tmp_path / "prompts.txt", ["a cat"]), tmp_path / "q.jsonl"
     with chat_stub() as stub:

@@ -64,6 +64,7 @@ def make_adapter(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_rounds_stop_by_a_threshold_that_is_calibrated_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

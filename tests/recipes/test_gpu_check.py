@@ -82,6 +82,7 @@ def test_command_runs_and_skips_what_is_finished(
         gpu_check.main(cpu_arguments(tmp_path, lora_rank=3))
 
 
+@pytest.mark.slow
 def test_a_bound_that_is_exceeded_fails_and_is_checked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +193,7 @@ def test_the_listed_wheels_are_enough(tmp_path: Path) -> None:
     assert len(read(tmp_path / "out")) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY_SIZES)
 def test_operations_are_those_that_run(tmp_path: Path, name: str) -> None:
     """Counted without contents, they are as many as a CPU runs."""

@@ -61,6 +61,7 @@ def train(*options: str, name: str = "reasoning_t2i") -> list[dict[str, Any]]:
     return [log for line in lines if "reward" in (log := json.loads(line))]
 
 
+@pytest.mark.slow
 def test_it_mixes_with_dvreward_by_weights(made: list[LikelihoodReward], capsys: pytest.CaptureFixture[str]) -> None:
     logs = train(
         *("--reward", "likelihood", "dvreward", "--reward_weights", "0.1", "1.0", "--eval_seeds", "0"),

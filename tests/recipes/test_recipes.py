@@ -104,6 +104,7 @@ TRAINING = ("ray_train", "reasoning_t2i", "self_reflection")
                 *("trl.trainer.grpo_trainer", "alphagrpo_ext.trainer.trainer", "alphagrpo_ext.models.bagel"),
             ),
             id="training",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -174,6 +174,7 @@ def test_answers_are_balanced_and_also_about_quality(paintings):
     assert 0.45 < sum(example.learned == "yes" for example in examples) / len(examples) < 0.55
 
 
+@pytest.mark.slow
 def test_loss_falls_on_one_batch(family):
     torch.manual_seed(0)
     model = family.shapes.build_model(family.processor)

@@ -79,7 +79,7 @@ def test_passing_trouble_passes(ask, server, status: int) -> None:
     assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("form", ["seconds", "date", "milliseconds"])
+@pytest.mark.parametrize("form", [pytest.param("seconds", marks=pytest.mark.slow), "date", "milliseconds"])
 def test_server_says_when_to_come_back(ask, server, form: str) -> None:
     headers = {
         "seconds": {"Retry-After": "1"},

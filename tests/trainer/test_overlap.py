@@ -40,6 +40,7 @@ def run(make_trainer: Callable[..., AlphaGRPOTrainer], rollout_batch_size: int |
     return entry, sorted(judge.asked_at), painted_at
 
 
+@pytest.mark.slow
 def test_images_are_judged_while_the_next_are_painted(make_trainer: Callable[..., AlphaGRPOTrainer]) -> None:
     alone, patient, painted_at_once = run(make_trainer, rollout_batch_size=None)
     overlapped, eager, painted_in_parts = run(make_trainer, rollout_batch_size=4)

@@ -51,7 +51,9 @@ def refused(number: int) -> Callable[[dict[str, Any], int], Reply]:
     return lambda body, n: Reply({"error": {"message": "slow down"}}, 429) if n < number else Reply(chat_body())
 
 
-@pytest.mark.parametrize("form", ["seconds", "date", "milliseconds"])
+@pytest.mark.parametrize(
+    "form", ["seconds", *(pytest.param(f, marks=pytest.mark.slow) for f in ("date", "milliseconds"))]
+)
 def test_a_wait_that_is_asked_for_is_kept(stub: ScriptedEndpoint, form: str) -> None:
     until = time.time() + 1.5
 

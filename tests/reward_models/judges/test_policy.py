@@ -58,6 +58,7 @@ def test_agrees_with_the_pixel_judge_on_rendered_images(packaged: tuple[BagelMod
     assert agreement(PolicyJudge(*packaged), images, questions) > 0.95
 
 
+@pytest.mark.slow
 def test_agrees_with_the_pixel_judge_on_its_own_images(packaged: tuple[BagelModel, BagelProcessor]) -> None:
     rows = prompt_rows("evaluation", 70, seed=0)
     paint = RolloutGenerator(*packaged, TASKS.get("reasoning_t2i")(think=False))

@@ -83,7 +83,9 @@ def assert_same_run(actual: AlphaGRPOTrainer, expected: AlphaGRPOTrainer) -> Non
             marks=LOW_PRIORITY,
         ),
         pytest.param(
-            {"task": "self_reflection", "num_iterations": 2, "steps_per_generation": 2}, id="self-reflection, buffered"
+            {"task": "self_reflection", "num_iterations": 2, "steps_per_generation": 2},
+            id="self-reflection, buffered",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -176,6 +178,7 @@ def test_evaluation_at_the_start_is_not_repeated(make: MakeTrainer) -> None:
     assert resumed.args.eval_on_start
 
 
+@pytest.mark.slow
 def test_metrics_file_has_each_line_once(make: MakeTrainer) -> None:
     def run(name: str, **arguments: Any) -> list[dict[str, Any]]:
         trainer = make(name)

@@ -226,9 +226,9 @@ def rates(trainer: AlphaGRPOTrainer) -> list[float]:
         # The linear schedule of four steps, from the new rate.
         pytest.param({"learning_rate": 1e-2}, [1e-3, 0.75e-2, 0.5e-2, 0.25e-2], id="rate"),
         pytest.param({"max_steps": 3}, [1e-3, 1e-3 * 2 / 3, 1e-3 / 3], id="shorter", marks=LOW_PRIORITY),
-        pytest.param({"lr_scheduler_type": "constant"}, [1e-3] * 4, id="schedule"),
+        pytest.param({"lr_scheduler_type": "constant"}, [1e-3] * 4, id="schedule", marks=pytest.mark.slow),
         pytest.param({"warmup_steps": 2}, [1e-3, 0.5e-3, 1e-3, 0.5e-3], id="warmup", marks=LOW_PRIORITY),
-        pytest.param({}, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3], id="unchanged"),
+        pytest.param({}, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3], id="unchanged", marks=pytest.mark.slow),
     ],
 )
 def test_a_new_learning_rate_is_applied_and_said(
@@ -249,6 +249,7 @@ def test_a_new_learning_rate_is_applied_and_said(
     assert bool(moved) == bool(changed)
 
 
+@pytest.mark.slow
 def test_rates_of_both_experts_are_applied(make: MakeTrainer) -> None:
     # They are equal in the checkpoint, so that only the order of the groups tells the experts apart.
     settings = {"max_steps": 3, "generation_learning_rate": 1e-3, "lr_scheduler_type": "linear"}

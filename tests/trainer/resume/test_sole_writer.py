@@ -43,6 +43,7 @@ def test_a_trainer_is_refused_while_another_process_writes(make: MakeTrainer) ->
     assert not (folder / FolderLock.name).exists()
 
 
+@pytest.mark.slow
 def test_trainers_follow_each_other_in_a_process_and_after_an_error(make: MakeTrainer) -> None:
     def no_reward(**kwargs: Any) -> list[float]:
         raise RuntimeError("out of paint")
