@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+from alphagrpo_ext.printable import printable
+
 
 def shortened(text: str, length: int = 500) -> str:
     """Return the beginning of a text on one line. What a server sends must not steer a terminal or break a log file."""
-    printable = "".join(character if character.isprintable() else " " for character in text[: 4 * length])
-    return " ".join(printable.split())[:length]
+    return " ".join(printable(text[: 4 * length]).split())[:length]

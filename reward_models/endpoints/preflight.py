@@ -75,12 +75,11 @@ def _pause(num_asked: int, wait: float | None) -> float:
 
 def _named(wait: float | None, seconds: float) -> str:
     """Say which wait the server asks for, if any."""
-    fact = (
-        ""
-        if wait is None
-        else f" It asks to wait {wait:.0f} s, which does not fit into the {seconds:g} s of this check"
+    if wait is None:
+        return ""
+    return (
+        f" It asks to wait {wait:.0f} s, which does not fit into the {seconds:g} s of this check: start again later."
     )
-    return f"{fact}: start again later." if fact else ""
 
 
 def _advice(error: Exception) -> str:

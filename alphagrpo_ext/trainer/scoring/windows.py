@@ -27,7 +27,7 @@ def num_window_steps(trajectories: Sequence[Trajectory]) -> int:
 
 def with_stand_in(trajectories: Sequence[Trajectory], model: UnifiedModel) -> list[Trajectory]:
     """
-    A batch with a stand-in for an image where none was painted, but all would have been trained on. It is sampled after the
+    A batch with a stand-in for an image where no trajectory painted one, although images of the task are trained on. It is sampled after the
     first trajectory, has a single token, and needs no context of its own. Its velocities have no meaning.
 
     Args:

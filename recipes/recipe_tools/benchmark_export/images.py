@@ -250,21 +250,16 @@ def paint_missing(
     if jobs is None:
         return
     model, processor = load_policy(args.model_name_or_path, args.dtype)
-    tasks = {
-        benchmark.task: TASKS.get(benchmark.task)(think=args.think),
-        REFLECTION_TASK: TASKS.get(REFLECTION_TASK)(think=True),
-    }
-    painter, refiner = (RolloutGenerator(model, processor, task) for task in tasks.values())
+    painting, reflection = TASKS.get(benchmark.task)(think=args.think), TASKS.get(REFLECTION_TASK)(think=True)
+    # Edited images may be of many sizes, and are checked as they are painted unless one is given for all.
+    size = args.height or IMAGE_SIZE, args.width or IMAGE_SIZE
+    used = [(benchmark.task, painting), *([(REFLECTION_TASK, reflection)] if args.num_rounds else [])]
+    indices = [index for index in range(len(prompts)) if index not in left_out]
     with checking_input():
-        for name in list(tasks)[: 2 if args.num_rounds else 1]:
-            # Edited images may be of many sizes, and are checked as they are painted unless one is given for all.
-            config = args.rollout(args.height or IMAGE_SIZE, args.width or IMAGE_SIZE, name)
-            named = (
-                (f"prompt {prompts[i].key!r}", {"prompt": prompts[i].prompt})
-                for i in range(len(prompts))
-                if i not in left_out
-            )
-            check_prompt_room(named, tasks[name], processor, model, config)
+        for name, task in used:
+            named = ((f"prompt {prompts[i].key!r}", {"prompt": prompts[i].prompt}) for i in indices)
+            check_prompt_room(named, task, processor, model, args.rollout(*size, name))
+    painter, refiner = (RolloutGenerator(model, processor, task) for task in (painting, reflection))
     with tqdm(total=share, desc="painted", disable=not state.is_main_process) as progress:
         while jobs:
             for job, images in zip(jobs, paint(painter, benchmark.task, refiner, jobs, args), strict=True):

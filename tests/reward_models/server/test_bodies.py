@@ -37,18 +37,23 @@ def grown(text: str, before: str, ballast: str) -> str:
     return text.replace(before, f'"ballast": {ballast}, {before}', 1)
 
 
+def post_traced(client: httpx.Client, body: bytes) -> tuple[httpx.Response, int]:
+    """Post a body to `/score`; also returns the most memory that this took, in bytes."""
+    tracemalloc.start()
+    try:
+        response = client.post("/score", content=body, headers=JSON)
+        return response, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("ballast", BALLAST.values(), ids=BALLAST.keys())
 @pytest.mark.parametrize("before", ['"tag"', '"prompt"', '"items"'])
 def test_bulk_that_nobody_asked_for_is_refused_before_it_is_parsed(
     shapes: httpx.Client, before: str, ballast: str
 ) -> None:
     body = grown(json.dumps({"items": [SAMPLE.score_item()]}), before, ballast).encode()
-    tracemalloc.start()
-    try:
-        response = shapes.post("/score", content=body, headers=JSON)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    response, peak = post_traced(shapes, body)
     assert "values" in refusal(response, 413)
     assert peak < 10 * len(body)
 
@@ -135,12 +140,7 @@ def test_a_wide_prompt_does_not_make_the_image_wide(shapes: httpx.Client) -> Non
     image = base64.b64encode(base64.b64decode(encode(SAMPLE.right)) + bytes(NUM_BYTES)).decode()
     item = SAMPLE.score_item() | {"image": image, "prompt": f"{SAMPLE.record['prompt']} \U0001f600"}
     body = json.dumps({"items": [item]}, ensure_ascii=False).encode()
-    tracemalloc.start()
-    try:
-        response = shapes.post("/score", content=body, headers=JSON)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    response, peak = post_traced(shapes, body)
     assert response.status_code == 200
     assert peak < 6 * len(body)
 

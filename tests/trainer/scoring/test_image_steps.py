@@ -88,8 +88,10 @@ SETTINGS = [
 ]
 
 
-# The others with single steps alone.
-@pytest.mark.parametrize("settings", SETTINGS[::2])
+@pytest.mark.parametrize(
+    "settings",
+    [*SETTINGS[::2], *(pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in SETTINGS[1::2])],
+)
 def test_gradient_is_that_of_one_forward(make_trainer: MakeTrainer, settings: dict[str, Any]) -> None:
     assert_gradient_is_that_of_one_forward(make_trainer, settings, 2)
 
